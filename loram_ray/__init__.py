@@ -1,0 +1,87 @@
+"""LoRAM: train a LoRA on a pruned model, recover it, use it on the base.
+
+``import loram_ray`` lets ``AutoModelForCausalLM.from_pretrained`` load pruned models. The names
+below are imported when they are first used, so that the mathematics brings in no Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loram_ray.errors import LoramError
+from loram_ray.registration import register_on_first_use
+
+if TYPE_CHECKING:
+    from loram_ray.config import (
+        AlignConfig,
+        EvaluateConfig,
+        MergeConfig,
+        PruneConfig,
+        RayConfig,
+        RecoverConfig,
+        RunConfig,
+        TrainConfig,
+        load_run,
+    )
+    from loram_ray.modeling import load_pruned
+    from loram_ray.plan import PruningPlan
+    from loram_ray.stages.align import align
+    from loram_ray.stages.evaluate import evaluate
+    from loram_ray.stages.merge import merge
+    from loram_ray.stages.prune import prune
+    from loram_ray.stages.recover import recover
+    from loram_ray.stages.run import run
+    from loram_ray.stages.train import train
+
+_MODULE_OF = {
+    "AlignConfig": "config",
+    "EvaluateConfig": "config",
+    "MergeConfig": "config",
+    "PruneConfig": "config",
+    "PruningPlan": "plan",
+    "RayConfig": "config",
+    "RecoverConfig": "config",
+    "RunConfig": "config",
+    "TrainConfig": "config",
+    "align": "stages.align",
+    "evaluate": "stages.evaluate",
+    "load_pruned": "modeling",
+    "load_run": "config",
+    "merge": "stages.merge",
+    "prune": "stages.prune",
+    "recover": "stages.recover",
+    "run": "stages.run",
+    "train": "stages.train",
+}
+
+__all__ = [
+    "AlignConfig",
+    "EvaluateConfig",
+    "LoramError",
+    "MergeConfig",
+    "PruneConfig",
+    "PruningPlan",
+    "RayConfig",
+    "RecoverConfig",
+    "RunConfig",
+    "TrainConfig",
+    "align",
+    "evaluate",
+    "load_pruned",
+    "load_run",
+    "merge",
+    "prune",
+    "recover",
+    "run",
+    "train",
+]
+
+register_on_first_use()
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'loram_ray' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"loram_ray.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,144 @@
+"""PEFT LoRA directories read without loading a model: shapes, scales, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_ray.errors import LoramError
+from loram_ray.tensorfile import TensorFile
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+_KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+# Settings of PEFT under which the adapter is more than alpha/r * B A on single linears, and why
+# scattering A and B would then give another function on the base.
+_REFUSED: dict[str, str] = {
+    "use_dora": "DoRA's magnitudes belong to the pruned weights' norms",
+    "modules_to_save": "whole trained modules replace pruned ones",
+    "trainable_token_indices": "trained embedding rows are no low-rank product",
+    "layer_replication": "the base has no replicated layers",
+    "lora_bias": "a trained bias is no low-rank product",
+    "target_parameters": "bare parameters have no rows and columns in the plan",
+    "fan_in_fan_out": "its weights are stored transposed",
+    "megatron_config": "its weights are split",
+    "arrow_config": "a router chooses between adapters",
+    "alora_invocation_tokens": "it is active on some tokens only",
+}
+_INITIALISATIONS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda")
+
+
+class Adapter:
+    """A PEFT LoRA directory.
+
+    Attributes:
+        directory: where it is.
+        config: its ``adapter_config.json``.
+        file: its tensors; close it after use.
+        modules: adapted module paths, in the file's order.
+    """
+
+    def __init__(self, directory: Path | str, key: str) -> None:
+        self.directory = Path(directory)
+        self.config = _read_config(self.directory, key)
+        _refuse_other_methods(self.config, self.directory)
+        self.file = TensorFile(self.directory / ADAPTER_FILE)
+        self.modules: list[str] = []
+        for name in self.file.specs:
+            module, side = split_name(name, self.directory)
+            if side == "A":
+                self.modules.append(module)
+        for module in self.modules:
+            if tensor_name(module, "B") not in self.file.specs:
+                self.close()
+                raise LoramError(f"{directory} lacks lora_B of {module}; train it again")
+
+    def scale(self, module: str) -> float:
+        """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with rsLoRA, after the patterns."""
+        rank = self.file.specs[tensor_name(module, "A")].shape[0]
+        alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module)
+        alpha = self.config["lora_alpha"] if alpha is None else alpha
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def close(self) -> None:
+        """Close its file."""
+        self.file.close()
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def tensor_name(module: str, side: str) -> str:
+    """PEFT's name of a module's A or B."""
+    return f"{_PREFIX}{module}.lora_{side}.weight"
+
+
+def split_name(name: str, directory: Path) -> tuple[str, str]:
+    """Return module path and side (A or B) of a tensor's name.
+
+    Raises:
+        LoramError: the tensor is neither.
+    """
+    match = _KIND.fullmatch(name)
+    if match is None:
+        raise LoramError(
+            f"{directory} holds tensor {name}, which is no LoRA A or B of a linear; "
+            "train with LoRA on linears alone"
+        )
+    return match["module"], match["side"]
+
+
+def _read_config(directory: Path, key: str) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise LoramError(
+            f"{key} must be a PEFT adapter directory, {directory} holds no {CONFIG_FILE}; "
+            "run loram train first or give its output"
+        ) from error
+    except ValueError as error:
+        raise LoramError(f"{path} is not valid JSON ({error}); copy it again") from error
+    return config
+
+
+def _refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise LoramError(
+            f"{directory} must be a LoRA adapter, its peft_type is {config.get('peft_type')}; "
+            "only LoRA can be recovered"
+        )
+    for setting, why in _REFUSED.items():
+        if config.get(setting):
+            raise LoramError(
+                f"{directory} was trained with {setting} = {config[setting]}, which cannot be "
+                f"recovered: {why}; train without it"
+            )
+    if config.get("bias", "none") != "none":
+        raise LoramError(
+            f"{directory} was trained with bias = {config['bias']}, which cannot be recovered: "
+            "a trained bias is no low-rank product; train with bias = none"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_INITIALISATIONS_THAT_CHANGE_THE_BASE):
+        raise LoramError(
+            f"{directory} was trained with init_lora_weights = {start}, which changes the frozen "
+            "weights; convert it to a plain LoRA with PEFT first"
+        )
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str) -> float | None:
+    """PEFT's rule: the first pattern that the end of the module's path matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return None

@@ -1,0 +1,1 @@
+"""Alignment: continual pre-training of a pruned model on Ray Train and DeepSpeed."""

@@ -1,0 +1,206 @@
+"""The training loop of one Ray Train worker."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loram_ray.alignment.deepspeed import (
+    deepspeed_config,
+    export_partitioned,
+    import_deepspeed,
+    load_partitioned,
+)
+from loram_ray.config import AlignConfig
+from loram_ray.corpus.stream import Share, list_blocks, stream
+from loram_ray.errors import LoramError
+from loram_ray.losses import IGNORED, summed_loss
+from loram_ray.manifest import write_json
+from loram_ray.progress import METRICS_FILE, MetricsLog
+from loram_ray.waiting import alone
+
+HASHES_FILE = "weights.json"
+_TAG = "state"
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What a worker is told.
+
+    Attributes:
+        config: the stage's configuration.
+        corpus: prepared corpus.
+        work: directory shared by all workers for metrics and locks.
+        export: directory that the aligned weights are written into.
+    """
+
+    config: AlignConfig
+    corpus: Path
+    work: Path
+    export: Path
+
+
+class LossModel(nn.Module):
+    """The model as DeepSpeed sees it: sequences in, mean loss of a micro-batch out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean next-token loss, float32 scalar; both arguments int64 ``[batch, seq]``."""
+        total, count = summed_loss(self.model, input_ids, None, labels)
+        return total / count.clamp(min=1)
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Run one worker: load, resume, train, checkpoint, export.
+
+    Raises:
+        LoramError: the loss is not finite.
+    """
+    import ray.train
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    loop: LoopSettings = settings["loop"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(context.get_local_rank())
+    with alone(loop.work) if rank == 0 else nullcontext():
+        engine = _start_engine(loop.config, ray.train.get_context().get_world_size())
+        step = _resume(engine)
+        _train(engine, loop, rank, step)
+        partitioned = loop.config.zero_stage == 3
+        hashes = export_partitioned(
+            engine.module.model, loop.config.pruned, loop.export, partitioned, writes=rank == 0
+        )
+        if rank == 0:
+            write_json(loop.work / HASHES_FILE, hashes)
+
+
+def _start_engine(config: AlignConfig, workers: int) -> Any:
+    from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+    deepspeed = import_deepspeed()
+    torch.manual_seed(config.seed)
+    ds_config = deepspeed_config(config)
+    model = load_partitioned(config.pruned, ds_config, config.precision)
+    model.train()
+    if config.freeze_lm_head:
+        model.get_output_embeddings().requires_grad_(False)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        warmup = config.optimiser.warmup_steps
+        if config.optimiser.schedule == "constant":
+            return get_constant_schedule_with_warmup(optimizer, warmup)
+        return get_cosine_schedule_with_warmup(optimizer, warmup, config.steps)
+
+    engine, *_ = deepspeed.initialize(
+        model=LossModel(model),
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=ds_config,
+        lr_scheduler=schedule,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _resume(engine: Any) -> int:
+    """Load the last checkpoint, if there is one; return the steps it has done."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        _, state = engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
+    return int(state["step"])
+
+
+def _train(engine: Any, loop: LoopSettings, rank: int, step: int) -> None:
+    config = loop.config
+    log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
+    batches = _micro_batches(config, loop.corpus, rank, step)
+    accumulation = engine.gradient_accumulation_steps()
+    while step < config.steps:
+        started = time.perf_counter()
+        losses, row_ids = [], []
+        for batch in islice(batches, accumulation):
+            loss = engine(*_to_device(batch, engine.device))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+            row_ids += batch["row_id"].tolist()
+        step += 1
+        loss = _mean_over_workers(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise LoramError(
+                f"align: the loss is {loss} at step {step} (worker {rank}, rows {row_ids}); lower "
+                "align.optimiser.learning_rate or look at those rows; the last checkpoint is kept"
+            )
+        seconds = time.perf_counter() - started
+        if log is not None:
+            log.write(
+                step,
+                loss=loss,
+                lr=engine.get_lr()[0],
+                grad_norm=float(engine.get_global_grad_norm() or 0.0),
+                tokens_per_s=config.batch_size * batch["input_ids"].shape[1] / seconds,
+            )
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            _checkpoint(engine, step, loss)
+
+
+def _micro_batches(
+    config: AlignConfig, corpus: Path, rank: int, step: int
+) -> Iterator[dict[str, np.ndarray]]:
+    share = Share(
+        start=step * config.batch_size,
+        end=config.steps * config.batch_size,
+        batch_size=config.batch_size,
+        worker=rank,
+        workers=config.workers,
+    )
+    if share.start < share.end:
+        yield from stream(list_blocks(corpus), config.seed, share, config.micro_batch_size)
+
+
+def _to_device(
+    batch: dict[str, np.ndarray], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input ids and labels, int64 ``[batch, seq]``; padding carries no label."""
+    input_ids = torch.from_numpy(batch["input_ids"].astype(np.int64))
+    positions = torch.arange(input_ids.shape[1])
+    padding = positions >= torch.from_numpy(batch["length"].copy())[:, None]
+    labels = input_ids.masked_fill(padding, IGNORED)
+    return input_ids.to(device), labels.to(device)
+
+
+def _mean_over_workers(value: torch.Tensor) -> float:
+    torch.distributed.all_reduce(value)
+    return float(value) / torch.distributed.get_world_size()
+
+
+def _checkpoint(engine: Any, step: int, loss: float) -> None:
+    """Save this worker's part and hand it to Ray Train, which joins the parts."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as directory:
+        engine.save_checkpoint(
+            directory, tag=_TAG, client_state={"step": step}, exclude_frozen_parameters=True
+        )
+        checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report({"step": step, "loss": loss}, checkpoint=checkpoint)

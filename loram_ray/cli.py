@@ -1,0 +1,175 @@
+"""The ``loram`` command: parse, call a stage, print. Nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.table import Table
+
+import loram_ray
+from loram_ray.config import STAGES, RunConfig, load_run, section_of, section_type
+from loram_ray.errors import LoramError
+
+app = typer.Typer(
+    name="loram",
+    help=(
+        "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
+        "The stages in order: prune, align, train, recover, merge, evaluate; run does them all."
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with a section per stage.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override by dotted key, e.g. --set train.lora.r=16; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> list[str]:
+    """One line a key: name, default, meaning."""
+    lines = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        default = field.default if defaults is None else getattr(defaults, name)
+        inner = section_type(field.annotation)
+        if inner is not None and not field.description:
+            values = default if isinstance(default, BaseModel) else None
+            lines += _keys(inner, f"{key}.", values)
+            continue
+        said = "required" if default is PydanticUndefined else f"default {default}"
+        lines.append(f"  {key} ({said}): {field.description}")
+    return lines
+
+
+def _help(stage: str) -> str:
+    model = STAGES[stage]
+    keys = "\n\n".join(_keys(model, f"{stage}."))
+    title = (model.__doc__ or "").strip().removeprefix(f"{stage}: ")
+    example = f"loram {stage} --config jobs/configs/demo.yaml"
+    intro = "Keys of the config's section (paths default to the run's):"
+    return f"{title}\n\n{example}\n\n{intro}\n\n{keys}"
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(
+        config: Config = None,
+        overrides: Overrides = None,
+        as_json: AsJson = False,
+        debug: Debug = False,
+    ) -> None:
+        settings = load_run(config, overrides or ())
+        section = section_of(settings, stage)
+        function = getattr(loram_ray, stage)
+        takes_ray = stage in ("align", "train", "evaluate")
+        result = function(section, settings.ray) if takes_ray else function(section)
+        if as_json:
+            _print_json({"output": str(result.output), **asdict(result.manifest)})
+            return
+        state = "complete before, skipped" if result.skipped else "done"
+        print(f"{stage}: {state}: {result.output}")
+        for key, value in result.manifest.details.items():
+            print(f"  {key}: {value}")
+
+    return command
+
+
+for _name in STAGES:
+    app.command(_name, help=_help(_name))(_stage_command(_name))
+
+
+@app.command("run")
+def run_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """All stages of one config, skipping what is complete and resuming what is not.
+
+    loram run --config jobs/configs/demo.yaml
+    """
+    settings: RunConfig = load_run(config, overrides or ())
+    result = loram_ray.run(settings)
+    if as_json:
+        _print_json({"stages": result.stages, "rows": result.rows})
+        return
+    if result.rows:
+        _print_comparison(result.rows)
+    print(f"results: {result.output}")
+
+
+def _print_comparison(rows: list[dict[str, Any]]) -> None:
+    from loram_ray.stages.run import gain_kept
+
+    measured = [k for k in ("answer_perplexity", "text_perplexity", "exact_match") if k in rows[0]]
+    table = Table(title="Held-out data")
+    table.add_column("model")
+    for key in (*measured, "trained", "against parameters", "bytes", "training"):
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            *(f"{row[key]:.1%}" if key == "exact_match" else f"{row[key]:.3f}" for key in measured),
+            _millions(row["trained_parameters"]),
+            _millions(row["model_parameters"]),
+            f"{row['model_bytes'] / 1e6:,.0f} MB",
+            "" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    kept = gain_kept(rows) if "answer_perplexity" in measured else None
+    if kept is not None:
+        console.print(f"gain kept: {kept:.1%} of what LoRA on the full base gains (log-perplexity)")
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.2f} M"
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1."""
+    try:
+        app()
+    except LoramError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"loram: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("loram: interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        print(
+            f"loram: failed: {type(error).__name__}: {reason} (--debug shows more)", file=sys.stderr
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

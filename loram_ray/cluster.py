@@ -1,0 +1,162 @@
+"""Starting or joining Ray, and what its cluster can place."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from loram_ray.config import RayConfig
+from loram_ray.errors import LoramError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CPUS_FOR_DATA = 2
+_WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+@contextmanager
+def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
+    """Have Ray initialised inside the block; an embedded one is shut down after it.
+
+    A process that has initialised Ray before keeps what it has.
+
+    Args:
+        config: where Ray runs.
+        cpus: logical CPUs that a stage's workers ask for, besides those of Ray Data.
+
+    Raises:
+        LoramError: there is no cluster at the address.
+    """
+    if config.address == "local":
+        _authenticate_embedded_ray()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if ray.is_initialized():
+        yield
+        return
+    environment = {k: os.environ[k] for k in _WORKER_ENVIRONMENT if k in os.environ}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False}
+    if config.address == "local":
+        count = config.num_cpus or max(os.cpu_count() or 1, cpus + _CPUS_FOR_DATA)
+        options.update(num_cpus=count, include_dashboard=False)
+    try:
+        ray.init(address=config.address, logging_level="ERROR", **options)
+    except (ConnectionError, ValueError) as error:
+        raise LoramError(
+            f"ray.address must be 'local' or a running cluster, got '{config.address}' ({error}); "
+            "start one or use 'local'"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus_per_worker() -> int:
+    """One where the cluster has GPUs, none where it has not."""
+    import ray
+
+    return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+
+
+def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
+    """Refuse at once what the cluster can never place.
+
+    Args:
+        workers: number of workers.
+        cpus: CPUs of each; Ray Data needs one more for the whole.
+        gpus: GPUs of each.
+        key: configuration key to name.
+
+    Raises:
+        LoramError: the cluster has less; the message says what is missing.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    for kind, wanted in (("CPU", workers * cpus + 1), ("GPU", workers * gpus)):
+        if have.get(kind, 0) < wanted:
+            raise LoramError(
+                f"{key} needs {wanted} {kind}s in the Ray cluster, it has "
+                f"{math.floor(have.get(kind, 0))}; lower it or add nodes"
+            )
+
+
+def run_in_actor(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    cpus: int,
+    max_failures: int,
+    wait: Callable[[Callable[[float], bool]], None],
+) -> Any:
+    """Run a function in one Ray actor with a GPU where there is one, and return its result.
+
+    An actor that dies is replaced and the function called again, so it must resume by itself.
+
+    Args:
+        function: a function of a module (not a closure).
+        arguments: its arguments.
+        cpus: logical CPUs, and threads, of the actor.
+        max_failures: deaths survived.
+        wait: called with a function that waits some seconds and tells whether the work is done.
+
+    Raises:
+        LoramError: the function raised it, or the actor died too often.
+    """
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    gpus = gpus_per_worker()
+    actor_class = ray.remote(_Caller).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=max_failures,
+        max_task_retries=max_failures,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}},
+    )
+    actor = actor_class.remote()
+    result = actor.call.remote(function, arguments)
+
+    def finished(seconds: float) -> bool:
+        return bool(ray.wait([result], timeout=seconds)[0])
+
+    try:
+        wait(finished)
+        return ray.get(result)
+    except RayTaskError as error:
+        if isinstance(error.cause, LoramError):
+            raise LoramError(str(error.cause)) from error
+        raise
+    except RayActorError as error:
+        raise LoramError(
+            f"the worker died more than max_failures = {max_failures} times ({error}); "
+            "see Ray's logs, often it is memory: lower micro_batch_size or max_length"
+        ) from error
+    finally:
+        ray.kill(actor)
+
+
+class _Caller:
+    """The actor: calls what it is given."""
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        return function(*arguments)
+
+
+def _authenticate_embedded_ray() -> None:
+    """Give an embedded Ray a token of its own, unless the user has chosen otherwise.
+
+    Ray reads these when it is first imported; other users of the machine cannot connect without.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -1,0 +1,370 @@
+"""One pydantic model per stage, and the run file that holds them all.
+
+A run file is YAML with one section per stage. Paths that follow from others (the pruned model is
+the input of alignment) are filled in, so that ``loram prune --config f.yaml`` and ``loram align
+--config f.yaml`` fit together as ``loram run`` does. Every error names the file and the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loram_ray.errors import LoramError, nearest
+
+Precision = Literal["bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """A configuration section: unknown keys are refused, values are fixed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RayConfig(Section):
+    """Where Ray runs."""
+
+    address: str = Field(
+        "local", description="'local' starts an embedded Ray, 'auto' joins this machine's cluster"
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of an embedded Ray; default: enough for the stage"
+    )
+
+
+class PruneConfig(Section):
+    """prune: a base model becomes a pruned model and its plan."""
+
+    base: str = Field(description="base model: a directory of safetensors or a hub id")
+    output: Path = Field(description="directory to write")
+    method: Literal["random"] = Field("random", description="criterion: random (LoRAM-Rand)")
+    ratio: float = Field(0.65, ge=0, lt=1, description="share pruned of each pruned layer")
+    layers: tuple[int, int] | None = Field(
+        None, description="[first, end) of the pruned layers; default: all but 4 first, 2 last"
+    )
+    seed: int = Field(0, ge=0, description="seed of the choice")
+    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+
+
+class SourceConfig(Section):
+    """One source of a corpus."""
+
+    path: str = Field(description="a file, a directory or a glob of .jsonl, .txt or .parquet")
+    text_field: str = Field("text", description="field that holds a document (.jsonl, .parquet)")
+
+
+class CorpusConfig(Section):
+    """The text that alignment learns from."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="where the text is")
+    sequence_length: int = Field(512, ge=8, description="tokens in a packed sequence")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable rows that is skipped; more is refused"
+    )
+
+
+class OptimiserConfig(Section):
+    """AdamW with warm-up."""
+
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+
+
+class AlignConfig(Section):
+    """align: continual pre-training of a pruned model on Ray Train and DeepSpeed."""
+
+    pruned: Path = Field(description="directory written by prune")
+    output: Path = Field(description="directory to write")
+    corpus: CorpusConfig
+    steps: int = Field(1600, ge=1, description="optimiser steps")
+    batch_size: int = Field(128, ge=1, description="sequences in a step, over all workers")
+    micro_batch_size: int = Field(4, ge=1, description="sequences in one forward of one worker")
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
+    workers: int = Field(1, ge=1, description="Ray Train workers (one GPU each where there are)")
+    cpus_per_worker: int = Field(1, ge=1, description="CPUs of a worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    precision: Precision = Field("bf16", description="of weights and activations")
+    freeze_lm_head: bool = Field(
+        True, description="keep lm_head (and what is tied to it) as it is, as the paper does"
+    )
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    max_failures: int = Field(3, ge=0, description="worker failures survived")
+    seed: int = Field(0, ge=0, description="seed of the data order")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> AlignConfig:
+        share = self.workers * self.micro_batch_size
+        if self.batch_size % share:
+            raise ValueError(
+                "batch_size must be a multiple of workers * micro_batch_size = "
+                f"{share}, got {self.batch_size}; change one of the three"
+            )
+        return self
+
+
+class LoraConfig(Section):
+    """The adapter's shape, in PEFT's terms."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: float = Field(16, gt=0, description="scale numerator: alpha / r, or alpha / sqrt(r)")
+    dropout: float = Field(0.05, ge=0, lt=1, description="on the adapter's input")
+    targets: tuple[str, ...] | None = Field(
+        None, description="short module names; default: every pruned linear of the family"
+    )
+    lm_head: bool = Field(False, description="adapt lm_head too, as the paper does")
+    rank_pattern: dict[str, int] = Field({}, description="rank by module-name pattern")
+    alpha_pattern: dict[str, float] = Field({}, description="alpha by module-name pattern")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+
+
+class TrainConfig(Section):
+    """train: LoRA on a frozen pruned, aligned or base model, in one Ray actor."""
+
+    model: Path = Field(description="directory: pruned, aligned or base")
+    output: Path = Field(description="directory to write")
+    data: str = Field(description="JSON lines with 'messages' or 'prompt' and 'completion'")
+    lora: LoraConfig = LoraConfig()
+    steps: int = Field(400, ge=1, description="optimiser steps")
+    batch_size: int = Field(16, ge=1, description="examples in a step")
+    micro_batch_size: int = Field(4, ge=1, description="examples in one forward")
+    max_length: int = Field(512, ge=8, description="longer examples are cut on the right")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="share of unusable rows that is skipped; more is refused"
+    )
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-4, warmup_steps=10)
+    precision: Precision = Field("bf16", description="of frozen weights and activations")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    max_failures: int = Field(3, ge=0, description="actor failures survived")
+    cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
+    seed: int = Field(0, ge=0, description="seed of initialisation, order and dropout")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, "
+                f"got {self.batch_size}; change one of the two"
+            )
+        return self
+
+
+class RecoverConfig(Section):
+    """recover: a pruned adapter becomes an adapter of the base."""
+
+    adapter: Path = Field(description="directory written by train on a pruned model")
+    base: str = Field(description="base model that was pruned: a directory or a hub id")
+    output: Path = Field(description="directory to write")
+
+
+class MergeConfig(Section):
+    """merge: base and recovered adapter become one model."""
+
+    base: str = Field(description="full-precision base model: a directory or a hub id")
+    adapter: Path = Field(description="directory of a PEFT LoRA for the base")
+    output: Path = Field(description="directory to write")
+    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+
+
+class EvaluateConfig(Section):
+    """evaluate: perplexity, and exact match of generated answers."""
+
+    model: str = Field(description="base, pruned, aligned or merged model: a directory or hub id")
+    output: Path = Field(description="directory to write")
+    adapter: Path | None = Field(None, description="adapter to put on the model")
+    data: str | None = Field(
+        None, description="JSON lines as train takes: perplexity of the answers"
+    )
+    text: CorpusConfig | None = Field(None, description="plain text: perplexity of all of it")
+    limit: int | None = Field(None, ge=1, description="use the first rows only")
+    max_length: int = Field(512, ge=8, description="longer examples are cut on the right")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="as in train")
+    batch_size: int = Field(16, ge=1, description="examples in one forward")
+    exact_match: bool = Field(False, description="generate and compare with the answer")
+    max_new_tokens: int = Field(64, ge=1, description="longest generated answer")
+    precision: Precision = Field("bf16", description="of weights and activations")
+    max_failures: int = Field(3, ge=0, description="actor failures survived")
+    cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> EvaluateConfig:
+        if self.data is None and self.text is None:
+            raise ValueError("data or text must be given; name what to evaluate on")
+        if self.exact_match and self.data is None:
+            raise ValueError("exact_match needs data; give questions with their answers")
+        return self
+
+
+STAGES: dict[str, type[Section]] = {
+    "prune": PruneConfig,
+    "align": AlignConfig,
+    "train": TrainConfig,
+    "recover": RecoverConfig,
+    "merge": MergeConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+class RunConfig(Section):
+    """run: the sections of all stages, and what they share."""
+
+    base: str = Field(description="base model: a directory of safetensors or a hub id")
+    output: Path = Field(description="directory of the whole run")
+    ray: RayConfig = RayConfig()
+    prune: PruneConfig | None = None
+    align: AlignConfig | None = None
+    train: TrainConfig | None = None
+    recover: RecoverConfig | None = None
+    merge: MergeConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    compare: bool = Field(
+        False,
+        description="also train without alignment and on the full base, and evaluate each",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_paths(cls, data: Any) -> Any:
+        return fill_paths(data) if isinstance(data, dict) else data
+
+
+def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Give each section the paths that follow from the run's base, output and other sections."""
+    filled = dict(data)
+    if not isinstance(filled.get("base"), str) or not isinstance(filled.get("output"), str | Path):
+        return filled
+    base, root = filled["base"], Path(filled["output"])
+    aligned = root / ("aligned" if filled.get("align") is not None else "pruned")
+    derived: dict[str, dict[str, Any]] = {
+        "prune": {"base": base, "output": root / "pruned"},
+        "align": {"pruned": root / "pruned", "output": root / "aligned"},
+        "train": {"model": aligned, "output": root / "adapter_pruned"},
+        "recover": {"adapter": root / "adapter_pruned", "base": base, "output": root / "adapter"},
+        "merge": {"base": base, "adapter": root / "adapter", "output": root / "merged"},
+        "evaluate": {
+            "model": base,
+            "adapter": root / "adapter",
+            "output": root / "evaluation" / "loram",
+        },
+    }
+    for name, paths in derived.items():
+        section = filled.get(name)
+        if name in filled and section is None:
+            section = {}
+        if isinstance(section, Mapping):
+            filled[name] = {**paths, **section}
+    return filled
+
+
+def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply overrides.
+
+    Args:
+        config: a YAML file, or None to start from nothing.
+        overrides: ``dotted.key=value`` with a YAML value.
+
+    Raises:
+        LoramError: the file or an override cannot be read, or a value breaks a rule.
+    """
+    data = _read_yaml(Path(config)) if config is not None else {}
+    for override in overrides:
+        _apply(data, override)
+    return validate(RunConfig, data, source=str(config) if config is not None else "--set")
+
+
+def section_of(run: RunConfig, stage: str) -> Any:
+    """Return one stage's section.
+
+    Raises:
+        LoramError: the run file has none.
+    """
+    section = getattr(run, stage)
+    if section is None:
+        raise LoramError(f"{stage} must be a section of the config; add '{stage}:' to it")
+    return section
+
+
+def validate(model: type[Section], data: Mapping[str, Any], source: str) -> Any:
+    """Validate a dictionary, turning each broken rule into one clear line."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(model, entry) for entry in error.errors()]
+        raise LoramError("\n".join(f"{source}: {line}" for line in lines)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise LoramError(f"--config {path} does not exist; check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoramError(f"--config {path} cannot be read ({error}); check the file") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise LoramError(f"--config {path} is not valid YAML: {reason}; mend the line") from error
+    if not isinstance(data, dict):
+        raise LoramError(f"--config {path} must hold keys and values; see jobs/configs/demo.yaml")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise LoramError(f"--set must be key=value, got '{override}'; e.g. --set train.lora.r=16")
+    *parents, last = key.split(".")
+    node: Any = data
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LoramError(f"--set {key} has a value that is not YAML: {text}; quote it") from error
+
+
+def _describe(model: type[BaseModel], error: Any) -> str:
+    location = error["loc"]
+    key = ".".join(str(part) for part in location) or "the config"
+    value = error.get("input")
+    match error["type"]:
+        case "extra_forbidden":
+            known = _fields_at(model, location[:-1])
+            return f"{key} is not a known key{nearest(str(location[-1]), known)}"
+        case "missing":
+            return f"{key} must be given; add it to the config or pass --set {key}=…"
+        case "value_error":
+            prefix = f"{key}." if location else ""
+            return prefix + str(error["ctx"]["error"])
+    rule = error["msg"].removeprefix("Input should be ")
+    return f"{key} must be {rule}, got {value!r}; change the value"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the section at a location, for suggestions."""
+    current: type[BaseModel] = model
+    for part in location:
+        if not isinstance(part, str) or part not in current.model_fields:
+            continue
+        inner = section_type(current.model_fields[part].annotation)
+        if inner is not None:
+            current = inner
+    return list(current.model_fields)
+
+
+def section_type(annotation: Any) -> type[Section] | None:
+    """Return the section class in an annotation such as ``AlignConfig | None``, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = section_type(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,14 @@
+"""Configurations of pruned models for transformers; this file is saved beside the weights."""
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+class PrunedLlamaConfig(LlamaConfig):
+    """A Llama configuration with the shapes of the linears that pruning changed.
+
+    Attributes:
+        pruned_linears: ``{module path: [out_features, in_features]}``.
+    """
+
+    model_type = "loram_llama"
+    pruned_linears: dict[str, list[int]] | None = None

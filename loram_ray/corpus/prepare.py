@@ -1,0 +1,203 @@
+"""A corpus tokenised and packed once, by Ray Data, into Parquet with stable row ids.
+
+Each unit of the corpus becomes one Parquet file with a name, an order and a content of its own, so
+the result is the same however many tasks made it, and an interrupted preparation continues.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loram_ray.config import CorpusConfig
+from loram_ray.corpus.pack import pack, tokenise
+from loram_ray.corpus.read import (
+    BadRow,
+    Unit,
+    documents,
+    identify,
+    list_units,
+    refuse_bad_rows,
+)
+from loram_ray.errors import LoramError
+from loram_ray.manifest import StageDirectory, StageResult, hash_file, run_stage, write_json
+from loram_ray.modeling import load_tokenizer
+from loram_ray.progress import Reporter
+
+QUARANTINE_FILE = "quarantine.jsonl"
+ROWS_PER_GROUP = 256
+_UNIT_BITS = 32
+
+
+@dataclass(frozen=True)
+class UnitSummary:
+    """What one unit of a corpus became."""
+
+    index: int
+    sequences: int
+    tokens: int
+    documents: int
+    bad: int
+
+
+def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResult:
+    """Tokenise and pack a corpus with a model's tokenizer; reuse what is complete.
+
+    Ray must be initialised.
+
+    Args:
+        config: sources and sequence length.
+        model: model directory whose tokenizer is used.
+        output: directory to write.
+
+    Raises:
+        LoramError: no text, or more unreadable rows than the configured share.
+    """
+    units = list_units(config.sources)
+    if not units:
+        raise LoramError("align.corpus.sources must hold text, every file is empty; add some")
+    settings = {
+        "sources": identify(config.sources),
+        "sequence_length": config.sequence_length,
+        "max_bad_share": config.max_bad_share,
+    }
+    tokenizer = hash_file(model / "tokenizer.json") if (model / "tokenizer.json").exists() else ""
+    return run_stage(
+        output,
+        "corpus",
+        settings=settings,
+        parents={"tokenizer": tokenizer},
+        base_fingerprint="",
+        write=lambda target: _write(target, config, model, units),
+    )
+
+
+def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: list[Unit]) -> None:
+    summaries = _run_units(target.work, config.sequence_length, model, units)
+    bad = _collect_bad_rows(target.work, target.path / QUARANTINE_FILE)
+    total = sum(s.documents + s.bad for s in summaries)
+    refuse_bad_rows(bad, total, config.max_bad_share, "align.corpus.max_bad_share")
+    sequences = sum(s.sequences for s in summaries)
+    if sequences == 0:
+        raise LoramError("align.corpus.sources must hold text, no document was found; add some")
+    for unit in units:
+        name = _unit_file(unit.index)
+        os.link(target.work / name, target.path / name)  # a cut run finds its units again
+    target.details.update(
+        sequences=sequences,
+        tokens=sum(s.tokens for s in summaries),
+        documents=sum(s.documents for s in summaries),
+        bad_rows=len(bad),
+    )
+
+
+def _run_units(
+    work: Path, sequence_length: int, model: Path, units: list[Unit]
+) -> list[UnitSummary]:
+    """Prepare the units that an earlier attempt did not, spread over the cluster by Ray Data."""
+    import ray.data
+
+    pending = [asdict(u) for u in units if not (work / _summary_file(u.index)).exists()]
+    with Reporter("corpus", total=len(units), unit="unit") as reporter:
+        reporter.update(len(units) - len(pending), {})
+        if pending:
+            dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(
+                UnitPreparer,
+                fn_constructor_args=(str(work), sequence_length, str(model)),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=8),
+                num_cpus=1,
+            )
+            for batch in dataset.iter_batches(batch_size=None):
+                reporter.advance(len(batch["index"]))
+    loaded = [json.loads((work / _summary_file(u.index)).read_text()) for u in units]
+    return [UnitSummary(**summary) for summary in loaded]
+
+
+class UnitPreparer:
+    """Ray Data actor that holds the tokenizer and turns units into Parquet files.
+
+    Args:
+        work: directory for the files.
+        sequence_length: tokens in a sequence.
+        model: model directory whose tokenizer is used.
+    """
+
+    def __init__(self, work: str, sequence_length: int, model: str) -> None:
+        self._work = Path(work)
+        self._sequence_length = sequence_length
+        self._tokenizer = load_tokenizer(model)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Prepare one unit; the batch has the fields of `Unit`."""
+        unit = Unit(
+            index=int(batch["index"][0]),
+            path=str(batch["path"][0]),
+            field=str(batch["field"][0]),
+            start=int(batch["start"][0]),
+            end=int(batch["end"][0]),
+        )
+        summary = prepare_unit(unit, self._work, self._sequence_length, self._tokenizer)
+        return {"index": np.array([summary.index])}
+
+
+def prepare_unit(unit: Unit, work: Path, sequence_length: int, tokenizer: Any) -> UnitSummary:
+    """Tokenise and pack one unit into ``work``; the summary, written last, makes it complete."""
+    bad: list[BadRow] = []
+    count = 0
+
+    def good_documents():  # type: ignore[no-untyped-def]  # a generator of str
+        nonlocal count
+        for document in documents(unit):
+            if isinstance(document, BadRow):
+                bad.append(document)
+            else:
+                count += 1
+                yield document
+
+    tokens = tokenise(tokenizer, good_documents())
+    sequences, lengths = pack(tokens, sequence_length, tokenizer.eos_token_id)
+    row_ids = (unit.index << _UNIT_BITS) + np.arange(len(sequences), dtype=np.int64)
+    flat = pa.array(sequences.reshape(-1))
+    table = pa.table(
+        {
+            "row_id": row_ids,
+            "input_ids": pa.FixedSizeListArray.from_arrays(flat, sequence_length),
+            "length": lengths,
+        }
+    )
+    path = work / _unit_file(unit.index)
+    pq.write_table(table, path.with_suffix(".tmp"), row_group_size=ROWS_PER_GROUP)
+    path.with_suffix(".tmp").replace(path)
+    write_json(work / _bad_file(unit.index), [asdict(row) for row in bad])
+    summary = UnitSummary(unit.index, len(sequences), int(lengths.sum()), count, len(bad))
+    write_json(work / _summary_file(unit.index), asdict(summary))
+    return summary
+
+
+def _collect_bad_rows(work: Path, quarantine: Path) -> list[BadRow]:
+    rows = []
+    for path in sorted(work.glob("bad-*.json")):
+        rows += [BadRow(**entry) for entry in json.loads(path.read_text())]
+    if rows:
+        quarantine.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    return rows
+
+
+def _unit_file(index: int) -> str:
+    return f"unit-{index:06d}.parquet"
+
+
+def _summary_file(index: int) -> str:
+    return f"unit-{index:06d}.json"
+
+
+def _bad_file(index: int) -> str:
+    return f"bad-{index:06d}.json"

@@ -1,0 +1,221 @@
+"""Documents out of files: units of work, and the rows that cannot be read."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from pyarrow.lib import ArrowException
+
+from loram_ray.config import SourceConfig
+from loram_ray.errors import LoramError
+from loram_ray.progress import say
+
+_UNIT_BYTES = 8 * 2**20
+_SUFFIXES = (".jsonl", ".txt", ".parquet")
+_HASHED_ENDS = 2**16
+_NAMED_BAD_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a file that one task reads: a span of bytes, or a row group of Parquet.
+
+    Attributes:
+        index: position among all units of the corpus.
+        path: the file.
+        field: name of the text field.
+        start: first byte (a line belongs to the unit in which it starts), or the row group.
+        end: one past the last byte; unused for Parquet.
+    """
+
+    index: int
+    path: str
+    field: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be used.
+
+    Attributes:
+        place: ``file:line``.
+        reason: why.
+    """
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+def list_files(source: SourceConfig, key: str) -> list[Path]:
+    """Return a source's files, sorted.
+
+    Raises:
+        LoramError: there are none, or a kind of file that is not read.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
+    else:
+        files = sorted(Path(p) for p in glob.glob(source.path, recursive=True))
+    if not files:
+        raise LoramError(
+            f"{key} must name files of {', '.join(_SUFFIXES)}, {source.path} has none; check it"
+        )
+    for file in files:
+        if file.suffix not in _SUFFIXES:
+            raise LoramError(
+                f"{key} must name files of {', '.join(_SUFFIXES)}, got {file}; convert it"
+            )
+    return files
+
+
+def list_units(sources: Sequence[SourceConfig]) -> list[Unit]:
+    """Cut every file of a corpus into units, in a fixed order."""
+    units: list[Unit] = []
+    for number, source in enumerate(sources):
+        for file in list_files(source, f"align.corpus.sources.{number}.path"):
+            for start, end in _spans(file):
+                units.append(Unit(len(units), str(file), source.text_field, start, end))
+    return units
+
+
+def _spans(file: Path) -> list[tuple[int, int]]:
+    if file.suffix == ".parquet":
+        try:
+            return [(group, 0) for group in range(pq.ParquetFile(file).num_row_groups)]
+        except (ArrowException, OSError) as error:
+            raise LoramError(f"{file} is not a Parquet file ({error}); restore it") from error
+    size = file.stat().st_size
+    return [(s, min(s + _UNIT_BYTES, size)) for s in range(0, size, _UNIT_BYTES)]
+
+
+def identify(sources: Sequence[SourceConfig]) -> list[list[object]]:
+    """What tells one corpus from another: name, size and a hash of both ends of each file."""
+    found: list[list[object]] = []
+    for number, source in enumerate(sources):
+        for file in list_files(source, f"align.corpus.sources.{number}.path"):
+            size = file.stat().st_size
+            with open(file, "rb") as stream:
+                digest = hashlib.sha256(stream.read(_HASHED_ENDS))
+                stream.seek(max(0, size - _HASHED_ENDS))
+                digest.update(stream.read(_HASHED_ENDS))
+            found.append([file.name, size, source.text_field, digest.hexdigest()])
+    return found
+
+
+def documents(unit: Unit) -> Iterator[str | BadRow]:
+    """Yield the documents of a unit, and the rows that cannot be read."""
+    match Path(unit.path).suffix:
+        case ".parquet":
+            yield from _parquet_documents(unit)
+        case ".txt":
+            yield from _text_documents(unit)
+        case _:
+            for line, raw in lines_of(unit):
+                yield parse_document(raw, unit.field, f"{unit.path}:{line}")
+
+
+def lines_of(unit: Unit) -> Iterator[tuple[int, bytes]]:
+    """Yield number (from 1) and bytes of each line that starts in the unit."""
+    with open(unit.path, "rb") as file:
+        number = 1
+        if unit.start > 0:
+            number += _count_newlines(file, unit.start - 1)
+            file.seek(unit.start - 1)
+            file.readline()  # the rest of the line before, or just its newline
+            number += 1
+        while file.tell() < unit.end:
+            yield number, file.readline()
+            number += 1
+
+
+def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
+    """Return the text of one JSON line, or why there is none."""
+    row = parse_object(raw, place)
+    if isinstance(row, BadRow):
+        return row
+    text = row.get(field)
+    if not isinstance(text, str) or not text.strip():
+        return BadRow(place, f"field '{field}' holds no text")
+    return text
+
+
+def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
+    """Return the object of one JSON line, or why there is none."""
+    try:
+        row = json.loads(raw)
+    except ValueError as error:
+        return BadRow(place, f"not JSON ({error})")
+    return row if isinstance(row, dict) else BadRow(place, "not a JSON object")
+
+
+def refuse_bad_rows(bad: Sequence[BadRow], total: int, max_share: float, key: str) -> None:
+    """Say how many rows were skipped, or refuse when they are too many.
+
+    Args:
+        bad: rows that could not be used.
+        total: rows in all.
+        max_share: largest share of bad rows that is skipped.
+        key: the configuration key of ``max_share``.
+
+    Raises:
+        LoramError: the share is exceeded; the message names the first rows.
+    """
+    if not bad:
+        return
+    named = "; ".join(str(row) for row in bad[:_NAMED_BAD_ROWS])
+    more = f"; and {len(bad) - _NAMED_BAD_ROWS} more" if len(bad) > _NAMED_BAD_ROWS else ""
+    if len(bad) > max_share * total:
+        raise LoramError(
+            f"{key} must be at least the share of bad rows, got {max_share} with {len(bad)} bad of "
+            f"{total}: {named}{more}; mend the rows or raise it"
+        )
+    say("warning", f"skipped {len(bad)} bad rows of {total}: {named}{more}")
+
+
+def _text_documents(unit: Unit) -> Iterator[str | BadRow]:
+    lines = list(lines_of(unit))
+    if not lines:
+        return
+    try:
+        text = b"".join(raw for _, raw in lines).decode()
+    except UnicodeDecodeError as error:
+        yield BadRow(f"{unit.path}:{lines[0][0]}", f"not UTF-8 ({error})")
+        return
+    if text.strip():
+        yield text
+
+
+def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
+    file = pq.ParquetFile(unit.path)
+    if unit.field not in file.schema_arrow.names:
+        yield BadRow(f"{unit.path}:1", f"column '{unit.field}' is not there")
+        return
+    column = file.read_row_group(unit.start, columns=[unit.field])[unit.field]
+    for number, value in enumerate(column, start=1):
+        text = value.as_py()
+        if isinstance(text, str) and text.strip():
+            yield text
+        else:
+            yield BadRow(f"{unit.path}:group {unit.start} row {number}", "holds no text")
+
+
+def _count_newlines(file: object, end: int) -> int:
+    descriptor, count, position = file.fileno(), 0, 0  # type: ignore[attr-defined]
+    while position < end:
+        piece = os.pread(descriptor, min(2**20, end - position), position)
+        count += piece.count(b"\n")
+        position += len(piece)
+    return count

@@ -1,0 +1,19 @@
+"""The one exception type for what the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoramError(Exception):
+    """A mistake the user can mend, told in one line: the key, the rule, the value, the remedy.
+
+    The command prints it without a traceback and exits with code 2.
+    """
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the candidate closest to ``word``, or an empty string."""
+    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,114 @@
+"""Scoring a model on held-out data; runs inside the actor."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_ray.config import CorpusConfig, EvaluateConfig
+from loram_ray.corpus.examples import load_examples
+from loram_ray.corpus.pack import pack, tokenise
+from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
+from loram_ray.errors import LoramError
+from loram_ray.evaluation.scores import answer_likelihood, exact_matches, text_likelihood
+from loram_ray.modeling import load_model, load_tokenizer
+from loram_ray.progress import METRICS_FILE, MetricsLog
+from loram_ray.waiting import alone
+
+
+def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
+    """Compute the scores; runs inside the actor."""
+    with alone(work), torch.inference_mode():
+        started = time.perf_counter()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, config.precision, device)
+        scores: dict[str, float | int] = {
+            "model_parameters": sum(p.numel() for p in model.parameters()),
+            "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        }
+        causal_lm: Any = model
+        if config.adapter is not None:
+            import peft
+
+            causal_lm = peft.PeftModel.from_pretrained(model, str(config.adapter))
+            causal_lm = causal_lm.get_base_model()
+        causal_lm.eval()
+        log = _Progress(MetricsLog(work / METRICS_FILE))
+        if config.data is not None:
+            scores.update(_score_answers(causal_lm, tokenizer, config, log))
+        if config.text is not None:
+            scores.update(_score_text(causal_lm, tokenizer, config.text, config.batch_size, log))
+        return {**scores, "seconds": time.perf_counter() - started}
+
+
+class _Progress:
+    """Counts rows done and writes them where the driver looks."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self._log = log
+        self._done = 0
+        self.total = 0
+
+    def advance(self, rows: int) -> None:
+        self._done += rows
+        self._log.write(self._done, total=self.total)
+
+
+def _score_answers(
+    model: Any, tokenizer: Any, config: EvaluateConfig, log: _Progress
+) -> dict[str, float | int]:
+    assert config.data is not None
+    rows = list(
+        load_examples(
+            tokenizer,
+            config.data,
+            config.max_length,
+            config.max_bad_share,
+            "evaluate",
+            config.limit,
+        )
+    )
+    log.total += len(rows) * (2 if config.exact_match else 1)
+    examples = [example for _, example in rows]
+    likelihood = answer_likelihood(
+        model, examples, tokenizer.eos_token_id, config.batch_size, log.advance
+    )
+    scores: dict[str, float | int] = {
+        "answer_perplexity": likelihood.perplexity,
+        "answer_tokens": likelihood.tokens,
+        "examples": len(rows),
+    }
+    if config.exact_match:
+        asked = [conversation for conversation, _ in rows]
+        matches = exact_matches(
+            model, tokenizer, asked, config.batch_size, config.max_new_tokens, log.advance
+        )
+        scores["exact_match"] = matches / len(rows)
+    return scores
+
+
+def _score_text(
+    model: Any, tokenizer: Any, corpus: CorpusConfig, batch_size: int, log: _Progress
+) -> dict[str, float | int]:
+    read = [document for unit in list_units(corpus.sources) for document in documents(unit)]
+    bad = [row for row in read if isinstance(row, BadRow)]
+    refuse_bad_rows(bad, len(read), corpus.max_bad_share, "evaluate.text.max_bad_share")
+    texts = (document for document in read if isinstance(document, str))
+    sequences, lengths = pack(
+        tokenise(tokenizer, texts), corpus.sequence_length, tokenizer.eos_token_id
+    )
+    if not len(sequences):
+        raise LoramError("evaluate.text.sources must hold text, no document was found; add some")
+    log.total += len(sequences)
+    likelihood = text_likelihood(
+        model,
+        torch.from_numpy(sequences).long(),
+        torch.from_numpy(lengths).long(),
+        batch_size,
+        log.advance,
+    )
+    return {"text_perplexity": likelihood.perplexity, "text_tokens": likelihood.tokens}

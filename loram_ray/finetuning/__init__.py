@@ -1,0 +1,1 @@
+"""Fine-tuning: LoRA on a frozen pruned, aligned or base model."""

@@ -1,0 +1,165 @@
+"""Loading and describing base and pruned models.
+
+The pruned classes themselves are in `modeling_pruned`, which is copied beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from loram_ray import configuration_pruned, modeling_pruned
+from loram_ray.architectures import Architecture, architecture_of
+from loram_ray.errors import LoramError
+from loram_ray.manifest import read_model_config
+from loram_ray.plan import PruningPlan
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_CONFIGURATION_FILE = Path(configuration_pruned.__file__)
+_MODELING_FILE = Path(modeling_pruned.__file__)
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def resolve_base(base: str | Path) -> Path:
+    """Return the directory of a base model, downloading a hub id once into the hub's cache.
+
+    Raises:
+        LoramError: neither a directory nor a model that the hub has and this machine may read.
+    """
+    path = Path(base)
+    if path.is_dir():
+        return path
+    text = str(base)
+    if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
+        raise LoramError(f"base must be a model directory or a hub id, {base} is neither; check it")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*", "LICENSE*"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoramError(
+            f"base {base} is no directory here and could not be had from the hub ({reason}); "
+            "check the name, the network and HF_TOKEN"
+        ) from error
+
+
+def family_of(directory: Path | str) -> Architecture:
+    """Return the family of a base, pruned or aligned model directory.
+
+    Raises:
+        LoramError: no ``config.json``, or a family that is not supported.
+    """
+    model_type = read_model_config(directory).get("model_type")
+    return architecture_of(stock_model_type(model_type))
+
+
+def stock_model_type(model_type: str | None) -> str | None:
+    """``llama`` for both ``llama`` and ``loram_llama``."""
+    return model_type.removeprefix("loram_") if model_type else model_type
+
+
+def pruned_config(
+    base_config: dict[str, Any], plan: PruningPlan, linear_shapes: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Configuration of a pruned model: the base's, the changed shapes, and where its classes are.
+
+    Args:
+        base_config: the base's ``config.json``.
+        plan: what was kept.
+        linear_shapes: ``[out, in]`` of each linear that pruning changed.
+    """
+    family = plan.architecture
+    return {
+        **base_config,
+        "model_type": f"loram_{plan.model_type}",
+        "architectures": [family.pruned_model],
+        "auto_map": {
+            "AutoConfig": f"{_CONFIGURATION_FILE.stem}.{family.pruned_config}",
+            "AutoModelForCausalLM": f"{_MODELING_FILE.stem}.{family.pruned_model}",
+        },
+        "pruned_linears": {name: list(shape) for name, shape in linear_shapes.items()},
+    }
+
+
+def write_model_files(
+    source: Path, target: Path, config: dict[str, Any], plan: PruningPlan | None
+) -> None:
+    """Write all of a model directory but its weights: config, tokenizer, plan, modelling code.
+
+    Args:
+        source: model directory whose tokenizer files are copied.
+        target: directory to write into.
+        config: content of ``config.json``.
+        plan: the plan of a pruned model, or None for a model of stock shapes.
+    """
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+    if plan is not None:
+        plan.save(target)
+        for file in (_CONFIGURATION_FILE, _MODELING_FILE):
+            shutil.copyfile(file, target / file.name)
+
+
+def load_model(
+    directory: Path | str, precision: str = "bf16", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a base, pruned, aligned or merged model directory.
+
+    Args:
+        directory: the model.
+        precision: ``bf16`` or ``fp32``.
+        device: where its weights go.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=DTYPES[precision], device_map={"": device}
+    )
+    return model
+
+
+def load_pruned(directory: Path | str, precision: str = "bf16") -> PreTrainedModel:
+    """Load a pruned or aligned model as an ordinary `PreTrainedModel`.
+
+    Args:
+        directory: written by prune or align.
+        precision: ``bf16`` or ``fp32``.
+
+    Raises:
+        LoramError: the directory holds no pruning plan.
+    """
+    PruningPlan.load(directory)
+    return load_model(directory, precision)
+
+
+def load_tokenizer(directory: Path | str) -> Any:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        LoramError: there is none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoramError(
+            f"{directory} has no tokenizer that transformers can load ({reason}); copy the base's "
+            "tokenizer files into it"
+        ) from error

@@ -1,0 +1,151 @@
+"""Progress on long work: a bar on a terminal, a line now and then elsewhere, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+_LINE_EVERY_SECONDS = 5.0
+
+
+class Reporter:
+    """Shows how far a stage is, on standard error.
+
+    Args:
+        stage: name shown.
+        total: amount of work.
+        unit: of the amount: ``step``, ``example`` or ``B`` (bytes).
+    """
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self._stage, self._total, self._unit = stage, max(total, 1), unit
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+        self._first_done: int | None = None
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                TextColumn("{task.fields[amount]}  {task.fields[metrics]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(stage, total=self._total, amount="", metrics="")
+
+    def __enter__(self) -> Reporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, exc_type: object, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif exc_type is None and self._last_line > self._started:
+            self._line("done")
+
+    def advance(self, amount: int) -> None:
+        """Add to the work done."""
+        self.update(self._done + amount, {})
+
+    def update(self, done: int, metrics: dict[str, Any]) -> None:
+        """Set the work done and the measurements shown beside it; ``total`` sets the total."""
+        self._done = done
+        metrics = dict(metrics)
+        self._total = metrics.pop("total", self._total)
+        if self._first_done is None:
+            self._first_done = done
+            self._started_first = time.monotonic()
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in metrics.items())
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=done, total=self._total, amount=self._amount(), metrics=shown
+            )
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+            self._line(f"{shown}  {self._time_left()}")
+
+    def _amount(self) -> str:
+        if self._unit == "B":
+            return f"{self._done / 1e6:,.0f}/{self._total / 1e6:,.0f} MB"
+        return f"{self._unit} {self._done:,}/{self._total:,}"
+
+    def _time_left(self) -> str:
+        advanced = self._done - (self._first_done or 0)
+        if advanced <= 0:
+            return ""
+        seconds = (time.monotonic() - self._started_first) / advanced * (self._total - self._done)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        print(f"{self._stage:<10} {self._amount()}  {text}", file=sys.stderr, flush=True)
+
+
+def say(stage: str, text: str) -> None:
+    """Print one line about a stage on standard error."""
+    print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
+
+
+class MetricsLog:
+    """Appends one JSON object a step to ``metrics.jsonl``; a resumed run continues it.
+
+    Args:
+        path: the file.
+        resume_at: steps already done; later lines of an earlier attempt are dropped.
+    """
+
+    def __init__(self, path: Path, resume_at: int = 0) -> None:
+        kept = [line for line in _read_lines(path) if line["step"] <= resume_at]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sibling = path.with_name(f".{path.name}.{os.getpid()}")
+        sibling.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        sibling.replace(path)
+        self._path = path
+
+    def write(self, step: int, **metrics: float | str) -> None:
+        """Append the measurements of a step."""
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def follow(reporter: Reporter, path: Path, finished: Callable[[float], bool]) -> None:
+    """Show the newest line of ``metrics.jsonl`` until ``finished`` says so.
+
+    Args:
+        reporter: where to show it.
+        path: the file that a worker appends to.
+        finished: waits up to the given seconds; True ends the following.
+    """
+    while not finished(0.5):
+        lines = _read_lines(path)
+        if lines:
+            newest = dict(lines[-1])
+            reporter.update(newest.pop("step"), newest)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a killed writer
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,131 @@
+"""The align stage: corpus and pruned model in, aligned model out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from loram_ray.alignment.loop import HASHES_FILE, LoopSettings, train_loop
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.config import AlignConfig, RayConfig
+from loram_ray.corpus.prepare import prepare_corpus
+from loram_ray.errors import LoramError
+from loram_ray.manifest import (
+    StageDirectory,
+    StageResult,
+    read_model_config,
+    require_stage,
+    run_stage,
+)
+from loram_ray.modeling import write_model_files
+from loram_ray.plan import PruningPlan
+from loram_ray.progress import METRICS_FILE, Reporter, follow
+
+_NOT_IN_IDENTITY = {"pruned", "output", "cpus_per_worker", "max_failures", "checkpoint_every"}
+
+
+def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResult:
+    """Align a pruned model by continual pre-training (LoRAM, step 2).
+
+    The corpus is tokenised and packed once beside the output. Training continues from the last
+    checkpoint when the stage is started again, or when workers die.
+
+    Raises:
+        LoramError: not a pruned model, no text, a cluster too small, a loss that is not finite.
+    """
+    manifest = require_stage(config.pruned, ("prune", "align"), "align.pruned")
+    config = config.model_copy(
+        update={"pruned": config.pruned.resolve(), "output": config.output.resolve()}
+    )
+    _require_sequence_fits(config)
+    with ray_session(ray_config or RayConfig(), cpus=config.workers * config.cpus_per_worker):
+        require_resources(
+            config.workers, config.cpus_per_worker, gpus_per_worker(), "align.workers"
+        )
+        corpus_output = config.output.with_name(f"{config.output.name}_corpus")
+        corpus = prepare_corpus(config.corpus, config.pruned, corpus_output)
+        return run_stage(
+            config.output,
+            "align",
+            settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY | {"corpus"}),
+            parents={"pruned": manifest.digest, "corpus": corpus.manifest.digest},
+            base_fingerprint=manifest.base_fingerprint,
+            write=lambda target: _write(target, config, corpus),
+        )
+
+
+def _require_sequence_fits(config: AlignConfig) -> None:
+    limit = read_model_config(config.pruned).get("max_position_embeddings")
+    if limit is not None and config.corpus.sequence_length > limit:
+        raise LoramError(
+            f"align.corpus.sequence_length must be at most {limit} (the model's positions), got "
+            f"{config.corpus.sequence_length}; lower it"
+        )
+
+
+def _write(target: StageDirectory, config: AlignConfig, corpus: StageResult) -> None:
+    plan = PruningPlan.load(config.pruned)
+    loop = LoopSettings(config, corpus.output, target.work, target.path)
+    _fit(config, loop)
+    target.hashes.update(json.loads((target.work / HASHES_FILE).read_text()))
+    write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
+    (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
+    target.details.update(
+        steps=config.steps,
+        tokens=config.steps * config.batch_size * config.corpus.sequence_length,
+        corpus=corpus.manifest.details,
+    )
+
+
+def _fit(config: AlignConfig, loop: LoopSettings) -> None:
+    """Run Ray Train until the last step, showing the workers' metrics meanwhile."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    gpus = gpus_per_worker()
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"loop": loop},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=str(loop.work),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={
+                "env_vars": {
+                    "OMP_NUM_THREADS": str(config.cpus_per_worker),
+                    "TOKENIZERS_PARALLELISM": "false",
+                }
+            },
+        ),
+    )
+    ended = threading.Event()
+    with Reporter("align", total=config.steps, unit="step") as reporter:
+        watcher = threading.Thread(
+            target=follow, args=(reporter, Path(loop.work) / METRICS_FILE, ended.wait)
+        )
+        watcher.start()
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _translated(error) from error
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _translated(error: Exception) -> Exception:
+    """Return the workers' own message for what the user can mend, else the error as it is."""
+    failures: dict[int, Any] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
+        if isinstance(cause, LoramError):
+            return LoramError(str(cause))
+    return error

@@ -1,0 +1,139 @@
+"""The merge stage: base and adapter in, a full-precision model out."""
+
+from __future__ import annotations
+
+import torch
+
+from loram_ray.adapter import Adapter, tensor_name
+from loram_ray.architectures import Architecture
+from loram_ray.config import MergeConfig
+from loram_ray.errors import LoramError
+from loram_ray.manifest import (
+    StageDirectory,
+    StageResult,
+    digest_of,
+    fingerprint,
+    hash_file,
+    read_manifest,
+    read_model_config,
+    require_space,
+    require_stage,
+    run_stage,
+)
+from loram_ray.modeling import family_of, resolve_base, write_model_files
+from loram_ray.plan import PLAN_FILE
+from loram_ray.progress import Reporter
+from loram_ray.recovery import merged_weight
+from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+
+
+def merge(config: MergeConfig) -> StageResult:
+    """Merge a LoRA into its base, tensor by tensor; the sum is formed in float32.
+
+    Raises:
+        LoramError: an adapter of another base, or a base that is quantised or damaged.
+    """
+    base = resolve_base(config.base)
+    family = family_of(base)
+    if read_model_config(base).get("quantization_config"):
+        raise LoramError(
+            f"merge.base must be in full precision, {base} is quantised; merging would round"
+        )
+    with Checkpoint(base) as checkpoint, Adapter(config.adapter, "merge.adapter") as adapter:
+        identity = fingerprint(checkpoint)
+        _require_base(adapter, identity, config.base)
+        targets = {_stored_name(m, checkpoint, family): m for m in adapter.modules}
+        for name, module in targets.items():
+            _require_shapes(adapter, module, checkpoint.specs[name])
+        return run_stage(
+            config.output,
+            "merge",
+            settings={"max_shard_bytes": config.max_shard_bytes},
+            parents={"base": identity, "adapter": _digest(adapter)},
+            base_fingerprint=identity,
+            write=lambda target: _write(
+                target, checkpoint, adapter, targets, family, config.max_shard_bytes
+            ),
+        )
+
+
+def _require_base(adapter: Adapter, identity: str, base: str) -> None:
+    """Refuse an adapter whose manifest names another base, or that was not recovered."""
+    manifest = read_manifest(adapter.directory)
+    if manifest is None:
+        return
+    require_stage(adapter.directory, ("recover", "train"), "merge.adapter")
+    if (adapter.directory / PLAN_FILE).exists():
+        raise LoramError(
+            f"merge.adapter {adapter.directory} has pruned shapes; run loram recover first"
+        )
+    if manifest.base_fingerprint != identity:
+        raise LoramError(
+            f"merge.base {base} has fingerprint {identity[:12]}, the adapter was made for "
+            f"{manifest.base_fingerprint[:12]}; use the base that was pruned"
+        )
+
+
+def _stored_name(module: str, checkpoint: Checkpoint, family: Architecture) -> str:
+    """Name of the tensor that a module's delta is added to, or that a tied head starts from."""
+    name = f"{module}.weight"
+    if name not in checkpoint.location and module == family.output_head:
+        name = f"{family.embeddings}.weight"
+    if name not in checkpoint.location:
+        raise LoramError(f"merge.adapter adapts {module}, the base has no such module; check it")
+    return name
+
+
+def _require_shapes(adapter: Adapter, module: str, spec: TensorSpec) -> None:
+    rows = adapter.file.specs[tensor_name(module, "B")].shape[0]
+    columns = adapter.file.specs[tensor_name(module, "A")].shape[1]
+    if (rows, columns) != spec.shape:
+        raise LoramError(
+            f"merge.adapter changes {module} by {rows} x {columns}, the base has "
+            f"{' x '.join(map(str, spec.shape))}; run loram recover first or use its base"
+        )
+
+
+def _write(
+    target: StageDirectory,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    targets: dict[str, str],
+    family: Architecture,
+    max_shard_bytes: int,
+) -> None:
+    specs = checkpoint.specs
+    config = read_model_config(checkpoint.directory)
+    head, embeddings = f"{family.output_head}.weight", f"{family.embeddings}.weight"
+    untied = targets.get(embeddings) == family.output_head
+    if untied:  # the head changes and the embedding does not: they cannot share a tensor any more
+        specs[head] = specs[embeddings]
+        targets = {head if name == embeddings else name: m for name, m in targets.items()}
+        config["tie_word_embeddings"] = False
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    require_space(target.path, nbytes)
+    write_model_files(checkpoint.directory, target.path, config, plan=None)
+    with (
+        Reporter("merge", total=nbytes, unit="B") as reporter,
+        CheckpointWriter(target.path, specs, max_shard_bytes) as writer,
+    ):
+        for name, spec in specs.items():
+            tensor = checkpoint.read(embeddings if untied and name == head else name)
+            module = targets.get(name)
+            if module is not None:
+                tensor = merged_weight(tensor, *_matrices(adapter, module), adapter.scale(module))
+            writer.write(name, tensor)
+            reporter.advance(spec.nbytes)
+    target.hashes.update(writer.hashes)
+    target.details.update(merged_modules=len(targets), bytes=nbytes)
+
+
+def _matrices(adapter: Adapter, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        adapter.file.read(tensor_name(module, "A")),
+        adapter.file.read(tensor_name(module, "B")),
+    )
+
+
+def _digest(adapter: Adapter) -> str:
+    return digest_of([adapter.config, hash_file(adapter.file.path)])

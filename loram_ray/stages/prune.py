@@ -1,0 +1,82 @@
+"""The prune stage: base weights stream in, kept rows and columns stream out."""
+
+from __future__ import annotations
+
+from loram_ray.config import PruneConfig
+from loram_ray.errors import LoramError
+from loram_ray.manifest import (
+    StageDirectory,
+    StageResult,
+    fingerprint,
+    read_model_config,
+    require_space,
+    run_stage,
+)
+from loram_ray.modeling import family_of, pruned_config, resolve_base, write_model_files
+from loram_ray.plan import PruningPlan
+from loram_ray.progress import Reporter
+from loram_ray.pruning.random import layer_range, random_plan
+from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+
+
+def prune(config: PruneConfig) -> StageResult:
+    """Prune a base model into a directory that holds the pruned model and its plan.
+
+    One tensor is in memory at a time, whatever the depth of the model.
+
+    Raises:
+        LoramError: an unsupported or damaged base, a ratio or layer range that the model cannot
+            take, an output that holds something else, a full disk.
+    """
+    base = resolve_base(config.base)
+    family = family_of(base)
+    if read_model_config(base).get("pruned_linears") is not None:
+        raise LoramError(f"prune.base must be a model that is not pruned, {base} is; give its base")
+    geometry = family.geometry(read_model_config(base))
+    layers = layer_range(config.layers, geometry.num_layers)
+    with Checkpoint(base) as checkpoint:
+        identity = fingerprint(checkpoint)
+        plan = random_plan(family, geometry, config.ratio, layers, config.seed, identity)
+        return run_stage(
+            config.output,
+            "prune",
+            settings=config.model_dump(mode="json", exclude={"base", "output"}),
+            parents={"base": identity},
+            base_fingerprint=identity,
+            write=lambda target: _write(target, checkpoint, plan, config.max_shard_bytes),
+        )
+
+
+def _write(
+    target: StageDirectory, checkpoint: Checkpoint, plan: PruningPlan, max_shard_bytes: int
+) -> None:
+    base_specs = checkpoint.specs
+    specs = {name: _pruned_spec(plan, name, spec) for name, spec in base_specs.items()}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    require_space(target.path, nbytes)
+    base_config = read_model_config(checkpoint.directory)
+    config = pruned_config(base_config, plan, plan.linear_shapes(base_specs))
+    write_model_files(checkpoint.directory, target.path, config, plan)
+    with (
+        Reporter("prune", total=checkpoint.nbytes, unit="B") as reporter,
+        CheckpointWriter(target.path, specs, max_shard_bytes) as writer,
+    ):
+        for name, tensor in checkpoint:
+            writer.write(name, plan.select(name, tensor))
+            reporter.advance(tensor.nbytes)
+    target.hashes.update(writer.hashes)
+    target.details.update(
+        base_parameters=sum(_numel(spec) for spec in base_specs.values()),
+        parameters=sum(_numel(spec) for spec in specs.values()),
+        base_bytes=checkpoint.nbytes,
+        bytes=nbytes,
+        plan=plan.digest,
+    )
+
+
+def _pruned_spec(plan: PruningPlan, name: str, spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(plan.pruned_shape(name.rpartition(".")[0], spec.shape), spec.dtype)
+
+
+def _numel(spec: TensorSpec) -> int:
+    return spec.nbytes // spec.dtype.itemsize

@@ -1,0 +1,121 @@
+"""The recover stage: a pruned adapter in, an adapter of the base out."""
+
+from __future__ import annotations
+
+import json
+
+from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name
+from loram_ray.config import RecoverConfig
+from loram_ray.errors import LoramError
+from loram_ray.manifest import (
+    StageDirectory,
+    StageResult,
+    fingerprint,
+    require_space,
+    require_stage,
+    run_stage,
+)
+from loram_ray.modeling import resolve_base
+from loram_ray.plan import PruningPlan
+from loram_ray.progress import Reporter
+from loram_ray.recovery import is_scattered, recover_tensor
+from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
+
+
+def recover(config: RecoverConfig) -> StageResult:
+    """Carry a pruned adapter to the base; the result is a plain PEFT LoRA for it.
+
+    The base's weights are not loaded: its fingerprint and shapes are read.
+
+    Raises:
+        LoramError: an adapter that is not of this base, or that recovery cannot express.
+    """
+    manifest = require_stage(config.adapter, ("train",), "recover.adapter")
+    plan = PruningPlan.load(config.adapter)
+    base = resolve_base(config.base)
+    with Checkpoint(base) as checkpoint:
+        plan.require_base(fingerprint(checkpoint), f"recover.base {config.base}")
+        base_specs = checkpoint.specs
+    with Adapter(config.adapter, "recover.adapter") as adapter:
+        specs = {
+            name: _recovered_spec(adapter, name, spec, plan, base_specs)
+            for name, spec in adapter.file.specs.items()
+        }
+        return run_stage(
+            config.output,
+            "recover",
+            settings={"base": config.base},
+            parents={"adapter": manifest.digest, "base": plan.base_fingerprint},
+            base_fingerprint=plan.base_fingerprint,
+            write=lambda target: _write(target, adapter, plan, specs, config.base),
+        )
+
+
+def _recovered_spec(
+    adapter: Adapter,
+    name: str,
+    spec: TensorSpec,
+    plan: PruningPlan,
+    base_specs: dict[str, TensorSpec],
+) -> TensorSpec:
+    """Shape of a recovered tensor, after checking it against the plan and the base."""
+    module, side = split_name(name, adapter.directory)
+    kept = plan.kept(module)
+    axis = 0 if side == "B" else 1
+    shape = list(spec.shape)
+    if is_scattered(side, kept):
+        assert kept is not None
+        expected, shape[axis] = len(kept.index), kept.full_size
+    else:
+        expected = _base_weight(module, plan, base_specs).shape[axis]
+    if spec.shape[axis] != expected:
+        raise LoramError(
+            f"{adapter.directory} has {tuple(spec.shape)} for lora_{side} of {module}, its plan "
+            f"and the base expect {expected} along dimension {axis}; use the plan and the base "
+            "that it was trained under"
+        )
+    return TensorSpec(tuple(shape), spec.dtype)
+
+
+def _base_weight(module: str, plan: PruningPlan, base_specs: dict[str, TensorSpec]) -> TensorSpec:
+    """The base's weight of a module; a tied output head has the embedding's."""
+    family = plan.architecture
+    for name in (module, family.embeddings if module == family.output_head else module):
+        if f"{name}.weight" in base_specs:
+            return base_specs[f"{name}.weight"]
+    raise LoramError(f"the adapter adapts {module}, the base has no such module; check the base")
+
+
+def _write(
+    target: StageDirectory,
+    adapter: Adapter,
+    plan: PruningPlan,
+    specs: dict[str, TensorSpec],
+    base: str,
+) -> None:
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    require_space(target.path, nbytes)
+    writer = TensorWriter(target.path / ADAPTER_FILE, specs)
+    try:
+        with Reporter("recover", total=nbytes, unit="B") as reporter:
+            for name, spec in specs.items():
+                module, side = split_name(name, adapter.directory)
+                tensor = adapter.file.read(name)
+                writer.write(name, recover_tensor(tensor, side, plan.kept(module)))
+                reporter.advance(spec.nbytes)
+        target.hashes[ADAPTER_FILE] = writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    config = {
+        **adapter.config,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "auto_mapping": None,
+    }
+    (target.path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    target.details.update(
+        parameters=sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values()),
+        trained_parameters=sum(s.nbytes // s.dtype.itemsize for s in adapter.file.specs.values()),
+        modules=len(adapter.modules),
+    )

@@ -1,0 +1,225 @@
+"""The run: every stage of one configuration in order, and a comparison at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loram_ray.cluster import ray_session
+from loram_ray.config import (
+    AlignConfig,
+    EvaluateConfig,
+    MergeConfig,
+    PruneConfig,
+    RecoverConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
+from loram_ray.errors import LoramError
+from loram_ray.manifest import StageResult, write_json
+from loram_ray.progress import say
+from loram_ray.stages.align import align
+from loram_ray.stages.evaluate import evaluate
+from loram_ray.stages.merge import merge
+from loram_ray.stages.prune import prune
+from loram_ray.stages.recover import recover
+from loram_ray.stages.train import train
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run: its name in the run, and its configuration."""
+
+    name: str
+    config: Section
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the comparison.
+
+    Attributes:
+        name: what is compared.
+        evaluation: name of the step that scored it.
+        training: name of the step that trained its adapter, or None.
+    """
+
+    name: str
+    evaluation: str
+    training: str | None = None
+
+
+@dataclass
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        output: directory of the run.
+        stages: details of each step, by name, with ``seconds`` and ``skipped``.
+        rows: the comparison, best read with `table`.
+    """
+
+    output: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(config: RunConfig) -> RunResult:
+    """Run every configured stage, skipping what is complete and resuming what is not.
+
+    Raises:
+        LoramError: as the stages do.
+    """
+    steps, rows = plan_steps(config)
+    if not steps:
+        raise LoramError("the config must have at least one stage; add 'prune:' to it")
+    result = RunResult(config.output)
+    cpus = config.align.workers * config.align.cpus_per_worker if config.align else 1
+    with ray_session(config.ray, cpus):
+        for number, step in enumerate(steps, start=1):
+            say("run", f"[{number}/{len(steps)}] {step.name}")
+            started = time.perf_counter()
+            stage = _call(step.config, config)
+            seconds = time.perf_counter() - started
+            say("run", _summary(step.name, stage, seconds))
+            result.stages[step.name] = {
+                "output": str(stage.output),
+                "skipped": stage.skipped,
+                "seconds": seconds,
+                "details": stage.manifest.details,
+            }
+    result.rows = [_row(row, result.stages) for row in rows]
+    write_json(config.output / RESULTS_FILE, {"stages": result.stages, "rows": result.rows})
+    return result
+
+
+def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
+    """Return the steps of a run in order, and the comparison made from them."""
+    steps = [
+        Step(name, section)
+        for name in ("prune", "align", "train", "recover", "merge")
+        if (section := getattr(config, name)) is not None
+    ]
+    rows: list[Row] = []
+    if config.compare:
+        steps += list(_comparison_trainings(config))
+    if config.evaluate is not None:
+        for row, evaluation in _evaluations(config, config.evaluate):
+            steps.append(Step(row.evaluation, evaluation))
+            rows.append(row)
+    return steps, rows
+
+
+def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
+    """LoRAM without alignment, and LoRA on the full base, on the same data."""
+    if config.train is None or config.prune is None or config.recover is None:
+        raise LoramError("compare needs the sections prune, train and recover; add them")
+    root = config.output / "compare"
+    if config.align is not None:
+        unaligned = {"model": config.prune.output, "output": root / "adapter_pruned_unaligned"}
+        yield Step("train without alignment", config.train.model_copy(update=unaligned))
+        recovered = {"adapter": unaligned["output"], "output": root / "adapter_unaligned"}
+        yield Step("recover without alignment", config.recover.model_copy(update=recovered))
+    full = {"model": Path(config.base), "output": root / "adapter_full"}
+    yield Step("train on the full base", config.train.model_copy(update=full))
+
+
+def _evaluations(
+    config: RunConfig, evaluate: EvaluateConfig
+) -> Iterator[tuple[Row, EvaluateConfig]]:
+    root = config.output / "evaluation"
+
+    def scored(
+        name: str, folder: str, model: str | Path, adapter: Path | None, training: str | None
+    ) -> tuple[Row, EvaluateConfig]:
+        update = {"model": str(model), "adapter": adapter, "output": root / folder}
+        row = Row(name, f"evaluate {name}", training)
+        return row, evaluate.model_copy(update=update)
+
+    if config.compare:
+        compared = config.output / "compare"
+        assert config.prune is not None
+        yield scored("full base, untouched", "base", config.base, None, None)
+        yield scored("pruned model, as it is", "pruned", config.prune.output, None, None)
+        if config.align is not None:
+            yield scored(
+                "LoRAM without alignment",
+                "unaligned",
+                config.base,
+                compared / "adapter_unaligned",
+                "train without alignment",
+            )
+    yield (
+        Row("LoRAM", "evaluate LoRAM", "train" if config.train else None),
+        evaluate,
+    )
+    if config.compare:
+        yield scored(
+            "LoRA on the full base",
+            "full",
+            config.base,
+            compared / "adapter_full",
+            "train on the full base",
+        )
+
+
+def _call(section: Section, config: RunConfig) -> StageResult:
+    match section:
+        case PruneConfig():
+            return prune(section)
+        case AlignConfig():
+            return align(section, config.ray)
+        case TrainConfig():
+            return train(section, config.ray)
+        case RecoverConfig():
+            return recover(section)
+        case MergeConfig():
+            return merge(section)
+        case EvaluateConfig():
+            return evaluate(section, config.ray)
+    raise TypeError(f"no stage takes {type(section).__name__}")
+
+
+def _summary(name: str, stage: StageResult, seconds: float) -> str:
+    if stage.skipped:
+        return f"{name}: complete before, skipped ({stage.output})"
+    return f"{name}: done in {seconds:.0f} s ({stage.output})"
+
+
+def _row(row: Row, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One line of the comparison, from what the steps measured."""
+    scores = stages[row.evaluation]["details"]
+    training = stages[row.training]["details"] if row.training else {}
+    return {
+        "name": row.name,
+        **{
+            key: scores[key]
+            for key in ("answer_perplexity", "text_perplexity", "exact_match")
+            if key in scores
+        },
+        "trained_parameters": training.get("trained_parameters"),
+        "model_parameters": training.get("model_parameters", scores["model_parameters"]),
+        "model_bytes": training.get("model_bytes", scores["model_bytes"]),
+        "train_seconds": training.get("seconds"),
+    }
+
+
+def gain_kept(rows: list[dict[str, Any]], metric: str = "answer_perplexity") -> float | None:
+    """LoRAM's gain over the untouched base as a share of full LoRA's, in log-perplexity.
+
+    None where a row is missing or full LoRA gained nothing.
+    """
+    import math
+
+    found = {row["name"]: row.get(metric) for row in rows}
+    base, loram = found.get("full base, untouched"), found.get("LoRAM")
+    full = found.get("LoRA on the full base")
+    if base is None or loram is None or full is None or full >= base:
+        return None
+    return (math.log(base) - math.log(loram)) / (math.log(base) - math.log(full))

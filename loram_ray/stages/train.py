@@ -1,0 +1,68 @@
+"""The train stage: a model and examples in, an adapter out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
+from loram_ray.config import RayConfig, SourceConfig, TrainConfig
+from loram_ray.corpus.read import list_files
+from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
+from loram_ray.manifest import (
+    StageDirectory,
+    StageResult,
+    digest_of,
+    hash_file,
+    identify_model,
+    run_stage,
+)
+from loram_ray.modeling import family_of
+from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.progress import METRICS_FILE, Reporter, follow
+
+_NOT_IN_IDENTITY = {"model", "output", "data", "cpus", "max_failures", "checkpoint_every"}
+
+
+def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResult:
+    """Train a LoRA on a frozen model (LoRAM, step 3), in a Ray actor with a GPU where there is one.
+
+    The output is a standard PEFT directory with the model's shapes; trained on a pruned model it
+    holds the pruning plan too. Training continues from its last checkpoint.
+
+    Raises:
+        LoramError: not a model, no usable example, a cluster too small, a loss that is not finite.
+    """
+    family_of(config.model)
+    files = list_files(SourceConfig(path=config.data), "train.data")
+    data_digest = digest_of([hash_file(file) for file in files])
+    model_digest, base_fingerprint = identify_model(config.model, "train.model")
+    return run_stage(
+        config.output,
+        "train",
+        settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+        parents={"model": model_digest, "data": data_digest},
+        base_fingerprint=base_fingerprint,
+        write=lambda target: _write(target, config, ray_config or RayConfig()),
+    )
+
+
+def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -> None:
+    cpus = config.cpus or os.cpu_count() or 1
+    absolute = config.model_copy(
+        update={"model": config.model.resolve(), "data": str(Path(config.data).resolve())}
+    )
+    with ray_session(ray_config, cpus), Reporter("train", config.steps, "step") as reporter:
+        require_resources(1, cpus, gpus_per_worker(), "train.cpus")
+        summary: TrainingSummary = run_in_actor(
+            train_adapter,
+            (absolute, target.work.resolve(), target.path.resolve()),
+            cpus,
+            config.max_failures,
+            wait=lambda finished: follow(reporter, target.work / METRICS_FILE, finished),
+        )
+    if (config.model / PLAN_FILE).exists():
+        PruningPlan.load(config.model).save(target.path)
+    (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
+    target.details.update(asdict(summary))
