@@ -30,8 +30,11 @@ _REFUSED: dict[str, str] = {
     "megatron_config": "its weights are split",
     "arrow_config": "a router chooses between adapters",
     "alora_invocation_tokens": "it is active on some tokens only",
+    "kasa_config": "KaSA truncates the frozen weights",
+    "use_qalora": "QA-LoRA pools the inputs of A",
+    "use_bdlora": "BD-LoRA's matrices are block-diagonal",
 }
-_INITIALISATIONS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda")
+_INITIALISATIONS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class Adapter:
@@ -129,7 +132,7 @@ def _refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
             "a trained bias is no low-rank product; train with bias = none"
         )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_INITIALISATIONS_THAT_CHANGE_THE_BASE):
+    if isinstance(start, str) and start.lower().startswith(_INITIALISATIONS_THAT_CHANGE_THE_BASE):
         raise LoramError(
             f"{directory} was trained with init_lora_weights = {start}, which changes the frozen "
             "weights; convert it to a plain LoRA with PEFT first"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -19,6 +20,8 @@ from rich.table import Table
 import loram_ray
 from loram_ray.config import STAGES, RunConfig, load_run, section_of, section_type
 from loram_ray.errors import LoramError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="loram",
@@ -44,18 +47,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> list[str]:
-    """One line a key: name, default, meaning."""
+    """One line a key: name, default, meaning; the keys of sections inside follow."""
     lines = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         default = field.default if defaults is None else getattr(defaults, name)
         inner = section_type(field.annotation)
-        if inner is not None and not field.description:
+        if inner is None or field.description:
+            said = "required" if default is PydanticUndefined else f"default {default}"
+            lines.append(f"  {key} ({said}): {field.description}")
+        if inner is not None:
             values = default if isinstance(default, BaseModel) else None
-            lines += _keys(inner, f"{key}.", values)
-            continue
-        said = "required" if default is PydanticUndefined else f"default {default}"
-        lines.append(f"  {key} ({said}): {field.description}")
+            is_list = get_origin(field.annotation) is tuple
+            lines += _keys(inner, f"{key}.N." if is_list else f"{key}.", values)
     return lines
 
 
@@ -66,6 +70,18 @@ def _help(stage: str) -> str:
     example = f"loram {stage} --config jobs/configs/demo.yaml"
     intro = "Keys of the config's section (paths default to the run's):"
     return f"{title}\n\n{example}\n\n{intro}\n\n{keys}"
+
+
+def _run_help() -> str:
+    shared = [line for line in _keys(RunConfig, "") if line.split()[0].split(".")[0] not in STAGES]
+    return "\n\n".join(
+        [
+            "All stages of one config, skipping what is complete and resuming what is not.",
+            "loram run --config jobs/configs/demo.yaml",
+            "Keys of the config, beside the sections of the stages (see loram STAGE --help):",
+            *shared,
+        ]
+    )
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -95,17 +111,13 @@ for _name in STAGES:
     app.command(_name, help=_help(_name))(_stage_command(_name))
 
 
-@app.command("run")
+@app.command("run", help=_run_help())
 def run_command(
     config: Config = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """All stages of one config, skipping what is complete and resuming what is not.
-
-    loram run --config jobs/configs/demo.yaml
-    """
     settings: RunConfig = load_run(config, overrides or ())
     result = loram_ray.run(settings)
     if as_json:
@@ -150,6 +162,8 @@ def _print_json(value: object) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1."""
+    # bitsandbytes warns that a kernel nobody asked for is not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except LoramError as error:
@@ -158,9 +172,10 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"loram: {line}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("loram: interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            print("loram: interrupted; run the same command again to continue", file=sys.stderr)
+        raise
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

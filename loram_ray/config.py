@@ -7,6 +7,7 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,7 @@ class PruneConfig(Section):
     layers: tuple[int, int] | None = Field(
         None, description="[first, end) of the pruned layers; default: all but 4 first, 2 last"
     )
-    seed: int = Field(0, ge=0, description="seed of the choice")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the choice")
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
 
 
@@ -70,7 +71,7 @@ class CorpusConfig(Section):
 class OptimiserConfig(Section):
     """AdamW with warm-up."""
 
-    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
+    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -96,7 +97,7 @@ class AlignConfig(Section):
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="worker failures survived")
-    seed: int = Field(0, ge=0, description="seed of the data order")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order")
 
     @model_validator(mode="after")
     def _batches_divide(self) -> AlignConfig:
@@ -143,7 +144,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="actor failures survived")
     cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
-    seed: int = Field(0, ge=0, description="seed of initialisation, order and dropout")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, order, dropout")
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainConfig:
@@ -240,23 +241,33 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(filled.get("base"), str) or not isinstance(filled.get("output"), str | Path):
         return filled
     base, root = filled["base"], Path(filled["output"])
-    aligned = root / ("aligned" if filled.get("align") is not None else "pruned")
+
+    def output(stage: str, folder: str) -> Path:
+        section = filled.get(stage)
+        if isinstance(section, Section):
+            section = dict(section)
+        given = section.get("output") if isinstance(section, Mapping) else None
+        return Path(given) if isinstance(given, str | Path) else root / folder
+
+    pruned, aligned = output("prune", "pruned"), output("align", "aligned")
+    pruned_adapter, adapter = output("train", "adapter_pruned"), output("recover", "adapter")
     derived: dict[str, dict[str, Any]] = {
-        "prune": {"base": base, "output": root / "pruned"},
-        "align": {"pruned": root / "pruned", "output": root / "aligned"},
-        "train": {"model": aligned, "output": root / "adapter_pruned"},
-        "recover": {"adapter": root / "adapter_pruned", "base": base, "output": root / "adapter"},
-        "merge": {"base": base, "adapter": root / "adapter", "output": root / "merged"},
+        "prune": {"base": base, "output": pruned},
+        "align": {"pruned": pruned, "output": aligned},
+        "train": {
+            "model": pruned if filled.get("align") is None else aligned,
+            "output": pruned_adapter,
+        },
+        "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
+        "merge": {"base": base, "adapter": adapter, "output": root / "merged"},
         "evaluate": {
             "model": base,
-            "adapter": root / "adapter",
+            "adapter": adapter,
             "output": root / "evaluation" / "loram",
         },
     }
     for name, paths in derived.items():
         section = filled.get(name)
-        if name in filled and section is None:
-            section = {}
         if isinstance(section, Mapping):
             filled[name] = {**paths, **section}
     return filled
@@ -275,6 +286,9 @@ def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunCon
     data = _read_yaml(Path(config)) if config is not None else {}
     for override in overrides:
         _apply(data, override)
+    for stage in STAGES:
+        if stage in data and data[stage] is None:  # "recover:" alone asks for its defaults
+            data[stage] = {}
     return validate(RunConfig, data, source=str(config) if config is not None else "--set")
 
 
@@ -295,8 +309,28 @@ def validate(model: type[Section], data: Mapping[str, Any], source: str) -> Any:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_describe(model, entry) for entry in error.errors()]
+        lines = [_describe(model, entry) for entry in _causes(error.errors())]
         raise LoramError("\n".join(f"{source}: {line}" for line in lines)) from error
+
+
+def _causes(errors: Sequence[Any]) -> list[Any]:
+    """Leave out errors that only follow from others.
+
+    Sections lack paths where ``base`` or ``output`` is wrong, and a list is said to be too short
+    where one of its items is wrong.
+    """
+    shared = [error for error in errors if error["loc"] in (("base",), ("output",))]
+    if shared:
+        return shared
+    locations = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if not any(
+            len(other) > len(error["loc"]) and other[: len(error["loc"])] == error["loc"]
+            for other in locations
+        )
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -318,16 +352,30 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise LoramError(f"--set must be key=value, got '{override}'; e.g. --set train.lora.r=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LoramError(f"--set {key} has a value that is not YAML: {text}; quote it") from error
     *parents, last = key.split(".")
     node: Any = data
     for parent in parents:
-        if not isinstance(node.get(parent), dict):
+        place = _place_in(node, parent, key)
+        if isinstance(node, dict) and not isinstance(node.get(parent), dict | list):
             node[parent] = {}
-        node = node[parent]
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LoramError(f"--set {key} has a value that is not YAML: {text}; quote it") from error
+        node = node[place]
+    node[_place_in(node, last, key)] = value
+
+
+def _place_in(node: Any, part: str, key: str) -> str | int:
+    """One part of a dotted key as it indexes a dictionary, or a list by number."""
+    if not isinstance(node, list):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        raise LoramError(
+            f"--set {key} must count the items of a list from 0 to {len(node) - 1}, got '{part}'; "
+            "change the number or set the whole list"
+        )
+    return int(part)
 
 
 def _describe(model: type[BaseModel], error: Any) -> str:
@@ -335,7 +383,7 @@ def _describe(model: type[BaseModel], error: Any) -> str:
     key = ".".join(str(part) for part in location) or "the config"
     value = error.get("input")
     match error["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             known = _fields_at(model, location[:-1])
             return f"{key} is not a known key{nearest(str(location[-1]), known)}"
         case "missing":
@@ -343,8 +391,10 @@ def _describe(model: type[BaseModel], error: Any) -> str:
         case "value_error":
             prefix = f"{key}." if location else ""
             return prefix + str(error["ctx"]["error"])
-    rule = error["msg"].removeprefix("Input should be ")
-    return f"{key} must be {rule}, got {value!r}; change the value"
+        case "path_type":
+            return f"{key} must be a path, got {value!r}; change the value"
+    rule = re.sub(r"^\w+ should", "must", error["msg"])  # "Input should be", "Tuple should have"
+    return f"{key} {rule}, got {value!r}; change the value"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -26,6 +26,7 @@ from loram_ray.tensorfile import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
+_IDENTITY_NOTE = "identity"
 _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version")
 _SAMPLE_PIECES, _SAMPLE_BYTES = 16, 256
@@ -61,12 +62,14 @@ def read_model_config(directory: Path | str) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        return config
-    except FileNotFoundError as error:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise LoramError(f"{directory} holds no config.json; give a model directory") from error
     except ValueError as error:
         raise LoramError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise LoramError(f"{path} must hold a JSON object, got {config!r:.40}; download it again")
+    return config
 
 
 @dataclass(frozen=True)
@@ -194,14 +197,17 @@ class StageDirectory:
     Attributes:
         path: where to write; renamed to the output when the stage completes.
         work: checkpoints and caches that outlive an interruption; removed on completion.
+        lock: held while the stage runs.
         details: goes into the manifest.
         hashes: SHA-256 of files already known, to hash no file twice.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.with_name(f".{output.name}.partial")
-        self.work = output.with_name(f".{output.name}.work")
+        named = Path(os.path.abspath(output))  # "." has no name
+        self.path = named.with_name(f".{named.name}.partial")
+        self.work = named.with_name(f".{named.name}.work")
+        self.lock = named.with_name(f".{named.name}.lock")
         self.details: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
 
@@ -249,22 +255,22 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
     require_free(output, key=f"{lineage.stage}.output")
     with _naming_full_disks(target.output):
         target.output.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target.output.with_name(f".{target.output.name}.lock"), target.output):
+        with _exclusive(target.lock, target.output):
             _prepare(target, lineage.identity)
             try:
                 yield target
+                manifest = replace(
+                    lineage,
+                    details=target.details,
+                    files=_describe_files(target),
+                    versions=_versions(),
+                    created=time.time(),
+                )
+                write_json(target.path / MANIFEST_FILE, asdict(manifest))
+                _publish(target)
             except BaseException:
-                shutil.rmtree(target.path, ignore_errors=True)
+                _clear(target)
                 raise
-            manifest = replace(
-                lineage,
-                details=target.details,
-                files=_describe_files(target),
-                versions=_versions(),
-                created=time.time(),
-            )
-            write_json(target.path / MANIFEST_FILE, asdict(manifest))
-            _publish(target)
 
 
 def require_free(output: Path, key: str) -> None:
@@ -310,7 +316,7 @@ def write_json(path: Path, value: object) -> None:
 def _prepare(target: StageDirectory, identity: str) -> None:
     shutil.rmtree(target.path, ignore_errors=True)
     target.path.mkdir()
-    note = target.work / "identity"
+    note = target.work / _IDENTITY_NOTE
     if not note.exists() or note.read_text() != identity:
         shutil.rmtree(target.work, ignore_errors=True)
         target.work.mkdir()
@@ -325,6 +331,13 @@ def _publish(target: StageDirectory) -> None:
     os.fsync(descriptor)
     os.close(descriptor)
     shutil.rmtree(target.work, ignore_errors=True)
+
+
+def _clear(target: StageDirectory) -> None:
+    """Remove what is half-written, and the work directory where nothing was saved in it."""
+    shutil.rmtree(target.path, ignore_errors=True)
+    if {path.name for path in target.work.glob("*")} <= {_IDENTITY_NOTE}:
+        shutil.rmtree(target.work, ignore_errors=True)
 
 
 def _describe_files(target: StageDirectory) -> dict[str, dict[str, Any]]:
@@ -352,8 +365,8 @@ def _exclusive(lock: Path, output: Path) -> Iterator[None]:
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
-        except BlockingIOError:
+            held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except (BlockingIOError, FileNotFoundError):  # held, or just let go and removed
             held = False
         if not held:
             raise LoramError(

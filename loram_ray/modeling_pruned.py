@@ -2,8 +2,9 @@
 
 It needs transformers, torch and ``configuration_pruned.py`` alone, so that a pruned model directory
 loads with ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` where
-loram_ray is not installed. A pruned model is its family's stock model with some linears of other shapes: attention
-reshapes by ``head_dim`` and whole GQA groups are pruned, so no forward pass changes.
+loram_ray is not installed. A pruned model is its family's stock model with some linears of other
+shapes: attention reshapes by ``head_dim`` and whole GQA groups are pruned, so no forward pass
+changes.
 """
 
 from torch import nn

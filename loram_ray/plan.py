@@ -212,15 +212,11 @@ class PruningPlan:
                         "install the version that wrote it"
                     )
                 numbers = sorted({int(name.split(".")[1]) for name in file.specs})
-                layers = {
-                    i: KeptUnits(
-                        file.read(f"layers.{i}.kv_heads"), file.read(f"layers.{i}.neurons")
-                    )
-                    for i in numbers
-                }
+                geometry = Geometry(**said["geometry"])
+                layers = {i: _read_units(file, i, geometry) for i in numbers}
                 return cls(
                     model_type=said["model_type"],
-                    geometry=Geometry(**said["geometry"]),
+                    geometry=geometry,
                     method=said["method"],
                     ratio=said["ratio"],
                     seed=said["seed"],
@@ -228,8 +224,22 @@ class PruningPlan:
                     base_fingerprint=said["base_fingerprint"],
                     layers=layers,
                 )
-            except (KeyError, ValueError, TypeError) as error:
+            except (LookupError, ValueError, TypeError) as error:
                 raise LoramError(f"{path} is not a pruning plan ({error}); restore it") from error
+
+
+def _read_units(file: TensorFile, layer: int, geometry: Geometry) -> KeptUnits:
+    units = KeptUnits(file.read(f"layers.{layer}.kv_heads"), file.read(f"layers.{layer}.neurons"))
+    for unit in (Unit.KV_HEAD, Unit.NEURON):
+        index, count = units.of(unit), geometry.count(unit)
+        ascending = (
+            index.dtype == torch.int64 and index.dim() == 1 and bool((index.diff() > 0).all())
+        )
+        if not ascending or not len(index) or index[0] < 0 or index[-1] >= count:
+            raise ValueError(f"layer {layer} keeps no ascending {unit} indices below {count}")
+    if layer >= geometry.num_layers:
+        raise ValueError(f"layer {layer} of {geometry.num_layers}")
+    return units
 
 
 def _kept_indices(geometry: Geometry, linear: CoupledLinear, units: KeptUnits) -> KeptIndices:

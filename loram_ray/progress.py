@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 METRICS_FILE = "metrics.jsonl"
 _LINE_EVERY_SECONDS = 5.0
+_STILL_THERE_EVERY_SECONDS = 30.0
 
 
 class Reporter:
@@ -29,6 +30,7 @@ class Reporter:
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self._stage, self._total, self._unit = stage, max(total, 1), unit
         self._done = 0
+        self._shown = -1
         self._started = self._last_line = time.monotonic()
         self._first_done: int | None = None
         self._bar: Progress | None = None
@@ -71,8 +73,13 @@ class Reporter:
             self._bar.update(
                 self._task, completed=done, total=self._total, amount=self._amount(), metrics=shown
             )
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+        elif self._line_is_due():
             self._line(f"{shown}  {self._time_left()}")
+
+    def _line_is_due(self) -> bool:
+        waited = time.monotonic() - self._last_line
+        moved = self._done != self._shown
+        return waited >= (_LINE_EVERY_SECONDS if moved else _STILL_THERE_EVERY_SECONDS)
 
     def _amount(self) -> str:
         if self._unit == "B":
@@ -87,7 +94,7 @@ class Reporter:
         return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     def _line(self, text: str) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._shown = time.monotonic(), self._done
         print(f"{self._stage:<10} {self._amount()}  {text}", file=sys.stderr, flush=True)
 
 

@@ -38,6 +38,9 @@ _DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -71,15 +74,15 @@ class TensorFile:
         self.path = Path(path)
         try:
             self._fd = os.open(self.path, os.O_RDONLY)
+            try:
+                self.specs, self.metadata, self._offsets = self._read_header()
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise LoramError(
-                f"{self.path} could not be opened ({error.strerror}); restore the file"
+                f"{self.path} could not be read ({error.strerror}); restore the file"
             ) from error
-        try:
-            self.specs, self.metadata, self._offsets = self._read_header()
-        except BaseException:
-            self.close()
-            raise
 
     def _corrupt(self, reason: str) -> LoramError:
         return LoramError(
@@ -94,20 +97,35 @@ class TensorFile:
             raise self._corrupt(f"its header does not fit in its {size} bytes")
         try:
             header = json.loads(os.pread(self._fd, length, 8))
-            metadata = header.pop("__metadata__", {})
-            specs, offsets, end_of_data = {}, {}, 0
+            metadata = dict(header.pop("__metadata__", {}))
+            specs, offsets, spans = {}, {}, []
             for name, entry in header.items():
-                spec = TensorSpec(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-                begin, end = entry["data_offsets"]
-                if end - begin != spec.nbytes or begin < 0:
+                shape, (begin, end) = entry["shape"], entry["data_offsets"]
+                if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                    raise self._corrupt(f"tensor {name} has shape {shape} at [{begin}, {end}]")
+                spec = TensorSpec(tuple(shape), self._dtype(name, entry["dtype"]))
+                if end - begin != spec.nbytes:
                     raise self._corrupt(f"tensor {name} has {end - begin} bytes of {spec.nbytes}")
                 specs[name], offsets[name] = spec, 8 + length + begin
-                end_of_data = max(end_of_data, end)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                spans.append((begin, end))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._corrupt(f"its header cannot be read ({error})") from error
+        end_of_data = 0
+        for begin, end in sorted(spans):
+            if begin != end_of_data:
+                raise self._corrupt(f"its tensors overlap or leave a gap at byte {end_of_data}")
+            end_of_data = end
         if 8 + length + end_of_data != size:
             raise self._corrupt(f"{8 + length + end_of_data} bytes are announced, {size} are there")
         return specs, metadata, offsets
+
+    def _dtype(self, tensor: str, name: str) -> torch.dtype:
+        if name not in _DTYPES:
+            raise LoramError(
+                f"{self.path} holds {tensor} as {name}, loram_ray reads {', '.join(_DTYPES)}; "
+                "convert the model to one of them"
+            )
+        return _DTYPES[name]
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in a buffer of its own."""
@@ -227,13 +245,15 @@ class Checkpoint:
 
     def _open(self) -> None:
         index = self.directory / INDEX_FILE
+        weight_map: dict[str, str] = {}
         if index.exists():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
+                weight_map = dict(json.loads(index.read_text())["weight_map"])
+                paths = {name: self.directory / name for name in sorted(set(weight_map.values()))}
+            except (ValueError, KeyError, TypeError) as error:
                 raise LoramError(f"{index} cannot be read ({error}); download it again") from error
-            for file_name in sorted(set(weight_map.values())):
-                self.files[file_name] = TensorFile(self.directory / file_name)
+            for file_name, path in paths.items():
+                self.files[file_name] = TensorFile(path)
             for name, file_name in weight_map.items():
                 if name not in self.files[file_name].specs:
                     raise LoramError(
@@ -249,12 +269,13 @@ class Checkpoint:
             )
         for file_name, file in self.files.items():
             for name in file.specs:
-                self.location[name] = file_name
+                if weight_map.get(name, file_name) == file_name:
+                    self.location[name] = file_name
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor's shape and dtype, in the order of the files."""
-        return {n: s for file in self.files.values() for n, s in file.specs.items()}
+        return {name: self.files[file].specs[name] for name, file in self.location.items()}
 
     @property
     def nbytes(self) -> int:
@@ -267,9 +288,8 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every name and tensor, one tensor in memory at a time."""
-        for file in self.files.values():
-            for name in file.specs:
-                yield name, file.read(name)
+        for name in self.location:
+            yield name, self.read(name)
 
     def close(self) -> None:
         """Close every file."""

@@ -80,7 +80,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())
     with alone(loop.work) if rank == 0 else nullcontext():
-        engine = _start_engine(loop.config, ray.train.get_context().get_world_size())
+        engine = _start_engine(loop.config)
         step = _resume(engine)
         _train(engine, loop, rank, step)
         partitioned = loop.config.zero_stage == 3
@@ -91,10 +91,11 @@ def train_loop(settings: dict[str, Any]) -> None:
             write_json(loop.work / HASHES_FILE, hashes)
 
 
-def _start_engine(config: AlignConfig, workers: int) -> Any:
+def _start_engine(config: AlignConfig) -> Any:
     from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
     deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config)
     model = load_partitioned(config.pruned, ds_config, config.precision)

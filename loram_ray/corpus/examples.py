@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from jinja2 import TemplateError
 
 from loram_ray.config import SourceConfig
 from loram_ray.corpus.read import (
@@ -68,7 +69,10 @@ def conversations(data: str, key: str, limit: int | None = None) -> Iterator[Con
     for file in list_files(SourceConfig(path=data), key):
         if file.suffix != ".jsonl":
             raise LoramError(f"{key} must name JSON lines (.jsonl), got {file}; convert it")
-        for line, raw in lines_of(Unit(0, str(file), "", 0, file.stat().st_size)):
+        lines = lines_of(Unit(0, str(file), "", 0, file.stat().st_size))
+        for line, raw in enumerate(lines, start=1):
+            if not raw.strip():
+                continue
             if limit is not None and read >= limit:
                 return
             read += 1
@@ -117,9 +121,12 @@ def tokenise_conversation(
     Examples longer than ``max_length`` are cut on the right; one whose whole answer is cut away is
     a bad row.
     """
-    prompt = prompt_ids(tokenizer, conversation)
     answer = {"role": "assistant", "content": conversation.answer}
-    whole = _template(tokenizer, [*conversation.prompt, answer], add_generation_prompt=False)
+    try:
+        prompt = prompt_ids(tokenizer, conversation)
+        whole = _template(tokenizer, [*conversation.prompt, answer], add_generation_prompt=False)
+    except TemplateError as error:
+        return BadRow(conversation.place, f"the chat template refuses it ({error})")
     if whole[: len(prompt)] != prompt:
         return BadRow(
             conversation.place,

@@ -8,11 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from loram_ray.errors import LoramError
+
 _DOCUMENTS_AT_ONCE = 64
+
+
+def end_of_text(tokenizer: Any) -> int:
+    """Id of the token that closes a document, and pads.
+
+    Raises:
+        LoramError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise LoramError(
+            f"{tokenizer.name_or_path} must have an end-of-text token, its tokenizer has none; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
     """Yield each document's token ids, closed by the end-of-text token, no others added."""
+    closing = end_of_text(tokenizer)
     iterator = iter(documents)
     while batch := list(islice(iterator, _DOCUMENTS_AT_ONCE)):
         encoded = tokenizer(
@@ -22,7 +39,7 @@ def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
             verbose=False,
         )
         for ids in encoded["input_ids"]:
-            yield [*ids, tokenizer.eos_token_id]
+            yield [*ids, closing]
 
 
 def pack(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loram_ray.config import CorpusConfig
-from loram_ray.corpus.pack import pack, tokenise
+from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import (
     BadRow,
     Unit,
@@ -27,13 +27,21 @@ from loram_ray.corpus.read import (
     refuse_bad_rows,
 )
 from loram_ray.errors import LoramError
-from loram_ray.manifest import StageDirectory, StageResult, hash_file, run_stage, write_json
+from loram_ray.manifest import (
+    StageDirectory,
+    StageResult,
+    digest_of,
+    hash_file,
+    run_stage,
+    write_json,
+)
 from loram_ray.modeling import load_tokenizer
 from loram_ray.progress import Reporter
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 256
 _UNIT_BITS = 32
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
         output: directory to write.
 
     Raises:
-        LoramError: no text, or more unreadable rows than the configured share.
+        LoramError: no text, no usable tokenizer, or more unreadable rows than the configured share.
     """
     units = list_units(config.sources)
     if not units:
@@ -68,15 +76,20 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
         "sequence_length": config.sequence_length,
         "max_bad_share": config.max_bad_share,
     }
-    tokenizer = hash_file(model / "tokenizer.json") if (model / "tokenizer.json").exists() else ""
+    end_of_text(load_tokenizer(model))  # a worker would find out too late to say so clearly
     return run_stage(
         output,
         "corpus",
         settings=settings,
-        parents={"tokenizer": tokenizer},
+        parents={"tokenizer": _digest_of_tokenizer(model)},
         base_fingerprint="",
         write=lambda target: _write(target, config, model, units),
     )
+
+
+def _digest_of_tokenizer(model: Path) -> str:
+    files = {path for pattern in _TOKENIZER_FILES for path in model.glob(pattern)}
+    return digest_of([[path.name, hash_file(path)] for path in sorted(files)])
 
 
 def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: list[Unit]) -> None:
@@ -163,7 +176,7 @@ def prepare_unit(unit: Unit, work: Path, sequence_length: int, tokenizer: Any) -
                 yield document
 
     tokens = tokenise(tokenizer, good_documents())
-    sequences, lengths = pack(tokens, sequence_length, tokenizer.eos_token_id)
+    sequences, lengths = pack(tokens, sequence_length, end_of_text(tokenizer))
     row_ids = (unit.index << _UNIT_BITS) + np.arange(len(sequences), dtype=np.int64)
     flat = pa.array(sequences.reshape(-1))
     table = pa.table(

@@ -96,7 +96,8 @@ def _spans(file: Path) -> list[tuple[int, int]]:
         try:
             return [(group, 0) for group in range(pq.ParquetFile(file).num_row_groups)]
         except (ArrowException, OSError) as error:
-            raise LoramError(f"{file} is not a Parquet file ({error}); restore it") from error
+            reason = " ".join(str(error).split())
+            raise LoramError(f"{file} is not a Parquet file ({reason}); restore it") from error
     size = file.stat().st_size
     return [(s, min(s + _UNIT_BYTES, size)) for s in range(0, size, _UNIT_BYTES)]
 
@@ -123,22 +124,25 @@ def documents(unit: Unit) -> Iterator[str | BadRow]:
         case ".txt":
             yield from _text_documents(unit)
         case _:
-            for line, raw in lines_of(unit):
-                yield parse_document(raw, unit.field, f"{unit.path}:{line}")
+            yield from _json_documents(unit)
 
 
-def lines_of(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Yield number (from 1) and bytes of each line that starts in the unit."""
+def lines_of(unit: Unit) -> Iterator[bytes]:
+    """Yield each line that starts in the unit."""
     with open(unit.path, "rb") as file:
-        number = 1
         if unit.start > 0:
-            number += _count_newlines(file, unit.start - 1)
             file.seek(unit.start - 1)
             file.readline()  # the rest of the line before, or just its newline
-            number += 1
         while file.tell() < unit.end:
-            yield number, file.readline()
-            number += 1
+            yield file.readline()
+
+
+def first_line_number(unit: Unit) -> int:
+    """Number (from 1) of the first line that starts in the unit; reads the file up to there."""
+    if unit.start == 0:
+        return 1
+    with open(unit.path, "rb") as file:
+        return 2 + _count_newlines(file, unit.start - 1)
 
 
 def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
@@ -156,7 +160,9 @@ def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
     """Return the object of one JSON line, or why there is none."""
     try:
         row = json.loads(raw)
-    except ValueError as error:
+        if b"\\u" in raw:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         return BadRow(place, f"not JSON ({error})")
     return row if isinstance(row, dict) else BadRow(place, "not a JSON object")
 
@@ -185,14 +191,24 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int, max_share: float, key: st
     say("warning", f"skipped {len(bad)} bad rows of {total}: {named}{more}")
 
 
+def _json_documents(unit: Unit) -> Iterator[str | BadRow]:
+    first: int | None = None
+    for position, raw in enumerate(lines_of(unit)):
+        if not raw.strip():
+            continue
+        document = parse_document(raw, unit.field, unit.path)
+        if isinstance(document, BadRow):
+            # Counted only here: for every unit it would read the file half as often as it has units
+            first = first or first_line_number(unit)
+            document = BadRow(f"{unit.path}:{first + position}", document.reason)
+        yield document
+
+
 def _text_documents(unit: Unit) -> Iterator[str | BadRow]:
-    lines = list(lines_of(unit))
-    if not lines:
-        return
     try:
-        text = b"".join(raw for _, raw in lines).decode()
+        text = b"".join(lines_of(unit)).decode()
     except UnicodeDecodeError as error:
-        yield BadRow(f"{unit.path}:{lines[0][0]}", f"not UTF-8 ({error})")
+        yield BadRow(f"{unit.path}:{first_line_number(unit)}", f"not UTF-8 ({error})")
         return
     if text.strip():
         yield text
@@ -201,9 +217,14 @@ def _text_documents(unit: Unit) -> Iterator[str | BadRow]:
 def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
     file = pq.ParquetFile(unit.path)
     if unit.field not in file.schema_arrow.names:
-        yield BadRow(f"{unit.path}:1", f"column '{unit.field}' is not there")
+        yield BadRow(f"{unit.path}:group {unit.start}", f"column '{unit.field}' is not there")
         return
-    column = file.read_row_group(unit.start, columns=[unit.field])[unit.field]
+    try:
+        column = file.read_row_group(unit.start, columns=[unit.field])[unit.field]
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        yield BadRow(f"{unit.path}:group {unit.start}", f"cannot be read ({reason})")
+        return
     for number, value in enumerate(column, start=1):
         text = value.as_py()
         if isinstance(text, str) and text.strip():

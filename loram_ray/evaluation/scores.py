@@ -143,7 +143,8 @@ def exact_matches(
 
 def _likelihood(model: nn.Module, rows: dict[str, torch.Tensor]) -> Likelihood:
     device = next(model.parameters()).device
-    total, count = summed_loss(model, **{name: t.to(device) for name, t in rows.items()})
+    ids, mask, labels = (rows[k].to(device) for k in ("input_ids", "attention_mask", "labels"))
+    total, count = summed_loss(model, ids, mask, labels)
     return Likelihood(float(total), int(count))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from loram_ray.config import CorpusConfig, EvaluateConfig
 from loram_ray.corpus.examples import load_examples
-from loram_ray.corpus.pack import pack, tokenise
+from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scores import answer_likelihood, exact_matches, text_likelihood
@@ -75,7 +75,7 @@ def _score_answers(
     log.total += len(rows) * (2 if config.exact_match else 1)
     examples = [example for _, example in rows]
     likelihood = answer_likelihood(
-        model, examples, tokenizer.eos_token_id, config.batch_size, log.advance
+        model, examples, end_of_text(tokenizer), config.batch_size, log.advance
     )
     scores: dict[str, float | int] = {
         "answer_perplexity": likelihood.perplexity,
@@ -99,7 +99,7 @@ def _score_text(
     refuse_bad_rows(bad, len(read), corpus.max_bad_share, "evaluate.text.max_bad_share")
     texts = (document for document in read if isinstance(document, str))
     sequences, lengths = pack(
-        tokenise(tokenizer, texts), corpus.sequence_length, tokenizer.eos_token_id
+        tokenise(tokenizer, texts), corpus.sequence_length, end_of_text(tokenizer)
     )
     if not len(sequences):
         raise LoramError("evaluate.text.sources must hold text, no document was found; add some")

@@ -37,7 +37,8 @@ def merge(config: MergeConfig) -> StageResult:
     family = family_of(base)
     if read_model_config(base).get("quantization_config"):
         raise LoramError(
-            f"merge.base must be in full precision, {base} is quantised; merging would round"
+            f"merge.base must be in full precision, {base} is quantised and merging would "
+            "round; give the model that was quantised"
         )
     with Checkpoint(base) as checkpoint, Adapter(config.adapter, "merge.adapter") as adapter:
         identity = fingerprint(checkpoint)
@@ -109,6 +110,7 @@ def _write(
     if untied:  # the head changes and the embedding does not: they cannot share a tensor any more
         specs[head] = specs[embeddings]
         targets = {head if name == embeddings else name: m for name, m in targets.items()}
+    if head in targets:  # also where a tied base stores the same tensor twice
         config["tie_word_embeddings"] = False
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(target.path, nbytes)

@@ -30,13 +30,20 @@ def prune(config: PruneConfig) -> StageResult:
     """
     base = resolve_base(config.base)
     family = family_of(base)
-    if read_model_config(base).get("pruned_linears") is not None:
+    base_config = read_model_config(base)
+    if base_config.get("pruned_linears") is not None:
         raise LoramError(f"prune.base must be a model that is not pruned, {base} is; give its base")
-    geometry = family.geometry(read_model_config(base))
+    if base_config.get("quantization_config"):
+        raise LoramError(
+            f"prune.base must be in full precision, {base} is quantised; give the model that was "
+            "quantised"
+        )
+    geometry = family.geometry(base_config)
     layers = layer_range(config.layers, geometry.num_layers)
     with Checkpoint(base) as checkpoint:
         identity = fingerprint(checkpoint)
         plan = random_plan(family, geometry, config.ratio, layers, config.seed, identity)
+        _require_linears(plan, checkpoint)
         return run_stage(
             config.output,
             "prune",
@@ -45,6 +52,24 @@ def prune(config: PruneConfig) -> StageResult:
             base_fingerprint=identity,
             write=lambda target: _write(target, checkpoint, plan, config.max_shard_bytes),
         )
+
+
+def _require_linears(plan: PruningPlan, checkpoint: Checkpoint) -> None:
+    """Refuse a base whose tensors are not those that its config.json describes."""
+    specs = checkpoint.specs
+    for layer in plan.layers:
+        for linear in plan.architecture.linears:
+            module = f"{plan.architecture.layers}.{layer}.{linear.name}"
+            spec, kept = specs.get(f"{module}.weight"), plan.kept(module)
+            assert kept is not None
+            shape = spec.shape if spec else ()
+            if len(shape) != 2 or shape[kept.axis] != kept.full_size:
+                found = f"as {shape}" if spec else "not at all"
+                raise LoramError(
+                    f"prune.base {checkpoint.directory} holds {module}.weight {found}, its "
+                    f"config.json says {kept.full_size} along dimension {kept.axis}; download the "
+                    "model again"
+                )
 
 
 def _write(

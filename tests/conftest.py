@@ -1,0 +1,45 @@
+"""Shared fixtures: tiny models, the real model, and one embedded Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with grouped-query attention: 8 query heads on 4 KV heads, 4 layers."""
+    return tiny.write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, made once and kept in the repository's cache directory."""
+    import prepare_demo
+
+    directory = Path(__file__).parents[1] / ".cache" / "smollm2"
+    if not directory.exists():
+        directory.parent.mkdir(exist_ok=True)
+        prepare_demo.write_base(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def embedded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One embedded Ray for all tests of a session that need one."""
+    from loram_ray.cluster import ray_session
+    from loram_ray.config import RayConfig
+
+    with ray_session(RayConfig(num_cpus=6), cpus=4):
+        yield

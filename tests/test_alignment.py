@@ -1,0 +1,201 @@
+import math
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+import loram_ray as lr
+from loram_ray.alignment.deepspeed import deepspeed_config
+from loram_ray.corpus.stream import Share, list_blocks, read_span, spans
+from loram_ray.progress import METRICS_FILE
+from loram_ray.tensorfile import Checkpoint
+
+STEPS, BATCH, LENGTH, LR = 6, 8, 32, 1e-3
+
+
+@pytest.fixture(scope="module")
+def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alignment") / "pruned"
+    lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
+    return output
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", tiny.texts())
+
+
+def config(pruned: Path, corpus: Path, output: Path, **changes: object) -> lr.AlignConfig:
+    settings = {
+        "pruned": pruned,
+        "output": output,
+        "corpus": {"sources": [{"path": str(corpus)}], "sequence_length": LENGTH},
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "micro_batch_size": 2,
+        "optimiser": {"learning_rate": LR, "warmup_steps": 2},
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        **changes,
+    }
+    return lr.AlignConfig.model_validate(settings)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    with Checkpoint(directory) as checkpoint:
+        return dict(checkpoint)
+
+
+def losses(directory: Path) -> list[float]:
+    import json
+
+    lines = (directory / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def plain(
+    pruned: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory, embedded_ray: None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training as a plain PyTorch loop on whole batches: no Ray Train, no DeepSpeed."""
+    from loram_ray.config import CorpusConfig
+    from loram_ray.corpus.prepare import prepare_corpus
+
+    folder = tmp_path_factory.mktemp("plain") / "corpus"
+    settings = CorpusConfig.model_validate(
+        {"sources": [{"path": str(corpus)}], "sequence_length": LENGTH}
+    )
+    prepare_corpus(settings, pruned, folder)
+    everything = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
+    parts = [
+        read_span(span, everything) for span in spans(list_blocks(folder), 0, 0, STEPS * BATCH)
+    ]
+    ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
+    lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
+    model = lr.load_pruned(pruned, "fp32").train()
+    model.lm_head.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
+    seen = []
+    for batch, length in zip(ids.split(BATCH), lengths.split(BATCH), strict=True):
+        labels = batch.masked_fill(torch.arange(LENGTH) >= length[:, None], -100)
+        loss = model(input_ids=batch, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        seen.append(float(loss))
+    return seen, {name: t.detach() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("zero_stage", "workers"), [(1, 1), (2, 2), (3, 2)])
+def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
+    zero_stage: int,
+    workers: int,
+    pruned: Path,
+    corpus: Path,
+    tmp_path: Path,
+    plain: tuple[list[float], dict[str, torch.Tensor]],
+) -> None:
+    output = tmp_path / "aligned"
+    lr.align(config(pruned, corpus, output, zero_stage=zero_stage, workers=workers))
+    expected_losses, expected = plain
+    assert losses(output) == pytest.approx(expected_losses, rel=1e-4)
+    found = weights(output)
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        # AdamW turns float rounding in a near-zero gradient into a step of up to lr
+        difference = (tensor - expected[name]).abs()
+        assert difference.max() < 2 * LR, name
+        assert difference.mean() < 1e-5, name
+    assert torch.equal(found["lm_head.weight"], weights(pruned)["lm_head.weight"])
+    moved = found["model.layers.1.mlp.up_proj.weight"] - weights(pruned)[
+        "model.layers.1.mlp.up_proj.weight"
+    ]
+    assert moved.abs().max() > LR
+
+
+@pytest.mark.cluster
+def test_workers_killed_mid_run_continue_from_the_last_checkpoint_bit_equal(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    settings = {"workers": 2, "zero_stage": 2, "precision": "bf16", "steps": 24}
+    untouched = tmp_path / "untouched"
+    lr.align(config(pruned, corpus, untouched, **settings))
+    output = tmp_path / "aligned"
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers_at_step, args=(output, 5, killed))
+    killer.start()
+    lr.align(config(pruned, corpus, output, **settings))
+    killer.join()
+    assert len(killed) == 2
+    assert losses(output) == losses(untouched)
+    expected = weights(untouched)
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def kill_workers_at_step(output: Path, step: int, killed: list[int]) -> None:
+    metrics = output.with_name(f".{output.name}.work") / METRICS_FILE
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            break
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        lr.align(config(pruned, corpus, tmp_path / name, seed=seed, steps=2))
+    first, second, other = (weights(tmp_path / n) for n in ("first", "second", "other"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_the_cluster_can_never_place_is_refused_at_once(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    with pytest.raises(lr.LoramError, match=r"align.workers needs 9 CPUs .* it has 6"):
+        lr.align(config(pruned, corpus, tmp_path / "aligned", workers=4, cpus_per_worker=2))
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused(
+    pruned: Path, corpus: Path, tmp_path: Path
+) -> None:
+    too_long = {"sources": [{"path": str(corpus)}], "sequence_length": 1024}
+    with pytest.raises(lr.LoramError, match="sequence_length must be at most 512"):
+        lr.align(config(pruned, corpus, tmp_path / "aligned", corpus=too_long))
+
+
+@pytest.mark.cluster
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    exploding = {"learning_rate": 1e30, "warmup_steps": 0, "schedule": "constant"}
+    with pytest.raises(lr.LoramError, match=r"loss is (nan|inf) at step \d+ .*rows \["):
+        lr.align(
+            config(pruned, corpus, tmp_path / "aligned", optimiser=exploding, max_failures=0)
+        )
+
+
+def test_deepspeed_config_accumulates_up_to_the_global_batch(tmp_path: Path) -> None:
+    built = deepspeed_config(config(tmp_path, tmp_path, tmp_path, workers=2, zero_stage=3))
+    product = math.prod(
+        (built["train_micro_batch_size_per_gpu"], built["gradient_accumulation_steps"], 2)
+    )
+    assert product == built["train_batch_size"] == BATCH
+    assert built["zero_optimization"] == {"stage": 3}

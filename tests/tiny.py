@@ -1,0 +1,98 @@
+"""Tiny random models, a byte tokenizer and small data sets: what the tests' logic needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = len(SPECIAL) + 256
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        additional_special_tokens=SPECIAL[1:],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def llama_config(
+    *,
+    layers: int = 4,
+    heads: int = 8,
+    kv_heads: int = 4,
+    hidden: int = 64,
+    head_dim: int = 8,
+    intermediate: int = 96,
+    tied: bool = False,
+    bias: bool = False,
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        mlp_bias=bias,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def write_base(
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **sizes: object,
+) -> Path:
+    """Write a random Llama with the byte tokenizer; see `llama_config` for the sizes."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(llama_config(**sizes)).to(dtype)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def questions(count: int = 40) -> list[dict[str, str]]:
+    """Small sums as prompts and completions."""
+    pairs = ((i % 7, i % 5) for i in range(count))
+    return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs]
+
+
+def texts(count: int = 60) -> list[dict[str, str]]:
+    """Documents of different lengths."""
+    return [{"text": f"Document {i}: " + "the quick brown fox. " * (1 + i % 6)} for i in range(count)]
