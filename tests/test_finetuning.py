@@ -1,0 +1,216 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import psutil
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+import loram_ray as lr
+from loram_ray.corpus.examples import Example, collate, load_examples
+from loram_ray.finetuning.trainer import train_adapter
+from loram_ray.modeling import load_tokenizer
+from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.progress import METRICS_FILE
+
+STEPS, BATCH, LR = 6, 4, 5e-3
+
+
+@pytest.fixture(scope="module")
+def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finetuning") / "pruned"
+    lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", tiny.questions())
+
+
+def config(model: Path, data: Path, output: Path, **changes: object) -> lr.TrainConfig:
+    settings = {
+        "model": model,
+        "output": output,
+        "data": str(data),
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "micro_batch_size": 2,
+        "max_length": 64,
+        "optimiser": {"learning_rate": LR, "warmup_steps": 2},
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        **changes,
+    }
+    return lr.TrainConfig.model_validate(settings)
+
+
+def metrics(directory: Path, key: str) -> list[float]:
+    lines = (directory / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)[key] for line in lines]
+
+
+def run_directly(settings: lr.TrainConfig, folder: Path) -> Path:
+    """Train as the actor does, in this process."""
+    (folder / "work").mkdir(parents=True)
+    (folder / "adapter").mkdir()
+    train_adapter(settings, folder / "work", folder / "adapter")
+    return folder
+
+
+def test_losses_equal_a_loop_written_with_plain_transformers_and_peft(
+    pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    # one epoch and a bit: the whole data set in a batch, so that the order does not matter
+    rows = tiny.questions(8)
+    eight = tiny.write_jsonl(tmp_path / "eight.jsonl", rows)
+    settings = config(pruned, eight, tmp_path, batch_size=8, micro_batch_size=4)
+    ours = run_directly(settings, tmp_path / "ours")
+
+    tokenizer = load_tokenizer(pruned)
+    examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train")]
+    batch = collate([as_row(e) for e in examples], tokenizer.eos_token_id)
+    torch.manual_seed(settings.seed)
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+        ),
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(**batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    assert metrics(ours / "work", "loss") == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def as_row(example: Example) -> dict[str, list[int]]:
+    answer = example.input_ids[example.prompt_length :]
+    return {"input_ids": example.input_ids, "labels": [-100] * example.prompt_length + answer}
+
+
+def test_the_adapter_is_a_standard_peft_directory_that_trains_only_lora(
+    pruned: Path, data: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    result = lr.train(config(pruned, data, tmp_path / "adapter", lora={"r": 4, "lm_head": True}))
+    saved = load_file(result.output / "adapter_model.safetensors")
+    assert len(saved) == 2 * (4 * 7 + 1)
+    assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in saved)
+    assert PruningPlan.load(result.output).digest == PruningPlan.load(pruned).digest
+    assert result.manifest.details["examples"] == 40
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(model, str(result.output))
+    b = loaded.base_model.model.lm_head.lora_B["default"].weight
+    assert torch.equal(b, saved["base_model.model.lm_head.lora_B.weight"])
+    assert b.abs().max() > 0
+
+
+def test_training_on_the_base_itself_gives_an_adapter_without_a_plan(
+    base: Path, data: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    result = lr.train(config(base, data, tmp_path / "adapter", steps=1))
+    assert not (result.output / PLAN_FILE).exists()
+    peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(result.output)
+    )
+
+
+def test_a_training_killed_and_resumed_ends_bit_equal(
+    pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    changes = {"steps": 12, "lora": {"r": 4, "dropout": 0.1}}  # dropout: random state must resume
+    untouched = run_directly(config(pruned, data, tmp_path, **changes), tmp_path / "untouched")
+    folder = tmp_path / "killed"
+    (folder / "work").mkdir(parents=True)
+    (folder / "adapter").mkdir()
+    settings = config(pruned, data, tmp_path, **changes)
+    code = (
+        "import sys; from pathlib import Path; import loram_ray as lr;"
+        "from loram_ray.finetuning.trainer import train_adapter;"
+        "config = lr.TrainConfig.model_validate_json(sys.argv[1]);"
+        "train_adapter(config, Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    arguments = [settings.model_dump_json(), str(folder / "work"), str(folder / "adapter")]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments])
+    wait_for_steps(folder / "work" / METRICS_FILE, 5)
+    process.kill()
+    process.wait()
+    assert not list((folder / "adapter").iterdir())
+    train_adapter(settings, folder / "work", folder / "adapter")
+    assert metrics(folder / "work", "loss") == metrics(untouched / "work", "loss")
+    expected = load_file(untouched / "adapter" / "adapter_model.safetensors")
+    found = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.cluster
+def test_a_killed_actor_is_replaced_and_the_training_ends_bit_equal(
+    pruned: Path, data: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    import threading
+
+    changes = {"steps": 60, "checkpoint_every": 10}
+    untouched = lr.train(config(pruned, data, tmp_path / "untouched", **changes)).output
+    output = tmp_path / "adapter"
+    killed: list[int] = []
+
+    def kill_the_actor() -> None:
+        wait_for_steps(output.with_name(".adapter.work") / METRICS_FILE, 15)
+        for process in psutil.Process().children(recursive=True):
+            if "_Caller" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_the_actor)
+    killer.start()
+    lr.train(config(pruned, data, output, **changes))
+    killer.join()
+    assert len(killed) == 1
+    expected = load_file(untouched / "adapter_model.safetensors")
+    found = load_file(output / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def wait_for_steps(path: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never had {steps} lines")
+
+
+def test_a_target_that_the_model_lacks_is_refused(pruned: Path, data: Path, tmp_path: Path) -> None:
+    settings = config(pruned, data, tmp_path, lora={"targets": ["query"]})
+    with pytest.raises(lr.LoramError, match=r"train.lora.targets .*query"):
+        run_directly(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_seed_gives_the_same_adapter(
+    precision: str, pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = config(pruned, data, tmp_path, steps=2, precision=precision)
+    first = run_directly(settings, tmp_path / "first") / "adapter" / "adapter_model.safetensors"
+    second = run_directly(settings, tmp_path / "second") / "adapter" / "adapter_model.safetensors"
+    assert first.read_bytes() == second.read_bytes()
