@@ -52,15 +52,26 @@ class Adapter:
         self.config = _read_config(self.directory, key)
         _refuse_other_methods(self.config, self.directory)
         self.file = TensorFile(self.directory / ADAPTER_FILE)
-        self.modules: list[str] = []
-        for name in self.file.specs:
-            module, side = split_name(name, self.directory)
-            if side == "A":
-                self.modules.append(module)
-        for module in self.modules:
-            if tensor_name(module, "B") not in self.file.specs:
-                self.close()
-                raise LoramError(f"{directory} lacks lora_B of {module}; train it again")
+        try:
+            sides = [split_name(name, self.directory) for name in self.file.specs]
+            self.modules = list(dict.fromkeys(module for module, _ in sides))
+            for module in self.modules:
+                self._require_pair(module)
+        except BaseException:
+            self.close()
+            raise
+
+    def _require_pair(self, module: str) -> None:
+        """Refuse a module without A ``[r, in]`` and B ``[out, r]``."""
+        a, b = (self.file.specs.get(tensor_name(module, side)) for side in "AB")
+        if a is None or b is None:
+            missing = "lora_A" if a is None else "lora_B"
+            raise LoramError(f"{self.directory} lacks {missing} of {module}; train it again")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise LoramError(
+                f"{self.directory} has lora_A {a.shape} and lora_B {b.shape} for {module}, which "
+                "have no rank in common; train it again"
+            )
 
     def scale(self, module: str) -> float:
         """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with rsLoRA, after the patterns."""
@@ -92,6 +103,11 @@ def split_name(name: str, directory: Path) -> tuple[str, str]:
         LoramError: the tensor is neither.
     """
     match = _KIND.fullmatch(name)
+    if match is None and name.endswith(".base_layer.weight"):
+        raise LoramError(
+            f"{directory} holds {name}, a copy of the frozen weight that PEFT adds for lm_head; "
+            "save the adapter with save_embedding_layers=False"
+        )
     if match is None:
         raise LoramError(
             f"{directory} holds tensor {name}, which is no LoRA A or B of a linear; "
@@ -103,7 +119,7 @@ def split_name(name: str, directory: Path) -> tuple[str, str]:
 def _read_config(directory: Path, key: str) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise LoramError(
             f"{key} must be a PEFT adapter directory, {directory} holds no {CONFIG_FILE}; "
@@ -111,6 +127,8 @@ def _read_config(directory: Path, key: str) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise LoramError(f"{path} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(config, dict):
+        raise LoramError(f"{path} must hold a JSON object, got {config!r:.40}; copy it again")
     return config
 
 

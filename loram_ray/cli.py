@@ -118,6 +118,7 @@ def run_command(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
+    """Run all stages of one config and compare."""
     settings: RunConfig = load_run(config, overrides or ())
     result = loram_ray.run(settings)
     if as_json:
@@ -179,11 +180,17 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        print(
-            f"loram: failed: {type(error).__name__}: {reason} (--debug shows more)", file=sys.stderr
-        )
+        print(f"loram: failed: {_short(error)} (--debug shows more)", file=sys.stderr)
         sys.exit(1)
+
+
+def _short(error: Exception) -> str:
+    """One line on an error; of an error in a Ray worker, the worker's own."""
+    cause = getattr(error, "cause", None)
+    shown = cause if isinstance(cause, Exception) else error
+    lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
+    ends = dict.fromkeys([*lines[:1], *lines[-1:]])  # a traceback's last line says what happened
+    return f"{type(shown).__name__}: {' '.join(ends)}"
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ class CorpusConfig(Section):
         0.01, ge=0, le=1, description="share of unreadable rows that is skipped; more is refused"
     )
 
+    def resolved(self) -> CorpusConfig:
+        """Return the corpus with absolute paths, for a worker in another directory."""
+        sources = tuple(
+            source.model_copy(update={"path": str(Path(source.path).resolve())})
+            for source in self.sources
+        )
+        return self.model_copy(update={"sources": sources})
+
 
 class OptimiserConfig(Section):
     """AdamW with warm-up."""

@@ -38,7 +38,9 @@ def summed_loss(
     hidden, targets = labelled_states(model, input_ids, attention_mask, labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, max(len(targets), 1), chunk):  # without labels: zero, but differentiable
+    # As many chunks as the shape allows, the last ones empty where labels are few: every worker
+    # applies the head equally often, as ZeRO-3 demands, and no label gives a differentiable zero.
+    for start in range(0, max(labels[:, 1:].numel(), 1), chunk):
         part = slice(start, start + chunk)
         total = total + checkpoint(
             _chunk_loss, head, hidden[part], targets[part], use_reentrant=False

@@ -27,6 +27,8 @@ from loram_ray.tensorfile import Checkpoint
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _IDENTITY_NOTE = "identity"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version")
 _SAMPLE_PIECES, _SAMPLE_BYTES = 16, 256
@@ -139,17 +141,25 @@ def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> M
             f"{key} must be a directory written by {' or '.join(stages)}, {directory} holds "
             f"{found}; run loram {stages[0]} first or give its output"
         )
+    _require_files(Path(directory), manifest)
     for name, entry in manifest.files.items():
         path = Path(directory) / name
+        if hash_file(path) != entry["sha256"]:
+            raise LoramError(f"{path} differs from its manifest's SHA-256; copy it again")
+    return manifest
+
+
+def _require_files(directory: Path, manifest: Manifest) -> None:
+    """Refuse a directory that lacks a file of its manifest, or has one of another size."""
+    for name, entry in manifest.files.items():
+        path = directory / name
         size = path.stat().st_size if path.exists() else -1
         if size != entry["bytes"]:
             found = "is missing" if size < 0 else f"has {size} bytes"
             raise LoramError(
-                f"{path} {found}, its manifest says {entry['bytes']} bytes; copy it again"
+                f"{path} {found}, its manifest says {entry['bytes']} bytes; copy it again, or move "
+                "the directory away to have it made again"
             )
-        if hash_file(path) != entry["sha256"]:
-            raise LoramError(f"{path} differs from its manifest's SHA-256; copy it again")
-    return manifest
 
 
 def identify_model(directory: Path | str, key: str) -> tuple[str, str]:
@@ -204,10 +214,9 @@ class StageDirectory:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        named = Path(os.path.abspath(output))  # "." has no name
-        self.path = named.with_name(f".{named.name}.partial")
-        self.work = named.with_name(f".{named.name}.work")
-        self.lock = named.with_name(f".{named.name}.lock")
+        self.path = output.with_name(f".{output.name}.partial")
+        self.work = output.with_name(f".{output.name}.work")
+        self.lock = output.with_name(f".{output.name}.lock")
         self.details: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
 
@@ -236,6 +245,7 @@ def run_stage(
     identity = digest_of([_FORMAT, stage, settings, parents])
     manifest = read_manifest(output) if Path(output).is_dir() else None
     if manifest is not None and manifest.identity == identity:
+        _require_files(Path(output), manifest)
         return StageResult(Path(output), manifest, skipped=True)
     lineage = Manifest(stage, identity, base_fingerprint, parents, settings)
     with _stage_directory(Path(output), lineage) as target:
@@ -251,8 +261,8 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
 
     Work of an interrupted run is kept in ``work`` if it has the same identity, else cleared.
     """
-    target = StageDirectory(output)
     require_free(output, key=f"{lineage.stage}.output")
+    target = StageDirectory(output)
     with _naming_full_disks(target.output):
         target.output.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.lock, target.output):
@@ -277,8 +287,13 @@ def require_free(output: Path, key: str) -> None:
     """Refuse an output directory that holds something else.
 
     Raises:
-        LoramError: it exists and is not an empty directory.
+        LoramError: it exists and is not an empty directory, or is the one we are in.
     """
+    if output.exists() and output.samefile("."):
+        raise LoramError(
+            f"{key} must not be the current directory, which a stage cannot replace, got {output}; "
+            "name a new directory in it"
+        )
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():
@@ -297,7 +312,7 @@ def require_space(directory: Path, nbytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise LoramError(
-            f"{directory} needs {nbytes / 1e9:.2f} GB free, its disk has {free / 1e9:.2f} GB; "
+            f"{directory} needs {nbytes / 1e6:,.1f} MB free, its disk has {free / 1e6:,.1f} MB; "
             "free some space or choose an output on another disk"
         )
 
@@ -383,12 +398,12 @@ def _naming_full_disks(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise LoramError(
                 f"the disk of {output} is full; nothing was left half-written there, free some "
                 "space or choose an output on another disk"
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError):
+        if error.errno in _NOT_WRITABLE:
             raise LoramError(
                 f"{output} cannot be written ({error.strerror}); choose another output"
             ) from error

@@ -17,13 +17,16 @@ def is_scattered(side: str, kept: KeptIndices | None) -> bool:
     return kept is not None and (side == "B") == (kept.axis == 0)
 
 
-def recover_tensor(tensor: torch.Tensor, side: str, kept: KeptIndices | None) -> torch.Tensor:
+def recover_tensor(
+    tensor: torch.Tensor, side: str, kept: KeptIndices | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Scatter one LoRA matrix to the base's shape.
 
     Args:
         tensor: A ``[r, in]`` or B ``[out, r]``.
         side: ``A`` or ``B``.
         kept: kept rows or columns of the linear, or None where it is whole.
+        out: a tensor of the result's shape and dtype to fill and return, instead of a new one.
 
     Returns:
         A ``[r, full in]`` or B ``[full out, r]`` of the same dtype; the tensor itself where its
@@ -32,13 +35,12 @@ def recover_tensor(tensor: torch.Tensor, side: str, kept: KeptIndices | None) ->
     if not is_scattered(side, kept):
         return tensor
     assert kept is not None
-    if side == "B":
-        full = tensor.new_zeros(kept.full_size, tensor.shape[1])
-        full[kept.index] = tensor
-    else:
-        full = tensor.new_zeros(tensor.shape[0], kept.full_size)
-        full[:, kept.index] = tensor
-    return full
+    axis = 0 if side == "B" else 1
+    if out is None:
+        shape = list(tensor.shape)
+        shape[axis] = kept.full_size
+        out = tensor.new_empty(shape)
+    return out.zero_().index_copy_(axis, kept.index, tensor)
 
 
 def merged_weight(

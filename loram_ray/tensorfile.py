@@ -59,6 +59,10 @@ class TensorSpec:
         """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def empty(self) -> torch.Tensor:
+        """An uninitialised tensor of this shape and dtype."""
+        return torch.empty(self.shape, dtype=self.dtype)
+
 
 class TensorFile:
     """A safetensors file, validated on opening, whose tensors are read one at a time.
@@ -246,7 +250,9 @@ class Checkpoint:
     def _open(self) -> None:
         index = self.directory / INDEX_FILE
         weight_map: dict[str, str] = {}
-        if index.exists():
+        if (self.directory / SINGLE_FILE).exists():  # before an index, as transformers does
+            self.files[SINGLE_FILE] = TensorFile(self.directory / SINGLE_FILE)
+        elif index.exists():
             try:
                 weight_map = dict(json.loads(index.read_text())["weight_map"])
                 paths = {name: self.directory / name for name in sorted(set(weight_map.values()))}
@@ -260,8 +266,6 @@ class Checkpoint:
                         f"{self.directory / file_name} lacks tensor {name} that {INDEX_FILE} "
                         "promises; download the model again"
                     )
-        elif (self.directory / SINGLE_FILE).exists():
-            self.files[SINGLE_FILE] = TensorFile(self.directory / SINGLE_FILE)
         else:
             raise LoramError(
                 f"{self.directory} holds no {SINGLE_FILE} and no {INDEX_FILE}; "

@@ -117,9 +117,10 @@ def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
         assert difference.max() < 2 * LR, name
         assert difference.mean() < 1e-5, name
     assert torch.equal(found["lm_head.weight"], weights(pruned)["lm_head.weight"])
-    moved = found["model.layers.1.mlp.up_proj.weight"] - weights(pruned)[
-        "model.layers.1.mlp.up_proj.weight"
-    ]
+    moved = (
+        found["model.layers.1.mlp.up_proj.weight"]
+        - weights(pruned)["model.layers.1.mlp.up_proj.weight"]
+    )
     assert moved.abs().max() > LR
 
 
@@ -187,9 +188,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
 ) -> None:
     exploding = {"learning_rate": 1e30, "warmup_steps": 0, "schedule": "constant"}
     with pytest.raises(lr.LoramError, match=r"loss is (nan|inf) at step \d+ .*rows \["):
-        lr.align(
-            config(pruned, corpus, tmp_path / "aligned", optimiser=exploding, max_failures=0)
-        )
+        lr.align(config(pruned, corpus, tmp_path / "aligned", optimiser=exploding, max_failures=0))
 
 
 def test_deepspeed_config_accumulates_up_to_the_global_batch(tmp_path: Path) -> None:

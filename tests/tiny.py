@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,4 +96,16 @@ def questions(count: int = 40) -> list[dict[str, str]]:
 
 def texts(count: int = 60) -> list[dict[str, str]]:
     """Documents of different lengths."""
-    return [{"text": f"Document {i}: " + "the quick brown fox. " * (1 + i % 6)} for i in range(count)]
+    return [
+        {"text": f"Document {i}: " + "the quick brown fox. " * (1 + i % 6)} for i in range(count)
+    ]
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Every path below a directory with the SHA-256 of its content: equal when nothing changed."""
+    return {
+        str(path.relative_to(directory)): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        )
+        for path in sorted(directory.rglob("*"))
+    }

@@ -6,7 +6,9 @@ the result is the same however many tasks made it, and an interrupted preparatio
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +70,7 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
     Raises:
         LoramError: no text, no usable tokenizer, or more unreadable rows than the configured share.
     """
+    config = config.resolved()
     units = list_units(config.sources)
     if not units:
         raise LoramError("align.corpus.sources must hold text, every file is empty; add some")
@@ -117,48 +120,52 @@ def _run_units(
     """Prepare the units that an earlier attempt did not, spread over the cluster by Ray Data."""
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress goes to its log file
     pending = [asdict(u) for u in units if not (work / _summary_file(u.index)).exists()]
     with Reporter("corpus", total=len(units), unit="unit") as reporter:
         reporter.update(len(units) - len(pending), {})
         if pending:
             dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(
-                UnitPreparer,
-                fn_constructor_args=(str(work), sequence_length, str(model)),
+                _prepare_batch,
+                fn_args=(work, sequence_length, model.resolve()),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=8),
                 num_cpus=1,
             )
             for batch in dataset.iter_batches(batch_size=None):
-                reporter.advance(len(batch["index"]))
+                for number in batch["errno"][batch["errno"] > 0]:
+                    raise OSError(int(number), os.strerror(number))
+                reporter.advance(len(batch["errno"]))
     loaded = [json.loads((work / _summary_file(u.index)).read_text()) for u in units]
     return [UnitSummary(**summary) for summary in loaded]
 
 
-class UnitPreparer:
-    """Ray Data actor that holds the tokenizer and turns units into Parquet files.
+def _prepare_batch(
+    batch: dict[str, np.ndarray], work: Path, sequence_length: int, model: Path
+) -> dict[str, np.ndarray]:
+    """Prepare one unit in a Ray Data task; the batch has the fields of `Unit`.
 
-    Args:
-        work: directory for the files.
-        sequence_length: tokens in a sequence.
-        model: model directory whose tokenizer is used.
+    An error of the disk is returned: Ray Data would hide what it was.
     """
+    unit = Unit(
+        index=int(batch["index"][0]),
+        path=str(batch["path"][0]),
+        field=str(batch["field"][0]),
+        start=int(batch["start"][0]),
+        end=int(batch["end"][0]),
+    )
+    try:
+        prepare_unit(unit, work, sequence_length, _tokenizer_of(model))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return {"errno": np.array([error.errno])}
+    return {"errno": np.array([0])}
 
-    def __init__(self, work: str, sequence_length: int, model: str) -> None:
-        self._work = Path(work)
-        self._sequence_length = sequence_length
-        self._tokenizer = load_tokenizer(model)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Prepare one unit; the batch has the fields of `Unit`."""
-        unit = Unit(
-            index=int(batch["index"][0]),
-            path=str(batch["path"][0]),
-            field=str(batch["field"][0]),
-            start=int(batch["start"][0]),
-            end=int(batch["end"][0]),
-        )
-        summary = prepare_unit(unit, self._work, self._sequence_length, self._tokenizer)
-        return {"index": np.array([summary.index])}
+@functools.cache
+def _tokenizer_of(model: Path) -> Any:
+    """The tokenizer, loaded once in a worker process, which does many tasks."""
+    return load_tokenizer(model)
 
 
 def prepare_unit(unit: Unit, work: Path, sequence_length: int, tokenizer: Any) -> UnitSummary:

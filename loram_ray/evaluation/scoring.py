@@ -32,10 +32,7 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         }
         causal_lm: Any = model
         if config.adapter is not None:
-            import peft
-
-            causal_lm = peft.PeftModel.from_pretrained(model, str(config.adapter))
-            causal_lm = causal_lm.get_base_model()
+            causal_lm = _with_adapter(model, config.adapter)
         causal_lm.eval()
         log = _Progress(MetricsLog(work / METRICS_FILE))
         if config.data is not None:
@@ -43,6 +40,19 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         if config.text is not None:
             scores.update(_score_text(causal_lm, tokenizer, config.text, config.batch_size, log))
         return {**scores, "seconds": time.perf_counter() - started}
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    import peft
+
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise LoramError(
+            f"evaluate.adapter {adapter} does not fit the model ({reason:.300}); "
+            "use the model that it was trained for"
+        ) from error
 
 
 class _Progress:

@@ -9,10 +9,7 @@ from typing import Any
 from loram_ray.adapter import CONFIG_FILE
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import EvaluateConfig, RayConfig, SourceConfig
-from loram_ray.corpus.read import (
-    identify,
-    list_files,
-)
+from loram_ray.corpus.read import identify, list_files
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scoring import score
 from loram_ray.manifest import (
@@ -22,6 +19,7 @@ from loram_ray.manifest import (
     hash_file,
     identify_model,
     read_manifest,
+    require_stage,
     run_stage,
     write_json,
 )
@@ -74,9 +72,9 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
             f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds no {CONFIG_FILE}; "
             "run loram train or loram recover first"
         )
-    manifest = read_manifest(adapter)
-    if manifest is None:
+    if read_manifest(adapter) is None:
         return digest_of([hash_file(path) for path in sorted(adapter.glob("adapter_*"))])
+    manifest = require_stage(adapter, ("train", "recover"), "evaluate.adapter")
     if manifest.base_fingerprint != base:
         raise LoramError(
             f"evaluate.adapter {adapter} was made for base {manifest.base_fingerprint[:12]}, "
@@ -103,6 +101,7 @@ def _write(
             "model": str(model.resolve()),
             "adapter": config.adapter.resolve() if config.adapter else None,
             "data": str(Path(config.data).resolve()) if config.data else None,
+            "text": config.text.resolved() if config.text else None,
         }
     )
     with ray_session(ray_config, cpus), Reporter("evaluate", 0, "row") as reporter:

@@ -31,11 +31,14 @@ def merge(config: MergeConfig) -> StageResult:
     """Merge a LoRA into its base, tensor by tensor; the sum is formed in float32.
 
     Raises:
-        LoramError: an adapter of another base, or a base that is quantised or damaged.
+        LoramError: an adapter of another base, or a base that is pruned, quantised or damaged.
     """
     base = resolve_base(config.base)
     family = family_of(base)
-    if read_model_config(base).get("quantization_config"):
+    base_config = read_model_config(base)
+    if base_config.get("pruned_linears") is not None:
+        raise LoramError(f"merge.base must be a model that is not pruned, {base} is; give its base")
+    if base_config.get("quantization_config"):
         raise LoramError(
             f"merge.base must be in full precision, {base} is quantised and merging would "
             "round; give the model that was quantised"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
@@ -44,7 +46,7 @@ def recover(config: RecoverConfig) -> StageResult:
         return run_stage(
             config.output,
             "recover",
-            settings={"base": config.base},
+            settings={},
             parents={"adapter": manifest.digest, "base": plan.base_fingerprint},
             base_fingerprint=plan.base_fingerprint,
             write=lambda target: _write(target, adapter, plan, specs, config.base),
@@ -96,12 +98,14 @@ def _write(
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(target.path, nbytes)
     writer = TensorWriter(target.path / ADAPTER_FILE, specs)
+    scratch: dict[TensorSpec, torch.Tensor] = {}  # one per shape: memory once touched is fast
     try:
         with Reporter("recover", total=nbytes, unit="B") as reporter:
             for name, spec in specs.items():
                 module, side = split_name(name, adapter.directory)
+                out = scratch.setdefault(spec, spec.empty())
                 tensor = adapter.file.read(name)
-                writer.write(name, recover_tensor(tensor, side, plan.kept(module)))
+                writer.write(name, recover_tensor(tensor, side, plan.kept(module), out))
                 reporter.advance(spec.nbytes)
         target.hashes[ADAPTER_FILE] = writer.finish()
     except BaseException:

@@ -1,0 +1,121 @@
+"""Adapters with random weights, bases with zeroed positions, and Python without loram_ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import torch
+from transformers import PreTrainedModel
+
+from loram_ray.finetuning.trainer import save_adapter
+from loram_ray.manifest import StageDirectory, StageResult, identify_model, run_stage
+from loram_ray.modeling import load_model
+from loram_ray.plan import PLAN_FILE, PruningPlan
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+_BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "loram_ray":
+            raise ImportError("loram_ray is not importable here")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def token_ids(vocabulary: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens ``[2, 12]``."""
+    return torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel | peft.PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+def with_random_adapter(
+    model: PreTrainedModel, seed: int = 0, **settings: object
+) -> peft.PeftModel:
+    """Put a LoRA on a model, with A and B drawn at random; B is not zero."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, **settings}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def write_trained(model: Path, adapted: peft.PeftModel, output: Path) -> StageResult:
+    """Write what the train stage writes for an adapter on the model in this directory."""
+    digest, base_fingerprint = identify_model(model, "train.model")
+
+    def write(target: StageDirectory) -> None:
+        save_adapter(adapted, target.path)
+        if (model / PLAN_FILE).exists():
+            PruningPlan.load(model).save(target.path)
+
+    return run_stage(output, "train", {}, {"model": digest}, base_fingerprint, write)
+
+
+def train_randomly(
+    model: Path, output: Path, seed: int = 0, **settings: object
+) -> tuple[Path, peft.PeftModel]:
+    """Write a random adapter on a model directory; return its directory and the adapted model."""
+    adapted = with_random_adapter(load_model(model, "fp32"), seed, **settings)
+    return write_trained(model, adapted, output).output, adapted
+
+
+@torch.no_grad()
+def zero_pruned(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """Zero, head by head and neuron by neuron, what a plan does not keep."""
+    sizes = plan.geometry
+    group = sizes.num_heads // sizes.num_kv_heads
+    for number, units in plan.layers.items():
+        layer = model.model.layers[number]
+        attention, mlp = layer.self_attn, layer.mlp
+        for head in set(range(sizes.num_kv_heads)) - set(units.kv_heads.tolist()):
+            for linear in (attention.k_proj, attention.v_proj):
+                _zero_rows(linear, head * sizes.head_dim, sizes.head_dim)
+            for query in range(head * group, (head + 1) * group):
+                start = query * sizes.head_dim
+                _zero_rows(attention.q_proj, start, sizes.head_dim)
+                attention.o_proj.weight[:, start : start + sizes.head_dim] = 0
+        for neuron in set(range(sizes.intermediate_size)) - set(units.neurons.tolist()):
+            for linear in (mlp.gate_proj, mlp.up_proj):
+                _zero_rows(linear, neuron, 1)
+            mlp.down_proj.weight[:, neuron] = 0
+    return model
+
+
+def _zero_rows(linear: torch.nn.Linear, start: int, count: int) -> None:
+    linear.weight[start : start + count] = 0
+    if linear.bias is not None:
+        linear.bias[start : start + count] = 0
+
+
+def run_python(script: str, folder: Path, *arguments: object, with_loram_ray: bool) -> None:
+    """Run a script in a Python of its own, one to which loram_ray may be unknown."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),
+    }
+    code = script if with_loram_ray else _BLOCKER + script
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert finished.returncode == 0, finished.stderr

@@ -1,0 +1,143 @@
+"""Recovery of an adapter of LLaMA-3.1-70B's shapes, against copying the recovered file.
+
+python tests/benchmarks/recovery.py FOLDER
+
+80 layers, 74 of them pruned at 0.85, r 8 on all seven linears, random values. The base is there
+with its real shapes as sparse files, so that the whole stage runs, fingerprint included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measure import median, peak_memory, timed_copy
+
+import loram_ray as lr
+from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, tensor_name
+from loram_ray.architectures import architecture_of
+from loram_ray.manifest import StageDirectory, fingerprint, read_model_config, run_stage
+from loram_ray.pruning.random import random_plan
+from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
+
+ROUNDS, RANK = 5, 8
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = (
+    8192,
+    28672,
+    80,
+    64,
+    8,
+    128,
+    128256,
+)
+
+
+def base_shapes() -> dict[str, tuple[int, ...]]:
+    query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        for name, shape in {
+            "self_attn.q_proj": (query, HIDDEN),
+            "self_attn.k_proj": (key, HIDDEN),
+            "self_attn.v_proj": (key, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, query),
+            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+            "input_layernorm": (HIDDEN,),
+            "post_attention_layernorm": (HIDDEN,),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def write_sparse_base(directory: Path) -> None:
+    """A model directory of the real shapes whose weights are holes in a sparse file."""
+    directory.mkdir()
+    config = {
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCABULARY,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    header, offset = {}, 0
+    for name, shape in base_shapes().items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + offset)
+
+
+def write_pruned_adapter(base: Path, output: Path) -> None:
+    family = architecture_of("llama")
+    with Checkpoint(base) as checkpoint:
+        identity = fingerprint(checkpoint)
+    geometry = family.geometry(read_model_config(base))
+    plan = random_plan(family, geometry, 0.85, (4, 78), 0, identity)
+    specs = {}
+    for name, shape in base_shapes().items():
+        module = name.removesuffix(".weight")
+        if "_proj" in module:
+            rows, columns = plan.pruned_shape(module, shape)
+            specs[tensor_name(module, "A")] = TensorSpec((RANK, columns), torch.float32)
+            specs[tensor_name(module, "B")] = TensorSpec((rows, RANK), torch.float32)
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 16,
+        "target_modules": list(family.target_names()),
+    }
+
+    def write(target: StageDirectory) -> None:
+        writer = TensorWriter(target.path / ADAPTER_FILE, specs)
+        for name, spec in specs.items():
+            writer.write(name, torch.randn(spec.shape))
+        writer.finish()
+        (target.path / CONFIG_FILE).write_text(json.dumps(config))
+        plan.save(target.path)
+
+    run_stage(output, "train", {}, {}, identity, write)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    write_sparse_base(folder / "base")
+    write_pruned_adapter(folder / "base", folder / "adapter_pruned")
+    before = peak_memory()
+    recovering, copying = [], []
+    for i in range(ROUNDS):
+        started = time.perf_counter()
+        output = folder / f"adapter_{i}"
+        lr.recover(
+            lr.RecoverConfig(
+                adapter=folder / "adapter_pruned", base=str(folder / "base"), output=output
+            )
+        )
+        recovering.append(time.perf_counter() - started)
+        copying.append(timed_copy([output / ADAPTER_FILE], folder / "copy"))
+    size = (output / ADAPTER_FILE).stat().st_size
+    result = {
+        "bytes": size,
+        "seconds": median(recovering),
+        "copy_seconds": median(copying),
+        "ratio": median([a / b for a, b in zip(recovering, copying, strict=True)]),
+        "peak_bytes": peak_memory(),
+        "peak_before_bytes": before,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The README's commands and snippets, and the shipped configurations, run as they are written."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from loram_ray.config import load_run
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+LORAM = Path(sys.executable).with_name("loram")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's paths exist: the demo's files, with a tiny model and few steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    inputs = folder / "runs" / "demo" / "inputs"
+    inputs.mkdir(parents=True)
+    tiny.write_base(inputs / "base", layers=30)
+    tiny.write_jsonl(inputs / "train.jsonl", tiny.questions())
+    tiny.write_jsonl(inputs / "test.jsonl", tiny.questions(8))
+    tiny.write_jsonl(inputs / "text.jsonl", tiny.texts(400))
+    shipped = yaml.safe_load((REPOSITORY / "jobs" / "configs" / "demo.yaml").read_text())
+    shipped["align"].update(steps=2, checkpoint_every=1)
+    shipped["train"].update(steps=2)
+    shipped["evaluate"].update(max_new_tokens=2)
+    (folder / "jobs" / "configs").mkdir(parents=True)
+    (folder / "jobs" / "configs" / "demo.yaml").write_text(yaml.safe_dump(shipped))
+    return folder
+
+
+def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
+    lines = [line for line in commands() if line.startswith("loram ")]
+    assert len(lines) >= 7
+    for line in lines:
+        arguments = line.split()[1:]
+        done = subprocess.run(
+            [LORAM, *arguments], cwd=checkout, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        if "--json" in arguments:
+            assert json.loads(done.stdout)["stage"] == "train"
+    table = json.loads((checkout / "runs" / "demo" / "results.json").read_text())["rows"]
+    assert len(table) == 5
+    for code in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_every_make_target_of_the_readme_and_ci_exists() -> None:
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    named = re.findall(r"make (\w+)", README + ci)
+    assert {"demo", "test", "lint", "bench", "slow"} <= set(named)
+    for target in named:
+        done = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True)
+        assert done.returncode == 0, target
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (REPOSITORY / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml")), ids=str)
+def test_every_shipped_config_is_valid_and_opens_with_its_command(path: Path) -> None:
+    load_run(path)
+    comment = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"loram run --config jobs/configs/{path.name}" in comment
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_base: Path) -> None:
+    """The demo as `make demo` runs it, the download of the package aside."""
+    inputs = tmp_path / "runs" / "demo" / "inputs"
+    inputs.mkdir(parents=True)
+    shutil.copytree(real_base, inputs / "base")
+    script = [sys.executable, REPOSITORY / "jobs" / "prepare_demo.py", "--output", inputs]
+    subprocess.run(script, check=True)
+    started = time.monotonic()
+    demo = REPOSITORY / "jobs" / "configs" / "demo.yaml"
+    subprocess.run([LORAM, "run", "--config", demo], cwd=tmp_path, check=True)
+    minutes = (time.monotonic() - started) / 60
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    found = json.loads((tmp_path / "runs" / "demo" / "results.json").read_text())["rows"]
+    rows = {row["name"]: row for row in found}
+    print(json.dumps(found, indent=1), f"{minutes:.1f} minutes, {peak / 1e9:.1f} GB at most")
+    untouched = rows["full base, untouched"]["answer_perplexity"]
+    assert rows["LoRAM"]["answer_perplexity"] < untouched
+    assert rows["LoRAM"]["exact_match"] >= rows["full base, untouched"]["exact_match"]
+    assert rows["LoRA on the full base"]["answer_perplexity"] < untouched
+    assert rows["pruned model, as it is"]["answer_perplexity"] > untouched
+    assert rows["LoRAM"]["model_bytes"] < rows["LoRA on the full base"]["model_bytes"]

@@ -1,0 +1,186 @@
+"""Likelihoods and exact matches against one-token, one-question loops without batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loram_ray.corpus.examples import Conversation, Example, prompt_ids
+from loram_ray.evaluation.scores import (
+    Likelihood,
+    answer_likelihood,
+    exact_matches,
+    text_likelihood,
+)
+
+PADDING = 0
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """A model whose weights are large enough for answers that differ from question to question."""
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(tiny.llama_config(layers=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tokenizer()
+
+
+def nothing(amount: int) -> None:
+    """Progress that is not shown."""
+
+
+@torch.no_grad()
+def naive_nll(model: LlamaForCausalLM, ids: list[int], first: int) -> float:
+    """Minus the log-probability of ``ids[first:]``, one forward a token, in float64 softmax."""
+    total = 0.0
+    for position in range(first, len(ids)):
+        logits = model(torch.tensor([ids[:position]])).logits[0, -1].double()
+        total -= float(torch.log_softmax(logits, dim=-1)[ids[position]])
+    return total
+
+
+def examples() -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(4, 9), (11, 12), (1, 7), (6, 20), (3, 5), (2, 14), (8, 9)]
+    return [
+        Example(
+            f"file:{i}",
+            torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist(),
+            prompt,
+        )
+        for i, (prompt, length) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_answer_likelihood_is_that_of_a_loop_over_tokens(
+    model: LlamaForCausalLM, batch_size: int
+) -> None:
+    expected = sum(naive_nll(model, e.input_ids, e.prompt_length) for e in examples())
+    tokens = sum(len(e.input_ids) - e.prompt_length for e in examples())
+    done: list[int] = []
+    found = answer_likelihood(model, examples(), PADDING, batch_size, done.append)
+    assert found.tokens == tokens
+    assert found.nll == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(expected / tokens), rel=1e-5)
+    assert sum(done) == len(examples())
+    assert max(done) == min(batch_size, len(examples()))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_text_likelihood_is_that_of_a_loop_over_tokens(
+    model: LlamaForCausalLM, batch_size: int
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    sequences = torch.randint(3, tiny.VOCABULARY, (5, 10), generator=generator)
+    lengths = torch.tensor([10, 10, 10, 10, 4])
+    sequences[4, 4:] = PADDING
+    rows = [ids[:n].tolist() for ids, n in zip(sequences, lengths.tolist(), strict=True)]
+    expected = sum(naive_nll(model, ids, 1) for ids in rows)
+    done: list[int] = []
+    found = text_likelihood(model, sequences, lengths, batch_size, done.append)
+    assert found.tokens == 4 * 9 + 3
+    assert found.nll == pytest.approx(expected, rel=1e-5)
+    assert sum(done) == 5
+
+
+def test_a_sequence_of_one_token_has_nothing_to_predict(model: LlamaForCausalLM) -> None:
+    sequences = torch.tensor([[5, 6, 7, 8], [9, 0, 0, 0]])
+    found = text_likelihood(model, sequences, torch.tensor([4, 1]), 1, nothing)
+    assert found.tokens == 3
+    assert found.nll == pytest.approx(naive_nll(model, [5, 6, 7, 8], 1), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    model = LlamaForCausalLM(tiny.llama_config(layers=1)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = answer_likelihood(model, examples(), PADDING, 4, nothing)
+    assert found.perplexity == pytest.approx(tiny.VOCABULARY, rel=1e-5)
+
+
+def test_likelihoods_add_up_and_overflow_to_infinity() -> None:
+    assert Likelihood(1.5, 2) + Likelihood(2.0, 3) == Likelihood(3.5, 5)
+    assert Likelihood(math.log(2) * 4, 4).perplexity == pytest.approx(2.0)
+    assert Likelihood(1e6, 2).perplexity == math.inf
+
+
+@torch.no_grad()
+def naive_answer(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: list[int], most: int
+) -> str:
+    """Greedy decoding of one prompt, without padding, cache or batch."""
+    ids = list(prompt)
+    for _ in range(most):
+        following = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if following == tokenizer.eos_token_id:
+            break
+        ids.append(following)
+    return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+
+
+def questions() -> list[list[dict[str, str]]]:
+    """Prompts of very different lengths, so that batches are padded."""
+    return [[{"role": "user", "content": "why? " * (1 + 3 * i)}] for i in range(6)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_exact_matches_are_those_of_one_question_at_a_time(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    answers = [
+        naive_answer(model, tokenizer, prompt_ids(tokenizer, Conversation("", asked, "")), 6)
+        for asked in questions()
+    ]
+    assert len(set(answers)) > 1, "the answers must tell the questions apart"
+    # every second reference is right; space around it must not matter
+    conversations = [
+        Conversation(f"file:{i}", asked, f" {answer}\n" if i % 2 else f"{answer} and more")
+        for i, (asked, answer) in enumerate(zip(questions(), answers, strict=True))
+    ]
+    done: list[int] = []
+    found = exact_matches(model, tokenizer, conversations, batch_size, 6, done.append)
+    assert found == 3
+    assert sum(done) == 6
+
+
+def test_an_answer_ends_at_the_end_of_text_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model that says one letter and then ends must not be judged by what follows."""
+    model = LlamaForCausalLM(tiny.llama_config(layers=1)).eval()
+    letter = tokenizer("7")["input_ids"][0]
+    start = tokenizer("\n")["input_ids"][0]  # the last token of the generation prompt
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()  # hidden states are those of the embedding alone
+        model.model.embed_tokens.weight.zero_()
+        model.model.embed_tokens.weight[start, 0] = 1.0
+        model.model.embed_tokens.weight[letter, 1] = 1.0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[letter, 0] = 1.0
+        model.lm_head.weight[tokenizer.eos_token_id, 1] = 1.0
+    right = Conversation("a:1", [{"role": "user", "content": "3+4="}], "7")
+    wrong = Conversation("a:2", [{"role": "user", "content": "3+5="}], "8")
+    assert exact_matches(model, tokenizer, [right, wrong, right], 2, 9, nothing) == 2
+
+
+def test_scoring_leaves_the_model_as_it_was(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    answer_likelihood(model, examples(), PADDING, 4, nothing)
+    exact_matches(model, tokenizer, [Conversation("a:1", questions()[0], "x")], 4, 3, nothing)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
