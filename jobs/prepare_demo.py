@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAIN_EXAMPLES, TEST_EXAMPLES, WORD_PROBLEMS = 3000, 100, 2000
+TRAIN_EXAMPLES, TEST_EXAMPLES, WORD_PROBLEMS = 3000, 60, 2000
 TRAIN_SEED, TEST_SEED, TEXT_SEED = 1, 2, 3
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory to fill")
-    parser.add_argument("--task", default="gsm_symbolic", help="reasoning-gym task to fine-tune on")
+    parser.add_argument("--task", default="chain_sum", help="reasoning-gym task to fine-tune on")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,13 @@ class Reporter:
         elif self._line_is_due():
             self._line(f"{shown}  {self._time_left()}")
 
+    def waiting(self, reason: str) -> None:
+        """Say now and then that nothing is done yet, and why."""
+        if self._bar is not None:
+            self._bar.update(self._task, amount=self._amount(), metrics=reason)
+        elif self._line_is_due():
+            self._line(reason)
+
     def _line_is_due(self) -> bool:
         waited = time.monotonic() - self._last_line
         moved = self._done != self._shown
@@ -138,6 +145,8 @@ def follow(reporter: Reporter, path: Path, finished: Callable[[float], bool]) ->
         if lines:
             newest = dict(lines[-1])
             reporter.update(newest.pop("step"), newest)
+        else:
+            reporter.waiting("starting workers")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import adapters
 import pytest
 import tiny
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loram_ray.config import EvaluateConfig
 from loram_ray.corpus.examples import Conversation, Example, prompt_ids
+from loram_ray.errors import LoramError
 from loram_ray.evaluation.scores import (
     Likelihood,
     answer_likelihood,
     exact_matches,
     text_likelihood,
 )
+from loram_ray.evaluation.scoring import score
+from loram_ray.modeling import load_model
 
 PADDING = 0
 
@@ -125,7 +131,7 @@ def naive_answer(
     ids = list(prompt)
     for _ in range(most):
         following = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        if following == tokenizer.eos_token_id:
+        if following in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
             break
         ids.append(following)
     return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
@@ -156,8 +162,11 @@ def test_exact_matches_are_those_of_one_question_at_a_time(
     assert sum(done) == 6
 
 
-def test_an_answer_ends_at_the_end_of_text_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A model that says one letter and then ends must not be judged by what follows."""
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_an_answer_ends_where_the_model_or_the_chat_template_ends_it(
+    tokenizer: PreTrainedTokenizerFast, end: str
+) -> None:
+    """A model that says 7, ends, and says 7 again must not be judged by what follows the end."""
     model = LlamaForCausalLM(tiny.llama_config(layers=1)).eval()
     letter = tokenizer("7")["input_ids"][0]
     start = tokenizer("\n")["input_ids"][0]  # the last token of the generation prompt
@@ -167,9 +176,11 @@ def test_an_answer_ends_at_the_end_of_text_token(tokenizer: PreTrainedTokenizerF
         model.model.embed_tokens.weight.zero_()
         model.model.embed_tokens.weight[start, 0] = 1.0
         model.model.embed_tokens.weight[letter, 1] = 1.0
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(end), 2] = 1.0
         model.lm_head.weight.zero_()
         model.lm_head.weight[letter, 0] = 1.0
-        model.lm_head.weight[tokenizer.eos_token_id, 1] = 1.0
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(end), 1] = 1.0
+        model.lm_head.weight[letter, 2] = 1.0
     right = Conversation("a:1", [{"role": "user", "content": "3+4="}], "7")
     wrong = Conversation("a:2", [{"role": "user", "content": "3+5="}], "8")
     assert exact_matches(model, tokenizer, [right, wrong, right], 2, 9, nothing) == 2
@@ -184,3 +195,74 @@ def test_scoring_leaves_the_model_as_it_was(
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def evaluation(model: Path, folder: Path, **settings: object) -> dict[str, float | int]:
+    """Score a model directory as the actor does, without Ray."""
+    (folder / "work").mkdir(exist_ok=True)
+    config = EvaluateConfig.model_validate(
+        {"model": str(model), "output": folder / "out", "precision": "fp32", **settings}
+    )
+    return score(config, folder / "work")
+
+
+def test_scores_of_a_directory_are_those_of_its_model(base: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(5))
+    text = {"sources": [{"path": str(tiny.write_jsonl(tmp_path / "t.jsonl", tiny.texts(4)))}]}
+    found = evaluation(
+        base, tmp_path, data=str(data), text={**text, "sequence_length": 32}, exact_match=True
+    )
+    model, tokenizer = load_model(base, "fp32").eval(), tiny.tokenizer()
+    nll, tokens = 0.0, 0
+    for row in tiny.questions(5):
+        asked = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = tokenizer(asked)["input_ids"]
+        answer = tokenizer(row["completion"] + "<|im_end|>\n")["input_ids"]
+        nll += naive_nll(model, prompt + answer, len(prompt))
+        tokens += len(answer)
+    assert found["answer_tokens"] == tokens
+    assert found["answer_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+    joined = [
+        token
+        for row in tiny.texts(4)
+        for token in [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+    ]
+    pieces = [joined[start : start + 32] for start in range(0, len(joined), 32)]
+    nll, tokens = sum(naive_nll(model, piece, 1) for piece in pieces), len(joined) - len(pieces)
+    assert found["text_tokens"] == tokens
+    assert found["text_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+    assert found["examples"] == 5
+    assert found["exact_match"] == 0.0  # random weights do not add up
+    assert found["model_parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["model_bytes"] == 4 * found["model_parameters"]
+
+
+def test_an_adapter_changes_the_scores_and_a_foreign_one_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    data = str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(5)))
+    adapter, adapted = adapters.train_randomly(base, tmp_path / "adapter")
+    plain = evaluation(base, tmp_path, data=data)
+    found = evaluation(base, tmp_path, data=data, adapter=adapter)
+    merged = tmp_path / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    tiny.tokenizer().save_pretrained(merged)
+    expected = evaluation(merged, tmp_path, data=data)
+    assert found["answer_perplexity"] == pytest.approx(expected["answer_perplexity"], rel=1e-4)
+    assert found["answer_perplexity"] != pytest.approx(plain["answer_perplexity"], rel=1e-3)
+
+    wider = tiny.write_base(tmp_path / "wider", intermediate=128)
+    with pytest.raises(LoramError, match=r"evaluate.adapter .* does not fit the model") as caught:
+        evaluation(wider, tmp_path, data=data, adapter=adapter)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_nothing_to_score_is_refused(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    with pytest.raises(LoramError, match=r"evaluate\.data must hold examples"):
+        evaluation(base, tmp_path, data=str(path))
+    with pytest.raises(LoramError, match=r"evaluate\.text\.sources must hold text"):
+        evaluation(base, tmp_path, text={"sources": [{"path": str(path)}]})

@@ -28,6 +28,7 @@ from loram_ray.corpus.stream import Share, list_blocks, stream
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED, summed_loss
 from loram_ray.manifest import write_json
+from loram_ray.memory import peak_memory_gb
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
@@ -159,6 +160,7 @@ def _train(engine: Any, loop: LoopSettings, rank: int, step: int) -> None:
                 loss=loss,
                 lr=engine.get_lr()[0],
                 grad_norm=float(engine.get_global_grad_norm() or 0.0),
+                memory_gb=peak_memory_gb(),
                 tokens_per_s=config.batch_size * batch["input_ids"].shape[1] / seconds,
             )
         if step % config.checkpoint_every == 0 or step == config.steps:

@@ -145,6 +145,18 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     return _template(tokenizer, conversation.prompt, add_generation_prompt=True)
 
 
+def end_of_answer(tokenizer: Any) -> int | None:
+    """Special token with which the chat template closes an answer, or None where it has none.
+
+    It is often another than the tokenizer's end-of-text token, at which generation stops.
+    """
+    question = {"role": "user", "content": "question"}
+    answer = {"role": "assistant", "content": "answer"}
+    text = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+
+
 def _template(
     tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool
 ) -> list[int]:

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from loram_ray.corpus.examples import Conversation, Example, collate, prompt_ids
+from loram_ray.corpus.examples import (
+    Conversation,
+    Example,
+    collate,
+    end_of_answer,
+    prompt_ids,
+)
 from loram_ray.losses import IGNORED, summed_loss
 
 
@@ -119,6 +125,7 @@ def exact_matches(
     device = next(model.parameters()).device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     prompts = [(prompt_ids(tokenizer, c), c.answer) for c in conversations]
+    stops = _stop_tokens(model, tokenizer)
     matches = 0
     for batch in _by_length(prompts, lambda p: len(p[0]), batch_size):
         longest = max(len(ids) for ids, _ in batch)
@@ -132,6 +139,7 @@ def exact_matches(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=padding,
+            eos_token_id=stops,
         )
         texts = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
         matches += sum(
@@ -139,6 +147,14 @@ def exact_matches(
         )
         advance(len(batch))
     return matches
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens at which an answer ends: the model's, the tokenizer's, and the chat template's."""
+    of_model = model.generation_config.eos_token_id
+    found = [*(of_model if isinstance(of_model, list) else [of_model])]
+    found += [tokenizer.eos_token_id, end_of_answer(tokenizer)]
+    return sorted({token for token in found if token is not None})
 
 
 def _likelihood(model: nn.Module, rows: dict[str, torch.Tensor]) -> Likelihood:

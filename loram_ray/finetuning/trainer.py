@@ -19,6 +19,7 @@ from loram_ray.config import LoraConfig, TrainConfig
 from loram_ray.corpus.examples import ExampleTable, collate, load_examples
 from loram_ray.errors import LoramError
 from loram_ray.losses import summed_loss
+from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import family_of, load_model, load_tokenizer
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.tensorfile import TensorSpec, TensorWriter
@@ -94,6 +95,7 @@ class _Watch(TrainerCallback):
             loss=logs["loss"],
             lr=logs["learning_rate"],
             grad_norm=float(logs["grad_norm"]),
+            memory_gb=peak_memory_gb(),
             examples_per_s=self._batch_size / (now - self._last),
         )
         self._last = now
