@@ -133,8 +133,8 @@ def run_in_actor(
         wait(finished)
         return ray.get(result)
     except RayTaskError as error:
-        if isinstance(error.cause, LoramError):
-            raise LoramError(str(error.cause)) from error
+        if isinstance(error.cause, LoramError | OSError):  # the cause itself, with its errno
+            raise error.cause from error
         raise
     except RayActorError as error:
         raise LoramError(

@@ -1,23 +1,15 @@
-"""Lineage, fingerprints and atomic stage directories.
+"""Manifests: what a directory says of itself, and what a model is known by.
 
-A stage writes to a hidden sibling of its output and renames it at the end, so a directory that
-exists is complete. Beside the weights it leaves ``manifest.json``: the stage, its settings, its
-parents, the versions, and the size and SHA-256 of each file.
+Each stage leaves ``manifest.json`` beside its files: the stage, its settings, its parents, the
+versions, and the size and SHA-256 of each file. A base has no manifest; its fingerprint names it.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +17,7 @@ from loram_ray.errors import LoramError
 from loram_ray.tensorfile import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
-_FORMAT = 1
-_IDENTITY_NOTE = "identity"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
+FORMAT = 1
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version")
 _SAMPLE_PIECES, _SAMPLE_BYTES = 16, 256
 
@@ -99,7 +87,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: float = 0.0
-    format: int = _FORMAT
+    format: int = FORMAT
 
     @property
     def digest(self) -> str:
@@ -141,7 +129,7 @@ def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> M
             f"{key} must be a directory written by {' or '.join(stages)}, {directory} holds "
             f"{found}; run loram {stages[0]} first or give its output"
         )
-    _require_files(Path(directory), manifest)
+    require_files(Path(directory), manifest)
     for name, entry in manifest.files.items():
         path = Path(directory) / name
         if hash_file(path) != entry["sha256"]:
@@ -149,7 +137,7 @@ def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> M
     return manifest
 
 
-def _require_files(directory: Path, manifest: Manifest) -> None:
+def require_files(directory: Path, manifest: Manifest) -> None:
     """Refuse a directory that lacks a file of its manifest, or has one of another size."""
     for name, entry in manifest.files.items():
         path = directory / name
@@ -186,137 +174,6 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """A completed stage.
-
-    Attributes:
-        output: its directory.
-        manifest: what the directory says of itself.
-        skipped: True where the directory was complete before.
-    """
-
-    output: Path
-    manifest: Manifest
-    skipped: bool
-
-
-class StageDirectory:
-    """A stage's output under construction.
-
-    Attributes:
-        path: where to write; renamed to the output when the stage completes.
-        work: checkpoints and caches that outlive an interruption; removed on completion.
-        lock: held while the stage runs.
-        details: goes into the manifest.
-        hashes: SHA-256 of files already known, to hash no file twice.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.path = output.with_name(f".{output.name}.partial")
-        self.work = output.with_name(f".{output.name}.work")
-        self.lock = output.with_name(f".{output.name}.lock")
-        self.details: dict[str, Any] = {}
-        self.hashes: dict[str, str] = {}
-
-
-def run_stage(
-    output: Path | str,
-    stage: str,
-    settings: dict[str, Any],
-    parents: dict[str, str],
-    base_fingerprint: str,
-    write: Callable[[StageDirectory], None],
-) -> StageResult:
-    """Run a stage's ``write`` unless its output is complete.
-
-    Args:
-        output: directory to make.
-        stage: the stage's name.
-        settings: what determines the result, besides the inputs; kept in the manifest.
-        parents: digest of each input, by role.
-        base_fingerprint: the base at the root of the lineage.
-        write: writes the files into ``StageDirectory.path``.
-
-    Raises:
-        LoramError: the output holds something else, another process writes it, or the disk is full.
-    """
-    identity = digest_of([_FORMAT, stage, settings, parents])
-    manifest = read_manifest(output) if Path(output).is_dir() else None
-    if manifest is not None and manifest.identity == identity:
-        _require_files(Path(output), manifest)
-        return StageResult(Path(output), manifest, skipped=True)
-    lineage = Manifest(stage, identity, base_fingerprint, parents, settings)
-    with _stage_directory(Path(output), lineage) as target:
-        write(target)
-    written = read_manifest(output)
-    assert written is not None
-    return StageResult(Path(output), written, skipped=False)
-
-
-@contextmanager
-def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory]:
-    """Yield a directory that becomes ``output`` whole, or not at all.
-
-    Work of an interrupted run is kept in ``work`` if it has the same identity, else cleared.
-    """
-    require_free(output, key=f"{lineage.stage}.output")
-    target = StageDirectory(output)
-    with _naming_full_disks(target.output):
-        target.output.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target.lock, target.output):
-            _prepare(target, lineage.identity)
-            try:
-                yield target
-                manifest = replace(
-                    lineage,
-                    details=target.details,
-                    files=_describe_files(target),
-                    versions=_versions(),
-                    created=time.time(),
-                )
-                write_json(target.path / MANIFEST_FILE, asdict(manifest))
-                _publish(target)
-            except BaseException:
-                _clear(target)
-                raise
-
-
-def require_free(output: Path, key: str) -> None:
-    """Refuse an output directory that holds something else.
-
-    Raises:
-        LoramError: it exists and is not an empty directory, or is the one we are in.
-    """
-    if output.exists() and output.samefile("."):
-        raise LoramError(
-            f"{key} must not be the current directory, which a stage cannot replace, got {output}; "
-            "name a new directory in it"
-        )
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists():
-        raise LoramError(
-            f"{key} must be a new or empty directory, {output} holds something else; "
-            "choose another output or move it away"
-        )
-
-
-def require_space(directory: Path, nbytes: int) -> None:
-    """Refuse to start writing ``nbytes`` where they do not fit.
-
-    Raises:
-        LoramError: the file system of ``directory`` has less left.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise LoramError(
-            f"{directory} needs {nbytes / 1e6:,.1f} MB free, its disk has {free / 1e6:,.1f} MB; "
-            "free some space or choose an output on another disk"
-        )
-
-
 def write_json(path: Path, value: object) -> None:
     """Write JSON durably: to a sibling, synced, renamed."""
     sibling = path.with_name(f".{path.name}.tmp")
@@ -326,85 +183,3 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     sibling.replace(path)
-
-
-def _prepare(target: StageDirectory, identity: str) -> None:
-    shutil.rmtree(target.path, ignore_errors=True)
-    target.path.mkdir()
-    note = target.work / _IDENTITY_NOTE
-    if not note.exists() or note.read_text() != identity:
-        shutil.rmtree(target.work, ignore_errors=True)
-        target.work.mkdir()
-        note.write_text(identity)
-
-
-def _publish(target: StageDirectory) -> None:
-    if target.output.is_dir():
-        target.output.rmdir()
-    target.path.rename(target.output)
-    descriptor = os.open(target.output.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    shutil.rmtree(target.work, ignore_errors=True)
-
-
-def _clear(target: StageDirectory) -> None:
-    """Remove what is half-written, and the work directory where nothing was saved in it."""
-    shutil.rmtree(target.path, ignore_errors=True)
-    if {path.name for path in target.work.glob("*")} <= {_IDENTITY_NOTE}:
-        shutil.rmtree(target.work, ignore_errors=True)
-
-
-def _describe_files(target: StageDirectory) -> dict[str, dict[str, Any]]:
-    files = {}
-    for path in sorted(p for p in target.path.rglob("*") if p.is_file()):
-        name = str(path.relative_to(target.path))
-        sha256 = target.hashes.get(name) or hash_file(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
-    return files
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONS_OF:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@contextmanager
-def _exclusive(lock: Path, output: Path) -> Iterator[None]:
-    """Hold an advisory lock that the kernel releases when its process dies."""
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
-        except (BlockingIOError, FileNotFoundError):  # held, or just let go and removed
-            held = False
-        if not held:
-            raise LoramError(
-                f"{output} is being written by another process; wait for it or stop it"
-            )
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming_full_disks(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise LoramError(
-                f"the disk of {output} is full; nothing was left half-written there, free some "
-                "space or choose an output on another disk"
-            ) from error
-        if error.errno in _NOT_WRITABLE:
-            raise LoramError(
-                f"{output} cannot be written ({error.strerror}); choose another output"
-            ) from error
-        raise

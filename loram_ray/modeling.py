@@ -35,8 +35,12 @@ _COMPANIONS = (
 )
 
 
-def resolve_base(base: str | Path) -> Path:
+def resolve_base(base: str | Path, key: str) -> Path:
     """Return the directory of a base model, downloading a hub id once into the hub's cache.
+
+    Args:
+        base: a directory or a hub id.
+        key: configuration key it came from, for messages.
 
     Raises:
         LoramError: neither a directory nor a model that the hub has and this machine may read.
@@ -46,7 +50,7 @@ def resolve_base(base: str | Path) -> Path:
         return path
     text = str(base)
     if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        raise LoramError(f"base must be a model directory or a hub id, {base} is neither; check it")
+        raise LoramError(f"{key} must be a model directory or a hub id, {base} is neither; mend it")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*", "LICENSE*"]
@@ -55,7 +59,7 @@ def resolve_base(base: str | Path) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoramError(
-            f"base {base} is no directory here and could not be had from the hub ({reason}); "
+            f"{key} {base} is no directory here and could not be had from the hub ({reason}); "
             "check the name, the network and HF_TOKEN"
         ) from error
 
@@ -111,7 +115,7 @@ def write_model_files(
     """
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
+        for path in sorted(p for p in source.glob(pattern) if p.is_file()):
             shutil.copyfile(path, target / path.name)
     if plan is not None:
         plan.save(target)

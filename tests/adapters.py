@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from loram_ray.finetuning.trainer import save_adapter
-from loram_ray.manifest import StageDirectory, StageResult, identify_model, run_stage
+from loram_ray.manifest import identify_model
 from loram_ray.modeling import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

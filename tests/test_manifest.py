@@ -22,21 +22,19 @@ from loram_ray.config import PruneConfig
 from loram_ray.errors import LoramError
 from loram_ray.manifest import (
     MANIFEST_FILE,
-    StageDirectory,
-    StageResult,
     fingerprint,
     read_manifest,
     read_model_config,
     require_stage,
-    run_stage,
 )
+from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.stages.prune import prune
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 # A process that enters a stage, says so, and then waits for a line before it goes on.
 OTHER_PROCESS = """
 import sys
-from loram_ray.manifest import run_stage
+from loram_ray.stage import run_stage
 
 def write(target):
     (target.path / "half.bin").write_bytes(b"half")

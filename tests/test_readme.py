@@ -30,7 +30,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's paths exist: the demo's files, with a tiny model and few steps."""
+    """A folder with the paths of the README: the demo's, a tiny model in it, few steps."""
     folder = tmp_path_factory.mktemp("readme")
     inputs = folder / "runs" / "demo" / "inputs"
     inputs.mkdir(parents=True)

@@ -29,16 +29,10 @@ from loram_ray.corpus.read import (
     refuse_bad_rows,
 )
 from loram_ray.errors import LoramError
-from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
-    digest_of,
-    hash_file,
-    run_stage,
-    write_json,
-)
+from loram_ray.manifest import digest_of, hash_file, write_json
 from loram_ray.modeling import load_tokenizer
 from loram_ray.progress import Reporter
+from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 256
@@ -71,9 +65,7 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
         LoramError: no text, no usable tokenizer, or more unreadable rows than the configured share.
     """
     config = config.resolved()
-    units = list_units(config.sources)
-    if not units:
-        raise LoramError("align.corpus.sources must hold text, every file is empty; add some")
+    units = require_text(config)
     settings = {
         "sources": identify(config.sources),
         "sequence_length": config.sequence_length,
@@ -88,6 +80,18 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
         base_fingerprint="",
         write=lambda target: _write(target, config, model, units),
     )
+
+
+def require_text(config: CorpusConfig) -> list[Unit]:
+    """Return the corpus's units of work; needs no Ray.
+
+    Raises:
+        LoramError: there are no files, or every one is empty.
+    """
+    units = list_units(config.sources)
+    if not units:
+        raise LoramError("align.corpus.sources must hold text, every file is empty; add some")
+    return units
 
 
 def _digest_of_tokenizer(model: Path) -> str:

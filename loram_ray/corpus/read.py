@@ -19,7 +19,8 @@ from loram_ray.progress import say
 
 _UNIT_BYTES = 8 * 2**20
 _SUFFIXES = (".jsonl", ".txt", ".parquet")
-_HASHED_ENDS = 2**16
+_HASHED_WHOLE = 2**28
+_HASHED_ENDS = 2**20
 _NAMED_BAD_ROWS = 5
 
 
@@ -103,15 +104,21 @@ def _spans(file: Path) -> list[tuple[int, int]]:
 
 
 def identify(sources: Sequence[SourceConfig]) -> list[list[object]]:
-    """What tells one corpus from another: name, size and a hash of both ends of each file."""
+    """What tells one corpus from another: name, size, field and a hash of each file.
+
+    Of files over 256 MiB the hash covers both ends alone.
+    """
     found: list[list[object]] = []
     for number, source in enumerate(sources):
         for file in list_files(source, f"align.corpus.sources.{number}.path"):
             size = file.stat().st_size
             with open(file, "rb") as stream:
-                digest = hashlib.sha256(stream.read(_HASHED_ENDS))
-                stream.seek(max(0, size - _HASHED_ENDS))
-                digest.update(stream.read(_HASHED_ENDS))
+                if size <= _HASHED_WHOLE:
+                    digest = hashlib.file_digest(stream, "sha256")
+                else:
+                    digest = hashlib.sha256(stream.read(_HASHED_ENDS))
+                    stream.seek(size - _HASHED_ENDS)
+                    digest.update(stream.read(_HASHED_ENDS))
             found.append([file.name, size, source.text_field, digest.hexdigest()])
     return found
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from loram_ray.architectures import Architecture
 from loram_ray.config import LoraConfig, TrainConfig
 from loram_ray.corpus.examples import ExampleTable, collate, load_examples
+from loram_ray.corpus.pack import end_of_text
 from loram_ray.errors import LoramError
 from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
@@ -143,7 +144,7 @@ def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSumm
         torch.manual_seed(config.seed)
         frozen = load_model(config.model, config.precision, device)
         model = _with_adapter(frozen, lora_config(config.lora, family_of(config.model)))
-        trainer = _trainer(model, table, tokenizer.eos_token_id, config, work, device)
+        trainer = _trainer(model, table, end_of_text(tokenizer), config, work, device)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         save_adapter(model, output)

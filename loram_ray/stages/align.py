@@ -10,18 +10,13 @@ from typing import Any
 from loram_ray.alignment.loop import HASHES_FILE, LoopSettings, train_loop
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import AlignConfig, RayConfig
-from loram_ray.corpus.prepare import prepare_corpus
+from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.errors import LoramError
-from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
-    read_model_config,
-    require_stage,
-    run_stage,
-)
+from loram_ray.manifest import read_model_config, require_stage
 from loram_ray.modeling import write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 _NOT_IN_IDENTITY = {"pruned", "output", "cpus_per_worker", "max_failures", "checkpoint_every"}
 
@@ -40,6 +35,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         update={"pruned": config.pruned.resolve(), "output": config.output.resolve()}
     )
     _require_sequence_fits(config)
+    require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.workers * config.cpus_per_worker):
         require_resources(
             config.workers, config.cpus_per_worker, gpus_per_worker(), "align.workers"

@@ -13,19 +13,17 @@ from loram_ray.corpus.read import identify, list_files
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scoring import score
 from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
     digest_of,
     hash_file,
     identify_model,
     read_manifest,
     require_stage,
-    run_stage,
     write_json,
 )
 from loram_ray.modeling import resolve_base
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 SCORES_FILE = "scores.json"
 _NOT_IN_IDENTITY = {"model", "adapter", "output", "data", "text", "cpus", "max_failures"}
@@ -40,7 +38,7 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
     Raises:
         LoramError: an adapter that is not for the model, or no usable data.
     """
-    model = resolve_base(config.model)
+    model = resolve_base(config.model, "evaluate.model")
     model_digest, base_fingerprint = identify_model(model, "evaluate.model")
     parents = {"model": model_digest, "data": _data_digest(config)}
     if config.adapter is not None:

@@ -9,21 +9,18 @@ from loram_ray.architectures import Architecture
 from loram_ray.config import MergeConfig
 from loram_ray.errors import LoramError
 from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
     digest_of,
     fingerprint,
     hash_file,
     read_manifest,
     read_model_config,
-    require_space,
     require_stage,
-    run_stage,
 )
 from loram_ray.modeling import family_of, resolve_base, write_model_files
 from loram_ray.plan import PLAN_FILE
 from loram_ray.progress import Reporter
 from loram_ray.recovery import merged_weight
+from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 
@@ -33,7 +30,7 @@ def merge(config: MergeConfig) -> StageResult:
     Raises:
         LoramError: an adapter of another base, or a base that is pruned, quantised or damaged.
     """
-    base = resolve_base(config.base)
+    base = resolve_base(config.base, "merge.base")
     family = family_of(base)
     base_config = read_model_config(base)
     if base_config.get("pruned_linears") is not None:

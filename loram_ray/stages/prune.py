@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from loram_ray.config import PruneConfig
 from loram_ray.errors import LoramError
-from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
-    fingerprint,
-    read_model_config,
-    require_space,
-    run_stage,
-)
+from loram_ray.manifest import fingerprint, read_model_config
 from loram_ray.modeling import family_of, pruned_config, resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.pruning.random import layer_range, random_plan
+from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 
@@ -28,7 +22,7 @@ def prune(config: PruneConfig) -> StageResult:
         LoramError: an unsupported or damaged base, a ratio or layer range that the model cannot
             take, an output that holds something else, a full disk.
     """
-    base = resolve_base(config.base)
+    base = resolve_base(config.base, "prune.base")
     family = family_of(base)
     base_config = read_model_config(base)
     if base_config.get("pruned_linears") is not None:

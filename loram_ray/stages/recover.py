@@ -9,18 +9,12 @@ import torch
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
-from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
-    fingerprint,
-    require_space,
-    require_stage,
-    run_stage,
-)
+from loram_ray.manifest import fingerprint, require_stage
 from loram_ray.modeling import resolve_base
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
+from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
 
@@ -34,7 +28,7 @@ def recover(config: RecoverConfig) -> StageResult:
     """
     manifest = require_stage(config.adapter, ("train",), "recover.adapter")
     plan = PruningPlan.load(config.adapter)
-    base = resolve_base(config.base)
+    base = resolve_base(config.base, "recover.base")
     with Checkpoint(base) as checkpoint:
         plan.require_base(fingerprint(checkpoint), f"recover.base {config.base}")
         base_specs = checkpoint.specs

@@ -20,8 +20,9 @@ from loram_ray.config import (
     TrainConfig,
 )
 from loram_ray.errors import LoramError
-from loram_ray.manifest import StageResult, write_json
+from loram_ray.manifest import write_json
 from loram_ray.progress import say
+from loram_ray.stage import StageResult
 from loram_ray.stages.align import align
 from loram_ray.stages.evaluate import evaluate
 from loram_ray.stages.merge import merge

@@ -10,17 +10,11 @@ from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, r
 from loram_ray.config import RayConfig, SourceConfig, TrainConfig
 from loram_ray.corpus.read import list_files
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
-from loram_ray.manifest import (
-    StageDirectory,
-    StageResult,
-    digest_of,
-    hash_file,
-    identify_model,
-    run_stage,
-)
+from loram_ray.manifest import digest_of, hash_file, identify_model
 from loram_ray.modeling import family_of
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 _NOT_IN_IDENTITY = {"model", "output", "data", "cpus", "max_failures", "checkpoint_every"}
 

@@ -23,7 +23,7 @@ def in_fresh_process(script: Path, *arguments: str) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes (VmHWM: not inherited from a parent)."""
+    """Largest resident set of this process so far, in bytes (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024

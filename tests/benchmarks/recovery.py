@@ -20,8 +20,9 @@ from measure import median, peak_memory, timed_copy
 import loram_ray as lr
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, tensor_name
 from loram_ray.architectures import architecture_of
-from loram_ray.manifest import StageDirectory, fingerprint, read_model_config, run_stage
+from loram_ray.manifest import fingerprint, read_model_config
 from loram_ray.pruning.random import random_plan
+from loram_ray.stage import StageDirectory, run_stage
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
 ROUNDS, RANK = 5, 8
