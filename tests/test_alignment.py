@@ -1,3 +1,4 @@
+import json
 import math
 import threading
 import time
@@ -30,11 +31,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", tiny.texts())
 
 
-def config(pruned: Path, corpus: Path, output: Path, **changes: object) -> lr.AlignConfig:
+def config(
+    pruned: Path, corpus: Path, output: Path, length: int = LENGTH, **changes: object
+) -> lr.AlignConfig:
     settings = {
         "pruned": pruned,
         "output": output,
-        "corpus": {"sources": [{"path": str(corpus)}], "sequence_length": LENGTH},
+        "corpus": {"sources": [{"path": str(corpus)}], "sequence_length": length},
         "steps": STEPS,
         "batch_size": BATCH,
         "micro_batch_size": 2,
@@ -52,8 +55,6 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(directory: Path) -> list[float]:
-    import json
-
     lines = (directory / METRICS_FILE).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
@@ -124,6 +125,7 @@ def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
     assert moved.abs().max() > LR
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_workers_killed_mid_run_continue_from_the_last_checkpoint_bit_equal(
     pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
@@ -157,6 +159,7 @@ def kill_workers_at_step(output: Path, step: int, killed: list[int]) -> None:
             killed.append(process.pid)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights_and_another_seed_others(
     pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
@@ -177,9 +180,8 @@ def test_what_the_cluster_can_never_place_is_refused_at_once(
 def test_a_sequence_longer_than_the_models_positions_is_refused(
     pruned: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    too_long = {"sources": [{"path": str(corpus)}], "sequence_length": 1024}
     with pytest.raises(lr.LoramError, match="sequence_length must be at most 512"):
-        lr.align(config(pruned, corpus, tmp_path / "aligned", corpus=too_long))
+        lr.align(config(pruned, corpus, tmp_path / "aligned", length=1024))
 
 
 @pytest.mark.cluster

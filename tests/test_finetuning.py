@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -163,12 +164,11 @@ def test_a_training_killed_and_resumed_ends_bit_equal(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_killed_actor_is_replaced_and_the_training_ends_bit_equal(
     pruned: Path, data: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
-    import threading
-
     changes = {"steps": 60, "checkpoint_every": 10}
     untouched = lr.train(config(pruned, data, tmp_path / "untouched", **changes)).output
     output = tmp_path / "adapter"

@@ -39,6 +39,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_jsonl(inputs / "test.jsonl", tiny.questions(8))
     tiny.write_jsonl(inputs / "text.jsonl", tiny.texts(400))
     shipped = yaml.safe_load((REPOSITORY / "jobs" / "configs" / "demo.yaml").read_text())
+    shipped["compare"] = False  # test_run compares; here it would only take longer
     shipped["align"].update(steps=2, checkpoint_every=1)
     shipped["train"].update(steps=2)
     shipped["evaluate"].update(max_new_tokens=2)
@@ -59,7 +60,7 @@ def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
         if "--json" in arguments:
             assert json.loads(done.stdout)["stage"] == "train"
     table = json.loads((checkout / "runs" / "demo" / "results.json").read_text())["rows"]
-    assert len(table) == 5
+    assert [row["name"] for row in table] == ["LoRAM"]
     for code in blocks("python"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=200
