@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -195,12 +196,16 @@ class TensorWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(max_workers=1)
         self._file = open(path, "wb")  # noqa: SIM115 - closed by finish() or abort()
         self._write(len(encoded).to_bytes(8, "little") + encoded)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+        hashing = self._hasher.submit(self._hash.update, data)  # both release the GIL
+        try:
+            self._file.write(data)
+        finally:
+            hashing.result()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor.
@@ -220,6 +225,7 @@ class TensorWriter:
         """Flush to disk and return the file's SHA-256 in hexadecimal."""
         if self._pending:
             raise ValueError(f"{self.path}: {len(self._pending)} tensors were never written")
+        self._hasher.shutdown()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -227,6 +233,7 @@ class TensorWriter:
 
     def abort(self) -> None:
         """Close without completing; the file is left as it is."""
+        self._hasher.shutdown()
         self._file.close()
 
 
