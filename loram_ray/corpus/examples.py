@@ -233,7 +233,13 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Return ``input_ids`` and ``labels`` of one example."""
         input_ids = self._table["input_ids"][index].as_py()
         prompt = self._table["prompt_length"][index].as_py()
-        return {"input_ids": input_ids, "labels": [IGNORED] * prompt + input_ids[prompt:]}
+        return labelled(input_ids, prompt)
+
+
+def labelled(input_ids: list[int], prompt_length: int) -> dict[str, list[int]]:
+    """Return ``input_ids`` and ``labels``, which ignore the prompt: a row as `collate` takes it."""
+    labels = [IGNORED] * prompt_length + input_ids[prompt_length:]
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def collate(rows: list[dict[str, list[int]]], padding: int) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from loram_ray.corpus.examples import (
     Example,
     collate,
     end_of_answer,
+    labelled,
     prompt_ids,
 )
 from loram_ray.losses import IGNORED, summed_loss
@@ -61,13 +62,7 @@ def answer_likelihood(
     """
     total = Likelihood(0.0, 0)
     for batch in _by_length(examples, lambda e: len(e.input_ids), batch_size):
-        rows = [
-            {
-                "input_ids": e.input_ids,
-                "labels": [IGNORED] * e.prompt_length + e.input_ids[e.prompt_length :],
-            }
-            for e in batch
-        ]
+        rows = [labelled(e.input_ids, e.prompt_length) for e in batch]
         total += _likelihood(model, collate(rows, padding))
         advance(len(batch))
     return total

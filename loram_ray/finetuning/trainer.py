@@ -14,6 +14,7 @@ import peft
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE
 from loram_ray.architectures import Architecture
 from loram_ray.config import LoraConfig, TrainConfig
 from loram_ray.corpus.examples import ExampleTable, collate, load_examples
@@ -26,7 +27,6 @@ from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.tensorfile import TensorSpec, TensorWriter
 from loram_ray.waiting import alone
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _COMPLETE = "complete"
 
 
@@ -244,7 +244,7 @@ def save_adapter(model: peft.PeftModel, output: Path) -> None:
     config = model.peft_config["default"]
     saved = {**config.to_dict(), "inference_mode": True, "auto_mapping": None}
     text = json.dumps(saved, indent=2, sort_keys=True, default=_jsonable)
-    (output / "adapter_config.json").write_text(text + "\n")
+    (output / CONFIG_FILE).write_text(text + "\n")
 
 
 def _jsonable(value: object) -> object:
