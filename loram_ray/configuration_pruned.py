@@ -8,7 +8,9 @@ class PrunedLlamaConfig(LlamaConfig):
 
     Attributes:
         pruned_linears: ``{module path: [out_features, in_features]}``.
+        masked_linears: paths of linears whose zero weights stay zero in training.
     """
 
     model_type = "loram_llama"
     pruned_linears: dict[str, list[int]] | None = None
+    masked_linears: list[str] | None = None

@@ -99,6 +99,7 @@ def pruned_config(
             "AutoModelForCausalLM": f"{_MODELING_FILE.stem}.{family.pruned_model}",
         },
         "pruned_linears": {name: list(shape) for name, shape in linear_shapes.items()},
+        "masked_linears": list(plan.masks.shapes) if plan.masks else [],
     }
 
 

@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit, architecture_of
 from loram_ray.errors import LoramError
+from loram_ray.masks import MASKS_FILE, Masks
 from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
 
 PLAN_FILE = "pruning_plan.safetensors"
+STRUCTURED = "structured"
 _FORMAT = "1"
 
 
@@ -74,7 +77,10 @@ class KeptIndices:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Kept units per layer of a structured pruning, and what they were chosen from.
+    """What a pruning kept of each layer, and what it was chosen from.
+
+    A structured pruning keeps units; a non-structured one keeps single weights, which its masks
+    say, and every shape stays.
 
     Attributes:
         model_type: family of the base.
@@ -85,6 +91,8 @@ class PruningPlan:
         layer_range: first pruned layer and the one after the last.
         base_fingerprint: identity of the base, see `manifest.fingerprint`.
         layers: kept units of each pruned layer; a layer that is not in it is whole.
+        pattern: ``structured``, ``unstructured``, or ``n:m`` for n zeros of each m weights.
+        masks: kept weights of a non-structured pruning; its `layers` are empty.
     """
 
     model_type: str
@@ -95,6 +103,8 @@ class PruningPlan:
     layer_range: tuple[int, int]
     base_fingerprint: str
     layers: dict[int, KeptUnits]
+    pattern: str = STRUCTURED
+    masks: Masks | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -171,7 +181,21 @@ class PruningPlan:
             "seed": self.seed,
             "layer_range": list(self.layer_range),
             "base_fingerprint": self.base_fingerprint,
+            "pattern": self.pattern,
+            "masks": self._describe_masks(),
         }
+
+    def _describe_masks(self) -> dict[str, object] | None:
+        if self.masks is None:
+            return None
+        shapes = {name: list(shape) for name, shape in self.masks.shapes.items()}
+        return {"sha256": self.masks.sha256, "shapes": shapes}
+
+    def mask(self, module: str) -> torch.Tensor | None:
+        """Kept weights of the linear at this full path, bool ``[out, in]``; None where all are."""
+        if self.masks is None or module not in self.masks.shapes:
+            return None
+        return self.masks.read(module)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -181,7 +205,12 @@ class PruningPlan:
         return tensors
 
     def save(self, directory: Path | str) -> str:
-        """Write ``pruning_plan.safetensors`` into a directory; return the file's SHA-256."""
+        """Write ``pruning_plan.safetensors`` into a directory; return the file's SHA-256.
+
+        The masks' file comes to lie beside it.
+        """
+        if self.masks is not None:
+            self.masks.place_in(Path(directory))
         tensors = self._tensors()
         specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()}
         metadata = {"loram_plan": json.dumps(self._describe())}
@@ -223,9 +252,20 @@ class PruningPlan:
                     layer_range=tuple(said["layer_range"]),
                     base_fingerprint=said["base_fingerprint"],
                     layers=layers,
+                    pattern=said["pattern"],
+                    masks=_read_masks(said["masks"], path.with_name(MASKS_FILE)),
                 )
             except (LookupError, ValueError, TypeError) as error:
                 raise LoramError(f"{path} is not a pruning plan ({error}); restore it") from error
+
+
+def _read_masks(said: dict[str, Any] | None, path: Path) -> Masks | None:
+    if said is None:
+        return None
+    if not path.exists():
+        raise LoramError(f"{path} is missing, the plan beside it needs it; copy it again")
+    shapes = {name: (rows, columns) for name, (rows, columns) in said["shapes"].items()}
+    return Masks(path, shapes, said["sha256"])
 
 
 def _read_units(file: TensorFile, layer: int, geometry: Geometry) -> KeptUnits:
