@@ -7,12 +7,15 @@ nothing else changes.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from loram_ray.errors import LoramError
+
+_EXPERT = "{expert}"
 
 
 class Unit(StrEnum):
@@ -36,6 +39,8 @@ class Geometry:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    num_experts: int = 0
+    """Experts per layer of a mixture of experts, `intermediate_size` each; 0 is a dense MLP."""
 
     @property
     def group_size(self) -> int:
@@ -60,7 +65,8 @@ class CoupledLinear:
     """A linear of a decoder layer with one pruned dimension.
 
     Attributes:
-        name: path of the module inside the decoder layer.
+        name: path of the module inside the decoder layer, as on disk; ``{expert}`` stands for the
+            number of an expert.
         axis: pruned dimension of its weight ``[out, in]``: 0 for rows, 1 for columns.
         sections: the units along that dimension, in order; a fused projection has several.
     """
@@ -68,6 +74,11 @@ class CoupledLinear:
     name: str
     axis: int
     sections: tuple[Unit, ...]
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has one, with kept neurons of its own."""
+        return _EXPERT in self.name
 
 
 @dataclass(frozen=True)
@@ -80,17 +91,26 @@ class Architecture:
         pruned_model: name of the family's model class in `modeling_pruned`.
         layers: path of the list of decoder layers in the causal-LM model.
         linears: the coupled linears of a decoder layer.
+        norms: weights ``[features]`` of a decoder layer that run over a pruned dimension, described
+            as if they were linears with pruned rows.
+        intermediate_size: key of the (expert's) intermediate size in the stock configuration.
         output_head: path of the linear from hidden states to the vocabulary.
         embeddings: path of the input embedding, whose weight a tied `output_head` shares.
+        final_norm: path of the norm between the last layer and `output_head`.
+        renamed: parts of parameters' names in the stock model, and what they are on disk.
     """
 
     model_type: str
     pruned_config: str
     pruned_model: str
     linears: tuple[CoupledLinear, ...]
+    norms: tuple[CoupledLinear, ...] = ()
+    intermediate_size: str = "intermediate_size"
     layers: str = "model.layers"
     output_head: str = "lm_head"
     embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def geometry(self, config: dict[str, Any]) -> Geometry:
         """Read the sizes from a stock configuration's dictionary (``config.json``)."""
@@ -99,45 +119,127 @@ class Architecture:
             return Geometry(
                 num_layers=config["num_hidden_layers"],
                 hidden_size=hidden,
-                intermediate_size=config["intermediate_size"],
+                intermediate_size=config[self.intermediate_size],
                 num_heads=heads,
                 num_kv_heads=config.get("num_key_value_heads") or heads,
                 head_dim=config.get("head_dim") or hidden // heads,
+                num_experts=self._num_experts(config),
             )
         except KeyError as error:
             raise LoramError(f"the model's config.json lacks {error}; restore the file") from error
 
-    def locate(self, module: str) -> tuple[int, CoupledLinear] | None:
-        """Return the layer index and the coupled linear of a module's full path, or None."""
-        match = re.fullmatch(re.escape(self.layers) + r"\.(\d+)\.(.+)", module)
+    def _num_experts(self, config: dict[str, Any]) -> int:
+        if not any(linear.per_expert for linear in self.linears):
+            return 0
+        # transformers writes the first, the models' publishers wrote either.
+        return config["num_local_experts" if "num_local_experts" in config else "num_experts"]
+
+    def modules(
+        self, layer: int, geometry: Geometry
+    ) -> list[tuple[str, CoupledLinear, int | None]]:
+        """Full path of each coupled linear of a layer, and its expert or None, as on disk."""
+        found: list[tuple[str, CoupledLinear, int | None]] = []
+        for linear in self.linears:
+            experts = range(geometry.num_experts) if linear.per_expert else (None,)
+            for expert in experts:
+                name = linear.name.replace(_EXPERT, str(expert))
+                found.append((f"{self.layers}.{layer}.{name}", linear, expert))
+        return found
+
+    def locate(self, module: str) -> tuple[int, CoupledLinear, int | None] | None:
+        """Return layer, coupled linear or norm, and expert or None, of a module's full path.
+
+        None is returned for a module that is not coupled. The path may be the stock model's or the
+        one on disk.
+        """
+        path = self.name_on_disk(module)
+        match = re.fullmatch(re.escape(self.layers) + r"\.(\d+)\.(.+)", path)
         if match is None:
             return None
-        for linear in self.linears:
-            if linear.name == match[2]:
-                return int(match[1]), linear
+        for linear in (*self.linears, *self.norms):
+            inside = _pattern(linear.name).fullmatch(match[2])
+            if inside is not None:
+                return int(match[1]), linear, int(inside[1]) if linear.per_expert else None
         return None
+
+    def name_on_disk(self, name: str) -> str:
+        """Name on disk of a module or parameter of the stock model."""
+        for running, stored in self.renamed:
+            name = name.replace(running, stored)
+        return name
 
     def target_names(self) -> tuple[str, ...]:
         """Short names of the coupled linears, as PEFT's ``target_modules`` takes them."""
         return tuple(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
 
 
-_GATED_MLP_AND_GROUPED_ATTENTION = (
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """A pattern of a coupled module's path; the expert's number is its group."""
+    return re.compile(re.escape(name).replace(re.escape(_EXPERT), r"(\d+)"))
+
+
+_ATTENTION = (
     CoupledLinear("self_attn.q_proj", 0, (Unit.QUERY_GROUP,)),
     CoupledLinear("self_attn.k_proj", 0, (Unit.KV_HEAD,)),
     CoupledLinear("self_attn.v_proj", 0, (Unit.KV_HEAD,)),
     CoupledLinear("self_attn.o_proj", 1, (Unit.QUERY_GROUP,)),
-    CoupledLinear("mlp.gate_proj", 0, (Unit.NEURON,)),
-    CoupledLinear("mlp.up_proj", 0, (Unit.NEURON,)),
+)
+_FUSED_ATTENTION = (
+    CoupledLinear("self_attn.qkv_proj", 0, (Unit.QUERY_GROUP, Unit.KV_HEAD, Unit.KV_HEAD)),
+    CoupledLinear("self_attn.o_proj", 1, (Unit.QUERY_GROUP,)),
+)
+_FUSED_MLP = (
+    CoupledLinear("mlp.gate_up_proj", 0, (Unit.NEURON, Unit.NEURON)),
     CoupledLinear("mlp.down_proj", 1, (Unit.NEURON,)),
 )
 
+
+def _gated_mlp(
+    path: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[CoupledLinear, ...]:
+    return (
+        CoupledLinear(f"{path}.{gate}", 0, (Unit.NEURON,)),
+        CoupledLinear(f"{path}.{up}", 0, (Unit.NEURON,)),
+        CoupledLinear(f"{path}.{down}", 1, (Unit.NEURON,)),
+    )
+
+
+_DENSE = (*_ATTENTION, *_gated_mlp())
+
 ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture("llama", "PrunedLlamaConfig", "PrunedLlamaForCausalLM", _DENSE),
+    Architecture("mistral", "PrunedMistralConfig", "PrunedMistralForCausalLM", _DENSE),
+    Architecture("qwen2", "PrunedQwen2Config", "PrunedQwen2ForCausalLM", _DENSE),
+    Architecture("qwen3", "PrunedQwen3Config", "PrunedQwen3ForCausalLM", _DENSE),
+    Architecture("gemma2", "PrunedGemma2Config", "PrunedGemma2ForCausalLM", _DENSE),
+    Architecture("gemma3_text", "PrunedGemma3Config", "PrunedGemma3ForCausalLM", _DENSE),
     Architecture(
-        "llama",
-        pruned_config="PrunedLlamaConfig",
-        pruned_model="PrunedLlamaForCausalLM",
-        linears=_GATED_MLP_AND_GROUPED_ATTENTION,
+        "phi3", "PrunedPhi3Config", "PrunedPhi3ForCausalLM", (*_FUSED_ATTENTION, *_FUSED_MLP)
+    ),
+    Architecture(
+        "olmo2",
+        "PrunedOlmo2Config",
+        "PrunedOlmo2ForCausalLM",
+        _DENSE,
+        norms=(
+            CoupledLinear("self_attn.q_norm", 0, (Unit.QUERY_GROUP,)),
+            CoupledLinear("self_attn.k_norm", 0, (Unit.KV_HEAD,)),
+        ),
+    ),
+    Architecture(
+        "mixtral",
+        "PrunedMixtralConfig",
+        "PrunedMixtralForCausalLM",
+        (*_ATTENTION, *_gated_mlp(f"block_sparse_moe.experts.{_EXPERT}", "w1", "w3", "w2")),
+        renamed=((".mlp.", ".block_sparse_moe."),),
+    ),
+    Architecture(
+        "qwen3_moe",
+        "PrunedQwen3MoeConfig",
+        "PrunedQwen3MoeForCausalLM",
+        (*_ATTENTION, *_gated_mlp(f"mlp.experts.{_EXPERT}")),
+        intermediate_size="moe_intermediate_size",
     ),
 )
 

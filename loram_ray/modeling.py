@@ -70,8 +70,15 @@ def family_of(directory: Path | str) -> Architecture:
     Raises:
         LoramError: no ``config.json``, or a family that is not supported.
     """
-    model_type = read_model_config(directory).get("model_type")
-    return architecture_of(stock_model_type(model_type))
+    config = read_model_config(directory)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        raise LoramError(
+            f"the base's model_type must be that of a text model, {directory} is a "
+            f"{config.get('model_type')} around a {text.get('model_type')}; save its language "
+            "model alone and use that"
+        )
+    return architecture_of(stock_model_type(config.get("model_type")))
 
 
 def stock_model_type(model_type: str | None) -> str | None:

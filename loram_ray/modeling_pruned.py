@@ -3,29 +3,193 @@
 It needs transformers, torch and ``configuration_pruned.py`` alone, so that a pruned model directory
 loads with ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` where
 loram_ray is not installed. A pruned model is its family's stock model with some linears of other
-shapes: attention reshapes by ``head_dim`` and whole GQA groups are pruned, so no forward pass
-changes.
+shapes: attention reshapes by ``head_dim`` and whole GQA groups are pruned, so most forward passes
+do not change. What depends on more than ``head_dim`` is adapted here: OLMo 2's norms over all
+heads, Phi-3's split of its fused projection, and experts, which have linears of their own.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2ForCausalLM
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeForCausalLM,
+    Qwen3MoeSparseMoeBlock,
+)
 
-from .configuration_pruned import PrunedLlamaConfig
+from .configuration_pruned import (
+    PrunedGemma2Config,
+    PrunedGemma3Config,
+    PrunedLlamaConfig,
+    PrunedMistralConfig,
+    PrunedMixtralConfig,
+    PrunedOlmo2Config,
+    PrunedPhi3Config,
+    PrunedQwen2Config,
+    PrunedQwen3Config,
+    PrunedQwen3MoeConfig,
+)
 
 
-class PrunedLlamaForCausalLM(LlamaForCausalLM):
-    """Llama with per-layer numbers of attention heads and intermediate neurons."""
+class Pruned(nn.Module):
+    """Builds the stock model and changes what the configuration says is pruned."""
+
+    model: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            unfuse_experts(layer, config)
+        replace_linears(self, config.pruned_linears or {})
+        for layer in self.model.layers:
+            adapt_attention(layer.self_attn)
+        mask_linears(self, config.masked_linears or [])
+
+
+class PrunedLlamaForCausalLM(Pruned, LlamaForCausalLM):
+    """Llama with linears of other shapes."""
 
     config_class = PrunedLlamaConfig
 
-    def __init__(self, config: PrunedLlamaConfig) -> None:
-        """Build the stock model and replace the pruned linears."""
-        super().__init__(config)
-        replace_linears(self, config.pruned_linears or {})
-        mask_linears(self, config.masked_linears or [])
+
+class PrunedMistralForCausalLM(Pruned, MistralForCausalLM):
+    """Mistral with linears of other shapes."""
+
+    config_class = PrunedMistralConfig
+
+
+class PrunedQwen2ForCausalLM(Pruned, Qwen2ForCausalLM):
+    """Qwen2 with linears of other shapes."""
+
+    config_class = PrunedQwen2Config
+
+
+class PrunedQwen3ForCausalLM(Pruned, Qwen3ForCausalLM):
+    """Qwen3 with linears of other shapes."""
+
+    config_class = PrunedQwen3Config
+
+
+class PrunedGemma2ForCausalLM(Pruned, Gemma2ForCausalLM):
+    """Gemma 2 with linears of other shapes."""
+
+    config_class = PrunedGemma2Config
+
+
+class PrunedGemma3ForCausalLM(Pruned, Gemma3ForCausalLM):
+    """Gemma 3 of text alone with linears of other shapes."""
+
+    config_class = PrunedGemma3Config
+
+
+class PrunedPhi3ForCausalLM(Pruned, Phi3ForCausalLM):
+    """Phi-3 with linears of other shapes."""
+
+    config_class = PrunedPhi3Config
+
+
+class PrunedOlmo2ForCausalLM(Pruned, Olmo2ForCausalLM):
+    """OLMo 2 with linears of other shapes."""
+
+    config_class = PrunedOlmo2Config
+
+
+class PrunedMixtralForCausalLM(Pruned, MixtralForCausalLM):
+    """Mixtral with linears of other shapes."""
+
+    config_class = PrunedMixtralConfig
+
+
+class PrunedQwen3MoeForCausalLM(Pruned, Qwen3MoeForCausalLM):
+    """Qwen3-MoE with linears of other shapes."""
+
+    config_class = PrunedQwen3MoeConfig
+
+
+class Experts(nn.ModuleList):
+    """A mixture's experts with a linear per expert and projection, named as on disk.
+
+    Args:
+        fused: the stock module, whose parameters hold all experts; its shapes are taken, its
+            weights are not.
+        names: the gate, up and down projection's names.
+        activation: transformers' name of the function between them.
+    """
+
+    def __init__(self, fused: Any, names: tuple[str, str, str], activation: str) -> None:
+        super().__init__()
+        count, hidden, neurons = fused.down_proj.shape
+        shapes = ((hidden, neurons), (hidden, neurons), (neurons, hidden))
+        like: dict[str, Any] = {"device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
+        for _ in range(count):
+            linears = [nn.Linear(*shape, bias=False, **like) for shape in shapes]
+            self.append(nn.ModuleDict(dict(zip(names, linears, strict=True))))
+        self.names = names
+        self.act_fn: nn.Module = ACT2FN[activation]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts.
+
+        Args:
+            hidden_states: ``[tokens, hidden]``.
+            top_k_index: experts of each token ``[tokens, k]``.
+            top_k_weights: their weights ``[tokens, k]``.
+        """
+        gate, up, down = self.names
+        out = torch.zeros_like(hidden_states)
+        # In training every expert runs, if on no token: then each has a gradient on each worker.
+        used = range(len(self)) if self.training else top_k_index.unique().tolist()
+        for number in used:
+            token, choice = torch.where(top_k_index == number)
+            expert: Any = self[number]
+            state = hidden_states[token]
+            state = expert[down](self.act_fn(expert[gate](state)) * expert[up](state))
+            state = state * top_k_weights[token, choice, None]
+            out.index_add_(0, token, state.to(out.dtype))
+        return out
+
+
+class UnfusedMixtralLayer(MixtralDecoderLayer):
+    """A Mixtral layer whose mixture has the name that it has on disk."""
+
+    @property
+    def mlp(self) -> Any:  # type: ignore[override]
+        """The mixture of experts."""
+        return self.block_sparse_moe
+
+
+def unfuse_experts(layer: Any, config: Any) -> None:
+    """Give each expert of a stock decoder layer linears of its own, with new weights.
+
+    The layer's parameters then have the names that they have on disk. A layer without experts
+    stays as it is.
+
+    Args:
+        layer: a decoder layer; it is changed.
+        config: the model's configuration.
+    """
+    block: Any
+    if isinstance(layer, MixtralDecoderLayer):
+        block, names = layer._modules.pop("mlp"), ("w1", "w3", "w2")
+        layer.block_sparse_moe = block
+        layer.__class__ = UnfusedMixtralLayer
+    elif isinstance(getattr(layer, "mlp", None), Qwen3MoeSparseMoeBlock):
+        block, names = layer.mlp, ("gate_proj", "up_proj", "down_proj")
+    else:
+        return
+    block.experts = Experts(block.experts, names, config.hidden_act)
 
 
 def replace_linears(model: nn.Module, shapes: dict[str, list[int]]) -> None:
@@ -41,6 +205,56 @@ def replace_linears(model: nn.Module, shapes: dict[str, list[int]]) -> None:
             dtype=stock.weight.dtype,
         )
         setattr(model.get_submodule(parent), name, resized)
+
+
+class PartialRMSNorm(nn.Module):
+    """An RMS norm over features of which some were pruned, as if those were there and zero.
+
+    Args:
+        stock: the norm over all features.
+        features: how many are left.
+    """
+
+    def __init__(self, stock: Any, features: int) -> None:
+        super().__init__()
+        self.full_size = stock.weight.numel()
+        self.variance_epsilon = stock.variance_epsilon
+        self.weight = nn.Parameter(stock.weight.detach()[:features].clone())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[..., features]``."""
+        state = hidden_states.to(torch.float32)
+        variance = state.pow(2).sum(-1, keepdim=True) / self.full_size
+        state = state * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight * state).to(hidden_states.dtype)
+
+
+class LayerConfig:
+    """The model's configuration as an attention layer with fewer heads sees it."""
+
+    def __init__(self, config: Any, num_attention_heads: int) -> None:
+        self.model_config = config
+        self.num_attention_heads = num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        # Looked up, not copied: the model's attention implementation can be set later.
+        if name == "model_config" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
+
+
+def adapt_attention(attention: Any) -> None:
+    """Fit what else depends on the number of heads to the linears of an attention layer."""
+    if isinstance(attention, Olmo2Attention):
+        for linear, name in ((attention.q_proj, "q_norm"), (attention.k_proj, "k_norm")):
+            norm = getattr(attention, name)
+            if norm.weight.numel() != linear.out_features:
+                setattr(attention, name, PartialRMSNorm(norm, linear.out_features))
+    elif isinstance(attention, Phi3Attention):
+        heads = attention.o_proj.in_features // attention.head_dim
+        if heads != attention.config.num_attention_heads:
+            attention.config = LayerConfig(attention.config, heads)  # type: ignore[assignment]
+            attention.num_key_value_heads = heads // attention.num_key_value_groups
 
 
 class SparseLinear(nn.Linear):

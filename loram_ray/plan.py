@@ -49,15 +49,18 @@ class KeptUnits:
 
     Attributes:
         kv_heads: ascending indices of kept KV heads, int64 ``[kept]``.
-        neurons: ascending indices of kept intermediate neurons, int64 ``[kept]``.
+        neurons: ascending indices of kept intermediate neurons, int64 ``[kept]``, or
+            ``[experts, kept]`` where each expert has its own.
     """
 
     kv_heads: torch.Tensor
     neurons: torch.Tensor
 
-    def of(self, unit: Unit) -> torch.Tensor:
-        """Kept indices in units of ``unit``."""
-        return self.neurons if unit is Unit.NEURON else self.kv_heads
+    def of(self, unit: Unit, expert: int | None = None) -> torch.Tensor:
+        """Kept indices in units of ``unit``; of one expert, or of all where none is given."""
+        if unit is not Unit.NEURON:
+            return self.kv_heads
+        return self.neurons if expert is None else self.neurons[expert]
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,15 @@ class PruningPlan:
         return architecture_of(self.model_type)
 
     def kept(self, module: str) -> KeptIndices | None:
-        """Kept rows or columns of the linear at this full path, or None where it is whole."""
+        """Kept rows or columns of the linear at this full path, or None where it is whole.
+
+        A norm over pruned features has kept rows, too.
+        """
         found = self.architecture.locate(module)
         if found is None or found[0] not in self.layers:
             return None
-        layer, linear = found
-        return _kept_indices(self.geometry, linear, self.layers[layer])
+        layer, linear, expert = found
+        return _kept_indices(self.geometry, linear, self.layers[layer], expert)
 
     def pruned_shape(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape after pruning of a weight ``[out, in]`` or bias ``[out]`` of this linear."""
@@ -134,7 +140,7 @@ class PruningPlan:
         for name, spec in base_specs.items():
             module = name.removesuffix(".weight")
             pruned = self.pruned_shape(module, spec.shape)
-            if module != name and pruned != spec.shape:
+            if module != name and len(pruned) == 2 and pruned != spec.shape:
                 shapes[module] = (pruned[0], pruned[1])
         return shapes
 
@@ -272,22 +278,58 @@ def _read_units(file: TensorFile, layer: int, geometry: Geometry) -> KeptUnits:
     units = KeptUnits(file.read(f"layers.{layer}.kv_heads"), file.read(f"layers.{layer}.neurons"))
     for unit in (Unit.KV_HEAD, Unit.NEURON):
         index, count = units.of(unit), geometry.count(unit)
+        experts = (geometry.num_experts,) if unit is Unit.NEURON and geometry.num_experts else ()
         ascending = (
-            index.dtype == torch.int64 and index.dim() == 1 and bool((index.diff() > 0).all())
+            index.dtype == torch.int64
+            and index.dim() == 1 + len(experts)
+            and index.shape[:-1] == experts
+            and bool((index.diff() > 0).all())
         )
-        if not ascending or not len(index) or index[0] < 0 or index[-1] >= count:
+        if not ascending or not index.numel() or index.min() < 0 or index.max() >= count:
             raise ValueError(f"layer {layer} keeps no ascending {unit} indices below {count}")
     if layer >= geometry.num_layers:
         raise ValueError(f"layer {layer} of {geometry.num_layers}")
     return units
 
 
-def _kept_indices(geometry: Geometry, linear: CoupledLinear, units: KeptUnits) -> KeptIndices:
+def _kept_indices(
+    geometry: Geometry, linear: CoupledLinear, units: KeptUnits, expert: int | None
+) -> KeptIndices:
     """Expand kept units into indices along the linear's pruned dimension, section by section."""
     parts, offset = [], 0
     for unit in linear.sections:
         width = geometry.width(unit)
-        starts = units.of(unit).unsqueeze(1) * width + offset
+        starts = units.of(unit, expert).unsqueeze(1) * width + offset
         parts.append((starts + torch.arange(width)).flatten())
         offset += geometry.count(unit) * width
     return KeptIndices(linear.axis, torch.cat(parts), offset)
+
+
+def unit_sums(
+    geometry: Geometry, linear: CoupledLinear, per_index: torch.Tensor
+) -> dict[Unit, torch.Tensor]:
+    """Sum a vector along a linear's pruned dimension over the indices of each unit.
+
+    Args:
+        geometry: sizes of the base.
+        linear: the coupled linear.
+        per_index: ``[size of the pruned dimension]``.
+
+    Returns:
+        ``[count]`` per kind of unit; the query heads of a KV head count with it, under
+        ``Unit.KV_HEAD``, and all sections of a fused projection are summed.
+
+    Raises:
+        ValueError: the vector has another length than the dimension.
+    """
+    counts = [geometry.count(unit) for unit in linear.sections]
+    widths = [geometry.width(unit) for unit in linear.sections]
+    sizes = [count * width for count, width in zip(counts, widths, strict=True)]
+    if per_index.shape != (sum(sizes),):
+        raise ValueError(f"{linear.name} has {sum(sizes)} indices, got {tuple(per_index.shape)}")
+    sums: dict[Unit, torch.Tensor] = {}
+    for unit, section, count in zip(linear.sections, per_index.split(sizes), counts, strict=True):
+        kind = Unit.NEURON if unit is Unit.NEURON else Unit.KV_HEAD
+        summed = section.reshape(count, -1).sum(1)
+        sums[kind] = sums[kind] + summed if kind in sums else summed
+    return sums

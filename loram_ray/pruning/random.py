@@ -1,4 +1,7 @@
-"""LoRAM-Rand: kept units drawn uniformly, GQA group by group and neuron by neuron."""
+"""LoRAM-Rand: kept units drawn uniformly, GQA group by group and neuron by neuron.
+
+The draws of a layer's experts are independent.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +56,19 @@ def random_plan(
         generator = torch.Generator().manual_seed((seed << 16) + layer)
         kept[layer] = KeptUnits(
             kv_heads=_draw(geometry.num_kv_heads, heads, generator),
-            neurons=_draw(geometry.intermediate_size, neurons, generator),
+            neurons=_draw_neurons(geometry, neurons, generator),
         )
     return PruningPlan(
         architecture.model_type, geometry, "random", ratio, seed, layers, base_fingerprint, kept
     )
+
+
+def _draw_neurons(geometry: Geometry, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Kept neurons ``[count]``, or ``[experts, count]``."""
+    total = geometry.intermediate_size
+    if not geometry.num_experts:
+        return _draw(total, count, generator)
+    return torch.stack([_draw(total, count, generator) for _ in range(geometry.num_experts)])
 
 
 def _draw(total: int, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loram_ray.architectures import CoupledLinear
 from loram_ray.config import PruneConfig
 from loram_ray.errors import LoramError
 from loram_ray.manifest import fingerprint, read_model_config
@@ -49,11 +50,12 @@ def prune(config: PruneConfig) -> StageResult:
 
 
 def _require_linears(plan: PruningPlan, checkpoint: Checkpoint) -> None:
-    """Refuse a base whose tensors are not those that its config.json describes."""
+    """Refuse a base whose tensors are not those that its config.json and its family describe."""
     specs = checkpoint.specs
     for layer in plan.layers:
-        for linear in plan.architecture.linears:
-            module = f"{plan.architecture.layers}.{layer}.{linear.name}"
+        modules = plan.architecture.modules(layer, plan.geometry)
+        _require_experts(layer, modules, checkpoint)
+        for module, _, _ in modules:
             spec, kept = specs.get(f"{module}.weight"), plan.kept(module)
             assert kept is not None
             shape = spec.shape if spec else ()
@@ -64,6 +66,23 @@ def _require_linears(plan: PruningPlan, checkpoint: Checkpoint) -> None:
                     f"config.json says {kept.full_size} along dimension {kept.axis}; download the "
                     "model again"
                 )
+
+
+def _require_experts(
+    layer: int, modules: list[tuple[str, CoupledLinear, int | None]], checkpoint: Checkpoint
+) -> None:
+    """Refuse a layer of a mixture-of-experts family that has attention but no experts."""
+    stored = {
+        linear.per_expert
+        for module, linear, _ in modules
+        if f"{module}.weight" in checkpoint.location
+    }
+    if stored == {False} and any(linear.per_expert for _, linear, _ in modules):
+        raise LoramError(
+            f"prune.layers must be layers of one kind, layer {layer} of {checkpoint.directory} "
+            "has no linears of experts, which the other layers of its family have; leave it out "
+            "of prune.layers"
+        )
 
 
 def _write(
