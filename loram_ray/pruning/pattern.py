@@ -1,0 +1,101 @@
+"""Where zeros may lie, and the exact choice of the lowest scores, the first of ties."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from loram_ray.errors import LoramError
+
+_LONG_ROW = 2**24  # topk, the faster in short rows, drags its pairs through memory in long ones
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may lie: anywhere, or exactly ``zeros`` of every ``group`` consecutive inputs.
+
+    The first number counts zeros, as in LoRAM's 4:8: 4 zeros of 8.
+
+    Attributes:
+        zeros: zeros in each group; 0 if unstructured.
+        group: inputs of a group; 0 if unstructured.
+    """
+
+    zeros: int = 0
+    group: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read ``unstructured`` or ``n:m``.
+
+        Raises:
+            LoramError: it is neither, or not 0 < n < m.
+        """
+        if text == "unstructured":
+            return cls()
+        numbers = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+        if numbers is None or not 0 < int(numbers[1]) < int(numbers[2]):
+            raise LoramError(
+                "prune.pattern must be 'unstructured' or n:m with 0 < n < m (n zeros of every m "
+                f"inputs), got {text!r}; set it to unstructured, 2:4 or 4:8"
+            )
+        return cls(int(numbers[1]), int(numbers[2]))
+
+    def __str__(self) -> str:
+        return f"{self.zeros}:{self.group}" if self.group else "unstructured"
+
+    def require(self, columns: int, module: str) -> None:
+        """Check that a linear's inputs divide into whole groups.
+
+        Raises:
+            LoramError: they do not; it names the linear.
+        """
+        if self.group and columns % self.group:
+            raise LoramError(
+                f"prune.pattern must have an m that divides the inputs of every pruned linear, got "
+                f"{self} and {columns} inputs of {module}; choose an m that divides {columns}, or "
+                "unstructured"
+            )
+
+    def ratio(self, default: float) -> float:
+        """Share of zeros: n / m, or ``default`` (``prune.ratio``) if unstructured."""
+        return self.zeros / self.group if self.group else default
+
+
+def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the ``count`` lowest scores of each row of ``[rows, columns]``, the first of ties."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.shape[1] < _LONG_ROW:
+        last = scores.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    else:
+        last = scores.kthvalue(count, dim=1, keepdim=True).values
+    chosen = scores <= last
+    tied = (chosen.sum(1) > count).nonzero().squeeze(1)
+    if len(tied):
+        equal = scores[tied] == last[tied]
+        below = scores[tied] < last[tied]
+        wanted = count - below.sum(1, keepdim=True)
+        chosen[tied] = below | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
+    return chosen
+
+
+def rank(scores: torch.Tensor) -> torch.Tensor:
+    """Rank of each score within its column of ``[group, columns]``, the first of ties lowest.
+
+    By comparing pairs: for the few scores of a group faster than sorting.
+    """
+    ranks = torch.zeros_like(scores, dtype=torch.int16)
+    for i in range(len(scores) - 1):
+        lower = scores[i + 1 :] < scores[i]
+        ranks[i] += lower.sum(0, dtype=torch.int16)
+        ranks[i + 1 :] += ~lower
+    return ranks
+
+
+def kept_in_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """True at the scores of ``[out, in]`` that are not the n lowest of their group of m."""
+    groups = scores.reshape(-1, pattern.group).t().contiguous()
+    return (rank(groups) >= pattern.zeros).t().reshape(scores.shape)
