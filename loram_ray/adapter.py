@@ -73,9 +73,13 @@ class Adapter:
                 "have no rank in common; train it again"
             )
 
+    def rank(self, module: str) -> int:
+        """Rank r of a module's A ``[r, in]`` and B ``[out, r]``."""
+        return self.file.specs[tensor_name(module, "A")].shape[0]
+
     def scale(self, module: str) -> float:
         """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with rsLoRA, after the patterns."""
-        rank = self.file.specs[tensor_name(module, "A")].shape[0]
+        rank = self.rank(module)
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module)
         alpha = self.config["lora_alpha"] if alpha is None else alpha
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))

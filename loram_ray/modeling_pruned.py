@@ -116,7 +116,7 @@ class PrunedQwen3MoeForCausalLM(Pruned, Qwen3MoeForCausalLM):
     config_class = PrunedQwen3MoeConfig
 
 
-class Experts(nn.ModuleList):
+class Experts(nn.Module):
     """A mixture's experts with a linear per expert and projection, named as on disk.
 
     Args:
@@ -131,9 +131,10 @@ class Experts(nn.ModuleList):
         count, hidden, neurons = fused.down_proj.shape
         shapes = ((hidden, neurons), (hidden, neurons), (neurons, hidden))
         like: dict[str, Any] = {"device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
-        for _ in range(count):
+        for number in range(count):
             linears = [nn.Linear(*shape, bias=False, **like) for shape in shapes]
-            self.append(nn.ModuleDict(dict(zip(names, linears, strict=True))))
+            self.add_module(str(number), nn.ModuleDict(dict(zip(names, linears, strict=True))))
+        self.num_experts = count
         self.names = names
         self.act_fn: nn.Module = ACT2FN[activation]
 
@@ -150,10 +151,10 @@ class Experts(nn.ModuleList):
         gate, up, down = self.names
         out = torch.zeros_like(hidden_states)
         # In training every expert runs, if on no token: then each has a gradient on each worker.
-        used = range(len(self)) if self.training else top_k_index.unique().tolist()
+        used = range(self.num_experts) if self.training else top_k_index.unique().tolist()
         for number in used:
             token, choice = torch.where(top_k_index == number)
-            expert: Any = self[number]
+            expert: Any = self.get_submodule(str(number))
             state = hidden_states[token]
             state = expert[down](self.act_fn(expert[gate](state)) * expert[up](state))
             state = state * top_k_weights[token, choice, None]

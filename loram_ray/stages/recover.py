@@ -9,6 +9,7 @@ import torch
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
+from loram_ray.experts import adapted_experts, require_fusable_experts
 from loram_ray.manifest import fingerprint, require_stage
 from loram_ray.modeling import resolve_base
 from loram_ray.plan import PruningPlan
@@ -37,6 +38,7 @@ def recover(config: RecoverConfig) -> StageResult:
             name: _recovered_spec(adapter, name, spec, plan, base_specs)
             for name, spec in adapter.file.specs.items()
         }
+        require_fusable_experts(adapter, plan.architecture, base_specs)
         return run_stage(
             config.output,
             "recover",
@@ -111,6 +113,8 @@ def _write(
         "inference_mode": True,
         "auto_mapping": None,
     }
+    if adapted_experts(adapter, plan.architecture):
+        config["lora_dropout"] = 0.0  # PEFT refuses it on fused experts, inference has none
     (target.path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     target.details.update(
         parameters=sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values()),
