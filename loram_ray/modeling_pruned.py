@@ -128,13 +128,14 @@ class Experts(nn.Module):
 
     def __init__(self, fused: Any, names: tuple[str, str, str], activation: str) -> None:
         super().__init__()
-        count, hidden, neurons = fused.down_proj.shape
+        # Sizes are the modules', not the tensors': under ZeRO-3 those are partitioned already.
+        hidden, neurons = fused.hidden_dim, fused.intermediate_dim
         shapes = ((hidden, neurons), (hidden, neurons), (neurons, hidden))
         like: dict[str, Any] = {"device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
-        for number in range(count):
+        for number in range(fused.num_experts):
             linears = [nn.Linear(*shape, bias=False, **like) for shape in shapes]
             self.add_module(str(number), nn.ModuleDict(dict(zip(names, linears, strict=True))))
-        self.num_experts = count
+        self.num_experts = fused.num_experts
         self.names = names
         self.act_fn: nn.Module = ACT2FN[activation]
 
@@ -213,14 +214,16 @@ class PartialRMSNorm(nn.Module):
 
     Args:
         stock: the norm over all features.
+        full_size: how many those are.
         features: how many are left.
     """
 
-    def __init__(self, stock: Any, features: int) -> None:
+    def __init__(self, stock: Any, full_size: int, features: int) -> None:
         super().__init__()
-        self.full_size = stock.weight.numel()
+        self.full_size = full_size
         self.variance_epsilon = stock.variance_epsilon
-        self.weight = nn.Parameter(stock.weight.detach()[:features].clone())
+        like: dict[str, Any] = {"device": stock.weight.device, "dtype": stock.weight.dtype}
+        self.weight = nn.Parameter(torch.ones(features, **like))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., features]``."""
@@ -246,16 +249,23 @@ class LayerConfig:
 
 def adapt_attention(attention: Any) -> None:
     """Fit what else depends on the number of heads to the linears of an attention layer."""
+    config, dim = attention.config, attention.head_dim
     if isinstance(attention, Olmo2Attention):
-        for linear, name in ((attention.q_proj, "q_norm"), (attention.k_proj, "k_norm")):
-            norm = getattr(attention, name)
-            if norm.weight.numel() != linear.out_features:
-                setattr(attention, name, PartialRMSNorm(norm, linear.out_features))
+        queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        attention.q_norm = _norm_of(attention.q_norm, queries, attention.q_proj)
+        attention.k_norm = _norm_of(attention.k_norm, keys, attention.k_proj)
     elif isinstance(attention, Phi3Attention):
-        heads = attention.o_proj.in_features // attention.head_dim
-        if heads != attention.config.num_attention_heads:
-            attention.config = LayerConfig(attention.config, heads)  # type: ignore[assignment]
+        heads = attention.o_proj.in_features // dim
+        if heads != config.num_attention_heads:
+            attention.config = LayerConfig(config, heads)  # type: ignore[assignment]
             attention.num_key_value_heads = heads // attention.num_key_value_groups
+
+
+def _norm_of(stock: Any, full_size: int, linear: nn.Linear) -> Any:
+    """The norm after a linear: a partial one if rows of the linear were pruned."""
+    if linear.out_features == full_size:
+        return stock
+    return PartialRMSNorm(stock, full_size, linear.out_features)
 
 
 class SparseLinear(nn.Linear):
