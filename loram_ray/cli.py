@@ -94,7 +94,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
         settings = load_run(config, overrides or ())
         section = section_of(settings, stage)
         function = getattr(loram_ray, stage)
-        takes_ray = stage in ("align", "train", "evaluate")
+        takes_ray = stage in ("prune", "align", "train", "evaluate")
         result = function(section, settings.ray) if takes_ray else function(section)
         if as_json:
             _print_json({"output": str(result.output), **asdict(result.manifest)})

@@ -11,10 +11,13 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
+from loram_ray.architectures import Architecture, Geometry
 from loram_ray.finetuning.trainer import save_adapter
 from loram_ray.manifest import identify_model
 from loram_ray.modeling import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.pruning.random import random_scores
+from loram_ray.pruning.selection import keep_units, layer_ratios
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,6 +32,22 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 """
+
+
+def random_plan(
+    family: Architecture,
+    geometry: Geometry,
+    ratio: float,
+    layers: tuple[int, int],
+    seed: int,
+    base_fingerprint: str,
+) -> PruningPlan:
+    """The plan of LoRAM-Rand."""
+    ratios = layer_ratios(ratio, None, layers)
+    kept = keep_units(random_scores(geometry, layers, seed), geometry, ratios)
+    return PruningPlan(
+        family.model_type, geometry, "random", ratio, seed, layers, base_fingerprint, kept
+    )
 
 
 def token_ids(vocabulary: int, seed: int = 0) -> torch.Tensor:

@@ -132,7 +132,8 @@ def test_the_head_is_applied_equally_often_whatever_the_labels(
 def test_only_labelled_positions_reach_the_output_head(
     model: LlamaForCausalLM, batch: dict[str, torch.Tensor]
 ) -> None:
-    hidden, targets = labelled_states(model, **batch)
+    whole = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    hidden, targets = labelled_states(whole, batch["labels"])
     expected = [
         (row, position)
         for row, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS, strict=True))
@@ -140,7 +141,6 @@ def test_only_labelled_positions_reach_the_output_head(
     ]
     assert hidden.shape == (len(expected), model.config.hidden_size)
     assert targets.tolist() == [int(batch["input_ids"][r, p + 1]) for r, p in expected]
-    whole = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
     torch.testing.assert_close(hidden, torch.stack([whole[r, p] for r, p in expected]))
 
 

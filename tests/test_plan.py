@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from adapters import random_plan
 
 from loram_ray.architectures import Geometry, architecture_of
 from loram_ray.config import PruneConfig
@@ -23,7 +24,7 @@ from loram_ray.plan import (
     kept_kv_head_count,
     kept_neuron_count,
 )
-from loram_ray.pruning.random import layer_range, random_plan
+from loram_ray.pruning.selection import layer_range
 from loram_ray.tensorfile import TensorFile
 
 LLAMA = architecture_of("llama")

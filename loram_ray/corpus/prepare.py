@@ -76,7 +76,7 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
         output,
         "corpus",
         settings=settings,
-        parents={"tokenizer": _digest_of_tokenizer(model)},
+        parents={"tokenizer": digest_of_tokenizer(model)},
         base_fingerprint="",
         write=lambda target: _write(target, config, model, units),
     )
@@ -94,7 +94,8 @@ def require_text(config: CorpusConfig) -> list[Unit]:
     return units
 
 
-def _digest_of_tokenizer(model: Path) -> str:
+def digest_of_tokenizer(model: Path) -> str:
+    """Digest of the tokenizer files of a model directory."""
     files = {path for pattern in _TOKENIZER_FILES for path in model.glob(pattern)}
     return digest_of([[path.name, hash_file(path)] for path in sorted(files)])
 

@@ -17,6 +17,7 @@ from loram_ray.config import SourceConfig
 from loram_ray.errors import LoramError
 from loram_ray.progress import say
 
+CORPUS_KEY = "align.corpus.sources"
 _UNIT_BYTES = 8 * 2**20
 _SUFFIXES = (".jsonl", ".txt", ".parquet")
 _HASHED_WHOLE = 2**28
@@ -82,11 +83,14 @@ def list_files(source: SourceConfig, key: str) -> list[Path]:
     return files
 
 
-def list_units(sources: Sequence[SourceConfig]) -> list[Unit]:
-    """Cut every file of a corpus into units, in a fixed order."""
+def list_units(sources: Sequence[SourceConfig], key: str = CORPUS_KEY) -> list[Unit]:
+    """Cut every file of a corpus into units, in a fixed order.
+
+    ``key`` is the configuration key of the sources, for messages.
+    """
     units: list[Unit] = []
     for number, source in enumerate(sources):
-        for file in list_files(source, f"align.corpus.sources.{number}.path"):
+        for file in list_files(source, f"{key}.{number}.path"):
             for start, end in _spans(file):
                 units.append(Unit(len(units), str(file), source.text_field, start, end))
     return units
@@ -103,14 +107,14 @@ def _spans(file: Path) -> list[tuple[int, int]]:
     return [(s, min(s + _UNIT_BYTES, size)) for s in range(0, size, _UNIT_BYTES)]
 
 
-def identify(sources: Sequence[SourceConfig]) -> list[list[object]]:
+def identify(sources: Sequence[SourceConfig], key: str = CORPUS_KEY) -> list[list[object]]:
     """What tells one corpus from another: name, size, field and a hash of each file.
 
     Of files over 256 MiB the hash covers both ends alone.
     """
     found: list[list[object]] = []
     for number, source in enumerate(sources):
-        for file in list_files(source, f"align.corpus.sources.{number}.path"):
+        for file in list_files(source, f"{key}.{number}.path"):
             size = file.stat().st_size
             with open(file, "rb") as stream:
                 if size <= _HASHED_WHOLE:

@@ -1,31 +1,80 @@
-"""The prune stage: base weights stream in, kept rows and columns stream out."""
+"""The prune stage: base weights stream in, what a criterion keeps of them streams out."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
 from loram_ray.architectures import CoupledLinear
-from loram_ray.config import PruneConfig
+from loram_ray.config import PruneConfig, RayConfig
+from loram_ray.corpus.prepare import digest_of_tokenizer
+from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
-from loram_ray.manifest import fingerprint, read_model_config
+from loram_ray.manifest import digest_of, fingerprint, read_model_config, require_stage
+from loram_ray.masks import MASKS_FILE, Masks, packed_spec
 from loram_ray.modeling import family_of, pruned_config, resolve_base, write_model_files
-from loram_ray.plan import PruningPlan
+from loram_ray.plan import STRUCTURED, PruningPlan
 from loram_ray.progress import Reporter
-from loram_ray.pruning.random import layer_range, random_plan
+from loram_ray.pruning.calibrate import Base, solve_weights, structured_scores
+from loram_ray.pruning.criteria import LayerScores, layer_linears
+from loram_ray.pruning.scores import SCORES_FILE, load_scores, save_scores
+from loram_ray.pruning.selection import keep_units, kept_counts, layer_range, layer_ratios
+from loram_ray.pruning.sparse import Pattern
+from loram_ray.pruning.text import KEY
+from loram_ray.pruning.walk import solved_file
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec, TensorWriter
+
+_NOT_IN_IDENTITY: dict[str, Any] = {
+    "base": True,
+    "output": True,
+    "scores": True,
+    "calibration": {"sources", "workers", "cpus_per_worker", "max_failures"},
+}
 
 
-def prune(config: PruneConfig) -> StageResult:
+def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Prune a base model into a directory that holds the pruned model and its plan.
 
-    One tensor is in memory at a time, whatever the depth of the model.
+    Random and magnitude pruning read one tensor at a time. The other criteria run the base layer
+    after layer over calibration text, in Ray actors, and have one decoder layer in memory, whatever
+    the depth of the model; a calibration that was cut goes on at its layer.
 
     Raises:
-        LoramError: an unsupported or damaged base, a ratio or layer range that the model cannot
-            take, an output that holds something else, a full disk.
+        LoramError: an unsupported or damaged base, a ratio, pattern or layer range that the model
+            cannot take, too little text, an output that holds something else, a full disk.
     """
-    base = resolve_base(config.base, "prune.base")
-    family = family_of(base)
-    base_config = read_model_config(base)
+    directory = resolve_base(config.base, "prune.base")
+    family = family_of(directory)
+    base_config = read_model_config(directory)
+    _require_base(base_config, config.base)
+    geometry = family.geometry(base_config)
+    layers = layer_range(config.layers, geometry.num_layers)
+    with Checkpoint(directory) as checkpoint:
+        positions = base_config.get("max_position_embeddings")
+        base = Base(directory, checkpoint, family, geometry, positions, layers)
+        identity = fingerprint(checkpoint)
+        ratios = layer_ratios(config.ratio, config.ratios, layers)
+        _require_linears(base)
+        if config.pattern == STRUCTURED:
+            kept_counts(geometry, ratios, config.round_neurons_to)
+        else:
+            ratios = _require_pattern(base, Pattern.parse(config.pattern), ratios)
+        work = _Pruning(config, base, identity, ratios, ray_config or RayConfig())
+        return run_stage(
+            config.output,
+            "prune",
+            settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+            parents=_parents(config, base, identity),
+            base_fingerprint=identity,
+            write=work.write,
+        )
+
+
+def _require_base(base_config: dict[str, Any], base: str) -> None:
     if base_config.get("pruned_linears") is not None:
         raise LoramError(f"prune.base must be a model that is not pruned, {base} is; give its base")
     if base_config.get("quantization_config"):
@@ -33,37 +82,42 @@ def prune(config: PruneConfig) -> StageResult:
             f"prune.base must be in full precision, {base} is quantised; give the model that was "
             "quantised"
         )
-    geometry = family.geometry(base_config)
-    layers = layer_range(config.layers, geometry.num_layers)
-    with Checkpoint(base) as checkpoint:
-        identity = fingerprint(checkpoint)
-        plan = random_plan(family, geometry, config.ratio, layers, config.seed, identity)
-        _require_linears(plan, checkpoint)
-        return run_stage(
-            config.output,
-            "prune",
-            settings=config.model_dump(mode="json", exclude={"base", "output"}),
-            parents={"base": identity},
-            base_fingerprint=identity,
-            write=lambda target: _write(target, checkpoint, plan, config.max_shard_bytes),
-        )
 
 
-def _require_linears(plan: PruningPlan, checkpoint: Checkpoint) -> None:
+def _parents(config: PruneConfig, base: Base, identity: str) -> dict[str, str]:
+    """Digests of what the pruned model follows from, besides the settings."""
+    parents = {"base": identity}
+    if config.scores is not None:
+        manifest = require_stage(config.scores, ("prune",), "prune.scores")
+        if manifest.base_fingerprint != identity:
+            raise LoramError(
+                f"prune.scores {config.scores} was made of base {manifest.base_fingerprint[:12]}, "
+                f"prune.base is {identity[:12]}; use scores of this base"
+            )
+        parents["scores"] = manifest.digest
+    elif config.calibration is not None:
+        text = identify(config.calibration.sources, f"{KEY}.sources")
+        parents["calibration"] = digest_of([text, digest_of_tokenizer(base.directory)])
+    return parents
+
+
+def _require_linears(base: Base) -> None:
     """Refuse a base whose tensors are not those that its config.json and its family describe."""
+    checkpoint = base.checkpoint
     specs = checkpoint.specs
-    for layer in plan.layers:
-        modules = plan.architecture.modules(layer, plan.geometry)
+    for layer in range(*base.layers):
+        modules = base.family.modules(layer, base.geometry)
         _require_experts(layer, modules, checkpoint)
-        for module, _, _ in modules:
-            spec, kept = specs.get(f"{module}.weight"), plan.kept(module)
-            assert kept is not None
+        for module, linear, _ in modules:
+            spec = specs.get(f"{module}.weight")
             shape = spec.shape if spec else ()
-            if len(shape) != 2 or shape[kept.axis] != kept.full_size:
+            sizes = (base.geometry.count(u) * base.geometry.width(u) for u in linear.sections)
+            size = sum(sizes)
+            if len(shape) != 2 or shape[linear.axis] != size:
                 found = f"as {shape}" if spec else "not at all"
                 raise LoramError(
                     f"prune.base {checkpoint.directory} holds {module}.weight {found}, its "
-                    f"config.json says {kept.full_size} along dimension {kept.axis}; download the "
+                    f"config.json says {size} along dimension {linear.axis}; download the "
                     "model again"
                 )
 
@@ -85,31 +139,139 @@ def _require_experts(
         )
 
 
-def _write(
-    target: StageDirectory, checkpoint: Checkpoint, plan: PruningPlan, max_shard_bytes: int
-) -> None:
-    base_specs = checkpoint.specs
-    specs = {name: _pruned_spec(plan, name, spec) for name, spec in base_specs.items()}
-    nbytes = sum(spec.nbytes for spec in specs.values())
-    require_space(target.path, nbytes)
-    base_config = read_model_config(checkpoint.directory)
-    config = pruned_config(base_config, plan, plan.linear_shapes(base_specs))
-    write_model_files(checkpoint.directory, target.path, config, plan)
-    with (
-        Reporter("prune", total=checkpoint.nbytes, unit="B") as reporter,
-        CheckpointWriter(target.path, specs, max_shard_bytes) as writer,
-    ):
-        for name, tensor in checkpoint:
-            writer.write(name, plan.select(name, tensor))
-            reporter.advance(tensor.nbytes)
-    target.hashes.update(writer.hashes)
-    target.details.update(
-        base_parameters=sum(_numel(spec) for spec in base_specs.values()),
-        parameters=sum(_numel(spec) for spec in specs.values()),
-        base_bytes=checkpoint.nbytes,
-        bytes=nbytes,
-        plan=plan.digest,
-    )
+def _require_pattern(base: Base, pattern: Pattern, ratios: dict[int, float]) -> dict[int, float]:
+    """Ratio of each pruned layer, after checking that the pattern fits every linear."""
+    specs = base.checkpoint.specs
+    for layer in ratios:
+        for entry in layer_linears(base.family, base.geometry, layer):
+            pattern.require(specs[f"{entry.module}.weight"].shape[1], entry.module)
+    return {layer: pattern.ratio(ratio) for layer, ratio in ratios.items()}
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """The work of the stage."""
+
+    config: PruneConfig
+    base: Base
+    identity: str
+    ratios: dict[int, float]
+    ray_config: RayConfig
+
+    @property
+    def _criterion(self) -> str:
+        """The criterion with its form, as scores are labelled."""
+        config = self.config
+        return f"{config.method} {config.taylor}" if config.method == "taylor" else config.method
+
+    def write(self, target: StageDirectory) -> None:
+        """Write the pruned model, its plan and its scores."""
+        scores: dict[int, LayerScores] = {}
+        norms: dict[str, torch.Tensor] = {}
+        if self.config.scores is not None:
+            layers = self.base.layers
+            scores, norms = load_scores(self.config.scores, self._criterion, layers)
+        if self.config.pattern == STRUCTURED:
+            scores = scores or structured_scores(
+                self.config, self.base, target.work, self.ray_config
+            )
+            plan = self._structured_plan(scores)
+        else:
+            errors, norms = solve_weights(
+                self.config, self.base, self.ratios, norms or None, target.work, self.ray_config
+            )
+            plan = self._masked_plan(target)
+            if errors:
+                target.details["relative_errors"] = errors
+        if norms or (scores and self.config.method != "random"):
+            digest = save_scores(target.path, self._criterion, scores, norms)
+            target.hashes[SCORES_FILE] = digest
+        self._write_model(target, plan)
+
+    def _structured_plan(self, scores: dict[int, LayerScores]) -> PruningPlan:
+        config, geometry = self.config, self.base.geometry
+        kept = keep_units(scores, geometry, self.ratios, config.allocation, config.round_neurons_to)
+        return PruningPlan(
+            self.base.family.model_type,
+            geometry,
+            config.method,
+            config.ratio,
+            config.seed,
+            self.base.layers,
+            self.identity,
+            kept,
+        )
+
+    def _masked_plan(self, target: StageDirectory) -> PruningPlan:
+        """Gather the layers' masks in one file, and make the plan of them."""
+        specs = self.base.checkpoint.specs
+        shapes, layer_of = {}, {}
+        for layer in self.ratios:
+            for entry in layer_linears(self.base.family, self.base.geometry, layer):
+                rows, columns = specs[f"{entry.module}.weight"].shape
+                shapes[entry.module] = rows, columns
+                layer_of[entry.module] = layer
+        packed = {module: packed_spec(shape) for module, shape in shapes.items()}
+        require_space(target.path, sum(spec.nbytes for spec in packed.values()))
+        path = target.path / MASKS_FILE
+        writer = TensorWriter(path, packed)
+        for module, layer in layer_of.items():
+            writer.write(module, _read_solved(target, layer, f"{module}.mask"))
+        target.hashes[MASKS_FILE] = writer.finish()
+        return PruningPlan(
+            self.base.family.model_type,
+            self.base.geometry,
+            self.config.method,
+            Pattern.parse(self.config.pattern).ratio(self.config.ratio),
+            self.config.seed,
+            self.base.layers,
+            self.identity,
+            layers={},
+            pattern=self.config.pattern,
+            masks=Masks(path, shapes, target.hashes[MASKS_FILE]),
+        )
+
+    def _write_model(self, target: StageDirectory, plan: PruningPlan) -> None:
+        checkpoint = self.base.checkpoint
+        base_specs = checkpoint.specs
+        specs = {name: _pruned_spec(plan, name, spec) for name, spec in base_specs.items()}
+        nbytes = sum(spec.nbytes for spec in specs.values())
+        require_space(target.path, nbytes)
+        base_config = read_model_config(checkpoint.directory)
+        config = pruned_config(base_config, plan, plan.linear_shapes(base_specs))
+        write_model_files(checkpoint.directory, target.path, config, plan)
+        masked = plan.masks.shapes if plan.masks else {}
+        with (
+            Reporter("prune", total=checkpoint.nbytes, unit="B") as reporter,
+            CheckpointWriter(target.path, specs, self.config.max_shard_bytes) as writer,
+        ):
+            for name, spec in base_specs.items():
+                module = name.removesuffix(".weight")
+                if module != name and module in masked:
+                    found = self.base.family.locate(module)
+                    assert found is not None
+                    tensor = _read_solved(target, found[0], name)
+                else:
+                    tensor = plan.select(name, checkpoint.read(name))
+                writer.write(name, tensor)
+                reporter.advance(spec.nbytes)
+        target.hashes.update(writer.hashes)
+        target.details.update(
+            base_parameters=sum(_numel(spec) for spec in base_specs.values()),
+            parameters=sum(_numel(spec) for spec in specs.values()),
+            base_bytes=checkpoint.nbytes,
+            bytes=nbytes,
+            plan=plan.digest,
+        )
+        if plan.masks is not None:
+            target.details["nonzero_parameters"] = target.details["parameters"] - sum(
+                int((~plan.masks.read(module)).sum()) for module in masked
+            )
+
+
+def _read_solved(target: StageDirectory, layer: int, name: str) -> torch.Tensor:
+    with safe_open(solved_file(target.work, layer), "pt") as file:
+        return file.get_tensor(name)
 
 
 def _pruned_spec(plan: PruningPlan, name: str, spec: TensorSpec) -> TensorSpec:

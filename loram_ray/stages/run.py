@@ -173,7 +173,7 @@ def _evaluations(
 def _call(section: Section, config: RunConfig) -> StageResult:
     match section:
         case PruneConfig():
-            return prune(section)
+            return prune(section, config.ray)
         case AlignConfig():
             return align(section, config.ray)
         case TrainConfig():

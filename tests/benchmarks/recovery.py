@@ -21,7 +21,9 @@ import loram_ray as lr
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, tensor_name
 from loram_ray.architectures import architecture_of
 from loram_ray.manifest import fingerprint, read_model_config
-from loram_ray.pruning.random import random_plan
+from loram_ray.plan import PruningPlan
+from loram_ray.pruning.random import random_scores
+from loram_ray.pruning.selection import keep_units, layer_ratios
 from loram_ray.stage import StageDirectory, run_stage
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
@@ -86,7 +88,10 @@ def write_pruned_adapter(base: Path, output: Path) -> None:
     with Checkpoint(base) as checkpoint:
         identity = fingerprint(checkpoint)
     geometry = family.geometry(read_model_config(base))
-    plan = random_plan(family, geometry, 0.85, (4, 78), 0, identity)
+    layers, ratio = (4, 78), 0.85
+    scores, ratios = random_scores(geometry, layers, 0), layer_ratios(ratio, None, layers)
+    kept = keep_units(scores, geometry, ratios)
+    plan = PruningPlan(family.model_type, geometry, "random", ratio, 0, layers, identity, kept)
     specs = {}
     for name, shape in base_shapes().items():
         module = name.removesuffix(".weight")

@@ -1,0 +1,150 @@
+"""Scores of structured pruning: how much a layer's output needs each GQA group and each neuron.
+
+Every criterion gives one number to each row or column along a linear's pruned dimension; the
+numbers of all the rows and columns that go together (a neuron's gate row, up row and down column; a
+group's query, key and value rows and output columns) are summed. LLM-Pruner instead folds the
+scores of query heads over KV heads by position, which mixes the heads of different groups; here
+each group sums its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit
+from loram_ray.errors import LoramError
+from loram_ray.plan import unit_sums
+from loram_ray.pruning.statistics import MeanActivations, Moments
+
+
+class TaylorForm(StrEnum):
+    """Terms of the loss's Taylor expansion around zeroing a weight (LLM-Pruner, section 3.2)."""
+
+    FIRST = "first"
+    """``|w g|``, g being the gradient of the mean loss."""
+    SECOND = "second"
+    """``|w^2 f|``, f being the mean of the squared gradients of single samples (Fisher)."""
+    MIXED = "mixed"
+    """``|w g - w^2 f / 2|``."""
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores of one layer's units; the higher, the more the layer needs it.
+
+    Attributes:
+        kv_heads: one a GQA group, float32 ``[num_kv_heads]``.
+        neurons: one a neuron, float32 ``[intermediate]`` or ``[experts, intermediate]``.
+    """
+
+    kv_heads: torch.Tensor
+    neurons: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CalibratedLinear:
+    """One linear of a layer and what a criterion asks of it.
+
+    Attributes:
+        module: its full path.
+        linear: its place in the family.
+        expert: the expert that it belongs to, or None.
+    """
+
+    module: str
+    linear: CoupledLinear
+    expert: int | None
+
+
+PerIndex = Callable[[CalibratedLinear], "torch.Tensor | None"]
+
+
+def layer_linears(family: Architecture, geometry: Geometry, layer: int) -> list[CalibratedLinear]:
+    """The coupled linears of a layer."""
+    return [CalibratedLinear(*entry) for entry in family.modules(layer, geometry)]
+
+
+def score_layer(
+    linears: Iterable[CalibratedLinear], geometry: Geometry, per_index: PerIndex
+) -> LayerScores:
+    """Sum what each linear says of its rows or columns over the units that they belong to.
+
+    Args:
+        linears: of one layer.
+        geometry: sizes of the base.
+        per_index: scores along a linear's pruned dimension, float32, or None where it says nothing.
+
+    Raises:
+        LoramError: a score is not finite; the linear is named.
+    """
+    experts = max(geometry.num_experts, 1)
+    kv_heads = torch.zeros(geometry.num_kv_heads)
+    neurons = torch.zeros(experts, geometry.intermediate_size)
+    for entry in linears:
+        scores = per_index(entry)
+        if scores is None:
+            continue
+        if not bool(scores.isfinite().all()):
+            raise LoramError(
+                f"the scores of {entry.module} are not finite: its calibration inputs or gradients "
+                "overflowed; set prune.calibration.precision to fp32"
+            )
+        for unit, sums in unit_sums(geometry, entry.linear, scores.cpu()).items():
+            if unit is Unit.NEURON:
+                neurons[entry.expert or 0] += sums
+            else:
+                kv_heads += sums
+    return LayerScores(kv_heads, neurons if geometry.num_experts else neurons[0])
+
+
+def magnitude(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """Squared L2 norm of each row (axis 0) or column (axis 1) of a weight ``[out, in]``."""
+    return weight.float().square().sum(1 - axis)
+
+
+def flap(weight: torch.Tensor, inputs: Moments) -> torch.Tensor:
+    """``Var(x_j) * sum_i W_ij^2`` of each input feature (An et al. 2024, FLAP, equation 5).
+
+    Args:
+        weight: of ``down_proj`` or ``o_proj``, ``[out, in]``.
+        inputs: moments of its inputs.
+    """
+    return inputs.variance * magnitude(weight, axis=1).cpu()
+
+
+def activation(inputs: MeanActivations) -> torch.Tensor:
+    """L2 norm over sequences of the mean absolute activation (Muralidharan et al. 2024)."""
+    return inputs.total.sqrt()
+
+
+def taylor(
+    form: TaylorForm,
+    weight: torch.Tensor,
+    axis: int,
+    gradient: torch.Tensor | None,
+    squared_gradients: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sum of LLM-Pruner's element-wise importance over each row (axis 0) or column (axis 1).
+
+    Args:
+        form: which terms.
+        weight: ``[out, in]``.
+        axis: pruned dimension of the weight.
+        gradient: of the mean loss, float32 ``[out, in]``; unused by `TaylorForm.SECOND`.
+        squared_gradients: mean over samples of their squared gradients, float32 ``[out, in]``;
+            unused by `TaylorForm.FIRST`.
+    """
+    weight = weight.float()
+    change = torch.zeros_like(weight)
+    if form is not TaylorForm.SECOND:
+        assert gradient is not None
+        change = weight * gradient
+    if form is not TaylorForm.FIRST:
+        assert squared_gradients is not None
+        curvature = weight.square() * squared_gradients
+        change = curvature if form is TaylorForm.SECOND else change - curvature / 2
+    return change.abs().sum(1 - axis)

@@ -1,0 +1,133 @@
+"""Workers of a calibration: one in this process, or Ray actors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.config import CalibrationConfig, RayConfig
+from loram_ray.errors import LoramError
+from loram_ray.pruning.worker import CalibrationWorker, Setup
+
+Job = tuple[str, tuple[Any, ...]]
+"""A method of `CalibrationWorker` and its arguments."""
+
+
+class Pool(Protocol):
+    """Where jobs run."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        """Run jobs, several at a time, and yield their results in the jobs' order."""
+
+    def share(self, value: Any) -> Any:
+        """Have a large argument of several jobs sent once; give them what this returns."""
+
+
+class InProcess:
+    """One worker in this process."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._worker = CalibrationWorker(setup)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        """Run one job after another."""
+        for method, arguments in jobs:
+            yield getattr(self._worker, method)(*arguments)
+
+    def share(self, value: Any) -> Any:
+        """Nothing is sent."""
+        return value
+
+
+class RayPool:
+    """Ray actors; one that dies is replaced and its job given again.
+
+    Args:
+        setup: what each works on.
+        config: how many, and how large.
+        cpus: logical CPUs, and threads, of each.
+    """
+
+    def __init__(self, setup: Setup, config: CalibrationConfig, cpus: int) -> None:
+        import ray
+
+        self._ray = ray
+        self._max_failures = config.max_failures
+        threads = {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}
+        actor_class = ray.remote(CalibrationWorker).options(
+            num_cpus=cpus,
+            num_gpus=gpus_per_worker(),
+            max_restarts=config.max_failures,
+            max_task_retries=config.max_failures,
+            runtime_env={"env_vars": threads},
+        )
+        self._actors = [actor_class.remote(setup) for _ in range(config.workers)]
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        """Run jobs on actors that are free; yield the results in order."""
+        waiting = list(reversed(list(enumerate(jobs))))
+        free, running, done = list(self._actors), {}, {}
+        following = 0
+        while following < len(jobs):
+            while free and waiting:
+                number, (method, arguments) = waiting.pop()
+                actor = free.pop()
+                running[getattr(actor, method).remote(*arguments)] = number, actor
+            if following not in done:
+                for reference in self._ray.wait(list(running))[0]:
+                    number, actor = running.pop(reference)
+                    free.append(actor)
+                    done[number] = reference
+                continue
+            yield self._result(done.pop(following))
+            following += 1
+
+    def share(self, value: Any) -> Any:
+        """Put the value into Ray's object store."""
+        return self._ray.put(value)
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+    def _result(self, reference: Any) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return self._ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, LoramError | OSError):
+                raise error.cause from error
+            raise
+        except RayActorError as error:
+            if isinstance(error.__cause__, LoramError):
+                raise error.__cause__ from error
+            raise LoramError(
+                f"a worker died more than prune.calibration.max_failures = {self._max_failures} "
+                f"times ({error}); often it is memory: lower prune.calibration.batch_size"
+            ) from error
+
+
+@contextmanager
+def ray_pool(setup: Setup, config: CalibrationConfig, ray_config: RayConfig) -> Iterator[RayPool]:
+    """Have Ray and the configured workers inside the block.
+
+    Raises:
+        LoramError: the cluster can never place them.
+    """
+    cpus = config.cpus_per_worker or max((os.cpu_count() or 1) // config.workers, 1)
+    with ray_session(ray_config, cpus * config.workers):
+        require_resources(config.workers, cpus, gpus_per_worker(), f"{KEY}.workers")
+        pool = RayPool(setup, config, cpus)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+KEY = "prune.calibration"
+MakePool = Callable[[Setup], Any]

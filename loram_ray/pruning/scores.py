@@ -1,0 +1,90 @@
+"""Importance scores on disk, so that another ratio needs no new calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from loram_ray.errors import LoramError
+from loram_ray.pruning.criteria import LayerScores
+from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
+
+SCORES_FILE = "importance.safetensors"
+_NORMS = ".squared_input_norms"
+
+
+def save_scores(
+    directory: Path,
+    method: str,
+    scores: Mapping[int, LayerScores],
+    norms: Mapping[str, torch.Tensor],
+) -> str:
+    """Write ``importance.safetensors``; return its SHA-256.
+
+    Args:
+        directory: where to.
+        method: the criterion, with its form.
+        scores: of units, by layer (structured pruning).
+        norms: Wanda's squared input norms, by module path.
+    """
+    tensors = {f"{module}{_NORMS}": tensor for module, tensor in norms.items()}
+    for layer, entry in scores.items():
+        tensors[f"layers.{layer}.kv_heads"] = entry.kv_heads
+        tensors[f"layers.{layer}.neurons"] = entry.neurons
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    metadata = {"loram_scores": json.dumps({"method": method})}
+    writer = TensorWriter(directory / SCORES_FILE, specs, metadata)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    return writer.finish()
+
+
+def load_scores(
+    directory: Path, method: str, layers: tuple[int, int]
+) -> tuple[dict[int, LayerScores], dict[str, torch.Tensor]]:
+    """Read the scores of units, and Wanda's squared input norms; one of the two is empty.
+
+    Args:
+        directory: written by an earlier prune.
+        method: the criterion, with its form, that they must be of.
+        layers: first layer and the one after the last that are wanted.
+
+    Raises:
+        LoramError: there are none, of another criterion, or of other layers.
+    """
+    path = directory / SCORES_FILE
+    if not path.exists():
+        raise LoramError(
+            f"prune.scores must be a directory with {SCORES_FILE}, {directory} has none (random "
+            "and sparsegpt keep no scores); leave it out to calibrate"
+        )
+    with TensorFile(path) as file:
+        said = json.loads(file.metadata.get("loram_scores", "{}")).get("method")
+        if said != method:
+            raise LoramError(
+                f"prune.scores must be scores of {method}, {directory} holds those of {said}; "
+                "change prune.method or leave prune.scores out"
+            )
+        norms = {
+            name.removesuffix(_NORMS): file.read(name)
+            for name in file.specs
+            if name.endswith(_NORMS)
+        }
+        if norms:
+            return {}, norms
+        missing = [n for n in range(*layers) if f"layers.{n}.kv_heads" not in file.specs]
+        if missing:
+            raise LoramError(
+                f"prune.scores must hold layers [{layers[0]}, {layers[1]}), {directory} lacks "
+                f"layer {missing[0]}; change prune.layers or leave prune.scores out"
+            )
+        scores = {
+            layer: LayerScores(
+                file.read(f"layers.{layer}.kv_heads"), file.read(f"layers.{layer}.neurons")
+            )
+            for layer in range(*layers)
+        }
+        return scores, {}

@@ -1,0 +1,149 @@
+"""What a calibration keeps of the inputs ``x [sequences, tokens, in]`` of a linear.
+
+Each kind takes one batch after another, and two of a kind merge, so that parts of a calibration set
+can be looked at by different workers. Accumulators are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+
+
+class Statistic(Protocol):
+    """A sum over calibration inputs."""
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch ``[sequences, tokens, in]``, or ``[tokens, in]`` of one sequence."""
+
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen."""
+
+
+@dataclass
+class Moments:
+    """Mean and variance of each input feature, by Chan's parallel update.
+
+    Attributes:
+        count: tokens seen.
+        mean: float32 ``[in]``.
+        squares: sum of squared differences from the mean, float32 ``[in]``.
+    """
+
+    count: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def empty(cls, features: int) -> Moments:
+        """Nothing seen of so many features."""
+        return cls(0, torch.zeros(features), torch.zeros(features))
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Variance over tokens, float32 ``[in]``."""
+        return self.squares / max(self.count, 1)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch."""
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        if len(tokens):
+            variance, mean = torch.var_mean(tokens, dim=0, correction=0)
+            self.merge(Moments(len(tokens), mean.cpu(), (variance * len(tokens)).cpu()))
+
+    def merge(self, other: Moments) -> None:
+        """Take in what another has seen."""
+        total = self.count + other.count
+        if not other.count:
+            return
+        apart = other.mean - self.mean
+        self.mean = self.mean + apart * (other.count / total)
+        between = apart.square() * (self.count * other.count / total)
+        self.squares = self.squares + other.squares + between
+        self.count = total
+
+
+@dataclass
+class SquaredNorms:
+    """Squared L2 norm of each input feature over all tokens (Wanda).
+
+    Attributes:
+        total: float32 ``[in]``.
+    """
+
+    total: torch.Tensor
+
+    @classmethod
+    def empty(cls, features: int) -> SquaredNorms:
+        """Nothing seen of so many features."""
+        return cls(torch.zeros(features))
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch."""
+        self.total += inputs.reshape(-1, inputs.shape[-1]).float().square().sum(0).cpu()
+
+    def merge(self, other: SquaredNorms) -> None:
+        """Take in what another has seen."""
+        self.total += other.total
+
+
+@dataclass
+class MeanActivations:
+    """Squares of each sequence's mean absolute input, summed over sequences (Minitron).
+
+    Attributes:
+        total: float32 ``[in]``.
+    """
+
+    total: torch.Tensor
+
+    @classmethod
+    def empty(cls, features: int) -> MeanActivations:
+        """Nothing seen of so many features."""
+        return cls(torch.zeros(features))
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch; tokens of an expert count as one sequence."""
+        if inputs.numel():
+            means = inputs.float().abs().mean(-2)
+            self.total += means.reshape(-1, means.shape[-1]).square().sum(0).cpu()
+
+    def merge(self, other: MeanActivations) -> None:
+        """Take in what another has seen."""
+        self.total += other.total
+
+
+@dataclass
+class Hessian:
+    """``sum x x^T`` over all tokens: the layer-wise Hessian of SparseGPT up to its factor.
+
+    Attributes:
+        count: tokens seen.
+        total: float32 ``[in, in]``, on the device of the inputs.
+    """
+
+    count: int
+    total: torch.Tensor
+
+    @classmethod
+    def empty(cls, features: int) -> Hessian:
+        """Nothing seen of so many features."""
+        return cls(0, torch.zeros(features, features))
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """``(2 / N) sum x x^T``, float32 ``[in, in]``."""
+        return self.total * (2 / max(self.count, 1))
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch."""
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.total = self.total.to(tokens.device).addmm_(tokens.t(), tokens)
+        self.count += len(tokens)
+
+    def merge(self, other: Hessian) -> None:
+        """Take in what another has seen."""
+        self.total = self.total + other.total.to(self.total.device)
+        self.count += other.count

@@ -1,0 +1,261 @@
+"""One worker of a calibration: it runs layers over its share of the calibration set.
+
+Every method can be called again with the same result: it reads files, writes files whole, and
+returns what it summed. A worker that died is therefore replaced and asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from loram_ray.architectures import architecture_of
+from loram_ray.pruning.hidden import HiddenStates
+from loram_ray.pruning.layers import LayerStream
+from loram_ray.pruning.solve import Solved, solve_linear
+from loram_ray.pruning.sparse import Pattern
+from loram_ray.pruning.statistics import (
+    Hessian,
+    MeanActivations,
+    Moments,
+    SquaredNorms,
+    Statistic,
+)
+
+TOKENS_FILE = "tokens.safetensors"
+STATISTICS: dict[str, Any] = {
+    "flap": Moments,
+    "activation": MeanActivations,
+    "wanda": SquaredNorms,
+    "sparsegpt": Hessian,
+}
+"""What each forward criterion keeps of a linear's inputs."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs to know once.
+
+    Attributes:
+        base: model directory.
+        model_type: its family.
+        work: directory of hidden states, calibration tokens and solved layers.
+        precision: of weights and activations.
+        batch_size: sequences in one forward.
+        shares: first sequence and the one after the last of each share of the calibration set.
+    """
+
+    base: Path
+    model_type: str
+    work: Path
+    precision: str
+    batch_size: int
+    shares: tuple[tuple[int, int], ...]
+
+    def batches(self, share: int) -> list[tuple[int, int]]:
+        """First sequence and the one after the last of each batch of a share."""
+        begin, end = self.shares[share]
+        return [(b, min(b + self.batch_size, end)) for b in range(begin, end, self.batch_size)]
+
+
+@dataclass
+class Gradients:
+    """Gradients of the mean loss with respect to the weights of a layer's coupled linears.
+
+    Attributes:
+        total: float32 ``[out, in]`` by module path; a share's are a sum over its tokens, divided by
+            the tokens of the whole calibration set.
+        squares: sums over samples of the squared gradients of a sample's mean loss, divided by the
+            number of samples, float32 ``[out, in]``; empty where they were not asked for.
+    """
+
+    total: dict[str, torch.Tensor]
+    squares: dict[str, torch.Tensor]
+
+    def merge(self, other: Gradients) -> None:
+        """Add those of another share."""
+        for mine, others in ((self.total, other.total), (self.squares, other.squares)):
+            for name, tensor in others.items():
+                mine[name] = mine[name] + tensor if name in mine else tensor
+
+
+class CalibrationWorker:
+    """Runs layers of the base; see the module.
+
+    Args:
+        setup: what it works on.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        family = architecture_of(setup.model_type)
+        self._stream = LayerStream(setup.base, family, setup.precision, device)
+        self._device = device
+        self._states = HiddenStates(setup.work)
+        self._tokens = load_file(setup.work / TOKENS_FILE)["token_ids"]
+
+    def embed(self, share: int) -> None:
+        """Write the first layer's inputs of a share."""
+        spans = self._setup.batches(share)
+        inputs = self._stream.embed(self._tokens[begin:end] for begin, end in spans)
+        for (begin, _), hidden in zip(spans, inputs, strict=True):
+            self._states.write("input", 0, begin, hidden)
+
+    @torch.no_grad()
+    def forward(
+        self, layer: int, share: int, statistic: str | None, solved: Path | None, write: bool
+    ) -> tuple[dict[str, Statistic], dict[str, str]]:
+        """Run a layer over a share.
+
+        Args:
+            layer: its number.
+            share: which share.
+            statistic: a criterion of `STATISTICS` whose statistic of each coupled linear's inputs
+                is wanted, or None.
+            solved: file of weights that replace the base's, or None.
+            write: whether to write the layer's outputs.
+
+        Returns:
+            Statistics by module path, and, for linears with the same inputs as another, that
+            one's path; both empty without a statistic.
+        """
+        changed = load_file(solved) if solved else None
+        with (
+            self._stream.layer(layer, changed) as module,
+            self._watch(module, layer, statistic) as (
+                statistics,
+                same_inputs,
+            ),
+        ):
+            for begin, _ in self._setup.batches(share):
+                hidden = self._states.read("input", layer, begin).to(self._device)
+                output = self._stream.run(layer, module, hidden)
+                if write:
+                    self._states.write("input", layer + 1, begin, output)
+        return statistics, same_inputs
+
+    def loss(self, layers: int, share: int) -> float:
+        """Write the gradients of the mean loss at the last layer's outputs; return the share's sum.
+
+        The mean is over the predicted tokens of the whole calibration set.
+        """
+        total = 0.0
+        count = self._tokens[:, 1:].numel()
+        with self._stream.head():
+            for begin, end in self._setup.batches(share):
+                hidden = self._states.read("input", layers, begin).to(self._device)
+                hidden.requires_grad_()
+                loss = self._stream.loss(hidden, self._tokens[begin:end]) / count
+                loss.backward()
+                self._states.write("gradient", layers, begin, _gradient(hidden))
+                total += loss.item()
+        return total
+
+    def backward(self, layer: int, share: int, wanted: list[str], squares: bool) -> Gradients:
+        """Carry the gradients at a layer's outputs to its inputs, and sum those of its weights.
+
+        Args:
+            layer: its number.
+            share: which share.
+            wanted: module paths of the linears whose gradients are wanted; it may be empty.
+            squares: whether squared gradients of single samples are wanted too.
+        """
+        found = Gradients({}, {})
+        with self._stream.layer(layer) as module:
+            linears = self._stream.linears(layer, module)
+            weights = {path: linears[path].weight for path in wanted}
+            for weight in weights.values():
+                weight.requires_grad_()
+            for begin, _ in self._setup.batches(share):
+                hidden = self._states.read("input", layer, begin).to(self._device).requires_grad_()
+                upstream = self._states.read("gradient", layer + 1, begin).to(self._device)
+                parts = range(len(hidden)) if squares else [slice(None)]
+                for part in parts:
+                    rows = slice(part, part + 1) if isinstance(part, int) else part
+                    output = self._stream.run(layer, module, hidden[rows])
+                    output.backward(upstream[rows])
+                    self._take(weights, found, squares)
+                self._states.write("gradient", layer, begin, _gradient(hidden))
+        return found
+
+    def solve(
+        self,
+        module: str,
+        method: str,
+        inputs: Statistic | None,
+        ratio: float,
+        damping: float,
+        pattern: Pattern,
+    ) -> Solved:
+        """Prune the weights of one linear; see `solve_linear`."""
+        weight = self._stream.read(f"{module}.weight").to(self._device)
+        return solve_linear(weight, method, inputs, ratio, pattern, damping, module)
+
+    @contextmanager
+    def _watch(
+        self, module: nn.Module, layer: int, statistic: str | None
+    ) -> Iterator[tuple[dict[str, Statistic], dict[str, str]]]:
+        """Gather a statistic of the inputs of a layer's linears inside the block.
+
+        Linears that are given the same tensor (query, key and value) share one.
+        """
+        statistics: dict[str, Statistic] = {}
+        same_inputs: dict[str, str] = {}
+        latest: dict[str, torch.Tensor] = {}
+
+        def watcher(path: str, kind: Any) -> Callable[..., None]:
+            def watch(_linear: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                inputs = arguments[0]
+                for other, seen in latest.items():
+                    if seen is inputs and other != path:
+                        same_inputs[path] = other
+                        return
+                latest[path] = inputs
+                if path not in statistics:
+                    statistics[path] = kind.empty(inputs.shape[-1])
+                statistics[path].add(inputs)
+
+            return watch
+
+        linears = self._stream.linears(layer, module) if statistic is not None else {}
+        handles = [
+            linear.register_forward_pre_hook(watcher(path, STATISTICS[statistic or ""]))
+            for path, linear in linears.items()
+        ]
+        try:
+            yield statistics, same_inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, weights: dict[str, torch.Tensor], found: Gradients, squares: bool) -> None:
+        """Add the gradients that a backward pass has left, and clear them."""
+        samples = len(self._tokens)
+        for path, weight in weights.items():
+            if weight.grad is None:  # an expert that no token came to
+                continue
+            gradient = weight.grad.float().cpu()
+            weight.grad = None
+            _accumulate(found.total, path, gradient)
+            if squares:  # of a sample's own mean loss, of which the whole mean holds 1 / samples
+                _accumulate(found.squares, path, (gradient * samples).square_() / samples)
+
+
+def _accumulate(into: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+    if name in into:
+        into[name] += tensor
+    else:
+        into[name] = tensor
+
+
+def _gradient(hidden: torch.Tensor) -> torch.Tensor:
+    assert hidden.grad is not None
+    return hidden.grad
