@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from loram_ray.architectures import ARCHITECTURES, Unit, architecture_of
 from loram_ray.manifest import read_model_config
 from loram_ray.modeling import family_of, load_model
 from loram_ray.modeling_pruned import unfuse_experts
-from loram_ray.plan import PruningPlan, unit_sums
+from loram_ray.plan import KeptUnits, PruningPlan, unit_sums
 
 # Longer than the sliding windows; 48 tokens, two experts each, leave no expert of four unused.
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -270,6 +270,18 @@ def test_experts_have_kept_sets_of_their_own(family: str, tmp_path: Path) -> Non
         assert len({tuple(kept) for kept in units.neurons.tolist()}) == 4
 
 
+def test_a_plan_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
+    base = families.write_base(tmp_path / "base", "mixtral")
+    plan = PruningPlan.load(prune(base, tmp_path / "pruned"))
+    (tmp_path / "saved").mkdir()
+    plan.save(tmp_path / "saved")
+    assert PruningPlan.load(tmp_path / "saved").digest == plan.digest
+    cut = {n: KeptUnits(units.kv_heads, units.neurons[:3]) for n, units in plan.layers.items()}
+    replace(plan, layers=cut).save(tmp_path / "saved")
+    with pytest.raises(lr.LoramError, match="keeps no ascending neuron indices"):
+        PruningPlan.load(tmp_path / "saved")
+
+
 def test_stock_names_of_a_mixture_are_located_too() -> None:
     family = architecture_of("mixtral")
     stored = "model.layers.2.block_sparse_moe.experts.3.w1"
@@ -370,3 +382,41 @@ def test_plain_transformers_loads_pruned_models_where_loram_ray_is_not_installed
     for directory in pruned:
         expected = logits_of(load_model(directory, "fp32"), IDS)
         assert torch.equal(torch.load(directory / "logits.pt"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("family", ["mixtral", "olmo2", "phi3"])
+def test_alignment_over_partitioned_weights_and_training_reach_a_merged_model(
+    family: str, tmp_path: Path, embedded_ray: None
+) -> None:
+    base = families.write_base(tmp_path / "base", family)
+    pruned = prune(base, tmp_path / "pruned")
+    steps = {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
+    steps["optimiser"] = {"learning_rate": 1e-3, "warmup_steps": 1}
+    text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.texts())
+    corpus = {"sources": [{"path": str(text)}], "sequence_length": 32}
+    aligned = []
+    for stage, workers in ((1, 1), (3, 2)):
+        output = tmp_path / f"aligned{stage}"
+        settings = {"pruned": pruned, "output": output, "corpus": corpus, **steps}
+        settings |= {"zero_stage": stage, "workers": workers}
+        lr.align(lr.AlignConfig.model_validate(settings))
+        aligned.append(load_file(output / "model.safetensors"))
+    whole, partitioned = aligned
+    for name, tensor in whole.items():
+        torch.testing.assert_close(partitioned[name], tensor, rtol=0, atol=1e-6)
+
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions())
+    settings = {"model": output, "output": tmp_path / "trained", "data": str(data), **steps}
+    settings |= {"lora": {"r": 4, "alpha": 8}, "max_length": 64}
+    trained = lr.train(lr.TrainConfig.model_validate(settings)).output
+    recovered = lr.recover(
+        lr.RecoverConfig(adapter=trained, base=str(base), output=tmp_path / "recovered")
+    ).output
+    merged = lr.merge(
+        lr.MergeConfig(adapter=recovered, base=str(base), output=tmp_path / "merged")
+    ).output
+    on_base = peft.PeftModel.from_pretrained(load_model(base, "fp32"), recovered)
+    found, expected = logits_of(load_model(merged, "fp32"), IDS), logits_of(on_base, IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
