@@ -47,6 +47,8 @@ def solve_linear(
         damping: of SparseGPT's Hessian.
         name: of the linear, for messages.
     """
+    if not ratio:  # SparseGPT would still zero the columns of inputs that are always zero
+        return Solved(weight.cpu(), torch.ones_like(weight, dtype=torch.bool).cpu(), None)
     if method != "magnitude" and inputs is None:
         say("prune", f"{name} saw no calibration token; it is pruned by magnitude")
     if isinstance(inputs, Hessian):
