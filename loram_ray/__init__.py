@@ -15,6 +15,7 @@ from loram_ray.registration import register_on_first_use
 if TYPE_CHECKING:
     from loram_ray.config import (
         AlignConfig,
+        CalibrationConfig,
         EvaluateConfig,
         MergeConfig,
         PruneConfig,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "AlignConfig": "config",
+    "CalibrationConfig": "config",
     "EvaluateConfig": "config",
     "MergeConfig": "config",
     "PruneConfig": "config",
@@ -57,6 +59,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AlignConfig",
+    "CalibrationConfig",
     "EvaluateConfig",
     "LoramError",
     "MergeConfig",

@@ -140,6 +140,9 @@ class CalibrationWorker:
                 output = self._stream.run(layer, module, hidden)
                 if write:
                     self._states.write("input", layer + 1, begin, output)
+        for found in statistics.values():
+            if isinstance(found, Hessian):  # summed where the layer ran, read where there is no GPU
+                found.total = found.total.cpu()
         return statistics, same_inputs
 
     def loss(self, layers: int, share: int) -> float:
@@ -184,7 +187,7 @@ class CalibrationWorker:
                     output.backward(upstream[rows])
                     self._take(weights, found, squares)
                 self._states.write("gradient", layer, begin, _gradient(hidden))
-        return found
+        return Gradients(_on_cpu(found.total), _on_cpu(found.squares))
 
     def solve(
         self,
@@ -242,7 +245,7 @@ class CalibrationWorker:
         for path, weight in weights.items():
             if weight.grad is None:  # an expert that no token came to
                 continue
-            gradient = weight.grad.float().cpu()
+            gradient = weight.grad.float()
             weight.grad = None
             _accumulate(found.total, path, gradient)
             if squares:  # of a sample's own mean loss, of which the whole mean holds 1 / samples
@@ -254,6 +257,10 @@ def _accumulate(into: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) 
         into[name] += tensor
     else:
         into[name] = tensor
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _gradient(hidden: torch.Tensor) -> torch.Tensor:
