@@ -1,0 +1,277 @@
+"""Every pruning criterion on a real model: perplexity after pruning, and after LoRAM.
+
+    python jobs/prepare_demo.py --output runs/demo/inputs
+    python jobs/compare_criteria.py --inputs runs/demo/inputs --output runs/criteria
+
+Each criterion prunes layers 4 to 27 of SmolLM2-135M at two ratios; the pruned models are scored on
+held-out text, then aligned briefly, a LoRA is trained on each and recovered, and the base with it
+is scored on held-out answers. Everything is done by the stages that the ``loram`` command calls, so
+a run that was cut goes on where it stopped. The table is written to ``table.md`` after every row;
+``--only taylor flap`` does some criteria, ``--pruning-only`` leaves LoRAM out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prepare_demo import write_lines
+
+import loram_ray as lr
+from loram_ray.cluster import ray_session
+
+LAYERS = (4, 28)
+STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
+HOLD_OUT_EVERY, HELD_OUT = 25, 60
+SEQUENCE = 256
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A row's pruning: its name in the table and the settings of the prune stage."""
+
+    name: str
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """A name for its directories."""
+        return "-".join(str(v).replace(":", "of") for v in self.settings.values())
+
+
+def criteria() -> list[Criterion]:
+    """All of them, by kind and ratio."""
+    structured = [
+        ("random", {}),
+        ("magnitude", {}),
+        ("activation", {}),
+        ("FLAP", {"method": "flap"}),
+        ("FLAP, global allocation", {"method": "flap", "allocation": "global"}),
+        ("Taylor, first order", {"method": "taylor", "taylor": "first"}),
+        ("Taylor, second order", {"method": "taylor", "taylor": "second"}),
+        ("Taylor, mixed", {"method": "taylor", "taylor": "mixed"}),
+    ]
+    found = [
+        Criterion(name, {"method": name, **settings, "ratio": ratio})
+        for ratio in STRUCTURED_RATIOS
+        for name, settings in structured
+    ]
+    masked = (("magnitude", "magnitude"), ("Wanda", "wanda"), ("SparseGPT", "sparsegpt"))
+    patterns = [{"pattern": "unstructured", "ratio": ratio} for ratio in UNSTRUCTURED_RATIOS]
+    for settings in (*patterns, {"pattern": "4:8"}):
+        found += [Criterion(name, {"method": method, **settings}) for name, method in masked]
+    return found
+
+
+class Study:
+    """The stages of every row, in one directory.
+
+    Args:
+        inputs: made by prepare_demo.
+        output: where everything goes.
+        quick: tiny settings, to see that all of it runs.
+    """
+
+    def __init__(self, inputs: Path, output: Path, quick: bool) -> None:
+        self.inputs, self.output, self.quick = inputs, output, quick
+        output.mkdir(parents=True, exist_ok=True)
+        self._split_text()
+
+    def _split_text(self) -> None:
+        """Hold some documents out of the text; the rest calibrates and aligns."""
+        with open(self.inputs / "text.jsonl") as lines:
+            rows = [json.loads(line) for line in lines]
+        held = rows[::HOLD_OUT_EVERY][:HELD_OUT]
+        kept = [row for i, row in enumerate(rows) if i % HOLD_OUT_EVERY]
+        write_lines(self.output / "held_out.jsonl", iter(held))
+        write_lines(self.output / "text.jsonl", iter(kept))
+
+    @property
+    def base(self) -> str:
+        """The base model."""
+        return str(self.inputs / "base")
+
+    def pruned(self, criterion: Criterion) -> Path:
+        """Prune by a criterion."""
+        calibration = lr.CalibrationConfig(
+            sources=[{"path": str(self.output / "text.jsonl")}],
+            samples=8 if self.quick else 64,
+            sequence_length=SEQUENCE,
+            batch_size=4,
+        )
+        config = lr.PruneConfig(
+            base=self.base,
+            output=self.output / criterion.folder / "pruned",
+            layers=LAYERS,
+            calibration=calibration,
+            **criterion.settings,
+        )
+        return lr.prune(config).output
+
+    def adapted(self, criterion: Criterion) -> Path:
+        """Align, train, recover and merge; return the merged model."""
+        folder = self.output / criterion.folder
+        aligned = lr.align(
+            lr.AlignConfig(
+                pruned=folder / "pruned",
+                output=folder / "aligned",
+                corpus={
+                    "sources": [{"path": str(self.output / "text.jsonl")}],
+                    "sequence_length": SEQUENCE,
+                },
+                steps=2 if self.quick else 10,
+                batch_size=8,
+                micro_batch_size=2,
+                cpus_per_worker=2,
+                optimiser={"learning_rate": 3e-4, "warmup_steps": 2},
+            )
+        ).output
+        return self._trained(aligned, folder)
+
+    def _trained(self, model: Path, folder: Path) -> Path:
+        trained = lr.train(
+            lr.TrainConfig(
+                model=model,
+                output=folder / "adapter_pruned",
+                data=str(self.inputs / "train.jsonl"),
+                lora={"r": 8, "alpha": 16, "dropout": 0.0},
+                steps=2 if self.quick else 24,
+                batch_size=8,
+                micro_batch_size=8,
+                max_length=SEQUENCE,
+                optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
+            )
+        ).output
+        masked = (trained / "pruning_masks.safetensors").exists()
+        recovered = lr.recover(
+            lr.RecoverConfig(
+                adapter=trained,
+                base=self.base,
+                output=folder / "recovered",
+                form="delta" if masked else "adapter",
+            )
+        ).output
+        return lr.merge(
+            lr.MergeConfig(base=self.base, adapter=recovered, output=folder / "merged")
+        ).output
+
+    def full_lora(self) -> Path:
+        """LoRA on the base itself, merged."""
+        folder = self.output / "full"
+        trained = lr.train(
+            lr.TrainConfig(
+                model=Path(self.base),
+                output=folder / "adapter",
+                data=str(self.inputs / "train.jsonl"),
+                lora={"r": 8, "alpha": 16, "dropout": 0.0},
+                steps=2 if self.quick else 24,
+                batch_size=8,
+                micro_batch_size=8,
+                max_length=SEQUENCE,
+                optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
+            )
+        ).output
+        merging = lr.MergeConfig(base=self.base, adapter=trained, output=folder / "merged")
+        return lr.merge(merging).output
+
+    def text_perplexity(self, model: Path | str, folder: str) -> float:
+        """Perplexity of the held-out text."""
+        config = lr.EvaluateConfig(
+            model=str(model),
+            output=self.output / folder / "text_scores",
+            text={
+                "sources": [{"path": str(self.output / "held_out.jsonl")}],
+                "sequence_length": SEQUENCE,
+            },
+            limit=8 if self.quick else 64,
+        )
+        return lr.evaluate(config).manifest.details["text_perplexity"]
+
+    def answer_perplexity(self, model: Path | str, folder: str) -> float:
+        """Perplexity of the held-out answers."""
+        config = lr.EvaluateConfig(
+            model=str(model),
+            output=self.output / folder / "answer_scores",
+            data=str(self.inputs / "test.jsonl"),
+            limit=8 if self.quick else None,
+        )
+        return lr.evaluate(config).manifest.details["answer_perplexity"]
+
+
+def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
+    """The table."""
+    lines = [
+        "| pattern | ratio | criterion | parameters left | text perplexity, pruned "
+        "| answer perplexity, LoRAM | gain kept |",
+        "|---|---|---|---|---|---|---|",
+        f"| base untouched | | | {base['parameters'] / 1e6:.1f} M | {base['text']:.2f} "
+        f"| {base['answers']:.3f} | |",
+    ]
+    if "full" in base:
+        lines.append(f"| LoRA on the full base | | | | | {base['full']:.3f} | 100% |")
+    for row in rows:
+        answers = f"{row['answers']:.3f}" if "answers" in row else ""
+        kept = f"{row['gain_kept']:.0%}" if "gain_kept" in row else ""
+        lines.append(
+            f"| {row['pattern']} | {row['ratio']} | {row['name']} | {row['left'] / 1e6:.1f} M "
+            f"| {row['text']:.2f} | {answers} | {kept} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def gain_kept(base: dict[str, float], answers: float) -> float:
+    """What is gained in log-perplexity as a share of what LoRA on the full base gains."""
+    import math
+
+    return math.log(base["answers"] / answers) / math.log(base["answers"] / base["full"])
+
+
+def main() -> None:
+    """Fill the table row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=Path, required=True, help="made by prepare_demo.py")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--only", nargs="*", help="methods, e.g. taylor flap")
+    parser.add_argument("--pruning-only", action="store_true", help="leave LoRAM out")
+    parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
+    arguments = parser.parse_args()
+    study = Study(arguments.inputs, arguments.output, arguments.quick)
+    chosen = [c for c in criteria() if not arguments.only or c.settings["method"] in arguments.only]
+    rows: list[dict[str, Any]] = []
+    with ray_session(lr.RayConfig(), cpus=2):
+        base: dict[str, float] = {
+            "text": study.text_perplexity(study.base, "base"),
+            "answers": study.answer_perplexity(study.base, "base"),
+        }
+        for criterion in chosen:
+            output = study.pruned(criterion)
+            plan = lr.PruningPlan.load(output)
+            details = json.loads((output / "manifest.json").read_text())["details"]
+            base["parameters"] = details["base_parameters"]
+            rows.append(
+                {
+                    "criterion": criterion,
+                    "name": criterion.name,
+                    "pattern": plan.pattern,
+                    "ratio": plan.ratio,
+                    "left": details.get("nonzero_parameters", details["parameters"]),
+                    "text": study.text_perplexity(output, criterion.folder),
+                }
+            )
+            (arguments.output / "table.md").write_text(as_markdown(rows, base))
+        if not arguments.pruning_only:
+            base["full"] = study.answer_perplexity(study.full_lora(), "full")
+            for row in rows:
+                folder = row["criterion"].folder
+                merged = study.adapted(row["criterion"])
+                row["answers"] = study.answer_perplexity(merged, folder)
+                row["gain_kept"] = gain_kept(base, row["answers"])
+                (arguments.output / "table.md").write_text(as_markdown(rows, base))
+    print((arguments.output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
