@@ -17,6 +17,7 @@ from loram_ray.config import load_run
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+CONFIGS = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
 LORAM = Path(sys.executable).with_name("loram")
 
 
@@ -38,13 +39,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_jsonl(inputs / "train.jsonl", tiny.questions())
     tiny.write_jsonl(inputs / "test.jsonl", tiny.questions(8))
     tiny.write_jsonl(inputs / "text.jsonl", tiny.texts(400))
-    shipped = yaml.safe_load((REPOSITORY / "jobs" / "configs" / "demo.yaml").read_text())
-    shipped["compare"] = False  # test_run compares; here it would only take longer
-    shipped["align"].update(steps=2, checkpoint_every=1)
-    shipped["train"].update(steps=2)
-    shipped["evaluate"].update(max_new_tokens=2)
     (folder / "jobs" / "configs").mkdir(parents=True)
-    (folder / "jobs" / "configs" / "demo.yaml").write_text(yaml.safe_dump(shipped))
+    for path in CONFIGS:
+        shipped = yaml.safe_load(path.read_text())
+        shipped["compare"] = False  # test_run compares; here it would only take longer
+        shipped["align"].update(steps=2, checkpoint_every=1)
+        shipped["train"].update(steps=2)
+        shipped["evaluate"].update(max_new_tokens=2)
+        if "calibration" in shipped["prune"]:
+            shipped["prune"]["calibration"].update(samples=4, sequence_length=32)
+        (folder / "jobs" / "configs" / path.name).write_text(yaml.safe_dump(shipped))
     return folder
 
 
@@ -82,11 +86,21 @@ def test_links_of_the_readme_lead_to_files() -> None:
         assert (REPOSITORY / link).exists(), link
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid_and_opens_with_its_command(path: Path) -> None:
     load_run(path)
     comment = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"loram run --config jobs/configs/{path.name}" in comment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loram-stru", "loram-semi", "loram-unst"])
+def test_every_strategy_runs_from_its_shipped_config(checkout: Path, name: str) -> None:
+    arguments = ["run", "--config", f"jobs/configs/{name}.yaml"]
+    done = subprocess.run([LORAM, *arguments], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = checkout / "runs" / name.removeprefix("loram-")
+    assert json.loads((folder / "results.json").read_text())["rows"][0]["answer_perplexity"] > 0
 
 
 @pytest.mark.slow

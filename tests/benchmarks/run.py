@@ -1,7 +1,7 @@
 """Run the benchmarks and write RESULTS.md beside this file.
 
     make bench
-    python tests/benchmarks/run.py [recovery] [pruning] [alignment]
+    python tests/benchmarks/run.py [recovery] [pruning] [alignment] [calibration] [sparse]
 
 Each measurement runs in a process of its own. Times are medians of rounds in which ours and the
 peer take turns; ratios are medians of the rounds' ratios.
@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import shutil
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from measure import in_fresh_process, machine
 
 HERE = Path(__file__).parent
 SAVED = HERE / "results.json"
 GB, MB = 1e9, 1e6
+DEPTHS, STREAMED = (8, 16, 32), ("flap", "activation", "taylor", "wanda", "sparsegpt")
 
 
 def recovery(folder: Path) -> dict[str, object]:
@@ -59,7 +63,52 @@ def alignment(folder: Path) -> dict[str, object]:
     }
 
 
-BENCHMARKS = {"recovery": recovery, "pruning": pruning, "alignment": alignment}
+def calibration(folder: Path) -> dict[str, object]:
+    sys.path.insert(0, str(HERE.parents[1] / "jobs"))
+    import prepare_demo
+
+    script = HERE / "calibration.py"
+    memory: dict[str, dict[str, object]] = {}
+    for layers in DEPTHS:
+        inner = folder / str(layers)
+        inner.mkdir()
+        in_fresh_process(script, "write-the-base", str(inner), str(layers))
+        for method in STREAMED:
+            found = in_fresh_process(script, "memory", str(inner), method, str(layers))
+            memory.setdefault(method, {})[str(layers)] = found
+            shutil.rmtree(inner / "work")
+    real = folder / "real"
+    real.mkdir()
+    prepare_demo.write_base(real / "base")
+    prepare_demo.write_text(real / "text.jsonl")
+    workers = {
+        method: {
+            str(count): in_fresh_process(script, "workers", str(real), method, str(count))
+            for count in (1, 2)
+        }
+        for method in ("taylor", "flap")
+    }
+    layer = folder / "layer"
+    layer.mkdir()
+    return {
+        "memory": memory,
+        "workers": workers,
+        "layer": in_fresh_process(script, "layer", str(layer)),
+    }
+
+
+def sparse(folder: Path) -> dict[str, object]:
+    peer = ["--peer", os.environ["PEER"]] if "PEER" in os.environ else []
+    return in_fresh_process(HERE / "sparse.py", str(folder), *peer)
+
+
+BENCHMARKS = {
+    "recovery": recovery,
+    "pruning": pruning,
+    "alignment": alignment,
+    "calibration": calibration,
+    "sparse": sparse,
+}
 
 
 def main() -> None:
@@ -90,6 +139,8 @@ def as_markdown(results: dict[str, dict[str, object]]) -> str:
         ("recovery", _recovery),
         ("pruning", _pruning),
         ("alignment", _alignment),
+        ("calibration", _calibration),
+        ("sparse", _sparse),
     ):
         if name in results:
             entry = results[name]
@@ -151,6 +202,100 @@ median of {6} steps after 2 of warm-up.
 Two workers against one of one core: **{two / one:.2f}**. On the same two cores: two workers
 against one with two threads {two / alone:.2f}, one worker under Ray against the same loop without
 Ray **{alone / plain:.2f}**."""
+
+
+def _calibration(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    memory = "\n".join(
+        f"| {method} | "
+        + " | ".join(f"{by_depth[str(d)]['peak_bytes'] / MB:.0f} MB" for d in DEPTHS)
+        + f" | {by_depth['32']['peak_bytes'] / by_depth['8']['peak_bytes'] - 1:+.1%} "
+        f"| {by_depth['32']['before_bytes'] / MB:.0f} MB "
+        f"| {by_depth['32']['seconds_per_layer']:.2f} s |"
+        for method, by_depth in found["memory"].items()
+    )
+    workers = "\n".join(
+        f"| {method} | {by_count['1']['seconds']:.0f} s | {by_count['2']['seconds']:.0f} s "
+        f"| {by_count['1']['seconds'] / by_count['2']['seconds']:.2f} "
+        f"| {'yes' if by_count['1']['plan'] == by_count['2']['plan'] else 'no'} |"
+        for method, by_count in found["workers"].items()
+    )
+    return f"""## Calibration, layer by layer
+
+Peak memory of one process walking through a synthetic Llama (hidden 1,024, intermediate 2,816; a
+layer is 44 MB in float32, 32 layers 1.4 GB) with 16 samples of 256 tokens.
+
+| criterion | {" layers | ".join(map(str, DEPTHS))} layers | from 8 to 32 (target within 15%) \
+| before the walk | a layer |
+|---|---|---|---|---|---|---|
+{memory}
+
+The whole prune stage on SmolLM2-135M (32 samples of 512 tokens), Ray actors of one core each, the
+start of Ray and of the actors included:
+
+| criterion | 1 worker | 2 workers | ratio | same plan |
+|---|---|---|---|---|
+{workers}
+
+{_extrapolation(found["layer"])}"""  # type: ignore[arg-type]
+
+
+def _extrapolation(layer: dict[str, float]) -> str:
+    from calibration import (
+        LLAMA_70B,
+        PRUNED_LAYERS_70B,
+        operations_of_forward,
+        operations_of_hessians,
+        operations_of_solve,
+        shapes_of,
+    )
+
+    def rate(part: str) -> float:
+        return layer[f"{part}_operations"] / layer[f"{part}_seconds"]
+
+    shapes, tokens = shapes_of(LLAMA_70B), 128 * 2048
+    forward = operations_of_forward(shapes, tokens) / rate("forward")
+    both = operations_of_forward(shapes, tokens) + operations_of_hessians(shapes, tokens)
+    watched = both / rate("forward_and_hessians")
+    solving = sum(operations_of_solve(*s) for s in shapes.values()) / rate("solve_down_proj")
+    hours = PRUNED_LAYERS_70B / 3600
+    return f"""One layer of Llama-2-7B's size in float32 on this machine, \
+{layer["tokens"]:.0f} tokens: forward {layer["forward_seconds"]:.1f} s \
+({rate("forward") / GB:.0f} GFLOP/s), forward with Hessians \
+{layer["forward_and_hessians_seconds"]:.1f} s ({rate("forward_and_hessians") / GB:.0f} GFLOP/s), \
+SparseGPT of `down_proj` {layer["solve_down_proj_seconds"]:.1f} s \
+({rate("solve_down_proj") / GB:.0f} GFLOP/s).
+
+**Extrapolated by operation counts, not measured**, to LLaMA-3.1-70B with 128 samples of 2,048
+tokens on these two cores: {forward:,.0f} s a layer for a forward criterion \
+({forward * hours:,.0f} h for 74 layers), three times that for Taylor, and \
+{watched + forward + solving:,.0f} s a layer for SparseGPT (Hessians {watched:,.0f}, solving \
+{solving:,.0f}, the pruned layer's forward {forward:,.0f}). On a GPU that keeps 400 TFLOP/s, an
+assumption, SparseGPT's two passes would take \
+{(both + operations_of_forward(shapes, tokens)) / 4e14:.0f} s a layer."""
+
+
+def _sparse(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {job['job']} | {' x '.join(map(str, job['shape']))} | {job['ours']['seconds']:.2f} s "
+        + (
+            f"| {job['peer']['seconds']:.2f} s | **{job['times_fewer_seconds']:.2f}** "
+            f"| {job['ours']['error']:.5f} | {job['peer']['error']:.5f} |"
+            if "peer" in job
+            else f"| | | {job['ours']['error']:.5f} | |"
+        )
+        for job in found["jobs"]
+    )
+    return f"""## SparseGPT and Wanda on one linear
+
+Correlated random inputs, {found["tokens"]} tokens, {found["threads"]} threads, float32, damping
+0.01, blocks of 128; the same weight and the same Hessian or norms for both; seconds of the call,
+medians of rounds in turns. The peer is llm-compressor's own functions in an environment of its own
+(`PEER` names its
+interpreter). Errors are of the outputs, relative.
+
+| job | weight | loram_ray | llm-compressor | times faster | error | llm-compressor's |
+|---|---|---|---|---|---|---|
+{rows}"""
 
 
 if __name__ == "__main__":
