@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
 
 SCORES_FILE = "importance.safetensors"
 _NORMS = ".squared_input_norms"
+_LAYER = re.compile(r"layers\.\d+\.")
 
 
 def save_scores(
@@ -73,14 +75,15 @@ def load_scores(
             for name in file.specs
             if name.endswith(_NORMS)
         }
-        if norms:
-            return {}, norms
-        missing = [n for n in range(*layers) if f"layers.{n}.kv_heads" not in file.specs]
+        held = {match[0] for name in file.specs if (match := _LAYER.search(name))}
+        missing = [n for n in range(*layers) if f"layers.{n}." not in held]
         if missing:
             raise LoramError(
                 f"prune.scores must hold layers [{layers[0]}, {layers[1]}), {directory} lacks "
                 f"layer {missing[0]}; change prune.layers or leave prune.scores out"
             )
+        if norms:
+            return {}, norms
         scores = {
             layer: LayerScores(
                 file.read(f"layers.{layer}.kv_heads"), file.read(f"layers.{layer}.neurons")

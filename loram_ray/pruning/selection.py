@@ -40,7 +40,8 @@ def layer_ratios(
     """Ratio of each pruned layer: the same for all, or one each from a list.
 
     Raises:
-        LoramError: the list has another length than the pruned layers are many.
+        LoramError: the list has another length than the pruned layers are many, or a ratio in it
+            is not in [0, 1).
     """
     numbers = range(*layers)
     if ratios is not None and len(ratios) != len(numbers):
@@ -48,6 +49,12 @@ def layer_ratios(
             f"prune.ratios must have one ratio for each of the {len(numbers)} layers "
             f"[{layers[0]}, {layers[1]}), got {len(ratios)}; change the list or prune.layers"
         )
+    for number, listed in enumerate(ratios or ()):
+        if not 0 <= listed < 1:
+            raise LoramError(
+                f"prune.ratios.{number} must be at least 0 and below 1, got {listed}; choose the "
+                "share to prune"
+            )
     return dict(zip(numbers, ratios or [ratio] * len(numbers), strict=True))
 
 
