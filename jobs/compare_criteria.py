@@ -25,7 +25,7 @@ from loram_ray.cluster import ray_session
 
 LAYERS = (4, 28)
 STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
-HOLD_OUT_EVERY, HELD_OUT = 25, 60
+HOLD_OUT_EVERY, HELD_OUT = 25, 24
 SEQUENCE = 256
 
 
@@ -186,7 +186,6 @@ class Study:
                 "sources": [{"path": str(self.output / "held_out.jsonl")}],
                 "sequence_length": SEQUENCE,
             },
-            limit=8 if self.quick else 64,
         )
         return lr.evaluate(config).manifest.details["text_perplexity"]
 

@@ -266,6 +266,17 @@ class RecoverConfig(Section):
     adapter: Path = Field(description="directory written by train on a pruned model")
     base: str = Field(description="base model that was pruned: a directory or a hub id")
     output: Path = Field(description="directory to write")
+    form: Literal["adapter", "delta"] = Field(
+        "adapter",
+        description="after non-structured pruning: adapter is a truncated SVD, delta is exact and "
+        "for merge",
+    )
+    svd_rank: int | None = Field(
+        None, ge=1, description="rank of the truncated SVD; default: the pruned adapter's own"
+    )
+    max_svd_error: float = Field(
+        0.1, ge=0, description="relative error of the truncated SVD beyond which there is a warning"
+    )
 
 
 class MergeConfig(Section):

@@ -1,8 +1,12 @@
 """Recovery of LoRA matrices, and merging: the mathematics of LoRAM's steps 4 and 5.
 
-For a linear with kept indices K: rows pruned, ``B_full[K, :] = B_pruned`` and A is unchanged;
-columns pruned, ``A_full[:, K] = A_pruned`` and B is unchanged; everything else is zero. Then
-``B_full A_full = S_out^T (B_pruned A_pruned) S_in`` exactly, S being the selection matrices.
+Structured pruning. For a linear with kept indices K: rows pruned, ``B_full[K, :] = B_pruned`` and A
+is unchanged; columns pruned, ``A_full[:, K] = A_pruned`` and B is unchanged; everything else is
+zero. Then ``B_full A_full = S_out^T (B_pruned A_pruned) S_in`` exactly, S being the selection
+matrices.
+
+Non-structured pruning. What was trained is ``s (B A) * M``, which has not A's rank: it is recovered
+as it is, or as the nearest product of two matrices of some rank.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import torch
 
 from loram_ray.plan import KeptIndices
+
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 4
 
 
 def is_scattered(side: str, kept: KeptIndices | None) -> bool:
@@ -55,3 +61,39 @@ def merged_weight(
         scale: LoRA's alpha / r, or alpha / sqrt(r).
     """
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+
+
+def dense_delta(
+    a: torch.Tensor, b: torch.Tensor, scale: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """``scale * (b @ a) * mask``: what an adapter adds to a weight, float32 ``[out, in]``.
+
+    Args:
+        a: ``[r, in]``.
+        b: ``[out, r]``.
+        scale: LoRA's alpha / r, or alpha / sqrt(r).
+        mask: bool ``[out, in]``, or None where every weight was kept.
+    """
+    delta = (b.float() @ a.float()).mul_(scale)
+    return delta if mask is None else delta.mul_(mask)
+
+
+def truncated(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The nearest product of the given rank, by randomised SVD (Halko et al. 2011), seeded.
+
+    Args:
+        delta: float32 ``[out, in]``.
+        rank: at most ``min(out, in)``.
+
+    Returns:
+        A ``[rank, in]`` and B ``[out, rank]``, with the singular values shared out between them,
+        and the squared Frobenius norm of what ``B A`` misses, float64 scalar.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sampled = min(rank + max(rank, _OVERSAMPLING), *delta.shape)
+        u, sizes, v = torch.svd_lowrank(delta, q=sampled, niter=_POWER_ITERATIONS)
+    roots = sizes[:rank].sqrt()
+    a, b = (v[:, :rank] * roots).t().contiguous(), (u[:, :rank] * roots).contiguous()
+    missed = torch.addmm(delta, b, a, alpha=-1)
+    return a, b, missed.double().square().sum()

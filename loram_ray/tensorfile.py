@@ -23,8 +23,7 @@ import torch
 
 from loram_ray.errors import LoramError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+MODEL = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -238,14 +237,19 @@ class TensorWriter:
 
 
 class Checkpoint:
-    """The tensors of a model directory: one ``model.safetensors`` or shards with an index.
+    """The tensors of a directory: one ``model.safetensors`` or shards with an index.
+
+    Args:
+        directory: where they are.
+        stem: what their files' names begin with.
 
     Raises:
         LoramError: a file is missing, truncated or corrupt, or only pickled weights are there.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, stem: str = MODEL) -> None:
         self.directory = Path(directory)
+        self._single, self._index = f"{stem}.safetensors", index_file(stem)
         self.files: dict[str, TensorFile] = {}
         self.location: dict[str, str] = {}
         try:
@@ -255,10 +259,10 @@ class Checkpoint:
             raise
 
     def _open(self) -> None:
-        index = self.directory / INDEX_FILE
+        index = self.directory / self._index
         weight_map: dict[str, str] = {}
-        if (self.directory / SINGLE_FILE).exists():  # before an index, as transformers does
-            self.files[SINGLE_FILE] = TensorFile(self.directory / SINGLE_FILE)
+        if (self.directory / self._single).exists():  # before an index, as transformers does
+            self.files[self._single] = TensorFile(self.directory / self._single)
         elif index.exists():
             try:
                 weight_map = dict(json.loads(index.read_text())["weight_map"])
@@ -270,12 +274,12 @@ class Checkpoint:
             for name, file_name in weight_map.items():
                 if name not in self.files[file_name].specs:
                     raise LoramError(
-                        f"{self.directory / file_name} lacks tensor {name} that {INDEX_FILE} "
+                        f"{self.directory / file_name} lacks tensor {name} that {self._index} "
                         "promises; download the model again"
                     )
         else:
             raise LoramError(
-                f"{self.directory} holds no {SINGLE_FILE} and no {INDEX_FILE}; "
+                f"{self.directory} holds no {self._single} and no {self._index}; "
                 "loram_ray reads safetensors only, convert pickled weights first"
             )
         for file_name, file in self.files.items():
@@ -321,6 +325,7 @@ class CheckpointWriter:
         directory: an existing directory.
         specs: every tensor's shape and dtype, in writing order.
         max_shard_bytes: upper bound of a shard (one larger tensor has a shard of its own).
+        stem: what the files' names begin with.
     """
 
     def __init__(
@@ -328,8 +333,10 @@ class CheckpointWriter:
         directory: Path,
         specs: Mapping[str, TensorSpec],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        stem: str = MODEL,
     ) -> None:
         self.directory = directory
+        self._stem = stem
         self._specs = dict(specs)
         self._shards = _split(self._specs, max_shard_bytes)
         self._current = -1
@@ -339,7 +346,8 @@ class CheckpointWriter:
 
     def _file_name(self, shard: int) -> str:
         total = len(self._shards)
-        return SINGLE_FILE if total == 1 else f"model-{shard + 1:05d}-of-{total:05d}.safetensors"
+        piece = "" if total == 1 else f"-{shard + 1:05d}-of-{total:05d}"
+        return f"{self._stem}{piece}.safetensors"
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor, opening the next shard where one is full."""
@@ -377,7 +385,12 @@ class CheckpointWriter:
                     n: self._file_name(i) for i, names in enumerate(self._shards) for n in names
                 },
             }
-            (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=1))
+            (self.directory / index_file(self._stem)).write_text(json.dumps(index, indent=1))
+
+
+def index_file(stem: str) -> str:
+    """Name of the index of sharded files."""
+    return f"{stem}.safetensors.index.json"
 
 
 def _split(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:

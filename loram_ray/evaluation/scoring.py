@@ -15,6 +15,7 @@ from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scores import answer_likelihood, exact_matches, text_likelihood
 from loram_ray.modeling import load_model, load_tokenizer
+from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
@@ -45,8 +46,14 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
 def _with_adapter(model: Any, adapter: Path) -> Any:
     import peft
 
+    from loram_ray.finetuning.masked import allow_masks, attach_masks
+
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+        config = peft.LoraConfig.from_pretrained(str(adapter))
+        peft.PeftModel.from_pretrained(model, str(adapter), config=allow_masks(config))
+        if (adapter / PLAN_FILE).exists():
+            attach_masks(model, PruningPlan.load(adapter))
+        return model
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise LoramError(

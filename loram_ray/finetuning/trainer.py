@@ -20,9 +20,11 @@ from loram_ray.config import LoraConfig, TrainConfig
 from loram_ray.corpus.examples import ExampleTable, collate, load_examples
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.errors import LoramError
+from loram_ray.finetuning.masked import allow_masks, attach_masks
 from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import family_of, load_model, load_tokenizer
+from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.tensorfile import TensorSpec, TensorWriter
 from loram_ray.waiting import alone
@@ -143,7 +145,9 @@ def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSumm
         table = ExampleTable.write((example for _, example in rows), work / "examples.arrow")
         torch.manual_seed(config.seed)
         frozen = load_model(config.model, config.precision, device)
-        model = _with_adapter(frozen, lora_config(config.lora, family_of(config.model)))
+        model = _with_adapter(
+            frozen, lora_config(config.lora, family_of(config.model)), config.model
+        )
         trainer = _trainer(model, table, end_of_text(tokenizer), config, work, device)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
@@ -159,14 +163,19 @@ def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSumm
         )
 
 
-def _with_adapter(frozen: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+def _with_adapter(
+    frozen: PreTrainedModel, config: peft.LoraConfig, directory: Path
+) -> peft.PeftModel:
+    """Put a new adapter on a model, under the masks of its plan where it has some."""
     try:
-        model = peft.get_peft_model(frozen, config)
+        model = peft.get_peft_model(frozen, allow_masks(config))
     except ValueError as error:
         raise LoramError(
             f"train.lora.targets must name linears of the model, got {config.target_modules} "
             f"({error}); see the model's modules"
         ) from error
+    if (directory / PLAN_FILE).exists():
+        attach_masks(frozen, PruningPlan.load(directory))
     return model  # type: ignore[return-value]
 
 

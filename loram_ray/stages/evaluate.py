@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.adapter import CONFIG_FILE
+from loram_ray.changes import is_delta
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import EvaluateConfig, RayConfig, SourceConfig
 from loram_ray.corpus.read import identify, list_files
@@ -65,6 +66,11 @@ def _data_digest(config: EvaluateConfig) -> str:
 
 def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) -> str:
     """Digest of an adapter, after refusing one that was made for another model."""
+    if is_delta(adapter):
+        raise LoramError(
+            f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds a dense delta; "
+            "run loram merge and evaluate the merged model"
+        )
     if not (adapter / CONFIG_FILE).exists():
         raise LoramError(
             f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds no {CONFIG_FILE}; "

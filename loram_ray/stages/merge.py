@@ -1,17 +1,15 @@
-"""The merge stage: base and adapter in, a full-precision model out."""
+"""The merge stage: base and adapter, or dense delta, in; a full-precision model out."""
 
 from __future__ import annotations
 
-import torch
+from contextlib import closing
 
-from loram_ray.adapter import Adapter, tensor_name
 from loram_ray.architectures import Architecture
+from loram_ray.changes import Change, open_change
 from loram_ray.config import MergeConfig
 from loram_ray.errors import LoramError
 from loram_ray.manifest import (
-    digest_of,
     fingerprint,
-    hash_file,
     read_manifest,
     read_model_config,
     require_stage,
@@ -19,7 +17,6 @@ from loram_ray.manifest import (
 from loram_ray.modeling import family_of, resolve_base, write_model_files
 from loram_ray.plan import PLAN_FILE
 from loram_ray.progress import Reporter
-from loram_ray.recovery import merged_weight
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
@@ -40,33 +37,36 @@ def merge(config: MergeConfig) -> StageResult:
             f"merge.base must be in full precision, {base} is quantised and merging would "
             "round; give the model that was quantised"
         )
-    with Checkpoint(base) as checkpoint, Adapter(config.adapter, "merge.adapter") as adapter:
+    with (
+        Checkpoint(base) as checkpoint,
+        closing(open_change(config.adapter, "merge.adapter")) as change,
+    ):
         identity = fingerprint(checkpoint)
-        _require_base(adapter, identity, config.base)
-        targets = {_stored_name(m, checkpoint, family): m for m in adapter.modules}
+        _require_base(change, identity, config.base)
+        targets = {_stored_name(m, checkpoint, family): m for m in change.modules}
         for name, module in targets.items():
-            _require_shapes(adapter, module, checkpoint.specs[name])
+            _require_shapes(change, module, checkpoint.specs[name])
         return run_stage(
             config.output,
             "merge",
             settings={"max_shard_bytes": config.max_shard_bytes},
-            parents={"base": identity, "adapter": _digest(adapter)},
+            parents={"base": identity, "adapter": change.digest},
             base_fingerprint=identity,
             write=lambda target: _write(
-                target, checkpoint, adapter, targets, family, config.max_shard_bytes
+                target, checkpoint, change, targets, family, config.max_shard_bytes
             ),
         )
 
 
-def _require_base(adapter: Adapter, identity: str, base: str) -> None:
+def _require_base(change: Change, identity: str, base: str) -> None:
     """Refuse an adapter whose manifest names another base, or that was not recovered."""
-    manifest = read_manifest(adapter.directory)
+    manifest = read_manifest(change.directory)
     if manifest is None:
         return
-    require_stage(adapter.directory, ("recover", "train"), "merge.adapter")
-    if (adapter.directory / PLAN_FILE).exists():
+    require_stage(change.directory, ("recover", "train"), "merge.adapter")
+    if (change.directory / PLAN_FILE).exists():
         raise LoramError(
-            f"merge.adapter {adapter.directory} has pruned shapes; run loram recover first"
+            f"merge.adapter {change.directory} has pruned shapes; run loram recover first"
         )
     if manifest.base_fingerprint != identity:
         raise LoramError(
@@ -85,9 +85,8 @@ def _stored_name(module: str, checkpoint: Checkpoint, family: Architecture) -> s
     return name
 
 
-def _require_shapes(adapter: Adapter, module: str, spec: TensorSpec) -> None:
-    rows = adapter.file.specs[tensor_name(module, "B")].shape[0]
-    columns = adapter.file.specs[tensor_name(module, "A")].shape[1]
+def _require_shapes(change: Change, module: str, spec: TensorSpec) -> None:
+    rows, columns = change.shape(module)
     if (rows, columns) != spec.shape:
         raise LoramError(
             f"merge.adapter changes {module} by {rows} x {columns}, the base has "
@@ -98,7 +97,7 @@ def _require_shapes(adapter: Adapter, module: str, spec: TensorSpec) -> None:
 def _write(
     target: StageDirectory,
     checkpoint: Checkpoint,
-    adapter: Adapter,
+    change: Change,
     targets: dict[str, str],
     family: Architecture,
     max_shard_bytes: int,
@@ -123,19 +122,8 @@ def _write(
             tensor = checkpoint.read(embeddings if untied and name == head else name)
             module = targets.get(name)
             if module is not None:
-                tensor = merged_weight(tensor, *_matrices(adapter, module), adapter.scale(module))
+                tensor = change.added_to(tensor, module)
             writer.write(name, tensor)
             reporter.advance(spec.nbytes)
     target.hashes.update(writer.hashes)
     target.details.update(merged_modules=len(targets), bytes=nbytes)
-
-
-def _matrices(adapter: Adapter, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        adapter.file.read(tensor_name(module, "A")),
-        adapter.file.read(tensor_name(module, "B")),
-    )
-
-
-def _digest(adapter: Adapter) -> str:
-    return digest_of([adapter.config, hash_file(adapter.file.path)])

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name
+from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name, tensor_name
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.experts import adapted_experts, require_fusable_experts
@@ -16,19 +16,27 @@ from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
+from loram_ray.stages.recover_masked import write_delta, write_truncated
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
 
 def recover(config: RecoverConfig) -> StageResult:
     """Carry a pruned adapter to the base; the result is a plain PEFT LoRA for it.
 
-    The base's weights are not loaded: its fingerprint and shapes are read.
+    After non-structured pruning that LoRA is the nearest of its rank, and ``form`` delta writes
+    exactly what was trained. The base's weights are not loaded: its fingerprint and shapes are.
 
     Raises:
         LoramError: an adapter that is not of this base, or that recovery cannot express.
     """
     manifest = require_stage(config.adapter, ("train",), "recover.adapter")
     plan = PruningPlan.load(config.adapter)
+    masked = plan.masks is not None
+    if config.form == "delta" and not masked:
+        raise LoramError(
+            f"recover.form must be adapter for a structured pruning, which {config.adapter} was "
+            "trained under: it is recovered exactly; leave recover.form out"
+        )
     base = resolve_base(config.base, "recover.base")
     with Checkpoint(base) as checkpoint:
         plan.require_base(fingerprint(checkpoint), f"recover.base {config.base}")
@@ -38,14 +46,25 @@ def recover(config: RecoverConfig) -> StageResult:
             name: _recovered_spec(adapter, name, spec, plan, base_specs)
             for name, spec in adapter.file.specs.items()
         }
-        require_fusable_experts(adapter, plan.architecture, base_specs)
+        if config.form == "adapter":
+            require_fusable_experts(adapter, plan.architecture, base_specs)
+        shapes = {m: _shape_of(m, adapter, specs) for m in adapter.modules}
+
+        def write(target: StageDirectory) -> None:
+            if not masked:
+                _write(target, adapter, plan, specs, config.base)
+            elif config.form == "delta":
+                write_delta(target, adapter, plan, shapes)
+            else:
+                write_truncated(target, adapter, plan, shapes, config)
+
         return run_stage(
             config.output,
             "recover",
-            settings={},
+            settings={"form": config.form, "svd_rank": config.svd_rank} if masked else {},
             parents={"adapter": manifest.digest, "base": plan.base_fingerprint},
             base_fingerprint=plan.base_fingerprint,
-            write=lambda target: _write(target, adapter, plan, specs, config.base),
+            write=write,
         )
 
 
@@ -73,6 +92,12 @@ def _recovered_spec(
             "that it was trained under"
         )
     return TensorSpec(tuple(shape), spec.dtype)
+
+
+def _shape_of(module: str, adapter: Adapter, specs: dict[str, TensorSpec]) -> tuple[int, int]:
+    """Shape ``[out, in]`` that an adapter of these tensors changes."""
+    rows, columns = (specs[tensor_name(module, side)].shape for side in "BA")
+    return rows[0], columns[1]
 
 
 def _base_weight(module: str, plan: PruningPlan, base_specs: dict[str, TensorSpec]) -> TensorSpec:

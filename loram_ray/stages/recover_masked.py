@@ -1,0 +1,141 @@
+"""Recovery after non-structured pruning: to a dense delta, or to a LoRA by truncated SVD."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, tensor_name
+from loram_ray.changes import DELTA
+from loram_ray.config import RecoverConfig
+from loram_ray.plan import PruningPlan
+from loram_ray.progress import Reporter, say
+from loram_ray.recovery import dense_delta, truncated
+from loram_ray.stage import StageDirectory, require_space
+from loram_ray.tensorfile import CheckpointWriter, TensorSpec, TensorWriter
+
+
+def write_delta(
+    target: StageDirectory, adapter: Adapter, plan: PruningPlan, shapes: dict[str, tuple[int, int]]
+) -> None:
+    """Write ``scale * (B A) * M`` of each adapted linear, float32, one in memory at a time.
+
+    Args:
+        target: the stage's directory.
+        adapter: trained under the plan's masks.
+        plan: of the pruned model.
+        shapes: ``[out, in]`` of each adapted linear, by module path.
+    """
+    specs = {f"{m}.weight": TensorSpec(shape, torch.float32) for m, shape in shapes.items()}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    require_space(target.path, nbytes)
+    with (
+        Reporter("recover", total=nbytes, unit="B") as reporter,
+        CheckpointWriter(target.path, specs, stem=DELTA) as writer,
+    ):
+        for module in shapes:
+            delta = _delta(adapter, module, plan)
+            writer.write(f"{module}.weight", delta)
+            reporter.advance(delta.nbytes)
+    target.hashes.update(writer.hashes)
+    target.details.update(modules=len(shapes), bytes=nbytes)
+
+
+def write_truncated(
+    target: StageDirectory,
+    adapter: Adapter,
+    plan: PruningPlan,
+    shapes: dict[str, tuple[int, int]],
+    config: RecoverConfig,
+) -> None:
+    """Write a plain PEFT LoRA whose products are nearest to the masked ones.
+
+    LoRA's scale is put into the matrices: each module's alpha is its rank. Linears that have no
+    mask keep their matrices. The relative error, in the Frobenius norm, of each masked module and
+    of all together goes into the manifest.
+
+    Args:
+        target: the stage's directory.
+        adapter: trained under the plan's masks.
+        plan: of the pruned model.
+        shapes: ``[out, in]`` of each adapted linear, by module path.
+        config: the stage's configuration.
+    """
+    ranks = {m: _rank(adapter, m, plan, shape, config) for m, shape in shapes.items()}
+    specs = {}
+    for module, (rows, columns) in shapes.items():
+        dtype = adapter.file.specs[tensor_name(module, "A")].dtype
+        specs[tensor_name(module, "A")] = TensorSpec((ranks[module], columns), dtype)
+        specs[tensor_name(module, "B")] = TensorSpec((rows, ranks[module]), dtype)
+    require_space(target.path, sum(spec.nbytes for spec in specs.values()))
+    errors: dict[str, float] = {}
+    missed_in_all = size_of_all = 0.0
+    writer = TensorWriter(target.path / ADAPTER_FILE, specs)
+    try:
+        with Reporter("recover", total=len(shapes), unit="linear") as reporter:
+            for module in shapes:
+                if plan.masks is not None and module in plan.masks.shapes:
+                    delta = _delta(adapter, module, plan)
+                    a, b, missed = truncated(delta, ranks[module])
+                    size = float(delta.double().square().sum())
+                    errors[module] = math.sqrt(float(missed) / size) if size else 0.0
+                    missed_in_all, size_of_all = missed_in_all + float(missed), size_of_all + size
+                else:
+                    a = adapter.file.read(tensor_name(module, "A"))
+                    b = adapter.file.read(tensor_name(module, "B")) * adapter.scale(module)
+                for side, matrix in (("A", a), ("B", b)):
+                    name = tensor_name(module, side)
+                    writer.write(name, matrix.to(specs[name].dtype))
+                reporter.advance(1)
+        target.hashes[ADAPTER_FILE] = writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    settings = _peft_config(adapter, ranks, config.base)
+    (target.path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    error = math.sqrt(missed_in_all / size_of_all) if size_of_all else 0.0
+    target.details.update(modules=len(shapes), svd_error=error, svd_errors=errors)
+    if error > config.max_svd_error:
+        say(
+            "warning",
+            f"the recovered adapter misses {error:.1%} of the masked one (recover.max_svd_error "
+            f"{config.max_svd_error:.1%}); raise recover.svd_rank, or set recover.form to delta "
+            "and merge, which is exact",
+        )
+
+
+def _delta(adapter: Adapter, module: str, plan: PruningPlan) -> torch.Tensor:
+    a, b = (adapter.file.read(tensor_name(module, side)) for side in "AB")
+    return dense_delta(a, b, adapter.scale(module), plan.mask(module))
+
+
+def _rank(
+    adapter: Adapter,
+    module: str,
+    plan: PruningPlan,
+    shape: tuple[int, int],
+    config: RecoverConfig,
+) -> int:
+    if plan.masks is None or module not in plan.masks.shapes:
+        return adapter.rank(module)
+    return min(config.svd_rank or adapter.rank(module), *shape)
+
+
+def _peft_config(adapter: Adapter, ranks: dict[str, int], base: str) -> dict[str, Any]:
+    """PEFT's configuration of an adapter whose modules have an alpha equal to their rank."""
+    most = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != most}
+    return {
+        **adapter.config,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "use_rslora": False,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
