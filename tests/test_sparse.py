@@ -204,8 +204,10 @@ def test_unstructured_masks_are_the_naive_ones(ratio, coarse, long_row, monkeypa
     assert mask.flatten().tolist() == [i not in dropped for i in range(140)]
 
 
+@pytest.mark.parametrize("chunk", [1, 60, 2**20])
 @pytest.mark.parametrize("pattern", GROUPS)
-def test_n_of_m_masks_are_the_naive_ones(pattern):
+def test_n_of_m_masks_are_the_naive_ones(pattern, chunk, monkeypatch):
+    monkeypatch.setattr(pattern_module, "_CHUNK", chunk)
     rule = Pattern.parse(pattern)
     weight, x, _ = linear(5, 3 * rule.group, seed=5)
     weight = weight.mul(2).round()

@@ -10,6 +10,7 @@ import torch
 from loram_ray.errors import LoramError
 
 _LONG_ROW = 2**24  # topk, the faster in short rows, drags its pairs through memory in long ones
+_CHUNK = 2**20  # scores ranked at a time, few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -97,5 +98,9 @@ def rank(scores: torch.Tensor) -> torch.Tensor:
 
 def kept_in_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """True at the scores of ``[out, in]`` that are not the n lowest of their group of m."""
-    groups = scores.reshape(-1, pattern.group).t().contiguous()
-    return (rank(groups) >= pattern.zeros).t().reshape(scores.shape)
+    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    rows = max(_CHUNK // scores.shape[1], 1)
+    for part, target in zip(scores.split(rows), kept.split(rows), strict=True):
+        groups = part.reshape(-1, pattern.group).t().contiguous()
+        target.view(-1, pattern.group).copy_((rank(groups) >= pattern.zeros).t())
+    return kept
