@@ -16,8 +16,7 @@ from adapters import LINEARS, logits_of, token_ids, write_trained
 from safetensors.torch import load_file, save_file
 
 import loram_ray as lr
-from loram_ray.finetuning import masked
-from loram_ray.finetuning.masked import allow_masks, attach_masks, masked_product
+from loram_ray.finetuning.masked import MaskedProduct, put_adapter_on
 from loram_ray.losses import summed_loss
 from loram_ray.masks import MASKS_FILE, pack, unpack
 from loram_ray.modeling import load_model
@@ -47,8 +46,7 @@ def adapt(pruned: Path, **settings: object) -> peft.PeftModel:
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **settings}
     )
-    adapted = peft.get_peft_model(model, allow_masks(config))
-    attach_masks(model, PruningPlan.load(pruned))
+    adapted = put_adapter_on(model, pruned, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -125,22 +123,23 @@ def test_a_plan_keeps_its_masks_and_refuses_others(case: dict, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("elements", [1, 30, 10**6])
-def test_the_masked_product_and_its_gradients(
-    elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(masked, "_BLOCK_ELEMENTS", elements)
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_the_masked_product_and_its_gradients(elements: int, with_weight: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     x, a, b = draw(2, 3, 10), draw(2, 10), draw(7, 2)
+    weight = draw(7, 10).detach() if with_weight else None
     mask = torch.rand(7, 10, generator=generator) < 0.5
-    found = masked_product(x, a, b, pack(mask), 0.7)
-    torch.testing.assert_close(found, 0.7 * x @ ((b @ a) * mask).T)
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: masked_product(x, a, b, pack(mask), 0.7), (x, a, b)
-    )
+
+    def product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return MaskedProduct.apply(x, a, b, pack(mask), 0.7, weight, elements)
+
+    naive = x @ (0.7 * (b @ a) * mask + (0 if weight is None else weight)).T
+    torch.testing.assert_close(product(x, a, b), naive)
+    assert torch.autograd.gradcheck(product, (x, a, b))
 
 
 def test_training_is_that_of_the_product_formed_naively(case: dict) -> None:
@@ -337,3 +336,70 @@ def test_zero_weights_stay_zero_when_the_weights_are_trained(case: dict) -> None
     for (name, found), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert name not in kept or not found[~kept[name]].any()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("zero_stage", "workers"), [(1, 1), (3, 2)])
+def test_alignment_leaves_masked_weights_zero(
+    zero_stage: int, workers: int, case: dict, tmp_path: Path, embedded_ray: None
+) -> None:
+    text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.texts())
+    aligned = lr.align(
+        lr.AlignConfig(
+            pruned=case["pruned"],
+            output=tmp_path / "aligned",
+            corpus={"sources": [{"path": str(text)}], "sequence_length": 32},
+            steps=3,
+            batch_size=4,
+            micro_batch_size=2,
+            workers=workers,
+            zero_stage=zero_stage,
+            precision="fp32",
+            optimiser={"learning_rate": 1e-2, "weight_decay": 0.1},
+        )
+    ).output
+    before, after, plan = weights(case["pruned"]), weights(aligned), PruningPlan.load(aligned)
+    assert plan.digest == case["plan"].digest
+    for module in plan.masks.shapes:
+        name, mask = f"{module}.weight", plan.mask(module)
+        assert not after[name][~mask].any()
+        assert (after[name] - before[name])[mask].abs().mean() > 1e-3
+
+
+@pytest.mark.cluster
+def test_the_train_and_evaluate_stages_use_the_masks(
+    case: dict, tmp_path: Path, embedded_ray: None
+) -> None:
+    data = str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(16)))
+    trained = lr.train(
+        lr.TrainConfig(
+            model=case["pruned"],
+            output=tmp_path / "adapter",
+            data=data,
+            steps=3,
+            batch_size=8,
+            lora={"dropout": 0.1},
+            optimiser={"learning_rate": 1e-1},
+            precision="fp32",
+            cpus=1,
+        )
+    ).output
+    summed = load_model(case["pruned"], "fp32")
+    stock = load_model(case["base"], "fp32")
+    stock.load_state_dict(summed.state_dict())
+    with torch.no_grad():
+        for module, product in products(trained, PruningPlan.load(trained)).items():
+            assert product.abs().max() > 1e-3
+            stock.get_submodule(module).weight += product
+    stock.save_pretrained(tmp_path / "stock")
+    tiny.tokenizer().save_pretrained(tmp_path / "stock")
+
+    def perplexity(name: str, **model: object) -> float:
+        config = lr.EvaluateConfig(
+            output=tmp_path / name, data=data, precision="fp32", cpus=1, **model
+        )
+        return lr.evaluate(config).manifest.details["answer_perplexity"]
+
+    found = perplexity("ours", model=str(case["pruned"]), adapter=trained)
+    assert found == pytest.approx(perplexity("naive", model=str(tmp_path / "stock")), rel=1e-4)
+    assert found != pytest.approx(perplexity("without", model=str(case["pruned"])), rel=1e-2)

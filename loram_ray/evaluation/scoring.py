@@ -15,7 +15,6 @@ from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scores import answer_likelihood, exact_matches, text_likelihood
 from loram_ray.modeling import load_model, load_tokenizer
-from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
@@ -33,7 +32,7 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         }
         causal_lm: Any = model
         if config.adapter is not None:
-            causal_lm = _with_adapter(model, config.adapter)
+            causal_lm = _with_adapter(model, config.model, config.adapter)
         causal_lm.eval()
         log = _Progress(MetricsLog(work / METRICS_FILE))
         if config.data is not None:
@@ -43,17 +42,11 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         return {**scores, "seconds": time.perf_counter() - started}
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    import peft
-
-    from loram_ray.finetuning.masked import allow_masks, attach_masks
+def _with_adapter(model: Any, directory: str, adapter: Path) -> Any:
+    from loram_ray.finetuning.masked import put_adapter_on
 
     try:
-        config = peft.LoraConfig.from_pretrained(str(adapter))
-        peft.PeftModel.from_pretrained(model, str(adapter), config=allow_masks(config))
-        if (adapter / PLAN_FILE).exists():
-            attach_masks(model, PruningPlan.load(adapter))
-        return model
+        return put_adapter_on(model, directory, adapter).get_base_model()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise LoramError(

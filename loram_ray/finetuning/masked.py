@@ -1,56 +1,51 @@
-"""LoRA under a mask, for non-structured pruning: ``h = x W + s (x ((B A) * M))``.
+"""LoRA under a mask: ``h = x W + s * drop(x) ((B A) * M)``, LoRAM's non-structured variants.
 
-What is learnt lives only where weights were kept. The product ``(B A) * M`` has no low rank, so
-plain LoRA's two thin products do not do; nor is it formed for each token. A block of its output
-rows is formed once for all tokens of a call, used, and dropped; the backward pass forms it again.
+What is learnt lives only where weights were kept. (B A) * M has full rank, so it has to be formed,
+but never whole and never for longer than a product takes: `MaskedProduct` forms the rows of some
+outputs, uses them and forms them again in the backward pass.
 
-Costs against plain LoRA, for T tokens of a linear ``[out, in]``: plain LoRA has 2 T out in
-operations forward and as many backward (the frozen weight's own), and thin products beside them.
-The masked product adds 2 T out in forward and 4 T out in backward, of which half is the gradient
-with respect to ``B A`` that plain LoRA never forms: the work of the linears grows from 4 to 10
-T out in, 2.5 times. Memory: the mask, one bit a weight, and two blocks of `_BLOCK_ELEMENTS` numbers
-at a time; of activations, what plain LoRA keeps.
+Cost, for T tokens and a weight of N elements, beside what plain LoRA does (2TN FLOPs forward, 2TN
+backward for the input's gradient):
 
-The sum ``W + s (B A) * M`` would save one product, but in bfloat16 it rounds away an adapter that
-is small beside its weight.
+- 2TN in the backward pass for ``grad^T x``, which plain LoRA skips as the weight is frozen: the
+  gradients of A and B need it, masked;
+- 2TN forward and, under dropout, 2TN backward for ``x ((B A) * M)`` beside ``x W``. Without dropout
+  one product does both: in the backward pass always, in the forward pass where activations are at
+  least float32. (bfloat16 would round the sum W + (B A) * M, and with it a young adapter, away.)
+- 4rN to form the product twice, and 4rN for the gradients: as many as 4r tokens cost.
+
+So 1.5 times plain LoRA's FLOPs in float32 without dropout, 2 in bfloat16 without, 2.5 with dropout.
+Memory: activations saved are those of plain LoRA; one bit a weight for the mask; and while a
+product runs, a few blocks of `BLOCK_ELEMENTS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners import lora
 from torch import nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
-from loram_ray.masks import unpack
-from loram_ray.modeling_pruned import SparseLinear
-from loram_ray.plan import PruningPlan
+from loram_ray.masks import Masks, unpack
+from loram_ray.plan import PLAN_FILE, PruningPlan
 
-_BLOCK_ELEMENTS = 2**22
+BLOCK_ELEMENTS = 2**23
 
 
-def masked_product(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """``scale * x ((b a) * mask)^T``, differentiable in x, a and b.
+class MaskedProduct(torch.autograd.Function):
+    """``x (W + s * (B A) * M)^T``, or ``x (s * (B A) * M)^T`` where no W is given.
 
-    Args:
-        x: ``[..., in]``; products are formed in its dtype.
-        a: ``[r, in]``.
-        b: ``[out, r]``.
-        packed: the mask, uint8 ``[out, ceil(in / 8)]``, see `masks.pack`.
-        scale: LoRA's alpha / r.
-
-    Returns:
-        ``[..., out]``, in the dtype of x.
+    With ``G = s * (grad^T x) * M``, formed block by block as the product is, the gradients are
+    ``dB = G A^T``, ``dA = B^T G`` and ``dx = grad (W + s * (B A) * M)``. W gets none.
     """
-    return _MaskedProduct.apply(x, a, b, packed, scale)
 
-
-class _MaskedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -59,105 +54,159 @@ class _MaskedProduct(torch.autograd.Function):
         b: torch.Tensor,
         packed: torch.Tensor,
         scale: float,
+        weight: torch.Tensor | None = None,
+        block_elements: int = BLOCK_ELEMENTS,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, a, b, packed)
-        ctx.scale = scale
-        output = x.new_empty(*x.shape[:-1], len(b))
+        """Return ``[..., out]`` in x's dtype.
+
+        Args:
+            ctx: autograd's.
+            x: ``[..., in]``; the large products are in its dtype.
+            a: ``[r, in]``.
+            b: ``[out, r]`` of a's dtype; B A is formed in it.
+            packed: the mask, uint8 ``[out, ceil(in / 8)]``.
+            scale: LoRA's s.
+            weight: frozen W ``[out, in]``.
+            block_elements: upper bound of the elements of (B A) * M that exist at a time, if
+                that is a row at least.
+        """
+        ctx.save_for_backward(x, a, b, packed, weight)
+        ctx.scale, ctx.block_elements = scale, block_elements
+        tokens = x.flatten(0, -2)
+        out = x.new_empty(len(tokens), len(b))
+        one_product = weight is not None and x.dtype.itemsize >= 4
         with torch.autocast(x.device.type, enabled=False):
-            for rows in _blocks(len(b), x.shape[-1]):
-                weight = _block(a, b[rows], packed[rows]).mul_(scale)
-                output[..., rows] = functional.linear(x, weight.to(x.dtype))
-        return output
+            for rows in _blocks(packed, a.shape[1], block_elements):
+                block = (b[rows] @ a).mul_(scale).mul_(unpack(packed[rows], a.shape[1]))
+                block = block.to(x.dtype)
+                if weight is not None and one_product:
+                    block += weight[rows]
+                torch.mm(tokens, block.t(), out=out[:, rows])
+                if weight is not None and not one_product:
+                    out[:, rows].addmm_(tokens, weight[rows].to(x.dtype).t())
+        return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, packed = ctx.saved_tensors
-        inputs, outputs = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        for_x = torch.zeros_like(inputs) if ctx.needs_input_grad[0] else None
-        for_a, for_b = torch.zeros_like(a), torch.empty_like(b)
+        """Return the gradients of x, a and b."""
+        x, a, b, packed, weight = ctx.saved_tensors
+        tokens, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a sum over blocks, not rounded each
+        for_x = tokens.new_zeros(tokens.shape, dtype=wide) if ctx.needs_input_grad[0] else None
+        for_matrices = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        for_a, for_b = torch.zeros_like(a), torch.zeros_like(b)
         with torch.autocast(x.device.type, enabled=False):
-            for rows in _blocks(len(b), x.shape[-1]):
-                mask = unpack(packed[rows], x.shape[-1])
+            for rows in _blocks(packed, a.shape[1], ctx.block_elements):
+                mask = unpack(packed[rows], a.shape[1])
                 if for_x is not None:
-                    weight = _block(a, b[rows], packed[rows]).mul_(ctx.scale)
-                    for_x.addmm_(outputs[:, rows], weight.to(outputs.dtype))
-                change = (outputs[:, rows].t() @ inputs).to(a.dtype).mul_(mask).mul_(ctx.scale)
-                for_b[rows] = change @ a.t()
-                for_a.addmm_(b[rows].t(), change)
-        return None if for_x is None else for_x.view_as(x), for_a, for_b, None, None
+                    block = (b[rows] @ a).mul_(ctx.scale).mul_(mask)
+                    if weight is not None:
+                        block += weight[rows]
+                    for_x += grads[:, rows] @ block.to(x.dtype)
+                if for_matrices:
+                    masked = (grads[:, rows].t() @ tokens).to(a.dtype).mul_(mask)
+                    for_a.addmm_(b[rows].t(), masked, alpha=ctx.scale)
+                    torch.mm(masked, a.t(), out=for_b[rows])
+        if for_x is not None:
+            for_x = for_x.to(x.dtype).view_as(x)
+        if not for_matrices:
+            return for_x, None, None, None, None, None, None
+        return for_x, for_a, for_b.mul_(ctx.scale), None, None, None, None
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Spans of output rows whose product with all columns has `_BLOCK_ELEMENTS` at most."""
-    step = max(_BLOCK_ELEMENTS // columns, 1)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _blocks(packed: torch.Tensor, columns: int, elements: int) -> Iterator[slice]:
+    """Slices of a weight's rows, of up to ``elements`` elements each, but at least a row."""
+    step = max(elements // columns, 1)
+    return (slice(start, start + step) for start in range(0, len(packed), step))
 
 
-def _block(a: torch.Tensor, b: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Rows of ``(b a) * mask``, in the dtype of a."""
-    return (b @ a).mul_(unpack(packed, a.shape[1]))
-
-
-class MaskedLoraLinear(peft.tuners.lora.Linear):
-    """PEFT's LoRA on a linear, its product masked; parameters have PEFT's names.
+class MaskedLoraLinear(lora.Linear):
+    """PEFT's LoRA layer with a masked product; its tensors have PEFT's names.
 
     Attributes:
-        packed_mask: uint8 ``[out, ceil(in / 8)]``; set by `attach_masks`, not saved.
+        packed_mask: uint8 ``[out, ceil(in / 8)]``; a buffer that is not saved.
+
+    Raises:
+        ValueError: an adapter that is more than ``s * B A``.
     """
 
-    packed_mask: torch.Tensor | None
+    packed_mask: torch.Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("packed_mask", None, persistent=False)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        assert self.packed_mask is not None, "attach_masks has not been called"
-        for name in self.active_adapters:
-            if name not in self.lora_A:
-                continue
-            a: Any = self.lora_A[name].weight
-            b: Any = self.lora_B[name].weight
-            inputs = self.lora_dropout[name](x).to(_compute_dtype(x, a))
-            product = masked_product(inputs, a, b, self.packed_mask, self.scaling[name])
-            result = result + product.to(result.dtype)
-        return result
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, packed_mask: torch.Tensor, **kwargs: Any
+    ) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        if self.lora_variant or any(self.lora_bias.values()):
+            raise ValueError("only a plain LoRA can be masked, without DoRA or biases of its own")
+        frozen: Any = self.get_base_layer()
+        device = frozen.weight.device
+        self.register_buffer("packed_mask", packed_mask.to(device), persistent=False)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging adds to the weight, ``[out, in]``."""
-        assert self.packed_mask is not None, "attach_masks has not been called"
+        """``s * (B A) * M``, as PEFT's merging asks for it."""
         delta: torch.Tensor = super().get_delta_weight(adapter)
         return delta * unpack(self.packed_mask, delta.shape[1])
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``x [..., in]`` to ``[..., out]``."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapters under a mask cannot be mixed in one batch")
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not active:
+            return super().forward(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if len(active) == 1 and not (self.training and self._dropout_of(active[0])):
+            base: Any = self.get_base_layer()
+            product = self._masked(x, active[0], base.weight)
+            return product if base.bias is None else product + base.bias.to(product.dtype)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            result = result + self._masked(self.lora_dropout[name](x), name, None)
+        return result
 
-def _compute_dtype(x: torch.Tensor, a: torch.Tensor) -> torch.dtype:
-    """Where there is no autocast, PEFT computes in the adapter's dtype."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+    def _dropout_of(self, adapter: str) -> float:
+        dropout = self.lora_dropout[adapter]
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+
+    def _masked(self, x: torch.Tensor, adapter: str, weight: torch.Tensor | None) -> torch.Tensor:
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return MaskedProduct.apply(x, a, b, self.packed_mask, self.scaling[adapter], weight)
 
 
-def allow_masks(config: peft.LoraConfig) -> peft.LoraConfig:
-    """Have PEFT use `MaskedLoraLinear` on the linears of a masked model; returns the config."""
-    config._register_custom_module({SparseLinear: MaskedLoraLinear})
-    return config
-
-
-def attach_masks(model: nn.Module, plan: PruningPlan) -> None:
-    """Give every masked LoRA of a model its mask from the plan.
-
-    The plan is the truth: a kept weight may be zero.
+def put_adapter_on(
+    model: PreTrainedModel, directory: Path | str, adapter: peft.LoraConfig | Path
+) -> peft.PeftModel:
+    """Put a LoRA on a model: under the masks of the model's plan, if that has masks.
 
     Args:
-        model: a causal LM that PEFT has put adapters on, without PEFT's wrapper around it.
-        plan: of the pruned model.
+        model: base, pruned, aligned or merged.
+        directory: where it was loaded from.
+        adapter: the settings of a new adapter, or the directory of one that is there.
+
+    Raises:
+        ValueError: targets that the model lacks, or that cannot be masked.
+        RuntimeError: an adapter of other shapes.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLoraLinear):
-            assert plan.masks is not None
-            packed = plan.masks.packed(plan.architecture.name_on_disk(name))
-            frozen: Any = module.get_base_layer()
-            module.packed_mask = packed.to(frozen.weight.device)
+    new = isinstance(adapter, peft.LoraConfig)
+    config: Any = adapter if new else peft.PeftConfig.from_pretrained(str(adapter))
+    plan = PruningPlan.load(directory) if (Path(directory) / PLAN_FILE).exists() else None
+    if plan is not None and plan.masks is not None:
+        config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks)})
+    if new:
+        return peft.get_peft_model(model, config)  # type: ignore[return-value]
+    return peft.PeftModel.from_pretrained(model, str(adapter), config=config)
+
+
+def _masked_linear(
+    masks: Masks, target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any
+) -> MaskedLoraLinear | None:
+    """PEFT's question which layer to put in the place of a linear; None where it has no mask.
+
+    The plan answers and not the zeros: a weight that was kept may be zero.
+    """
+    if target_name not in masks.shapes:
+        return None
+    packed = masks.packed(target_name)
+    return MaskedLoraLinear(target, adapter_name, packed, target_name=target_name, **kwargs)

@@ -20,11 +20,10 @@ from loram_ray.config import LoraConfig, TrainConfig
 from loram_ray.corpus.examples import ExampleTable, collate, load_examples
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.masked import allow_masks, attach_masks
+from loram_ray.finetuning.masked import put_adapter_on
 from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import family_of, load_model, load_tokenizer
-from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.tensorfile import TensorSpec, TensorWriter
 from loram_ray.waiting import alone
@@ -168,15 +167,12 @@ def _with_adapter(
 ) -> peft.PeftModel:
     """Put a new adapter on a model, under the masks of its plan where it has some."""
     try:
-        model = peft.get_peft_model(frozen, allow_masks(config))
+        return put_adapter_on(frozen, directory, config)
     except ValueError as error:
         raise LoramError(
             f"train.lora.targets must name linears of the model, got {config.target_modules} "
             f"({error}); see the model's modules"
         ) from error
-    if (directory / PLAN_FILE).exists():
-        attach_masks(frozen, PruningPlan.load(directory))
-    return model  # type: ignore[return-value]
 
 
 def _trainer(
