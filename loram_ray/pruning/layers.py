@@ -49,6 +49,7 @@ class LayerStream:
         self._layers: Any = self._model.get_submodule(family.layers)
         for layer in self._layers.children():
             unfuse_experts(layer, self._model.config)
+        self._model.eval()  # the experts are new; in training those without a token would run too
 
     @contextmanager
     def layer(
@@ -206,4 +207,4 @@ def _empty_model(base: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(base)
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]
