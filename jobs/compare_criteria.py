@@ -31,10 +31,17 @@ SEQUENCE = 256
 
 @dataclass(frozen=True)
 class Criterion:
-    """A row's pruning: its name in the table and the settings of the prune stage."""
+    """A row's pruning.
+
+    Attributes:
+        name: in the table.
+        settings: of the prune stage.
+        scores_of: the row whose scores it uses, or None to calibrate.
+    """
 
     name: str
     settings: dict[str, Any]
+    scores_of: Criterion | None = None
 
     @property
     def folder(self) -> str:
@@ -45,20 +52,30 @@ class Criterion:
 def criteria() -> list[Criterion]:
     """All of them, by kind and ratio."""
     structured = [
-        ("random", {}),
-        ("magnitude", {}),
-        ("activation", {}),
+        ("random", {"method": "random"}),
+        ("magnitude", {"method": "magnitude"}),
+        ("activation", {"method": "activation"}),
         ("FLAP", {"method": "flap"}),
-        ("FLAP, global allocation", {"method": "flap", "allocation": "global"}),
         ("Taylor, first order", {"method": "taylor", "taylor": "first"}),
         ("Taylor, second order", {"method": "taylor", "taylor": "second"}),
         ("Taylor, mixed", {"method": "taylor", "taylor": "mixed"}),
     ]
-    found = [
-        Criterion(name, {"method": name, **settings, "ratio": ratio})
-        for ratio in STRUCTURED_RATIOS
-        for name, settings in structured
-    ]
+    found = []
+    for name, settings in structured:
+        first, second = STRUCTURED_RATIOS
+        calibrated = Criterion(name, {**settings, "ratio": first})
+        scores = None if name == "random" else calibrated
+        found += [calibrated, Criterion(name, {**settings, "ratio": second}, scores)]
+        if name in ("FLAP", "Taylor, first order"):
+            found += [
+                Criterion(
+                    f"{name}, global allocation",
+                    {**settings, "ratio": ratio, "allocation": "global"},
+                    scores,
+                )
+                for ratio in STRUCTURED_RATIOS
+            ]
+    found.sort(key=lambda c: c.settings["ratio"])
     masked = (("magnitude", "magnitude"), ("Wanda", "wanda"), ("SparseGPT", "sparsegpt"))
     patterns = [{"pattern": "unstructured", "ratio": ratio} for ratio in UNSTRUCTURED_RATIOS]
     for settings in (*patterns, {"pattern": "4:8"}):
@@ -98,18 +115,22 @@ class Study:
         """Prune by a criterion."""
         calibration = lr.CalibrationConfig(
             sources=[{"path": str(self.output / "text.jsonl")}],
-            samples=8 if self.quick else 64,
+            samples=8 if self.quick else 32,
             sequence_length=SEQUENCE,
             batch_size=4,
         )
         config = lr.PruneConfig(
             base=self.base,
-            output=self.output / criterion.folder / "pruned",
+            output=self._pruned_folder(criterion),
             layers=LAYERS,
-            calibration=calibration,
+            calibration=None if criterion.scores_of else calibration,
+            scores=self._pruned_folder(criterion.scores_of) if criterion.scores_of else None,
             **criterion.settings,
         )
         return lr.prune(config).output
+
+    def _pruned_folder(self, criterion: Criterion) -> Path:
+        return self.output / criterion.folder / "pruned"
 
     def adapted(self, criterion: Criterion) -> Path:
         """Align, train, recover and merge; return the merged model."""

@@ -76,14 +76,18 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.fixture(params=["2:4", "unstructured"])
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict:
-    base = tiny.write_base(tmp_path / "base", seed=4)
-    pruned = prune(base, tmp_path / "pruned", request.param)
-    adapted = adapt(pruned, **({"use_rslora": True} if request.param == "2:4" else {}))
-    trained = write_trained(pruned, adapted, tmp_path / "trained").output
+def make_case(folder: Path, pattern: str) -> dict:
+    base = tiny.write_base(folder / "base", seed=4)
+    pruned = prune(base, folder / "pruned", pattern)
+    adapted = adapt(pruned, **({"use_rslora": True} if pattern == "2:4" else {}))
+    trained = write_trained(pruned, adapted, folder / "trained").output
     plan = PruningPlan.load(pruned)
     return {"base": base, "pruned": pruned, "adapted": adapted, "trained": trained, "plan": plan}
+
+
+@pytest.fixture(params=["2:4", "unstructured"])
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict:
+    return make_case(tmp_path, request.param)
 
 
 def recover(case: dict, output: Path, **settings: object) -> Path:
@@ -339,10 +343,13 @@ def test_zero_weights_stay_zero_when_the_weights_are_trained(case: dict) -> None
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("zero_stage", "workers"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("zero_stage", "workers"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 2)]
+)
 def test_alignment_leaves_masked_weights_zero(
-    zero_stage: int, workers: int, case: dict, tmp_path: Path, embedded_ray: None
+    zero_stage: int, workers: int, tmp_path: Path, embedded_ray: None
 ) -> None:
+    case = make_case(tmp_path, "unstructured")
     text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.texts())
     aligned = lr.align(
         lr.AlignConfig(
@@ -367,9 +374,8 @@ def test_alignment_leaves_masked_weights_zero(
 
 
 @pytest.mark.cluster
-def test_the_train_and_evaluate_stages_use_the_masks(
-    case: dict, tmp_path: Path, embedded_ray: None
-) -> None:
+def test_the_train_and_evaluate_stages_use_the_masks(tmp_path: Path, embedded_ray: None) -> None:
+    case = make_case(tmp_path, "2:4")
     data = str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(16)))
     trained = lr.train(
         lr.TrainConfig(

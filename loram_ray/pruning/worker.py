@@ -7,7 +7,7 @@ returns what it summed. A worker that died is therefore replaced and asked again
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,13 @@ class CalibrationWorker:
         self._device = device
         self._states = HiddenStates(setup.work)
         self._tokens = load_file(setup.work / TOKENS_FILE)["token_ids"]
+        self._held = ExitStack()
+        self._holding: tuple[int, Path | None] | None = None
+        self._layer: Any = None
 
     def embed(self, share: int) -> None:
         """Write the first layer's inputs of a share."""
+        self._let_go()
         spans = self._setup.batches(share)
         inputs = self._stream.embed(self._tokens[begin:end] for begin, end in spans)
         for (begin, _), hidden in zip(spans, inputs, strict=True):
@@ -150,6 +154,7 @@ class CalibrationWorker:
 
         The mean is over the predicted tokens of the whole calibration set.
         """
+        self._let_go()
         total = 0.0
         count = self._tokens[:, 1:].numel()
         with self._stream.head():
@@ -172,21 +177,22 @@ class CalibrationWorker:
             squares: whether squared gradients of single samples are wanted too.
         """
         found = Gradients({}, {})
-        with self._stream.layer(layer) as module:
-            linears = self._stream.linears(layer, module)
-            weights = {path: linears[path].weight for path in wanted}
-            for weight in weights.values():
-                weight.requires_grad_()
-            for begin, _ in self._setup.batches(share):
-                hidden = self._states.read("input", layer, begin).to(self._device).requires_grad_()
-                upstream = self._states.read("gradient", layer + 1, begin).to(self._device)
-                parts = range(len(hidden)) if squares else [slice(None)]
-                for part in parts:
-                    rows = slice(part, part + 1) if isinstance(part, int) else part
-                    output = self._stream.run(layer, module, hidden[rows])
-                    output.backward(upstream[rows])
-                    self._take(weights, found, squares)
-                self._states.write("gradient", layer, begin, _gradient(hidden))
+        module = self._hold(layer, None)
+        linears = self._stream.linears(layer, module)
+        weights = {path: linears[path].weight for path in wanted}
+        for weight in weights.values():
+            weight.requires_grad_()
+        for begin, _ in self._setup.batches(share):
+            hidden = self._states.read("input", layer, begin).to(self._device).requires_grad_()
+            upstream = self._states.read("gradient", layer + 1, begin).to(self._device)
+            rows = [slice(i, i + 1) for i in range(len(hidden))] if squares else [slice(None)]
+            for part in rows:
+                output = self._stream.run(layer, module, hidden[part])
+                output.backward(upstream[part])
+                self._take(weights, found, squares)
+            self._states.write("gradient", layer, begin, _gradient(hidden))
+        for weight in weights.values():
+            weight.requires_grad_(False)
         return Gradients(_on_cpu(found.total), _on_cpu(found.squares))
 
     def solve(
@@ -201,6 +207,19 @@ class CalibrationWorker:
         """Prune the weights of one linear; see `solve_linear`."""
         weight = self._stream.read(f"{module}.weight").to(self._device)
         return solve_linear(weight, method, inputs, ratio, pattern, damping, module)
+
+    def _hold(self, layer: int, solved: Path | None) -> nn.Module:
+        """Have a layer loaded until another is asked for: a worker has several shares of it."""
+        if self._holding != (layer, solved):
+            self._let_go()
+            changed = load_file(solved) if solved else None
+            self._layer = self._held.enter_context(self._stream.layer(layer, changed))
+            self._holding = layer, solved
+        return self._layer
+
+    def _let_go(self) -> None:
+        self._held.close()
+        self._holding = self._layer = None
 
     @contextmanager
     def _watch(
