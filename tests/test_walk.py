@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import loram_ray as lr
 from loram_ray.architectures import ARCHITECTURES, architecture_of
-from loram_ray.config import load_run
+from loram_ray.config import CalibrationConfig, load_run
 from loram_ray.manifest import read_manifest, read_model_config
 from loram_ray.masks import MASKS_FILE, pack, unpack
 from loram_ray.modeling import load_model
@@ -849,6 +849,30 @@ class Killer:
 
 
 @pytest.mark.cluster
+def test_two_workers_of_which_one_dies_score_as_one_here_does(
+    base: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    with walking(base, tmp_path / "one", shares=4) as (walk, _):
+        expected = walk.score_taylor(TaylorForm.MIXED)
+    killer = Killer("backward")
+    config = CalibrationConfig(sources=[{"path": "unread"}], workers=2)
+    with walking(
+        base, tmp_path / "two", shares=4, make_pool=lambda s: killer.pool()(s, config, 1)
+    ) as (walk, pool):
+        found = walk.score_taylor(TaylorForm.MIXED)
+        assert killer.killed == ["backward"]
+        with pytest.raises(lr.LoramError, match="lacks tensor model.layers.9.x.weight") as caught:
+            arguments = ("model.layers.9.x", "wanda", None, 0.5, 0.01, Pattern())
+            list(pool.run([("solve", arguments)]))
+        assert "\n" not in str(caught.value)
+        pool.close()
+    for layer, scores in expected.items():
+        assert torch.equal(found[layer].kv_heads, scores.kv_heads)
+        assert torch.equal(found[layer].neurons, scores.neurons)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("method", "settings", "killed"),
     [("taylor", {"taylor": "mixed"}, "backward"), ("sparsegpt", {"pattern": "2:4"}, "forward")],
@@ -874,6 +898,7 @@ def test_one_worker_two_and_one_that_dies_write_the_same_files(
     assert files(output) == files(one)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_worker_s_refusal_arrives_as_one_line_and_nothing_is_left(
     text: Path, tmp_path: Path, embedded_ray: None
@@ -1174,57 +1199,72 @@ def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
     return torch.corrcoef(torch.stack([ranks(one), ranks(other)]))[0, 1].item()
 
 
-@torch.no_grad()
-def ablated(model: Any, layer: int, kind: str, unit: int, measure: Callable[[], float]) -> float:
-    """The loss with a neuron, or a GQA group, of a layer cut off."""
-    block = model.model.layers[layer]
-    if kind == "neuron":
-        columns, weight = slice(unit, unit + 1), block.mlp.down_proj.weight
-    else:
-        width = block.self_attn.o_proj.weight.shape[1] // 3
-        columns, weight = slice(unit * width, (unit + 1) * width), block.self_attn.o_proj.weight
-    saved = weight[:, columns].clone()
-    weight[:, columns] = 0
-    loss = measure()
-    weight[:, columns] = saved
-    return loss
+@dataclass
+class Whole:
+    """A model, the inputs of its layers, and its loss."""
+
+    model: Any
+    ids: torch.Tensor
+    calls: dict[int, tuple[torch.Tensor, Any]]
+    loss: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, ids: torch.Tensor) -> Whole:
+        calls: dict[int, tuple[torch.Tensor, Any]] = {}
+
+        def hook(number: int) -> Callable[..., None]:
+            def keep(_: nn.Module, arguments: Any, keywords: Any) -> None:
+                calls[number] = arguments[0], (arguments[1:], keywords)
+
+            return keep
+
+        layers = enumerate(model.model.layers)
+        handles = [m.register_forward_pre_hook(hook(i), with_kwargs=True) for i, m in layers]
+        logits = model(input_ids=ids, use_cache=False).logits
+        for handle in handles:
+            handle.remove()
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return cls(model, ids, calls, loss.item())
+
+    @torch.no_grad()
+    def change(self, layer: int, linear: str, columns: slice) -> float:
+        """How much the loss changes when a linear of a layer loses these inputs."""
+        hidden, call = self.calls[layer]
+        weight = self.model.model.layers[layer].get_submodule(linear).weight
+        saved = weight[:, columns].clone()
+        weight[:, columns] = 0
+        loss = loss_from(self.model, layer, hidden, call, self.ids)
+        weight[:, columns] = saved
+        return abs(loss - self.loss)
 
 
 def test_taylor_scores_rank_units_as_cutting_them_off_does(real_base: Path, tmp_path: Path) -> None:
+    """Spearman's rank correlation of the scores with the change of the loss, one unit at a time.
+
+    Seen: 0.77 and 0.81 over 24 neurons, from the lowest score to the highest, of layers 26 and 29
+    (0.5 to 0.8 of others, or with more text); 0.55 over the 30 GQA groups of layers 20 to 29 (0.46
+    over all 87 of layers 1 to 29), with a group as large as a third of a layer's attention.
+    """
     tokenizer = AutoTokenizer.from_pretrained(real_base)
     words = "\n".join(pydoc_data.topics.topics[t] for t in ("assert", "while", "lambda", "del"))
     ids = torch.tensor(tokenizer(words).input_ids[: 4 * 32]).view(4, 32)
-    layers = (24, 30)
+    layers = (20, 30)
     with walking(real_base, tmp_path / "work", layers, ids, batch_size=4, shares=1) as (walk, _):
         scores = walk.score_taylor(TaylorForm.FIRST)
-    model = load_model(real_base, "fp32").eval()
-    inputs: dict[int, tuple[torch.Tensor, Any]] = {}
-    for number, module in enumerate(model.model.layers):
-        module.register_forward_pre_hook(
-            lambda _, a, k, n=number: inputs.setdefault(n, (a[0], (a[1:], k))) and None,
-            with_kwargs=True,
-        )
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+    whole = Whole.of(load_model(real_base, "fp32").eval(), ids)
+    assert loss_from(whole.model, 29, *whole.calls[29], ids) == pytest.approx(whole.loss, rel=1e-5)
 
-        def change(layer: int, kind: str, unit: int) -> float:
-            hidden, call = inputs[layer]
-            return abs(
-                ablated(
-                    model, layer, kind, unit, lambda: loss_from(model, layer, hidden, call, ids)
-                )
-                - whole
-            )
-
-        whole = loss_from(model, 24, *inputs[24], ids)
-        for layer in (26, 29):
-            order = scores[layer].neurons.argsort()
-            sampled = order[torch.linspace(0, len(order) - 1, 24).long()]
-            changes = torch.tensor([change(layer, "neuron", i) for i in sampled.tolist()])
-            print("neurons", layer, spearman(scores[layer].neurons[sampled], changes))
-        found = [
-            (scores[n].kv_heads[g].item(), change(n, "group", g))
-            for n in range(*layers)
-            for g in range(3)
-        ]
-        print("groups", spearman(*torch.tensor(found).t()))
+    for layer in (26, 29):
+        order = scores[layer].neurons.argsort()
+        sampled = order[torch.linspace(0, len(order) - 1, 24).long()].tolist()
+        changes = [whole.change(layer, "mlp.down_proj", slice(i, i + 1)) for i in sampled]
+        assert spearman(scores[layer].neurons[sampled], torch.tensor(changes)) > 0.45
+    width = 3 * 64  # of 3 query heads
+    changes = [
+        whole.change(layer, "self_attn.o_proj", slice(group * width, (group + 1) * width))
+        for layer in range(*layers)
+        for group in range(3)
+    ]
+    groups = torch.cat([scores[layer].kv_heads for layer in range(*layers)])
+    assert spearman(groups, torch.tensor(changes)) > 0.25
