@@ -113,6 +113,11 @@ class PruneConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the choice, and of calibration text")
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the criterion looks at calibration text."""
+        return self.method not in ("random", "magnitude") and self.scores is None
+
     @field_validator("pattern")
     @classmethod
     def _pattern_of_method(cls, pattern: str, info: ValidationInfo) -> str:
@@ -145,8 +150,7 @@ class PruneConfig(Section):
             raise ValueError(
                 f"ratio follows from pattern {self.pattern}; leave ratio and ratios out"
             )
-        calibrated = self.method not in ("random", "magnitude") and self.scores is None
-        if calibrated and self.calibration is None:
+        if self.calibrates and self.calibration is None:
             raise ValueError(
                 f"calibration must be given for method {self.method}; name text, e.g. "
                 "--set 'prune.calibration.sources=[{path: text.jsonl}]', or earlier scores"
@@ -272,18 +276,30 @@ class RecoverConfig(Section):
         "for merge",
     )
     svd_rank: int | None = Field(
-        None, ge=1, description="rank of the truncated SVD; default: the pruned adapter's own"
+        None,
+        ge=1,
+        description="rank of the truncated SVD, at most a linear's shorter side; default: the "
+        "pruned adapter's own",
     )
     max_svd_error: float = Field(
         0.1, ge=0, description="relative error of the truncated SVD beyond which there is a warning"
     )
+
+    @model_validator(mode="after")
+    def _rank_of_an_svd(self) -> RecoverConfig:
+        if self.form == "delta" and self.svd_rank is not None:
+            raise ValueError(
+                f"svd_rank is for form adapter, got {self.svd_rank} with form delta, which is "
+                "exact; leave one of them out"
+            )
+        return self
 
 
 class MergeConfig(Section):
     """merge: base and recovered adapter become one model."""
 
     base: str = Field(description="full-precision base model: a directory or a hub id")
-    adapter: Path = Field(description="directory of a PEFT LoRA for the base")
+    adapter: Path = Field(description="directory of a PEFT LoRA or a delta for the base")
     output: Path = Field(description="directory to write")
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
 
@@ -366,6 +382,10 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
 
     pruned, aligned = output("prune", "pruned"), output("align", "aligned")
     pruned_adapter, adapter = output("train", "adapter_pruned"), output("recover", "adapter")
+    merged = output("merge", "merged")
+    loram: dict[str, Any] = {"model": base, "adapter": adapter}
+    if filled.get("merge") is not None and recovers_delta(filled.get("recover")):
+        loram = {"model": str(merged)}  # a delta is no adapter
     derived: dict[str, dict[str, Any]] = {
         "prune": {"base": base, "output": pruned},
         "align": {"pruned": pruned, "output": aligned},
@@ -374,18 +394,20 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
             "output": pruned_adapter,
         },
         "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
-        "merge": {"base": base, "adapter": adapter, "output": root / "merged"},
-        "evaluate": {
-            "model": base,
-            "adapter": adapter,
-            "output": root / "evaluation" / "loram",
-        },
+        "merge": {"base": base, "adapter": adapter, "output": merged},
+        "evaluate": {**loram, "output": root / "evaluation" / "loram"},
     }
     for name, paths in derived.items():
         section = filled.get(name)
         if isinstance(section, Mapping):
             filled[name] = {**paths, **section}
     return filled
+
+
+def recovers_delta(recover: Any) -> bool:
+    """Whether a ``recover`` section, validated or not, writes a delta."""
+    section = dict(recover) if isinstance(recover, Section | Mapping) else {}
+    return section.get("form") == "delta"
 
 
 def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:

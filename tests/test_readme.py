@@ -126,3 +126,19 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
     assert rows["LoRA on the full base"]["answer_perplexity"] < untouched
     assert rows["pruned model, as it is"]["answer_perplexity"] > untouched
     assert rows["LoRAM"]["model_bytes"] < rows["LoRA on the full base"]["model_bytes"]
+
+
+@pytest.mark.slow
+def test_the_table_of_criteria_is_made_by_its_command(checkout: Path) -> None:
+    script = REPOSITORY / "jobs" / "compare_criteria.py"
+    arguments = ["--inputs", "runs/demo/inputs", "--output", "runs/criteria"]
+    chosen = ["--quick", "--only", "random"]
+    done = subprocess.run(
+        [sys.executable, script, *arguments, *chosen],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| structured")]
+    assert len(rows) == 2 and all(row.count("%") == 1 for row in rows), done.stdout

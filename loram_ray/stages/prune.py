@@ -67,11 +67,17 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
         return run_stage(
             config.output,
             "prune",
-            settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+            settings=_settings(config),
             parents=_parents(config, base, identity),
             base_fingerprint=identity,
             write=work.write,
         )
+
+
+def _settings(config: PruneConfig) -> dict[str, Any]:
+    """What determines the result, besides the inputs."""
+    settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    return settings if config.calibrates else {**settings, "calibration": None}
 
 
 def _require_base(base_config: dict[str, Any], base: str) -> None:
@@ -95,7 +101,7 @@ def _parents(config: PruneConfig, base: Base, identity: str) -> dict[str, str]:
                 f"prune.base is {identity[:12]}; use scores of this base"
             )
         parents["scores"] = manifest.digest
-    elif config.calibration is not None:
+    elif config.calibrates and config.calibration is not None:
         text = identify(config.calibration.sources, f"{KEY}.sources")
         parents["calibration"] = digest_of([text, digest_of_tokenizer(base.directory)])
     return parents
