@@ -143,59 +143,44 @@ class Study:
                     "sources": [{"path": str(self.output / "text.jsonl")}],
                     "sequence_length": SEQUENCE,
                 },
-                steps=2 if self.quick else 10,
+                steps=2 if self.quick else 6,
                 batch_size=8,
                 micro_batch_size=2,
                 cpus_per_worker=2,
                 optimiser={"learning_rate": 3e-4, "warmup_steps": 2},
             )
         ).output
-        return self._trained(aligned, folder)
-
-    def _trained(self, model: Path, folder: Path) -> Path:
-        trained = lr.train(
-            lr.TrainConfig(
-                model=model,
-                output=folder / "adapter_pruned",
-                data=str(self.inputs / "train.jsonl"),
-                lora={"r": 8, "alpha": 16, "dropout": 0.0},
-                steps=2 if self.quick else 24,
-                batch_size=8,
-                micro_batch_size=8,
-                max_length=SEQUENCE,
-                optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
-            )
-        ).output
-        masked = (trained / "pruning_masks.safetensors").exists()
-        recovered = lr.recover(
-            lr.RecoverConfig(
-                adapter=trained,
-                base=self.base,
-                output=folder / "recovered",
-                form="delta" if masked else "adapter",
-            )
-        ).output
-        return lr.merge(
-            lr.MergeConfig(base=self.base, adapter=recovered, output=folder / "merged")
-        ).output
+        trained = self._trained(aligned, folder / "adapter_pruned")
+        masked = lr.PruningPlan.load(trained).masks is not None
+        recovery = lr.RecoverConfig(
+            adapter=trained,
+            base=self.base,
+            output=folder / "recovered",
+            form="delta" if masked else "adapter",
+        )
+        return self._merged(lr.recover(recovery).output, folder)
 
     def full_lora(self) -> Path:
         """LoRA on the base itself, merged."""
         folder = self.output / "full"
-        trained = lr.train(
-            lr.TrainConfig(
-                model=Path(self.base),
-                output=folder / "adapter",
-                data=str(self.inputs / "train.jsonl"),
-                lora={"r": 8, "alpha": 16, "dropout": 0.0},
-                steps=2 if self.quick else 24,
-                batch_size=8,
-                micro_batch_size=8,
-                max_length=SEQUENCE,
-                optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
-            )
-        ).output
-        merging = lr.MergeConfig(base=self.base, adapter=trained, output=folder / "merged")
+        return self._merged(self._trained(Path(self.base), folder / "adapter"), folder)
+
+    def _trained(self, model: Path, output: Path) -> Path:
+        training = lr.TrainConfig(
+            model=model,
+            output=output,
+            data=str(self.inputs / "train.jsonl"),
+            lora={"r": 8, "alpha": 16, "dropout": 0.0},
+            steps=2 if self.quick else 16,
+            batch_size=8,
+            micro_batch_size=8,
+            max_length=SEQUENCE,
+            optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
+        )
+        return lr.train(training).output
+
+    def _merged(self, adapter: Path, folder: Path) -> Path:
+        merging = lr.MergeConfig(base=self.base, adapter=adapter, output=folder / "merged")
         return lr.merge(merging).output
 
     def text_perplexity(self, model: Path | str, folder: str) -> float:
