@@ -78,22 +78,31 @@ def dense_delta(
     return delta if mask is None else delta.mul_(mask)
 
 
-def truncated(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def truncated(
+    delta: torch.Tensor, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The nearest product of the given rank, by randomised SVD (Halko et al. 2011), seeded.
 
     Args:
         delta: float32 ``[out, in]``.
         rank: at most ``min(out, in)``.
+        dtype: of A and B.
 
     Returns:
         A ``[rank, in]`` and B ``[out, rank]``, with the singular values shared out between them,
-        and the squared Frobenius norm of what ``B A`` misses, float64 scalar.
+        and the squared Frobenius norm of what ``B A``, rounded to their dtype, misses.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sampled = min(rank + max(rank, _OVERSAMPLING), *delta.shape)
         u, sizes, v = torch.svd_lowrank(delta, q=sampled, niter=_POWER_ITERATIONS)
     roots = sizes[:rank].sqrt()
-    a, b = (v[:, :rank] * roots).t().contiguous(), (u[:, :rank] * roots).contiguous()
-    missed = torch.addmm(delta, b, a, alpha=-1)
-    return a, b, missed.double().square().sum()
+    a = (v[:, :rank] * roots).t().contiguous().to(dtype)
+    b = (u[:, :rank] * roots).contiguous().to(dtype)
+    missed = torch.addmm(delta, b.float(), a.float(), alpha=-1)
+    return a, b, squared_norm(missed)
+
+
+def squared_norm(matrix: torch.Tensor) -> float:
+    """Squared Frobenius norm, summed in float64."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2

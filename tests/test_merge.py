@@ -281,7 +281,7 @@ def test_an_adapter_of_pruned_shapes_is_refused_and_nothing_written(
     adapted.save_pretrained(tmp_path / "by_peft")
     before = tiny.tree(tmp_path)
     for adapter, message in [
-        (trained, "merge.adapter .* has pruned shapes; run loram recover"),
+        (trained, "merge.adapter .* is for a pruned model; run loram recover"),
         (tmp_path / "by_peft", r"merge.adapter changes model.layers.1.* the base has"),
     ]:
         with pytest.raises(lr.LoramError, match=message):

@@ -87,7 +87,7 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
     pruned_model, pruned_adapter = (model / PLAN_FILE).exists(), (adapter / PLAN_FILE).exists()
     if pruned_model != pruned_adapter:
         remedy = "run loram recover first" if pruned_adapter else "evaluate it on its base"
-        raise LoramError(f"evaluate.adapter {adapter} has other shapes than {model}; {remedy}")
+        raise LoramError(f"evaluate.adapter {adapter} is not for {model}; {remedy}")
     if pruned_adapter and PruningPlan.load(model).digest != PruningPlan.load(adapter).digest:
         raise LoramError(
             f"evaluate.adapter {adapter} was trained under another plan than {model}'s; "

@@ -22,7 +22,7 @@ from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 
 def merge(config: MergeConfig) -> StageResult:
-    """Merge a LoRA into its base, tensor by tensor; the sum is formed in float32.
+    """Merge a LoRA, or a delta, into its base, tensor by tensor; the sum is formed in float32.
 
     Raises:
         LoramError: an adapter of another base, or a base that is pruned, quantised or damaged.
@@ -66,7 +66,7 @@ def _require_base(change: Change, identity: str, base: str) -> None:
     require_stage(change.directory, ("recover", "train"), "merge.adapter")
     if (change.directory / PLAN_FILE).exists():
         raise LoramError(
-            f"merge.adapter {change.directory} has pruned shapes; run loram recover first"
+            f"merge.adapter {change.directory} is for a pruned model; run loram recover first"
         )
     if manifest.base_fingerprint != identity:
         raise LoramError(

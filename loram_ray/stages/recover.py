@@ -32,10 +32,11 @@ def recover(config: RecoverConfig) -> StageResult:
     manifest = require_stage(config.adapter, ("train",), "recover.adapter")
     plan = PruningPlan.load(config.adapter)
     masked = plan.masks is not None
-    if config.form == "delta" and not masked:
+    if not masked and (config.form == "delta" or config.svd_rank is not None):
+        key = "form must be adapter" if config.form == "delta" else "svd_rank must be left out"
         raise LoramError(
-            f"recover.form must be adapter for a structured pruning, which {config.adapter} was "
-            "trained under: it is recovered exactly; leave recover.form out"
+            f"recover.{key} for a structured pruning, which {config.adapter} was trained under: "
+            "it is recovered exactly; leave recover.form and recover.svd_rank out"
         )
     base = resolve_base(config.base, "recover.base")
     with Checkpoint(base) as checkpoint:

@@ -11,9 +11,11 @@ import torch
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, tensor_name
 from loram_ray.changes import DELTA
 from loram_ray.config import RecoverConfig
+from loram_ray.errors import LoramError
+from loram_ray.experts import adapted_experts
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter, say
-from loram_ray.recovery import dense_delta, truncated
+from loram_ray.recovery import dense_delta, squared_norm, truncated
 from loram_ray.stage import StageDirectory, require_space
 from loram_ray.tensorfile import CheckpointWriter, TensorSpec, TensorWriter
 
@@ -63,8 +65,12 @@ def write_truncated(
         plan: of the pruned model.
         shapes: ``[out, in]`` of each adapted linear, by module path.
         config: the stage's configuration.
+
+    Raises:
+        LoramError: experts of different ranks, which PEFT cannot put on a base that fuses them.
     """
     ranks = {m: _rank(adapter, m, plan, shape, config) for m, shape in shapes.items()}
+    settings = _peft_config(adapter, ranks, plan, config)
     specs = {}
     for module, (rows, columns) in shapes.items():
         dtype = adapter.file.specs[tensor_name(module, "A")].dtype
@@ -79,10 +85,11 @@ def write_truncated(
             for module in shapes:
                 if plan.masks is not None and module in plan.masks.shapes:
                     delta = _delta(adapter, module, plan)
-                    a, b, missed = truncated(delta, ranks[module])
-                    size = float(delta.double().square().sum())
-                    errors[module] = math.sqrt(float(missed) / size) if size else 0.0
-                    missed_in_all, size_of_all = missed_in_all + float(missed), size_of_all + size
+                    dtype = specs[tensor_name(module, "A")].dtype
+                    a, b, missed = truncated(delta, ranks[module], dtype)
+                    size = squared_norm(delta)
+                    errors[module] = math.sqrt(missed / size) if size else 0.0
+                    missed_in_all, size_of_all = missed_in_all + missed, size_of_all + size
                 else:
                     a = adapter.file.read(tensor_name(module, "A"))
                     b = adapter.file.read(tensor_name(module, "B")) * adapter.scale(module)
@@ -94,7 +101,6 @@ def write_truncated(
     except BaseException:
         writer.abort()
         raise
-    settings = _peft_config(adapter, ranks, config.base)
     (target.path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     error = math.sqrt(missed_in_all / size_of_all) if size_of_all else 0.0
     target.details.update(modules=len(shapes), svd_error=error, svd_errors=errors)
@@ -124,18 +130,29 @@ def _rank(
     return min(config.svd_rank or adapter.rank(module), *shape)
 
 
-def _peft_config(adapter: Adapter, ranks: dict[str, int], base: str) -> dict[str, Any]:
+def _peft_config(
+    adapter: Adapter, ranks: dict[str, int], plan: PruningPlan, config: RecoverConfig
+) -> dict[str, Any]:
     """PEFT's configuration of an adapter whose modules have an alpha equal to their rank."""
-    most = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != most}
+    experts = adapted_experts(adapter, plan.architecture)
+    of_experts = sorted({ranks[module] for module in experts})
+    if len(of_experts) > 1:
+        raise LoramError(
+            f"recover.svd_rank must give all experts one rank, got {of_experts}; the base holds "
+            "them fused: set it to the adapter's own, or recover.form to delta"
+        )
+    rank = of_experts[0] if of_experts else max(ranks.values())
+    others = {module: own for module, own in ranks.items() if own != rank}
     return {
         **adapter.config,
-        "base_model_name_or_path": base,
+        # PEFT refuses dropout on fused experts, inference has none
+        **({"lora_dropout": 0.0} if experts else {}),
+        "base_model_name_or_path": config.base,
         "inference_mode": True,
         "auto_mapping": None,
         "use_rslora": False,
-        "r": most,
-        "lora_alpha": most,
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
     }

@@ -18,6 +18,7 @@ from loram_ray.config import (
     RunConfig,
     Section,
     TrainConfig,
+    recovers_delta,
 )
 from loram_ray.errors import LoramError
 from loram_ray.manifest import write_json
@@ -108,6 +109,7 @@ def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
         if (section := getattr(config, name)) is not None
     ]
     rows: list[Row] = []
+    _require_something_of_loram(config)
     if config.compare:
         steps += list(_comparison_trainings(config))
     if config.evaluate is not None:
@@ -115,6 +117,19 @@ def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
             steps.append(Step(row.evaluation, evaluation))
             rows.append(row)
     return steps, rows
+
+
+def _require_something_of_loram(config: RunConfig) -> None:
+    """Refuse to evaluate LoRAM as a delta, which is no adapter, or by the base alone."""
+    evaluate, recover = config.evaluate, config.recover
+    if evaluate is None or recover is None or not recovers_delta(recover):
+        return
+    untouched = evaluate.adapter is None and evaluate.model == config.base
+    if untouched or evaluate.adapter == recover.output:
+        raise LoramError(
+            "evaluate must score the merged model where recover.form is delta; add 'merge:' and "
+            "leave evaluate.model and evaluate.adapter out"
+        )
 
 
 def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
@@ -127,6 +142,11 @@ def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
         yield Step("train without alignment", config.train.model_copy(update=unaligned))
         recovered = {"adapter": unaligned["output"], "output": root / "adapter_unaligned"}
         yield Step("recover without alignment", config.recover.model_copy(update=recovered))
+        if recovers_delta(config.recover):
+            merging = MergeConfig(
+                base=config.base, adapter=recovered["output"], output=root / "merged_unaligned"
+            )
+            yield Step("merge without alignment", merging)
     full = {"model": Path(config.base), "output": root / "adapter_full"}
     yield Step("train on the full base", config.train.model_copy(update=full))
 
@@ -149,13 +169,13 @@ def _evaluations(
         yield scored("full base, untouched", "base", config.base, None, None)
         yield scored("pruned model, as it is", "pruned", config.prune.output, None, None)
         if config.align is not None:
-            yield scored(
-                "LoRAM without alignment",
-                "unaligned",
-                config.base,
-                compared / "adapter_unaligned",
-                "train without alignment",
+            unaligned: tuple[str | Path, Path | None] = (
+                (compared / "merged_unaligned", None)
+                if recovers_delta(config.recover)
+                else (config.base, compared / "adapter_unaligned")
             )
+            training = "train without alignment"
+            yield scored("LoRAM without alignment", "unaligned", *unaligned, training)
     yield (
         Row("LoRAM", "evaluate LoRAM", "train" if config.train else None),
         evaluate,
