@@ -420,6 +420,25 @@ def test_forward_scores_do_not_depend_on_batches_and_shares(
         assert_scores(other, scores[0])
 
 
+@pytest.mark.parametrize("method", ["flap", "taylor"])
+def test_scores_in_bf16_are_near_those_in_fp32(
+    method: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    scores = {}
+    for precision in ("fp32", "bf16"):
+        work = tmp_path / precision
+        with walking(bases("qwen2"), work, precision=precision) as (walk, _):
+            if method == "flap":
+                scores[precision] = walk.score_forward("flap")
+            else:
+                scores[precision] = walk.score_taylor(TaylorForm.FIRST)
+    for layer, exact in scores["fp32"].items():
+        rounded = scores["bf16"][layer]
+        assert not torch.equal(rounded.neurons, exact.neurons)
+        assert (rounded.neurons / exact.neurons - 1).abs().median() < 0.05
+        assert (rounded.kv_heads / exact.kv_heads - 1).abs().median() < 0.05
+
+
 # Non-structured pruning
 
 
@@ -866,9 +885,22 @@ def test_two_workers_of_which_one_dies_score_as_one_here_does(
             list(pool.run([("solve", arguments)]))
         assert "\n" not in str(caught.value)
         pool.close()
+        with pytest.raises(lr.LoramError, match="more than .*max_failures = 3 times") as caught:
+            list(pool.run([("embed", (0,))]))
+        assert "\n" not in str(caught.value)
     for layer, scores in expected.items():
         assert torch.equal(found[layer].kv_heads, scores.kv_heads)
         assert torch.equal(found[layer].neurons, scores.neurons)
+
+
+def test_a_worker_says_what_is_wrong_with_its_base_when_it_is_given_a_job(tmp_path: Path) -> None:
+    """What an actor's constructor raises arrives as a death, with nothing of the reason."""
+    base = tiny.write_base(tmp_path / "base")
+    shard = base / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    pool = InProcess(Setup(base, "llama", tmp_path, "fp32", 2, ((0, 6),)))
+    with pytest.raises(lr.LoramError, match=r"model.safetensors is not a whole"):
+        list(pool.run([("forward", (1, 0, None, None, True))]))
 
 
 @pytest.mark.slow

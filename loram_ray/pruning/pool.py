@@ -104,11 +104,10 @@ class RayPool:
                 raise error.cause from error
             raise
         except RayActorError as error:
-            if isinstance(error.__cause__, LoramError):
-                raise error.__cause__ from error
+            why = str(error).partition("\n")[0]
             raise LoramError(
                 f"a worker died more than prune.calibration.max_failures = {self._max_failures} "
-                f"times ({error}); often it is memory: lower prune.calibration.batch_size"
+                f"times ({why}); often it is memory: lower prune.calibration.batch_size"
             ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,22 @@ class CalibrationWorker:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        family = architecture_of(setup.model_type)
-        self._stream = LayerStream(setup.base, family, setup.precision, device)
-        self._device = device
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._states = HiddenStates(setup.work)
-        self._tokens = load_file(setup.work / TOKENS_FILE)["token_ids"]
         self._held = ExitStack()
         self._holding: tuple[int, Path | None] | None = None
         self._layer: Any = None
+
+    # Read when first used: what a job raises reaches the caller, what an actor's __init__ does not.
+    @cached_property
+    def _stream(self) -> LayerStream:
+        setup = self._setup
+        family = architecture_of(setup.model_type)
+        return LayerStream(setup.base, family, setup.precision, self._device)
+
+    @cached_property
+    def _tokens(self) -> torch.Tensor:
+        return load_file(self._setup.work / TOKENS_FILE)["token_ids"]
 
     def embed(self, share: int) -> None:
         """Write the first layer's inputs of a share."""
