@@ -1,4 +1,4 @@
-"""Non-structured pruning after the prune stage: masks, masked LoRA, delta, truncated SVD, merge."""
+"""Non-structured pruning, carried to the base: masks, delta, truncated SVD, merge."""
 
 from __future__ import annotations
 
@@ -7,94 +7,54 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import numpy as np
 import peft
 import pytest
 import tiny
 import torch
 from adapters import LINEARS, logits_of, token_ids, write_trained
+from masked import PREFIX, SETTINGS, Case, make_case, prune, weights
 from safetensors.torch import load_file, save_file
 
 import loram_ray as lr
-from loram_ray.finetuning.masked import MaskedProduct, put_adapter_on
-from loram_ray.losses import summed_loss
 from loram_ray.masks import MASKS_FILE, pack, unpack
 from loram_ray.modeling import load_model
-from loram_ray.modeling_pruned import SparseLinear
-from loram_ray.plan import PruningPlan
+from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.recovery import truncated
+from loram_ray.stages.run import plan_steps
 
 IDS = token_ids(tiny.VOCABULARY)
-PREFIX = "base_model.model."
 
 
-def prune(base: Path, output: Path, pattern: str = "2:4", **settings: object) -> Path:
-    config = lr.PruneConfig(
-        base=str(base),
-        output=output,
-        method="magnitude",
-        pattern=pattern,
-        layers=(1, 3),
-        **settings,
-    )
-    return lr.prune(config).output
-
-
-def adapt(pruned: Path, **settings: object) -> peft.PeftModel:
-    """The pruned model with a random masked LoRA, as the train stage puts it on."""
-    model = load_model(pruned, "fp32")
-    config = peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **settings}
-    )
-    adapted = put_adapter_on(model, pruned, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapted
-
-
-def products(adapter: Path, plan: PruningPlan) -> dict[str, torch.Tensor]:
-    """``s (B A) * M`` of each adapted module, from the files, entry by entry under the mask."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    found = {}
-    for name in [n for n in tensors if "lora_A" in n]:
-        module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
-        rank = a.shape[0]
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
-        product = (b @ a) * scale
-        mask = plan.mask(module)
-        found[module] = product if mask is None else torch.where(mask, product, 0.0)
-    return found
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    files = sorted(directory.glob("model*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def make_case(folder: Path, pattern: str) -> dict:
-    base = tiny.write_base(folder / "base", seed=4)
-    pruned = prune(base, folder / "pruned", pattern)
-    adapted = adapt(pruned, **({"use_rslora": True} if pattern == "2:4" else {}))
-    trained = write_trained(pruned, adapted, folder / "trained").output
-    plan = PruningPlan.load(pruned)
-    return {"base": base, "pruned": pruned, "adapted": adapted, "trained": trained, "plan": plan}
-
-
-@pytest.fixture(params=["2:4", "unstructured"])
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict:
+@pytest.fixture(params=list(SETTINGS))
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return make_case(tmp_path, request.param)
 
 
-def recover(case: dict, output: Path, **settings: object) -> Path:
-    config = lr.RecoverConfig(
-        adapter=case["trained"], base=str(case["base"]), output=output, **settings
-    )
-    return lr.recover(config).output
+def details(directory: Path) -> dict:
+    return json.loads((directory / "manifest.json").read_text())["details"]
+
+
+def with_changes(base: Path, changes: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The base with something added to its weights."""
+    model = load_model(base, "fp32")
+    with torch.no_grad():
+        for module, change in changes.items():
+            model.get_submodule(module).weight += change
+    return model
+
+
+def stored_products(adapter: Path) -> dict[str, torch.Tensor]:
+    """``B A`` of each module of a PEFT directory, float64."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {
+        name.removeprefix(PREFIX).removesuffix(".lora_A.weight"): (
+            tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+        )
+        for name in tensors
+        if "lora_A" in name
+    }
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 64])
@@ -105,10 +65,8 @@ def test_packing_is_numpy_s_lowest_bit_first(columns: int) -> None:
     assert torch.equal(unpack(packed, columns), mask)
 
 
-def test_a_plan_keeps_its_masks_and_refuses_others(case: dict, tmp_path: Path) -> None:
-    plan = case["plan"]
-    kept = weights(case["pruned"])
-    original = weights(case["base"])
+def test_a_plan_keeps_its_masks_and_refuses_others(case: Case, tmp_path: Path) -> None:
+    plan, kept, original = case.plan, weights(case.pruned), weights(case.base)
     assert len(plan.masks.shapes) == 14
     for module in plan.masks.shapes:
         name = f"{module}.weight"
@@ -116,7 +74,10 @@ def test_a_plan_keeps_its_masks_and_refuses_others(case: dict, tmp_path: Path) -
     copy = tmp_path / "copy"
     copy.mkdir()
     plan.save(copy)
-    assert PruningPlan.load(copy).digest == plan.digest
+    again = PruningPlan.load(copy)
+    assert again.digest == plan.digest
+    assert all(torch.equal(again.mask(m), plan.mask(m)) for m in plan.masks.shapes)
+    assert again.mask("lm_head") is None
     assert replace(plan, masks=replace(plan.masks, sha256="0")).digest != plan.digest
     (copy / MASKS_FILE).unlink()
     with pytest.raises(lr.LoramError, match="is missing, the plan beside it needs it"):
@@ -126,161 +87,144 @@ def test_a_plan_keeps_its_masks_and_refuses_others(case: dict, tmp_path: Path) -
         PruningPlan.load(copy).mask(next(iter(plan.masks.shapes)))
 
 
-@pytest.mark.parametrize("elements", [1, 30, 10**6])
-@pytest.mark.parametrize("with_weight", [False, True])
-def test_the_masked_product_and_its_gradients(elements: int, with_weight: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    x, a, b = draw(2, 3, 10), draw(2, 10), draw(7, 2)
-    weight = draw(7, 10).detach() if with_weight else None
-    mask = torch.rand(7, 10, generator=generator) < 0.5
-
-    def product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return MaskedProduct.apply(x, a, b, pack(mask), 0.7, weight, elements)
-
-    naive = x @ (0.7 * (b @ a) * mask + (0 if weight is None else weight)).T
-    torch.testing.assert_close(product(x, a, b), naive)
-    assert torch.autograd.gradcheck(product, (x, a, b))
+def test_an_adapter_whose_masks_were_changed_is_refused(case: Case, tmp_path: Path) -> None:
+    content = bytearray((case.trained / MASKS_FILE).read_bytes())
+    content[-1] ^= 1
+    (case.trained / MASKS_FILE).write_bytes(content)
+    with pytest.raises(lr.LoramError, match="pruning_masks.safetensors differs from its manifest"):
+        case.recover(tmp_path / "delta", form="delta")
 
 
-def test_training_is_that_of_the_product_formed_naively(case: dict) -> None:
-    """A few steps of SGD, against a model whose weights are ``W + s (B A) * M`` as tensors."""
-    plan, ids = case["plan"], IDS
-    adapted = adapt(case["pruned"])
-    plain = load_model(case["pruned"], "fp32")
-    tensors = {
-        name: parameter.detach().clone().requires_grad_()
-        for name, parameter in adapted.named_parameters()
-        if "lora_" in name
-    }
-    own = [p for n, p in adapted.named_parameters() if "lora_" in n]
-    frozen = dict(plain.named_parameters())
-    for _ in range(4):
-        loss, count = summed_loss(adapted.get_base_model(), ids, None, ids)
-        (loss / count).backward()
-        changed = dict(frozen)
-        for name in [n for n in tensors if "lora_A" in n]:
-            module = name.removeprefix(PREFIX).removesuffix(".lora_A.default.weight")
-            product = tensors[name.replace("lora_A", "lora_B")] @ tensors[name] * 2
-            mask = plan.mask(module)
-            product = product if mask is None else product * mask
-            changed[f"{module}.weight"] = frozen[f"{module}.weight"] + product
-        output = torch.func.functional_call(plain, changed, (ids,), {"labels": ids})
-        output.loss.backward()
-        torch.testing.assert_close(loss / count, output.loss, rtol=1e-5, atol=1e-6)
-        with torch.no_grad():
-            for parameter in (*own, *tensors.values()):
-                parameter -= 0.5 * parameter.grad
-                parameter.grad = None
-    for parameter, expected in zip(own, tensors.values(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_peft_merges_is_masked_and_disabling_takes_it_off(case: dict) -> None:
-    adapted = case["adapted"]
-    expected = logits_of(adapted, IDS)
-    with adapted.disable_adapter():
-        without = logits_of(adapted, IDS)
-    assert torch.equal(without, logits_of(load_model(case["pruned"], "fp32"), IDS))
-    assert (expected - without).abs().max() > 1e-2
-    torch.testing.assert_close(logits_of(adapted.merge_and_unload(), IDS), expected)
-
-
-def test_the_delta_is_exact_and_zero_where_nothing_was_kept(case: dict, tmp_path: Path) -> None:
-    recovered = recover(case, tmp_path / "delta", form="delta")
-    found = load_file(recovered / "delta.safetensors")
-    expected = products(case["trained"], case["plan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_delta_is_exact_and_zero_where_nothing_was_kept(
+    case: Case, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    case = case.retrained(tmp_path / "retrained", dtype)
+    recovered = case.recover(tmp_path / "delta", form="delta")
+    found, expected = load_file(recovered / "delta.safetensors"), case.products()
     assert found.keys() == {f"{module}.weight" for module in expected}
     for module, product in expected.items():
-        delta = found[f"{module}.weight"]
+        delta, mask = found[f"{module}.weight"], case.plan.mask(module)
         assert delta.dtype == torch.float32
-        torch.testing.assert_close(delta, product, rtol=1e-5, atol=1e-7)
-        mask = case["plan"].mask(module)
-        assert mask is None or not delta[~mask].any()
+        assert torch.equal(delta, product)
+        if mask is not None:
+            assert not delta[~mask].any()
+            assert delta[mask].count_nonzero() > 0.99 * mask.sum()
 
 
 def test_recovery_is_exact_on_the_base_with_masked_weights_zeroed(
-    case: dict, tmp_path: Path
+    case: Case, tmp_path: Path
 ) -> None:
     """Invariant 1 for masks."""
-    delta = load_file(recover(case, tmp_path / "delta", form="delta") / "delta.safetensors")
-    model = load_model(case["base"], "fp32")
+    delta = load_file(case.recover(tmp_path / "delta", form="delta") / "delta.safetensors")
+    model = with_changes(case.base, {})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mask = case["plan"].mask(name.removesuffix(".weight"))
+            mask = case.plan.mask(name.removesuffix(".weight"))
             if mask is not None:
                 parameter.mul_(mask)
             if name in delta:
                 parameter.add_(delta[name])
-    torch.testing.assert_close(
-        logits_of(model, IDS), logits_of(case["adapted"], IDS), rtol=1e-5, atol=1e-5
-    )
+    expected = logits_of(case.adapted, IDS)
+    assert (expected - logits_of(load_model(case.pruned, "fp32"), IDS)).abs().max() > 1e-2
+    torch.testing.assert_close(logits_of(model, IDS), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_a_delta_is_the_sum_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    base = tiny.write_base(tmp_path / "base", seed=4, dtype=dtype)
-    pruned = prune(base, tmp_path / "pruned")
-    trained = write_trained(pruned, adapt(pruned), tmp_path / "trained").output
-    case = {"base": base, "trained": trained}
-    recovered = recover(case, tmp_path / "delta", form="delta")
-    delta = load_file(recovered / "delta.safetensors")
-    merging = lr.MergeConfig(base=str(base), adapter=recovered, output=tmp_path / "merged")
-    merged = weights(lr.merge(merging).output)
-    for name, tensor in weights(base).items():
-        expected = (tensor.float() + delta[name]).to(dtype) if name in delta else tensor
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_a_delta_is_the_sum_bit_for_bit(
+    dtype: torch.dtype, tied: bool, tmp_path: Path
+) -> None:
+    base = tiny.write_base(tmp_path / "base", seed=4, dtype=dtype, tied=tied)
+    case = make_case(tmp_path, "unstructured", base)
+    recovered = case.recover(tmp_path / "delta", form="delta")
+    merging = lr.MergeConfig(
+        base=str(base), adapter=recovered, output=tmp_path / "merged", max_shard_bytes=60_000
+    )
+    merged, before = weights(lr.merge(merging).output), weights(base)
+    if tied:
+        before["lm_head.weight"] = before["model.embed_tokens.weight"]
+    changes = {f"{module}.weight": product for module, product in case.products().items()}
+    assert merged.keys() == before.keys() > changes.keys()
+    for name, tensor in before.items():
+        expected = (tensor.float() + changes[name]).to(dtype) if name in changes else tensor
         assert torch.equal(merged[name], expected), name
-    other = tiny.write_base(tmp_path / "other", seed=5, dtype=dtype)
-    with pytest.raises(lr.LoramError, match="merge.base .* has fingerprint"):
+    other = tiny.write_base(tmp_path / "other", seed=5, dtype=dtype, tied=tied)
+    with pytest.raises(lr.LoramError, match=r"merge.base .* has fingerprint"):
         lr.merge(merging.model_copy(update={"base": str(other), "output": tmp_path / "no"}))
 
 
-def test_a_full_rank_svd_is_the_delta(case: dict, tmp_path: Path) -> None:
-    recovered = recover(case, tmp_path / "svd", svd_rank=10_000)
-    details = json.loads((recovered / "manifest.json").read_text())["details"]
-    assert details["svd_error"] < 1e-5
-    with_adapter = peft.PeftModel.from_pretrained(load_model(case["base"], "fp32"), recovered)
-    expected = load_model(case["base"], "fp32")
-    with torch.no_grad():
-        for module, product in products(case["trained"], case["plan"]).items():
-            expected.get_submodule(module).weight += product
-    torch.testing.assert_close(
-        logits_of(with_adapter, IDS), logits_of(expected, IDS), rtol=1e-4, atol=1e-4
-    )
+def test_a_full_rank_svd_is_the_delta(case: Case, tmp_path: Path) -> None:
+    recovered = case.recover(tmp_path / "svd", svd_rank=10_000)
+    assert details(recovered)["svd_error"] < 1e-5
+    on_base = peft.PeftModel.from_pretrained(load_model(case.base, "fp32"), recovered)
+    expected = logits_of(with_changes(case.base, case.products()), IDS)
+    torch.testing.assert_close(logits_of(on_base, IDS), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [None, 6])
 def test_the_truncated_svd_is_near_the_best_and_its_error_is_told(
-    case: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: Case,
+    rank: int | None,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recovered = recover(case, tmp_path / "svd", svd_rank=6)
-    said = capsys.readouterr().err
+    case = case.retrained(tmp_path / "retrained", dtype)
+    recovered = case.recover(tmp_path / "svd", svd_rank=rank)
+    said, told = capsys.readouterr().err, details(recovered)
     assert "recovered adapter misses" in said and "recover.form to delta" in said
-    details = json.loads((recovered / "manifest.json").read_text())["details"]
-    tensors = load_file(recovered / "adapter_model.safetensors")
+    stored = stored_products(recovered)
     squares = missed = 0.0
-    for module, product in products(case["trained"], case["plan"]).items():
-        a = tensors[f"{PREFIX}{module}.lora_A.weight"].double()
-        b = tensors[f"{PREFIX}{module}.lora_B.weight"].double()
-        error = float((product - b @ a).square().sum())
-        if case["plan"].mask(module) is None:
-            assert error < 1e-8
-            continue
-        best = float(torch.linalg.svdvals(product.double())[6:].square().sum())
-        assert a.shape[0] == 6
-        assert best <= error * (1 + 1e-6) and error <= 1.02 * best
+    for module, product in case.products().items():
+        error = float((product - stored[module]).square().sum())
         size = float(product.double().square().sum())
-        assert details["svd_errors"][module] == pytest.approx(math.sqrt(error / size), rel=1e-4)
+        if case.plan.mask(module) is None:
+            assert error <= (1e-12 if dtype == torch.float32 else 1e-5) * size
+            assert module not in told["svd_errors"]
+            continue
+        own = 2 if rank is None and "q_proj" in module and "lm_head" in stored else rank or 4
+        best = float(torch.linalg.svdvals(product.double())[own:].square().sum())
+        assert best <= error * (1 + 1e-6) and error <= 1.02 * best
+        assert told["svd_errors"][module] == pytest.approx(math.sqrt(error / size), rel=1e-4)
         squares, missed = squares + size, missed + error
-    assert details["svd_error"] == pytest.approx(math.sqrt(missed / squares), rel=1e-4)
-    quiet = recover(case, tmp_path / "quiet", svd_rank=6, max_svd_error=1.0)
+    assert told["svd_error"] == pytest.approx(math.sqrt(missed / squares), rel=1e-4)
+    quiet = case.recover(tmp_path / "quiet", svd_rank=rank, max_svd_error=1.0)
     assert "misses" not in capsys.readouterr().err
-    assert load_file(quiet / "adapter_model.safetensors").keys() == tensors.keys()
-    model = peft.PeftModel.from_pretrained(load_model(case["base"], "fp32"), quiet)
-    assert peft.LoraConfig.from_pretrained(quiet).r == 6
-    assert torch.isfinite(logits_of(model, IDS)).all()
+    name = "adapter_model.safetensors"
+    assert (quiet / name).read_bytes() == (recovered / name).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_plain_peft_loads_the_truncated_svd(case: Case, rank: int | None, tmp_path: Path) -> None:
+    recovered = case.recover(tmp_path / "svd", svd_rank=rank)
+    assert sorted(path.name for path in recovered.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+    on_base = peft.PeftModel.from_pretrained(load_model(case.base, "fp32"), recovered)
+    changes = {module: product.float() for module, product in stored_products(recovered).items()}
+    expected = logits_of(with_changes(case.base, changes), IDS)
+    torch.testing.assert_close(logits_of(on_base, IDS), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits_of(load_model(case.base, "fp32"), IDS)).abs().max() > 1e-2
+
+
+def test_experts_are_recovered_to_what_peft_puts_on_fused_ones(tmp_path: Path) -> None:
+    base = families.write_base(tmp_path / "base", "mixtral", intermediate_size=32)
+    targets = ["q_proj", "o_proj", "w1", "w2", "w3"]
+    case = make_case(tmp_path, "2:4", base, target_modules=targets, lora_dropout=0.1)
+    recovered = case.recover(tmp_path / "svd")
+    on_base = peft.PeftModel.from_pretrained(load_model(base, "fp32"), recovered)
+    # The same products on a base whose experts are apart: ratio 0 leaves each weight.
+    apart = prune(base, tmp_path / "apart", "structured", method="random", ratio=0.0)
+    changes = {module: product.float() for module, product in stored_products(recovered).items()}
+    expected = logits_of(with_changes(apart, changes), IDS)
+    torch.testing.assert_close(logits_of(on_base, IDS), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(lr.LoramError, match=r"recover.svd_rank must give all experts one rank"):
+        case.recover(tmp_path / "no", svd_rank=6)  # experts of unpruned layers have rank 4
+    assert not (tmp_path / "no").exists()
 
 
 def test_truncation_is_deterministic_and_leaves_the_generator_alone() -> None:
@@ -288,124 +232,72 @@ def test_truncation_is_deterministic_and_leaves_the_generator_alone() -> None:
     torch.manual_seed(9)
     state = torch.random.get_rng_state()
     first, again = truncated(delta, 5), truncated(delta, 5)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], again[:2], strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_truncating_nothing_gives_nothing() -> None:
+    a, b, missed = truncated(torch.zeros(12, 10), 3)
+    assert not (b @ a).any() and missed == 0
+
+
 def test_a_structured_pruning_has_no_delta_and_a_delta_is_no_adapter(
-    case: dict, tmp_path: Path
+    case: Case, tmp_path: Path
 ) -> None:
-    structured = lr.prune(
-        lr.PruneConfig(base=str(case["base"]), output=tmp_path / "s", ratio=0.5, layers=(1, 3))
-    ).output
+    structured = prune(case.base, tmp_path / "s", "structured", method="random", ratio=0.5)
     plain = peft.get_peft_model(
         load_model(structured, "fp32"), peft.LoraConfig(target_modules=LINEARS)
     )
     trained = write_trained(structured, plain, tmp_path / "st").output
-    config = lr.RecoverConfig(
-        adapter=trained, base=str(case["base"]), output=tmp_path / "no", form="delta"
+    for settings, message in [
+        ({"form": "delta"}, "recover.form must be adapter"),
+        ({"svd_rank": 4}, "recover.svd_rank must be left out"),
+    ]:
+        with pytest.raises(lr.LoramError, match=message):
+            replace(case, trained=trained).recover(tmp_path / "no", **settings)
+    with pytest.raises(ValueError, match="svd_rank is for form adapter"):
+        case.recover(tmp_path / "no", form="delta", svd_rank=4)
+    delta = case.recover(tmp_path / "delta", form="delta")
+    data = str(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.questions(4)))
+    evaluation = lr.EvaluateConfig(
+        model=str(case.base), adapter=delta, output=tmp_path / "e", data=data
     )
-    with pytest.raises(lr.LoramError, match="recover.form must be adapter"):
-        lr.recover(config)
-    delta = recover(case, tmp_path / "delta", form="delta")
-    with pytest.raises(lr.LoramError, match="holds a dense delta; run loram merge"):
-        lr.evaluate(
-            lr.EvaluateConfig(
-                model=str(case["base"]),
-                adapter=delta,
-                output=tmp_path / "e",
-                data=str(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.questions(4))),
-            )
-        )
+    for adapter, message in [
+        (delta, "holds a dense delta; run loram merge"),
+        (case.trained, "is not for .*; run loram recover first"),
+    ]:
+        with pytest.raises(lr.LoramError, match=message):
+            lr.evaluate(evaluation.model_copy(update={"adapter": adapter}))
+    merging = lr.MergeConfig(base=str(case.base), adapter=case.trained, output=tmp_path / "m")
+    with pytest.raises(lr.LoramError, match="is for a pruned model; run loram recover first"):
+        lr.merge(merging)
+    assert (case.trained / PLAN_FILE).exists() and not (delta / PLAN_FILE).exists()
 
 
-def test_zero_weights_stay_zero_when_the_weights_are_trained(case: dict) -> None:
-    """What alignment relies on: against gradients multiplied by the mask in a plain loop."""
-    ours, plain = load_model(case["pruned"], "fp32"), load_model(case["pruned"], "fp32")
-    kept = {n: p != 0 for n, p in plain.named_parameters() if case["plan"].mask(n[:-7]) is not None}
-    for module in plain.modules():
-        if isinstance(module, SparseLinear):
-            module.__class__ = torch.nn.Linear
-    assert len(kept) == 14
-    for model in (ours, plain):
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-        for _ in range(3):
-            optimiser.zero_grad()
-            model(input_ids=IDS, labels=IDS).loss.backward()
-            if model is plain:
-                for name, parameter in model.named_parameters():
-                    if name in kept:
-                        parameter.grad.mul_(kept[name])
-            optimiser.step()
-    for (name, found), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert name not in kept or not found[~kept[name]].any()
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize(
-    ("zero_stage", "workers"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 2)]
-)
-def test_alignment_leaves_masked_weights_zero(
-    zero_stage: int, workers: int, tmp_path: Path, embedded_ray: None
-) -> None:
-    case = make_case(tmp_path, "unstructured")
-    text = tiny.write_jsonl(tmp_path / "text.jsonl", tiny.texts())
-    aligned = lr.align(
-        lr.AlignConfig(
-            pruned=case["pruned"],
-            output=tmp_path / "aligned",
-            corpus={"sources": [{"path": str(text)}], "sequence_length": 32},
-            steps=3,
-            batch_size=4,
-            micro_batch_size=2,
-            workers=workers,
-            zero_stage=zero_stage,
-            precision="fp32",
-            optimiser={"learning_rate": 1e-2, "weight_decay": 0.1},
-        )
-    ).output
-    before, after, plan = weights(case["pruned"]), weights(aligned), PruningPlan.load(aligned)
-    assert plan.digest == case["plan"].digest
-    for module in plan.masks.shapes:
-        name, mask = f"{module}.weight", plan.mask(module)
-        assert not after[name][~mask].any()
-        assert (after[name] - before[name])[mask].abs().mean() > 1e-3
-
-
-@pytest.mark.cluster
-def test_the_train_and_evaluate_stages_use_the_masks(tmp_path: Path, embedded_ray: None) -> None:
-    case = make_case(tmp_path, "2:4")
-    data = str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(16)))
-    trained = lr.train(
-        lr.TrainConfig(
-            model=case["pruned"],
-            output=tmp_path / "adapter",
-            data=data,
-            steps=3,
-            batch_size=8,
-            lora={"dropout": 0.1},
-            optimiser={"learning_rate": 1e-1},
-            precision="fp32",
-            cpus=1,
-        )
-    ).output
-    summed = load_model(case["pruned"], "fp32")
-    stock = load_model(case["base"], "fp32")
-    stock.load_state_dict(summed.state_dict())
-    with torch.no_grad():
-        for module, product in products(trained, PruningPlan.load(trained)).items():
-            assert product.abs().max() > 1e-3
-            stock.get_submodule(module).weight += product
-    stock.save_pretrained(tmp_path / "stock")
-    tiny.tokenizer().save_pretrained(tmp_path / "stock")
-
-    def perplexity(name: str, **model: object) -> float:
-        config = lr.EvaluateConfig(
-            output=tmp_path / name, data=data, precision="fp32", cpus=1, **model
-        )
-        return lr.evaluate(config).manifest.details["answer_perplexity"]
-
-    found = perplexity("ours", model=str(case["pruned"]), adapter=trained)
-    assert found == pytest.approx(perplexity("naive", model=str(tmp_path / "stock")), rel=1e-4)
-    assert found != pytest.approx(perplexity("without", model=str(case["pruned"])), rel=1e-2)
+def test_a_run_that_recovers_a_delta_evaluates_what_it_merged(tmp_path: Path) -> None:
+    data = "d.jsonl"
+    raw = {
+        "base": "models/base",
+        "output": str(tmp_path),
+        "prune": {"method": "magnitude", "pattern": "2:4"},
+        "align": {"corpus": {"sources": [{"path": "t.jsonl"}]}},
+        "train": {"data": data},
+        "recover": {"form": "delta"},
+        "merge": {},
+        "evaluate": {"data": data},
+        "compare": True,
+    }
+    steps, rows = plan_steps(lr.RunConfig.model_validate(raw))
+    configs = {step.name: step.config for step in steps}
+    loram = configs["evaluate LoRAM"]
+    assert (loram.model, loram.adapter) == (str(tmp_path / "merged"), None)
+    unaligned, merged = configs["evaluate LoRAM without alignment"], tmp_path / "compare"
+    assert unaligned.model == str(merged / "merged_unaligned") and unaligned.adapter is None
+    merging = configs["merge without alignment"]
+    assert merging.adapter == configs["recover without alignment"].output
+    assert merging.output == merged / "merged_unaligned"
+    assert [row.name for row in rows].count("LoRAM") == 1
+    for section in ({"merge": None}, {"evaluate": {"data": data, "model": "models/base"}}):
+        refused = lr.RunConfig.model_validate({**raw, **section})
+        with pytest.raises(lr.LoramError, match="evaluate must score the merged model"):
+            plan_steps(refused)
