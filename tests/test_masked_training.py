@@ -109,6 +109,15 @@ def test_the_masked_product_and_its_gradients(elements: int, with_weight: bool) 
     assert torch.autograd.gradcheck(lambda x: product(x, a.detach(), b.detach()), (x,))
 
 
+def test_an_expert_without_tokens_has_zero_gradients() -> None:
+    x, a, b = (torch.randn(shape).requires_grad_() for shape in ((0, 10), (2, 10), (7, 2)))
+    packed, weight = pack(torch.rand(7, 10) < 0.5), torch.randn(7, 10)
+    found = MaskedProduct.apply(x, a, b, packed, 1.0, weight, 30)
+    found.sum().backward()
+    assert found.shape == (0, 7) and x.grad.shape == (0, 10)
+    assert not a.grad.any() and not b.grad.any()
+
+
 def test_nothing_of_the_weights_size_is_saved_for_the_backward_pass() -> None:
     x, a, b = (torch.randn(shape).requires_grad_() for shape in ((5, 64), (2, 64), (96, 2)))
     weight, packed = torch.randn(96, 64), pack(torch.rand(96, 64) < 0.5)
