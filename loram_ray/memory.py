@@ -1,8 +1,10 @@
-"""Peak memory of a worker, for its progress."""
+"""Memory of a worker: its peak, and giving back what it no longer uses."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
+from contextlib import suppress
 
 import torch
 
@@ -12,3 +14,13 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def return_freed_memory() -> None:
+    """Have the C library give freed memory back to the system.
+
+    Layers of a few hundred tensors, allocated and freed one after another, leave glibc's heap in
+    pieces: it then keeps more than the live tensors need, and more with every layer.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loram_ray.architectures import architecture_of
+from loram_ray.memory import return_freed_memory
 from loram_ray.pruning.hidden import HiddenStates
 from loram_ray.pruning.layers import LayerStream
 from loram_ray.pruning.solve import Solved, solve_linear
@@ -228,6 +229,7 @@ class CalibrationWorker:
     def _let_go(self) -> None:
         self._held.close()
         self._holding = self._layer = None
+        return_freed_memory()
 
     @contextmanager
     def _watch(
