@@ -313,6 +313,18 @@ def test_the_train_and_evaluate_stages_use_the_masks(tmp_path: Path, embedded_ra
     assert found != pytest.approx(perplexity("without", case.pruned), rel=1e-2)
 
 
+def test_zero_weights_stay_zero_when_the_weights_are_trained(case: Case) -> None:
+    """What alignment relies on, without Ray and DeepSpeed."""
+    ids = torch.cat([token_ids(tiny.VOCABULARY, seed) for seed in range(STEPS * 2)])
+    lengths = torch.full((len(ids),), ids.shape[1])
+    expected, _ = plain_alignment(case, ids, lengths)
+    found, _ = plain_alignment(case, ids, lengths, stock=False)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+        mask = case.plan.mask(name.removesuffix(".weight"))
+        assert mask is None or not tensor[~mask].any()
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("zero_stage", "workers"),
@@ -357,13 +369,13 @@ def test_alignment_equals_a_plain_loop_whose_gradients_are_masked(
 
 
 def plain_alignment(
-    case: Case, ids: torch.Tensor, lengths: torch.Tensor
+    case: Case, ids: torch.Tensor, lengths: torch.Tensor, stock: bool = True
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Alignment of stock linears in one process; weights and losses."""
+    """Alignment in one process, of stock linears or of the model's own; weights and losses."""
     model = load_model(case.pruned, "fp32").train()
     masks = {f"{module}.weight": case.plan.mask(module) for module in case.plan.masks.shapes}
     for module in model.modules():
-        if isinstance(module, SparseLinear):
+        if stock and isinstance(module, SparseLinear):
             module.__class__ = torch.nn.Linear
     model.lm_head.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -376,8 +388,9 @@ def plain_alignment(
         loss = sum(model(input_ids=i, labels=t).loss for i, t in micro) / 2
         optimiser.zero_grad()
         loss.backward()
-        for name, mask in masks.items():
-            trained[name].grad.mul_(mask)
+        if stock:
+            for name, mask in masks.items():
+                trained[name].grad.mul_(mask)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimiser.step()
         schedule.step()
