@@ -219,7 +219,7 @@ def nothing(folder: Path) -> None:
             ["prune", "--set", "prune.layers=[2, 9]"],
             "prune.layers must satisfy 0 <= first < end <= 4 (the model's layers), got [2, 9]; set",
         ),
-        (unsupported, ["prune"], "the base's model_type must be one of [llama], got 'mamba'; "),
+        (unsupported, ["prune"], "the base's model_type must be one of [llama, mistral, qwen2, "),
         (truncated, ["prune"], "base/model-00002-of-"),
         (corrupt_header, ["prune"], "base/model-00002-of-"),
         (occupied, ["prune"], "prune.output must be a new or empty directory, out/pruned holds"),
