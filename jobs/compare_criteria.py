@@ -25,7 +25,7 @@ from loram_ray.cluster import ray_session
 
 LAYERS = (4, 28)
 STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
-HOLD_OUT_EVERY, HELD_OUT = 25, 24
+HOLD_OUT_EVERY, HELD_OUT, ALIGN_EVERY = 25, 24, 10
 SEQUENCE = 256
 
 
@@ -105,6 +105,7 @@ class Study:
         kept = [row for i, row in enumerate(rows) if i % HOLD_OUT_EVERY]
         write_lines(self.output / "held_out.jsonl", iter(held))
         write_lines(self.output / "text.jsonl", iter(kept))
+        write_lines(self.output / "alignment.jsonl", iter(kept[::ALIGN_EVERY]))
 
     @property
     def base(self) -> str:
@@ -140,7 +141,7 @@ class Study:
                 pruned=folder / "pruned",
                 output=folder / "aligned",
                 corpus={
-                    "sources": [{"path": str(self.output / "text.jsonl")}],
+                    "sources": [{"path": str(self.output / "alignment.jsonl")}],
                     "sequence_length": SEQUENCE,
                 },
                 steps=2 if self.quick else 6,

@@ -19,8 +19,8 @@ def peak_memory_gb() -> float:
 def return_freed_memory() -> None:
     """Have the C library give freed memory back to the system.
 
-    Layers of a few hundred tensors, allocated and freed one after another, leave glibc's heap in
-    pieces: it then keeps more than the live tensors need, and more with every layer.
+    glibc's heap, after the tensors of one layer after another were allocated and freed in it, lies
+    in pieces: it keeps more than the live tensors need, and more with every layer.
     """
     with suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL(None).malloc_trim(0)

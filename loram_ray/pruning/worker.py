@@ -153,6 +153,8 @@ class CalibrationWorker:
                 output = self._stream.run(layer, module, hidden)
                 if write:
                     self._states.write("input", layer + 1, begin, output)
+                del hidden, output
+                return_freed_memory()
         for found in statistics.values():
             if isinstance(found, Hessian):  # summed where the layer ran, read where there is no GPU
                 found.total = found.total.cpu()
@@ -200,6 +202,8 @@ class CalibrationWorker:
                 output.backward(upstream[part])
                 self._take(weights, found, squares)
             self._states.write("gradient", layer, begin, _gradient(hidden))
+            del hidden, upstream, output
+            return_freed_memory()
         for weight in weights.values():
             weight.requires_grad_(False)
         return Gradients(_on_cpu(found.total), _on_cpu(found.squares))

@@ -33,7 +33,7 @@ LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, 
 LLAMA_70B = {"hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128}
 WIDTH = {"hidden": 1024, "intermediate": 2816, "heads": 16, "kv_heads": 4, "head_dim": 64}
 VOCABULARY = 8192
-SAMPLES, TOKENS = 16, 256
+SAMPLES, TOKENS = 8, 128
 PRUNED_LAYERS_70B = 74
 
 
@@ -127,8 +127,8 @@ def workers(folder: Path, method: str, count: int) -> dict[str, float]:
     """Seconds of the whole stage on the real model, actors of one core each."""
     calibration = lr.CalibrationConfig(
         sources=[{"path": str(folder / "text.jsonl")}],
-        samples=32,
-        sequence_length=512,
+        samples=16,
+        sequence_length=256,
         batch_size=2,
         workers=count,
         cpus_per_worker=1,
