@@ -270,7 +270,8 @@ def main() -> None:
             (arguments.output / "table.md").write_text(as_markdown(rows, base))
         if not arguments.pruning_only:
             base["full"] = study.answer_perplexity(study.full_lora(), "full")
-            for row in rows:
+            first = (STRUCTURED_RATIOS[0], UNSTRUCTURED_RATIOS[0])
+            for row in sorted(rows, key=lambda row: row["ratio"] not in first):
                 folder = row["criterion"].folder
                 merged = study.adapted(row["criterion"])
                 row["answers"] = study.answer_perplexity(merged, folder)
