@@ -102,9 +102,16 @@ def _stage_command(stage: str) -> Callable[..., None]:
         state = "complete before, skipped" if result.skipped else "done"
         print(f"{stage}: {state}: {result.output}")
         for key, value in result.manifest.details.items():
-            print(f"  {key}: {value}")
+            shown = _spread(value) if isinstance(value, dict) and value else value
+            print(f"  {key}: {shown}")
 
     return command
+
+
+def _spread(values: dict[str, float]) -> str:
+    """One line on a number for each of many linears."""
+    least, most = min(values.values()), max(values.values())
+    return f"{least:.3g} to {most:.3g}, one for each of {len(values)} in manifest.json"
 
 
 for _name in STAGES:

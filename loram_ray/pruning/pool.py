@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.errors import LoramError
+from loram_ray.pruning.text import KEY
 from loram_ray.pruning.worker import CalibrationWorker, Setup
 
 Job = tuple[str, tuple[Any, ...]]
@@ -111,6 +112,11 @@ class RayPool:
             ) from error
 
 
+def threads_of(config: CalibrationConfig) -> int:
+    """CPUs, and threads, of each worker: by default this machine's, shared out."""
+    return config.cpus_per_worker or max((os.cpu_count() or 1) // config.workers, 1)
+
+
 @contextmanager
 def ray_pool(setup: Setup, config: CalibrationConfig, ray_config: RayConfig) -> Iterator[RayPool]:
     """Have Ray and the configured workers inside the block.
@@ -118,7 +124,7 @@ def ray_pool(setup: Setup, config: CalibrationConfig, ray_config: RayConfig) -> 
     Raises:
         LoramError: the cluster can never place them.
     """
-    cpus = config.cpus_per_worker or max((os.cpu_count() or 1) // config.workers, 1)
+    cpus = threads_of(config)
     with ray_session(ray_config, cpus * config.workers):
         require_resources(config.workers, cpus, gpus_per_worker(), f"{KEY}.workers")
         pool = RayPool(setup, config, cpus)
@@ -126,7 +132,3 @@ def ray_pool(setup: Setup, config: CalibrationConfig, ray_config: RayConfig) -> 
             yield pool
         finally:
             pool.close()
-
-
-KEY = "prune.calibration"
-MakePool = Callable[[Setup], Any]

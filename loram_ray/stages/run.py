@@ -23,6 +23,7 @@ from loram_ray.config import (
 from loram_ray.errors import LoramError
 from loram_ray.manifest import write_json
 from loram_ray.progress import say
+from loram_ray.pruning.pool import threads_of
 from loram_ray.stage import StageResult
 from loram_ray.stages.align import align
 from loram_ray.stages.evaluate import evaluate
@@ -83,6 +84,9 @@ def run(config: RunConfig) -> RunResult:
         raise LoramError("the config must have at least one stage; add 'prune:' to it")
     result = RunResult(config.output)
     cpus = config.align.workers * config.align.cpus_per_worker if config.align else 1
+    if config.prune is not None and config.prune.calibration is not None:
+        calibration = config.prune.calibration
+        cpus = max(cpus, calibration.workers * threads_of(calibration))
     with ray_session(config.ray, cpus):
         for number, step in enumerate(steps, start=1):
             say("run", f"[{number}/{len(steps)}] {step.name}")
