@@ -204,39 +204,43 @@ against one with two threads {two / alone:.2f}, one worker under Ray against the
 Ray **{alone / plain:.2f}**."""
 
 
-def _calibration(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+def _calibration(found: dict[str, Any]) -> str:
     memory = "\n".join(
         f"| {method} | "
         + " | ".join(f"{by_depth[str(d)]['peak_bytes'] / MB:.0f} MB" for d in DEPTHS)
         + f" | {by_depth['32']['peak_bytes'] / by_depth['8']['peak_bytes'] - 1:+.1%} "
-        f"| {by_depth['32']['before_bytes'] / MB:.0f} MB "
-        f"| {by_depth['32']['seconds_per_layer']:.2f} s |"
+        f"| {by_depth['32']['before_bytes'] / MB:.0f} MB |"
         for method, by_depth in found["memory"].items()
     )
-    workers = "\n".join(
-        f"| {method} | {by_count['1']['seconds']:.0f} s | {by_count['2']['seconds']:.0f} s "
-        f"| {by_count['1']['seconds'] / by_count['2']['seconds']:.2f} "
-        f"| {'yes' if by_count['1']['plan'] == by_count['2']['plan'] else 'no'} |"
-        for method, by_count in found["workers"].items()
-    )
-    return f"""## Calibration, layer by layer
+    parts = [
+        f"""## Calibration, layer by layer
 
 Peak memory of one process walking through a synthetic Llama (hidden 1,024, intermediate 2,816; a
-layer is 44 MB in float32, 32 layers 1.4 GB) with 8 samples of 128 tokens.
+layer is 45 MB in float32, 32 layers 1.4 GB) with 8 samples of 128 tokens.
 
 | criterion | {" layers | ".join(map(str, DEPTHS))} layers | from 8 to 32 (target within 15%) \
-| before the walk | a layer |
-|---|---|---|---|---|---|---|
-{memory}
-
-The whole prune stage on SmolLM2-135M (16 samples of 256 tokens), Ray actors of one core each, the
-start of Ray and of the actors included:
+| before the walk |
+|---|---|---|---|---|---|
+{memory}"""
+    ]
+    if "workers" in found:
+        rows = "\n".join(
+            f"| {method} | {by_count['1']['seconds']:.0f} s | {by_count['2']['seconds']:.0f} s "
+            f"| {by_count['1']['seconds'] / by_count['2']['seconds']:.2f} "
+            f"| {'yes' if by_count['1']['plan'] == by_count['2']['plan'] else 'no'} |"
+            for method, by_count in found["workers"].items()
+        )
+        parts.append(
+            f"""The whole prune stage on SmolLM2-135M (16 samples of 256 tokens), Ray actors of one
+core each, the start of Ray and of the actors included:
 
 | criterion | 1 worker | 2 workers | ratio | same plan |
 |---|---|---|---|---|
-{workers}
-
-{_extrapolation(found["layer"])}"""  # type: ignore[arg-type]
+{rows}"""
+        )
+    if "layer" in found:
+        parts.append(_extrapolation(found["layer"]))
+    return "\n\n".join(parts)
 
 
 def _extrapolation(layer: dict[str, float]) -> str:
