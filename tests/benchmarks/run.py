@@ -291,7 +291,7 @@ def _sparse(found: dict[str, Any]) -> str:
     )
     return f"""## SparseGPT and Wanda on one linear
 
-Correlated random inputs, {found["tokens"]} tokens, {found["threads"]} threads, float32, damping
+Correlated random inputs, {found["tokens"]} tokens, threads: {found["threads"]}; float32, damping
 0.01, blocks of 128; the same weight and the same Hessian or norms for both; seconds of the call,
 medians of rounds in turns. The peer is llm-compressor's own functions in an environment of its own
 (`PEER` names its
