@@ -97,7 +97,9 @@ def plain(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("zero_stage", "workers"), [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("zero_stage", "workers"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2), (3, 2)]
+)
 def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
     zero_stage: int,
     workers: int,
