@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from loram_ray.architectures import Architecture, Geometry
 from loram_ray.config import PruneConfig, RayConfig
 from loram_ray.errors import LoramError
-from loram_ray.masks import pack
 from loram_ray.progress import Reporter
 from loram_ray.pruning.criteria import (
     LayerScores,
@@ -29,7 +28,7 @@ from loram_ray.pruning.solve import solve_linear
 from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.statistics import SquaredNorms
 from loram_ray.pruning.text import KEY, calibration_sequences
-from loram_ray.pruning.walk import Walk, save_tensors, share_out, solved_file
+from loram_ray.pruning.walk import Walk, save_solved, share_out
 from loram_ray.pruning.worker import TOKENS_FILE, Setup
 from loram_ray.tensorfile import Checkpoint
 
@@ -139,18 +138,15 @@ def _solve_without_calibration(
 ) -> None:
     with Reporter("prune", total=len(ratios), unit="layer") as reporter:
         for layer, ratio in ratios.items():
-            path = solved_file(work, layer)
-            tensors = {}
+            solved = {}
             for entry in layer_linears(base.family, base.geometry, layer):
                 name = entry.module
                 inputs = SquaredNorms(norms[name]) if name in norms else None
                 weight = base.weight(name)
-                solved = solve_linear(
+                solved[name] = solve_linear(
                     weight, config.method, inputs, ratio, pattern, config.damping, name
                 )
-                tensors[f"{name}.weight"] = solved.weight
-                tensors[f"{name}.mask"] = pack(solved.mask)
-            save_tensors(path, tensors)
+            save_solved(work, layer, solved)
             reporter.advance(1)
 
 

@@ -34,6 +34,7 @@ from loram_ray.pruning.criteria import (
 )
 from loram_ray.pruning.hidden import HiddenStates
 from loram_ray.pruning.pool import Pool
+from loram_ray.pruning.solve import Solved
 from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.statistics import MeanActivations, Moments, SquaredNorms, Statistic
 from loram_ray.pruning.worker import Gradients, Setup
@@ -224,17 +225,14 @@ class Walk:
             found = statistics.get(module)
             inputs = None if found is None else shared[id(found)]
             jobs.append(("solve", (module, method, inputs, ratio, damping, pattern)))
-        tensors, errors = {}, dict(self._journal.get("errors", {}))
-        for module, solved in zip(modules, self._pool.run(jobs), strict=True):
-            tensors[f"{module}.weight"] = solved.weight
-            tensors[f"{module}.mask"] = pack(solved.mask)
-            if solved.error is not None:
-                errors[module] = solved.error
+        solved = dict(zip(modules, self._pool.run(jobs), strict=True))
+        errors = dict(self._journal.get("errors", {}))
+        errors |= {m: s.error for m, s in solved.items() if s.error is not None}
         norms = {m: s.total for m, s in statistics.items() if isinstance(s, SquaredNorms)}
         if norms:
             save_tensors(self._work / "norms" / f"layer-{layer:05d}.safetensors", norms)
         self._note(errors=errors)
-        save_tensors(solved_file(self._work, layer), tensors)
+        save_solved(self._work, layer, solved)
 
     def _save_scores(self, layer: int, scores: LayerScores) -> None:
         path = self._work / "scores" / f"layer-{layer:05d}.safetensors"
@@ -255,6 +253,15 @@ class Walk:
 def solved_file(work: Path, layer: int) -> Path:
     """File of a layer's pruned weights and packed masks, ``<module>.weight`` and ``.mask``."""
     return work / "solved" / f"layer-{layer:05d}.safetensors"
+
+
+def save_solved(work: Path, layer: int, solved: dict[str, Solved]) -> None:
+    """Write a layer's pruned weights and packed masks, by module path, into its `solved_file`."""
+    tensors = {}
+    for module, linear in solved.items():
+        tensors[f"{module}.weight"] = linear.weight
+        tensors[f"{module}.mask"] = pack(linear.mask)
+    save_tensors(solved_file(work, layer), tensors)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -140,14 +140,8 @@ class CalibrationWorker:
             Statistics by module path, and, for linears with the same inputs as another, that
             one's path; both empty without a statistic.
         """
-        changed = load_file(solved) if solved else None
-        with (
-            self._stream.layer(layer, changed) as module,
-            self._watch(module, layer, statistic) as (
-                statistics,
-                same_inputs,
-            ),
-        ):
+        module = self._hold(layer, solved)
+        with self._watch(module, layer, statistic) as (statistics, same_inputs):
             for begin, _ in self._setup.batches(share):
                 hidden = self._states.read("input", layer, begin).to(self._device)
                 output = self._stream.run(layer, module, hidden)
