@@ -22,6 +22,7 @@ from prepare_demo import write_lines
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
+from loram_ray.stages.run import share_of_gain
 
 LAYERS = (4, 28)
 STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
@@ -228,13 +229,6 @@ def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def gain_kept(base: dict[str, float], answers: float) -> float:
-    """What is gained in log-perplexity as a share of what LoRA on the full base gains."""
-    import math
-
-    return math.log(base["answers"] / answers) / math.log(base["answers"] / base["full"])
-
-
 def main() -> None:
     """Fill the table row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -275,7 +269,7 @@ def main() -> None:
                 folder = row["criterion"].folder
                 merged = study.adapted(row["criterion"])
                 row["answers"] = study.answer_perplexity(merged, folder)
-                row["gain_kept"] = gain_kept(base, row["answers"])
+                row["gain_kept"] = share_of_gain(base["answers"], row["answers"], base["full"])
                 (arguments.output / "table.md").write_text(as_markdown(rows, base))
     print((arguments.output / "table.md").read_text())
 

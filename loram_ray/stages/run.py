@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -240,11 +241,14 @@ def gain_kept(rows: list[dict[str, Any]], metric: str = "answer_perplexity") -> 
 
     None where a row is missing or full LoRA gained nothing.
     """
-    import math
-
     found = {row["name"]: row.get(metric) for row in rows}
     base, loram = found.get("full base, untouched"), found.get("LoRAM")
     full = found.get("LoRA on the full base")
     if base is None or loram is None or full is None or full >= base:
         return None
-    return (math.log(base) - math.log(loram)) / (math.log(base) - math.log(full))
+    return share_of_gain(base, loram, full)
+
+
+def share_of_gain(base: float, adapted: float, full: float) -> float:
+    """What one perplexity gains over the base's as a share of what another does, in logarithms."""
+    return (math.log(base) - math.log(adapted)) / (math.log(base) - math.log(full))
