@@ -1,0 +1,46 @@
+"""One pydantic model per stage, and the run file that holds them all.
+
+A run file is YAML with one section per stage. Paths that follow from others (the pruned model is
+the input of alignment) are filled in, so that ``loram prune --config f.yaml`` and ``loram align
+--config f.yaml`` fit together as ``loram run`` does. Every error names the file and the key.
+"""
+
+from loram_ray.config.align import AlignConfig
+from loram_ray.config.corpus import CorpusConfig, SourceConfig
+from loram_ray.config.finetune import (
+    EvaluateConfig,
+    LoraConfig,
+    MergeConfig,
+    RecoverConfig,
+    TrainConfig,
+)
+from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
+from loram_ray.config.reading import load_run, section_of, validate
+from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
+from loram_ray.config.section import OptimiserConfig, Precision, RayConfig, Section, section_type
+
+__all__ = [
+    "AlignConfig",
+    "CalibrationConfig",
+    "CorpusConfig",
+    "EvaluateConfig",
+    "LoraConfig",
+    "MASKING_METHODS",
+    "MergeConfig",
+    "OptimiserConfig",
+    "Precision",
+    "PruneConfig",
+    "RayConfig",
+    "RecoverConfig",
+    "RunConfig",
+    "STAGES",
+    "Section",
+    "SourceConfig",
+    "TrainConfig",
+    "fill_paths",
+    "load_run",
+    "recovers_delta",
+    "section_of",
+    "section_type",
+    "validate",
+]

@@ -1,0 +1,90 @@
+"""The run file: a section for each stage, and the paths between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from loram_ray.config.align import AlignConfig
+from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig, TrainConfig
+from loram_ray.config.prune import PruneConfig
+from loram_ray.config.section import RayConfig, Section
+
+STAGES: dict[str, type[Section]] = {
+    "prune": PruneConfig,
+    "align": AlignConfig,
+    "train": TrainConfig,
+    "recover": RecoverConfig,
+    "merge": MergeConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+class RunConfig(Section):
+    """run: the sections of all stages, and what they share."""
+
+    base: str = Field(description="base model: a directory of safetensors or a hub id")
+    output: Path = Field(description="directory of the whole run")
+    ray: RayConfig = RayConfig()
+    prune: PruneConfig | None = None
+    align: AlignConfig | None = None
+    train: TrainConfig | None = None
+    recover: RecoverConfig | None = None
+    merge: MergeConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    compare: bool = Field(
+        False,
+        description="also train without alignment and on the full base, and evaluate each",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_paths(cls, data: Any) -> Any:
+        return fill_paths(data) if isinstance(data, dict) else data
+
+
+def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Give each section the paths that follow from the run's base, output and other sections."""
+    filled = dict(data)
+    if not isinstance(filled.get("base"), str) or not isinstance(filled.get("output"), str | Path):
+        return filled
+    base, root = filled["base"], Path(filled["output"])
+
+    def output(stage: str, folder: str) -> Path:
+        section = filled.get(stage)
+        if isinstance(section, Section):
+            section = dict(section)
+        given = section.get("output") if isinstance(section, Mapping) else None
+        return Path(given) if isinstance(given, str | Path) else root / folder
+
+    pruned, aligned = output("prune", "pruned"), output("align", "aligned")
+    pruned_adapter, adapter = output("train", "adapter_pruned"), output("recover", "adapter")
+    merged = output("merge", "merged")
+    loram: dict[str, Any] = {"model": base, "adapter": adapter}
+    if filled.get("merge") is not None and recovers_delta(filled.get("recover")):
+        loram = {"model": str(merged)}  # a delta is no adapter
+    derived: dict[str, dict[str, Any]] = {
+        "prune": {"base": base, "output": pruned},
+        "align": {"pruned": pruned, "output": aligned},
+        "train": {
+            "model": pruned if filled.get("align") is None else aligned,
+            "output": pruned_adapter,
+        },
+        "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
+        "merge": {"base": base, "adapter": adapter, "output": merged},
+        "evaluate": {**loram, "output": root / "evaluation" / "loram"},
+    }
+    for name, paths in derived.items():
+        section = filled.get(name)
+        if isinstance(section, Mapping):
+            filled[name] = {**paths, **section}
+    return filled
+
+
+def recovers_delta(recover: Any) -> bool:
+    """Whether a ``recover`` section, validated or not, writes a delta."""
+    section = dict(recover) if isinstance(recover, Section | Mapping) else {}
+    return section.get("form") == "delta"

@@ -1,0 +1,47 @@
+"""What every section of a configuration is, and what several have."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """A configuration section: unknown keys are refused, values are fixed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RayConfig(Section):
+    """Where Ray runs."""
+
+    address: str = Field(
+        "local", description="'local' starts an embedded Ray, 'auto' joins this machine's cluster"
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of an embedded Ray; default: enough for the stage"
+    )
+
+
+class OptimiserConfig(Section):
+    """AdamW with warm-up."""
+
+    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+
+
+def section_type(annotation: Any) -> type[Section] | None:
+    """Return the section class in an annotation such as ``AlignConfig | None``, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = section_type(argument)
+        if found is not None:
+            return found
+    return None
