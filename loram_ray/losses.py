@@ -7,6 +7,8 @@ applied only where a label is, a chunk at a time, and recomputed in the backward
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -54,37 +56,56 @@ def summed_loss_of_states(
     Returns:
         The sum, float32 scalar, and the number of labels, int64 scalar.
     """
-    states, targets = labelled_states(hidden, labels)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    total = states.new_zeros((), dtype=torch.float32)
-    # As many chunks as the shape allows, the last ones empty where labels are few: every worker
-    # applies the head equally often, as ZeRO-3 demands, and no label gives a differentiable zero.
-    for start in range(0, max(labels[:, 1:].numel(), 1), chunk):
-        part = slice(start, start + chunk)
-        total = total + checkpoint(
-            _chunk_loss, head, states[part], targets[part], cap, use_reentrant=False
-        )
+    wanted = labelled(labels)
+    targets = labels[:, 1:][wanted]
+
+    def loss(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits_of(model, states), targets, reduction="sum")
+
+    total = sum_in_chunks(loss, (hidden[:, :-1][wanted], targets), wanted.numel(), chunk)
     return total, torch.tensor(len(targets), device=targets.device)
 
 
-def labelled_states(
-    hidden: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of the positions that predict a label, and those labels.
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Mask of the positions that predict a label, bool ``[batch, seq - 1]``."""
+    return labels[:, 1:] != IGNORED
 
-    Returns:
-        ``[labelled, hidden]`` and int64 ``[labelled]``.
+
+def logits_of(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Logits of a causal LM of transformers, float32 ``[n, vocabulary]``.
+
+    Args:
+        model: the model.
+        states: ``[n, hidden]``, after the final norm.
     """
-    predicting, target = hidden[:, :-1], labels[:, 1:]
-    wanted = target != IGNORED
-    return predicting[wanted], target[wanted]
-
-
-def _chunk_loss(
-    head: nn.Module, states: torch.Tensor, targets: torch.Tensor, cap: float | None
-) -> torch.Tensor:
-    logits = head(states)
+    logits: torch.Tensor = model.get_output_embeddings()(states)  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is not None:  # Gemma 2 squashes its logits
         logits = cap * torch.tanh(logits / cap)
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return logits.float()
+
+
+def sum_in_chunks(
+    function: Callable[..., torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    most: int,
+    chunk: int = CHUNK,
+) -> torch.Tensor:
+    """Sum a function of rows over chunks of them, recomputed in the backward pass.
+
+    Args:
+        function: of a chunk of each of ``rows``; applies the output head once.
+        rows: tensors of equally many rows, the first the hidden states.
+        most: rows there could have been. There are as many chunks as that many would need, the last
+            ones perhaps empty: every worker applies the head equally often, as ZeRO-3 demands, and
+            no row at all gives a differentiable zero.
+        chunk: rows at a time.
+
+    Returns:
+        Float32, of the shape of the function's result.
+    """
+    total = rows[0].new_zeros((), dtype=torch.float32)
+    for start in range(0, max(most, 1), chunk):
+        parts = [tensor[start : start + chunk] for tensor in rows]
+        total = total + checkpoint(function, *parts, use_reentrant=False)
+    return total

@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from loram_ray.alignment.deepspeed import (
     deepspeed_config,
@@ -23,10 +23,13 @@ from loram_ray.alignment.deepspeed import (
     import_deepspeed,
     load_partitioned,
 )
+from loram_ray.alignment.objective import PARTS, AlignmentModel
+from loram_ray.alignment.targets import LISTS, read_targets
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.stream import Share, list_blocks, stream
+from loram_ray.distillation import TopTokens
 from loram_ray.errors import LoramError
-from loram_ray.losses import IGNORED, summed_loss
+from loram_ray.losses import IGNORED, labelled
 from loram_ray.manifest import write_json
 from loram_ray.memory import peak_memory_gb
 from loram_ray.progress import METRICS_FILE, MetricsLog
@@ -37,33 +40,35 @@ _TAG = "state"
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a worker reads besides the pruned model.
+
+    Attributes:
+        corpus: prepared corpus.
+        targets: directory of the base's likeliest tokens over it, or None.
+        teacher: the base, whose distributions are computed live, or None.
+    """
+
+    corpus: Path
+    targets: Path | None
+    teacher: Path | None
+
+
+@dataclass(frozen=True)
 class LoopSettings:
     """What a worker is told.
 
     Attributes:
         config: the stage's configuration.
-        corpus: prepared corpus.
+        inputs: what it reads.
         work: directory shared by all workers for metrics and locks.
         export: directory that the aligned weights are written into.
     """
 
     config: AlignConfig
-    corpus: Path
+    inputs: Inputs
     work: Path
     export: Path
-
-
-class LossModel(nn.Module):
-    """The model as DeepSpeed sees it: sequences in, mean loss of a micro-batch out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean next-token loss, float32 scalar; both arguments int64 ``[batch, seq]``."""
-        total, count = summed_loss(self.model, input_ids, None, labels)
-        return total / count.clamp(min=1)
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -81,7 +86,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())
     with alone(loop.work) if rank == 0 else nullcontext():
-        engine = _start_engine(loop.config)
+        engine = _start_engine(loop)
         step = _resume(engine)
         _train(engine, loop, rank, step)
         partitioned = loop.config.zero_stage == 3
@@ -92,9 +97,10 @@ def train_loop(settings: dict[str, Any]) -> None:
             write_json(loop.work / HASHES_FILE, hashes)
 
 
-def _start_engine(config: AlignConfig) -> Any:
+def _start_engine(loop: LoopSettings) -> Any:
     from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
+    config = loop.config
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
     torch.manual_seed(config.seed)
@@ -103,6 +109,10 @@ def _start_engine(config: AlignConfig) -> Any:
     model.train()
     if config.freeze_lm_head:
         model.get_output_embeddings().requires_grad_(False)
+    teacher = None
+    if loop.inputs.teacher is not None:  # under ZeRO-3 the base is partitioned, too
+        teacher = load_partitioned(loop.inputs.teacher, ds_config, config.precision)
+        teacher.requires_grad_(False)
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
         warmup = config.optimiser.warmup_steps
@@ -111,7 +121,7 @@ def _start_engine(config: AlignConfig) -> Any:
         return get_cosine_schedule_with_warmup(optimizer, warmup, config.steps)
 
     engine, *_ = deepspeed.initialize(
-        model=LossModel(model),
+        model=AlignmentModel(model, config, teacher),
         model_parameters=[p for p in model.parameters() if p.requires_grad],
         config=ds_config,
         lr_scheduler=schedule,
@@ -135,20 +145,29 @@ def _resume(engine: Any) -> int:
 def _train(engine: Any, loop: LoopSettings, rank: int, step: int) -> None:
     config = loop.config
     log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
-    batches = _micro_batches(config, loop.corpus, rank, step)
-    accumulation = engine.gradient_accumulation_steps()
+    batches = _micro_batches(loop, rank, step)
+    module: AlignmentModel = engine.module
     while step < config.steps:
         started = time.perf_counter()
-        losses, row_ids = [], []
-        for batch in islice(batches, accumulation):
-            loss = engine(*_to_device(batch, engine.device))
-            engine.backward(loss)
+        micro_batches = [
+            _to_device(batch, engine.device)
+            for batch in islice(batches, engine.gradient_accumulation_steps())
+        ]
+        predicted = torch.stack([labelled(batch.labels).sum() for batch in micro_batches]).sum()
+        tokens = _sum_over_workers(predicted).clamp(min=1)
+        sums = torch.zeros(len(PARTS), device=engine.device)
+        for batch in micro_batches:
+            found = engine(batch.input_ids, batch.labels, batch.top)
+            # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
+            share = len(micro_batches) * config.workers / tokens
+            engine.backward(module.loss(found) * share)
             engine.step()
-            losses.append(loss.detach())
-            row_ids += batch["row_id"].tolist()
+            sums += found.detach()
         step += 1
-        loss = _mean_over_workers(torch.stack(losses).mean())
+        means = _sum_over_workers(sums) / tokens
+        loss = float(module.loss(means))
         if not math.isfinite(loss):
+            row_ids = [row for batch in micro_batches for row in batch.row_ids]
             raise LoramError(
                 f"align: the loss is {loss} at step {step} (worker {rank}, rows {row_ids}); lower "
                 "align.optimiser.learning_rate or look at those rows; the last checkpoint is kept"
@@ -158,18 +177,18 @@ def _train(engine: Any, loop: LoopSettings, rank: int, step: int) -> None:
             log.write(
                 step,
                 loss=loss,
+                **module.parts(means),
                 lr=engine.get_lr()[0],
                 grad_norm=float(engine.get_global_grad_norm() or 0.0),
                 memory_gb=peak_memory_gb(),
-                tokens_per_s=config.batch_size * batch["input_ids"].shape[1] / seconds,
+                tokens_per_s=config.batch_size * micro_batches[0].input_ids.shape[1] / seconds,
             )
         if step % config.checkpoint_every == 0 or step == config.steps:
             _checkpoint(engine, step, loss)
 
 
-def _micro_batches(
-    config: AlignConfig, corpus: Path, rank: int, step: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _micro_batches(loop: LoopSettings, rank: int, step: int) -> Iterator[dict[str, np.ndarray]]:
+    config = loop.config
     share = Share(
         start=step * config.batch_size,
         end=config.steps * config.batch_size,
@@ -178,23 +197,45 @@ def _micro_batches(
         workers=config.workers,
     )
     if share.start < share.end:
-        yield from stream(list_blocks(corpus), config.seed, share, config.micro_batch_size)
+        beside = (
+            partial(read_targets, loop.inputs.targets) if loop.inputs.targets is not None else None
+        )
+        blocks = list_blocks(loop.inputs.corpus)
+        yield from stream(blocks, config.seed, share, config.micro_batch_size, beside)
 
 
-def _to_device(
-    batch: dict[str, np.ndarray], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input ids and labels, int64 ``[batch, seq]``; padding carries no label."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward takes, on the worker's device.
+
+    Attributes:
+        input_ids: int64 ``[batch, seq]``.
+        labels: int64 ``[batch, seq]``; padding carries none.
+        top: the base's likeliest tokens, where they were computed before.
+        row_ids: of the corpus.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    top: TopTokens | None
+    row_ids: list[int]
+
+
+def _to_device(batch: dict[str, np.ndarray], device: torch.device) -> MicroBatch:
     input_ids = torch.from_numpy(batch["input_ids"].astype(np.int64))
     positions = torch.arange(input_ids.shape[1])
     padding = positions >= torch.from_numpy(batch["length"].copy())[:, None]
     labels = input_ids.masked_fill(padding, IGNORED)
-    return input_ids.to(device), labels.to(device)
+    top = None
+    if "missing" in batch:
+        parts = (torch.from_numpy(batch[name].copy()) for name in LISTS)
+        top = TopTokens.rounded(*parts).to(device)
+    return MicroBatch(input_ids.to(device), labels.to(device), top, batch["row_id"].tolist())
 
 
-def _mean_over_workers(value: torch.Tensor) -> float:
+def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:
     torch.distributed.all_reduce(value)
-    return float(value) / torch.distributed.get_world_size()
+    return value
 
 
 def _checkpoint(engine: Any, step: int, loss: float) -> None:

@@ -5,7 +5,7 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 --config f.yaml`` fit together as ``loram run`` does. Every error names the file and the key.
 """
 
-from loram_ray.config.align import AlignConfig
+from loram_ray.config.align import AlignConfig, DistillationConfig
 from loram_ray.config.corpus import CorpusConfig, SourceConfig
 from loram_ray.config.finetune import (
     EvaluateConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "AlignConfig",
     "CalibrationConfig",
     "CorpusConfig",
+    "DistillationConfig",
     "EvaluateConfig",
     "LoraConfig",
     "MASKING_METHODS",

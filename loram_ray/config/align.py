@@ -11,12 +11,61 @@ from loram_ray.config.corpus import CorpusConfig
 from loram_ray.config.section import OptimiserConfig, Precision, Section
 
 
+class DistillationConfig(Section):
+    """What the pruned model learns of its base."""
+
+    targets: Literal["cached", "live"] = Field(
+        "cached",
+        description="cached: the base's likeliest tokens, computed once beside the output; live: "
+        "the base runs beside the pruned model in training",
+    )
+    top_k: int = Field(64, ge=1, description="cached: tokens kept of each distribution")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of both distributions")
+    causal_lm_weight: float = Field(
+        0.0, ge=0, le=1, description="share of the causal-LM loss; distillation has the rest"
+    )
+    hidden_layers: tuple[int, ...] = Field(
+        (), description="live: layers whose outputs are to be the base's, too"
+    )
+    hidden_weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="of the relative squared error of those outputs"
+    )
+    workers: int = Field(1, ge=1, description="cached: actors (one GPU each where there are)")
+    gpus_per_worker: int = Field(
+        1, ge=1, description="cached: GPUs that an actor shares the base out over, where there are"
+    )
+    batch_size: int = Field(8, ge=1, description="cached: sequences in one forward of the base")
+    stream_rows: int | None = Field(
+        None,
+        ge=1,
+        description="cached: run the base layer by layer over so many sequences at a time, their "
+        "hidden states on disk; for a base that does not fit. default: load it whole",
+    )
+
+    @model_validator(mode="after")
+    def _hidden_states_are_live(self) -> DistillationConfig:
+        if self.hidden_layers and self.targets != "live":
+            raise ValueError(
+                f"hidden_layers must be empty where targets are cached, got "
+                f"{list(self.hidden_layers)}: hidden states are too large to keep; "
+                "set targets to live or leave them out"
+            )
+        return self
+
+
 class AlignConfig(Section):
     """align: continual pre-training of a pruned model on Ray Train and DeepSpeed."""
 
     pruned: Path = Field(description="directory written by prune")
     output: Path = Field(description="directory to write")
     corpus: CorpusConfig
+    objective: Literal["causal_lm", "distillation"] = Field(
+        "causal_lm",
+        description="causal_lm: predict the corpus, as the paper does; distillation: predict what "
+        "the base predicts on it",
+    )
+    base: str | None = Field(None, description="base that was pruned; for distillation")
+    distillation: DistillationConfig = DistillationConfig()
     steps: int = Field(1600, ge=1, description="optimiser steps")
     batch_size: int = Field(128, ge=1, description="sequences in a step, over all workers")
     micro_batch_size: int = Field(4, ge=1, description="sequences in one forward of one worker")
@@ -31,6 +80,17 @@ class AlignConfig(Section):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="worker failures survived")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order")
+
+    @property
+    def actors(self) -> int:
+        """Workers at a time, of training or of the computation of targets."""
+        return max(self.workers, self.distillation.workers)
+
+    @model_validator(mode="after")
+    def _distillation_has_a_base(self) -> AlignConfig:
+        if self.objective == "distillation" and self.base is None:
+            raise ValueError("base must be given for objective distillation; name the base model")
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> AlignConfig:

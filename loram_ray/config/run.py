@@ -68,7 +68,7 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         loram = {"model": str(merged)}  # a delta is no adapter
     derived: dict[str, dict[str, Any]] = {
         "prune": {"base": base, "output": pruned},
-        "align": {"pruned": pruned, "output": aligned},
+        "align": {"base": base, "pruned": pruned, "output": aligned},
         "train": {
             "model": pruned if filled.get("align") is None else aligned,
             "output": pruned_adapter,

@@ -8,7 +8,7 @@ within a block, anew in every epoch: reading stays sequential within a block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,10 @@ class Block:
     path: str
     group: int
     rows: int
+
+
+Beside = Callable[[Block, np.ndarray], dict[str, np.ndarray]]
+"""Reads, for some rows of a block, what is kept beside the corpus."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,12 @@ class Share:
         return mine & (positions >= self.start) & (positions < self.end)
 
 
-def read_span(span: Span, share: Share) -> dict[str, np.ndarray]:
+def read_span(span: Span, share: Share, beside: Beside | None = None) -> dict[str, np.ndarray]:
     """Read a worker's rows of one block, in order.
 
     Returns:
         ``row_id`` int64 ``[rows]``, ``input_ids`` int32 ``[rows, seq]`` and ``length`` int32
-        ``[rows]``.
+        ``[rows]``; and what is beside them.
     """
     permutation = np.random.default_rng(span.shuffle_seed).permutation(span.rows)
     rows = permutation[share.takes(span.start + np.arange(span.rows))]
@@ -98,11 +102,16 @@ def read_span(span: Span, share: Share) -> dict[str, np.ndarray]:
         "row_id": table["row_id"].to_numpy()[rows],
         "input_ids": tokens.reshape(span.rows, -1)[rows],
         "length": table["length"].to_numpy()[rows],
+        **(beside(Block(span.path, span.group, span.rows), rows) if beside else {}),
     }
 
 
 def stream(
-    blocks: list[Block], seed: int, share: Share, micro_batch_size: int
+    blocks: list[Block],
+    seed: int,
+    share: Share,
+    micro_batch_size: int,
+    beside: Beside | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Stream a worker's share in micro-batches through Ray Data.
 
@@ -111,6 +120,7 @@ def stream(
         seed: of the order.
         share: the worker's positions.
         micro_batch_size: rows in each yielded batch; divides the worker's part of a global batch.
+        beside: reads what else is wanted of the rows.
 
     Yields:
         Batches as `read_span` describes.
@@ -122,14 +132,16 @@ def stream(
     context.enable_progress_bars = False
     wanted = [vars(span) for span in spans(blocks, seed, share.start, share.end)]
     dataset = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
-        _read_batch, fn_args=(share,), batch_size=1
+        _read_batch, fn_args=(share, beside), batch_size=1
     )
     yield from dataset.iter_batches(
         batch_size=micro_batch_size, prefetch_batches=2, batch_format="numpy"
     )
 
 
-def _read_batch(batch: dict[str, np.ndarray], share: Share) -> dict[str, np.ndarray]:
+def _read_batch(
+    batch: dict[str, np.ndarray], share: Share, beside: Beside | None
+) -> dict[str, np.ndarray]:
     span = Span(
         path=str(batch["path"][0]),
         group=int(batch["group"][0]),
@@ -137,4 +149,4 @@ def _read_batch(batch: dict[str, np.ndarray], share: Share) -> dict[str, np.ndar
         start=int(batch["start"][0]),
         shuffle_seed=int(batch["shuffle_seed"][0]),
     )
-    return read_span(span, share)
+    return read_span(span, share, beside)

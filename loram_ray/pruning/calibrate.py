@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from loram_ray.architectures import Architecture, Geometry
 from loram_ray.config import PruneConfig, RayConfig
 from loram_ray.errors import LoramError
+from loram_ray.layerwise.layers import require_finite
 from loram_ray.progress import Reporter
 from loram_ray.pruning.criteria import (
     LayerScores,
@@ -21,7 +22,6 @@ from loram_ray.pruning.criteria import (
     magnitude,
     score_layer,
 )
-from loram_ray.pruning.layers import require_finite
 from loram_ray.pruning.pool import ray_pool
 from loram_ray.pruning.random import random_scores
 from loram_ray.pruning.solve import solve_linear

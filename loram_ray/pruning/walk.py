@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loram_ray.architectures import Architecture, Geometry
+from loram_ray.layerwise.hidden import HiddenStates
 from loram_ray.manifest import write_json
 from loram_ray.masks import pack
 from loram_ray.progress import Reporter
@@ -32,7 +33,6 @@ from loram_ray.pruning.criteria import (
     score_layer,
     taylor,
 )
-from loram_ray.pruning.hidden import HiddenStates
 from loram_ray.pruning.pool import Pool
 from loram_ray.pruning.solve import Solved
 from loram_ray.pruning.sparse import Pattern

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loram_ray.architectures import architecture_of
+from loram_ray.layerwise.hidden import HiddenStates
+from loram_ray.layerwise.layers import LayerStream
 from loram_ray.memory import return_freed_memory
-from loram_ray.pruning.hidden import HiddenStates
-from loram_ray.pruning.layers import LayerStream
 from loram_ray.pruning.solve import Solved, solve_linear
 from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.statistics import (

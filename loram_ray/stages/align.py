@@ -7,49 +7,110 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loram_ray.alignment.loop import HASHES_FILE, LoopSettings, train_loop
+from loram_ray.alignment.loop import HASHES_FILE, Inputs, LoopSettings, train_loop
+from loram_ray.alignment.targets import prepare_targets
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import AlignConfig, RayConfig
 from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.errors import LoramError
-from loram_ray.manifest import read_model_config, require_stage
-from loram_ray.modeling import write_model_files
+from loram_ray.manifest import fingerprint, read_model_config, require_stage
+from loram_ray.modeling import resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.tensorfile import Checkpoint
 
-_NOT_IN_IDENTITY = {"pruned", "output", "cpus_per_worker", "max_failures", "checkpoint_every"}
+_NOT_IN_IDENTITY = {
+    "pruned",
+    "output",
+    "base",
+    "corpus",
+    "distillation",
+    "cpus_per_worker",
+    "max_failures",
+    "checkpoint_every",
+}
+_NOT_LEARNT_FROM = {"workers", "gpus_per_worker", "batch_size", "stream_rows"}
 
 
 def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Align a pruned model by continual pre-training (LoRAM, step 2).
+    """Align a pruned model by continual pre-training, on the corpus or on its base (LoRAM, step 2).
 
-    The corpus is tokenised and packed once beside the output. Training continues from the last
-    checkpoint when the stage is started again, or when workers die.
+    The corpus is tokenised and packed once beside the output, and, for distillation, the base's
+    likeliest tokens are computed over it. Training continues from the last checkpoint when the
+    stage is started again, or when workers die.
 
     Raises:
-        LoramError: not a pruned model, no text, a cluster too small, a loss that is not finite.
+        LoramError: not a pruned model, another base, no text, a cluster too small, a loss that is
+            not finite.
     """
     manifest = require_stage(config.pruned, ("prune", "align"), "align.pruned")
     config = config.model_copy(
         update={"pruned": config.pruned.resolve(), "output": config.output.resolve()}
     )
     _require_sequence_fits(config)
+    base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
-    with ray_session(ray_config or RayConfig(), cpus=config.workers * config.cpus_per_worker):
+    with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
         require_resources(
             config.workers, config.cpus_per_worker, gpus_per_worker(), "align.workers"
         )
-        corpus_output = config.output.with_name(f"{config.output.name}_corpus")
-        corpus = prepare_corpus(config.corpus, config.pruned, corpus_output)
+        name = config.output.name
+        beside = config.output.with_name
+        corpus = prepare_corpus(config.corpus, config.pruned, beside(f"{name}_corpus"))
+        parents = {"pruned": manifest.digest, "corpus": corpus.manifest.digest}
+        targets = None
+        if base is not None and config.distillation.targets == "cached":
+            output = beside(f"{name}_targets")
+            targets = prepare_targets(config, base, manifest.base_fingerprint, corpus, output)
+            parents["targets"] = targets.manifest.digest
+        inputs = Inputs(
+            corpus=corpus.output,
+            targets=targets.output if targets is not None else None,
+            teacher=base if targets is None else None,
+        )
         return run_stage(
             config.output,
             "align",
-            settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY | {"corpus"}),
-            parents={"pruned": manifest.digest, "corpus": corpus.manifest.digest},
+            settings=_settings(config),
+            parents=parents,
             base_fingerprint=manifest.base_fingerprint,
-            write=lambda target: _write(target, config, corpus),
+            write=lambda target: _write(target, config, inputs, corpus.manifest.details),
         )
+
+
+def _settings(config: AlignConfig) -> dict[str, Any]:
+    """What determines the result besides the inputs."""
+    settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    if config.objective == "distillation":
+        settings["distillation"] = config.distillation.model_dump(
+            mode="json", exclude=_NOT_LEARNT_FROM
+        )
+    return settings
+
+
+def _base_of(config: AlignConfig) -> Path:
+    """Return the base's directory, after refusing one that is not the pruned model's."""
+    assert config.base is not None
+    base = resolve_base(config.base, "align.base").resolve()
+    plan = PruningPlan.load(config.pruned)
+    with Checkpoint(base) as checkpoint:
+        plan.require_base(fingerprint(checkpoint), f"align.base {config.base}")
+    limits = read_model_config(base)
+    top_k, words = config.distillation.top_k, limits["vocab_size"]
+    if top_k > words:
+        raise LoramError(
+            f"align.distillation.top_k must be at most {words} (the vocabulary), got {top_k}; "
+            "lower it"
+        )
+    layers = limits["num_hidden_layers"]
+    for layer in config.distillation.hidden_layers:
+        if not 0 <= layer < layers:
+            raise LoramError(
+                f"align.distillation.hidden_layers must be from 0 to {layers - 1}, got {layer}; "
+                "change it"
+            )
+    return base
 
 
 def _require_sequence_fits(config: AlignConfig) -> None:
@@ -61,9 +122,11 @@ def _require_sequence_fits(config: AlignConfig) -> None:
         )
 
 
-def _write(target: StageDirectory, config: AlignConfig, corpus: StageResult) -> None:
+def _write(
+    target: StageDirectory, config: AlignConfig, inputs: Inputs, corpus: dict[str, Any]
+) -> None:
     plan = PruningPlan.load(config.pruned)
-    loop = LoopSettings(config, corpus.output, target.work, target.path)
+    loop = LoopSettings(config, inputs, target.work, target.path)
     _fit(config, loop)
     target.hashes.update(json.loads((target.work / HASHES_FILE).read_text()))
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
@@ -71,7 +134,7 @@ def _write(target: StageDirectory, config: AlignConfig, corpus: StageResult) -> 
     target.details.update(
         steps=config.steps,
         tokens=config.steps * config.batch_size * config.corpus.sequence_length,
-        corpus=corpus.manifest.details,
+        corpus=corpus,
     )
 
 

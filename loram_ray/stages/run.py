@@ -84,7 +84,7 @@ def run(config: RunConfig) -> RunResult:
     if not steps:
         raise LoramError("the config must have at least one stage; add 'prune:' to it")
     result = RunResult(config.output)
-    cpus = config.align.workers * config.align.cpus_per_worker if config.align else 1
+    cpus = config.align.actors * config.align.cpus_per_worker if config.align else 1
     if config.prune is not None and config.prune.calibration is not None:
         calibration = config.prune.calibration
         cpus = max(cpus, calibration.workers * threads_of(calibration))

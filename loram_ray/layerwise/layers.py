@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from loram_ray.architectures import Architecture
 from loram_ray.errors import LoramError
-from loram_ray.losses import summed_loss_of_states
+from loram_ray.losses import logits_of, summed_loss_of_states
 from loram_ray.modeling import DTYPES
 from loram_ray.modeling_pruned import unfuse_experts
 from loram_ray.tensorfile import Checkpoint
@@ -121,6 +121,15 @@ class LayerStream:
         """
         states = self._norm(hidden)
         return summed_loss_of_states(self._model, states, token_ids.to(self._device))[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of outputs of the last layer, float32 ``[n, vocabulary]``, within `head`."""
+        return logits_of(self._model, self._norm(hidden))
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self._layers)
 
     @property
     def _norm(self) -> nn.Module:

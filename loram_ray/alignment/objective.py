@@ -1,0 +1,113 @@
+"""What alignment minimises, as a module that DeepSpeed drives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loram_ray.config import AlignConfig
+from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
+from loram_ray.losses import labelled, logits_of, sum_in_chunks
+
+PARTS = ("nll", "divergence", "hidden_error")
+
+
+class AlignmentModel(nn.Module):
+    """A pruned model and, where distillation is live, its base beside it.
+
+    The loss is, a predicted token, ``c * nll + (1 - c) * divergence + h * hidden_error``: ``c`` is
+    ``causal_lm_weight`` (1 for the causal-LM objective), ``h`` is ``hidden_weight``.
+
+    Args:
+        model: the pruned model, a causal LM of transformers.
+        config: the stage's configuration.
+        teacher: the base, frozen, where its distributions are computed live.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AlignConfig, teacher: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.teacher = teacher
+        self._distils = config.objective == "distillation"
+        self._temperature = config.distillation.temperature
+        self._hidden_layers = config.distillation.hidden_layers if self._distils else ()
+        causal_lm = config.distillation.causal_lm_weight if self._distils else 1.0
+        hidden = config.distillation.hidden_weight if self._hidden_layers else 0.0
+        self.weights = (causal_lm, 1.0 - causal_lm, hidden)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, top: TopTokens | None = None
+    ) -> torch.Tensor:
+        """Sum each of `PARTS` over the predicted tokens of a micro-batch.
+
+        Args:
+            input_ids: int64 ``[batch, seq]``.
+            labels: int64 ``[batch, seq]``.
+            top: the base's likeliest next tokens, ``[batch, seq, ...]``, where they were cached.
+
+        Returns:
+            Float32 ``[3]``.
+        """
+        wanted = labelled(labels)
+
+        def rows(values: torch.Tensor) -> torch.Tensor:
+            return values[:, :-1][wanted]
+
+        states, layers = self._states(self.model, input_ids)
+        targets: list[torch.Tensor] = []
+        hidden = states.new_zeros((), dtype=torch.float32)
+        if self.teacher is not None:
+            with torch.no_grad():
+                base_states, base_layers = self._states(self.teacher, input_ids)
+            targets = [rows(base_states)]
+            for mine, base in zip(layers, base_layers, strict=True):
+                hidden = hidden + hidden_error(rows(mine), rows(base)).sum() / len(layers)
+        elif top is not None:
+            targets = [rows(part) for part in (top.token_ids, top.log_probs, top.missing)]
+        chunked = sum_in_chunks(
+            self._chunk, (rows(states), labels[:, 1:][wanted], *targets), wanted.numel()
+        )
+        return torch.cat([chunked.expand(2), hidden[None]])
+
+    def loss(self, sums: torch.Tensor) -> torch.Tensor:
+        """Weigh sums, or means, of `PARTS` ``[3]``; float32 scalar."""
+        return sums @ sums.new_tensor(self.weights)
+
+    def parts(self, means: torch.Tensor) -> dict[str, float]:
+        """Means of those of `PARTS` that are computed, for the log."""
+        computed = 1 if not self._distils else 3 if self._hidden_layers else 2
+        return dict(zip(PARTS[:computed], means.tolist(), strict=False))
+
+    def _states(
+        self, model: Any, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """States after the final norm, and outputs of the chosen layers."""
+        decoder = model.get_decoder()
+        output = decoder(
+            input_ids=input_ids, use_cache=False, output_hidden_states=bool(self._hidden_layers)
+        )
+        return output[0], [output.hidden_states[layer + 1] for layer in self._hidden_layers]
+
+    def _chunk(
+        self, states: torch.Tensor, labels: torch.Tensor, *target: torch.Tensor
+    ) -> torch.Tensor:
+        """Negative log-likelihood and divergence of a chunk, summed."""
+        logits = logits_of(self.model, states)
+        learns_text = self.weights[0] > 0
+        nll = functional.cross_entropy(
+            logits if learns_text else logits.detach(), labels, reduction="sum"
+        )
+        if self.teacher is not None:
+            with torch.no_grad():
+                base_logits = logits_of(self.teacher, *target)
+            found = divergence(logits, base_logits, self._temperature)
+        elif target:
+            found = top_divergence(logits, TopTokens(*target), self._temperature)
+        else:
+            return torch.stack([nll, torch.zeros_like(nll)])
+        return torch.stack([nll, found.sum()])

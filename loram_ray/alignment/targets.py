@@ -1,0 +1,292 @@
+"""The base's likeliest next tokens over a prepared corpus: a Parquet file for each block of it.
+
+Ray Data computes them once, on actors that each hold the base, whole or a layer at a time, so that
+training never loads it. A row of a file belongs to the row of the block at the same place:
+
+    row_id     int64
+    token_ids  int32    [seq * k]  likeliest first
+    log_probs  float16  [seq * k]  over the whole vocabulary, at the temperature
+    missing    float32  [seq]      probability of all the others together
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from loram_ray.alignment.teacher import StreamedTeacher, Teaching, WholeTeacher, teacher_of
+from loram_ray.cluster import gpus_per_worker, require_resources
+from loram_ray.config import AlignConfig
+from loram_ray.corpus.stream import Block, list_blocks, spans
+from loram_ray.distillation import TopTokens
+from loram_ray.errors import LoramError
+from loram_ray.manifest import digest_of, write_json
+from loram_ray.progress import Reporter
+from loram_ray.stage import StageDirectory, StageResult, run_stage
+
+LISTS = ("token_ids", "log_probs", "missing")
+
+
+def prepare_targets(
+    config: AlignConfig,
+    base: Path,
+    fingerprint: str,
+    corpus: StageResult,
+    output: Path,
+) -> StageResult:
+    """Compute the base's likeliest tokens wherever training will look; reuse what is complete.
+
+    Ray must be initialised.
+
+    Args:
+        config: the stage's configuration.
+        base: model directory.
+        fingerprint: its identity.
+        corpus: the prepared corpus.
+        output: directory to write.
+
+    Raises:
+        LoramError: the cluster can never place the actors, or the base cannot be read.
+    """
+    blocks = visited_blocks(config, corpus.output)
+    distillation = config.distillation
+
+    def write(target: StageDirectory) -> None:
+        gpus = gpus_per_worker() and distillation.gpus_per_worker
+        cpus = config.cpus_per_worker
+        require_resources(distillation.workers, cpus, gpus, "align.distillation.workers")
+        teaching = Teaching(
+            base=base.resolve(),
+            work=target.work.resolve(),
+            top_k=distillation.top_k,
+            temperature=distillation.temperature,
+            precision=config.precision,
+            batch_size=distillation.batch_size,
+            cpus=cpus,
+            streamed=distillation.stream_rows is not None,
+            gpus=gpus,
+        )
+        _compute(teaching, distillation.workers, _groups(blocks, distillation.stream_rows))
+        for block in blocks:
+            name = target_file(block)
+            os.link(target.work / name, target.path / name)  # a cut run finds its blocks again
+        target.details.update(_totals(target.work, blocks))
+
+    return run_stage(
+        output,
+        "targets",
+        settings={
+            "top_k": distillation.top_k,
+            "temperature": distillation.temperature,
+            "precision": config.precision,
+            "blocks": digest_of([target_file(block) for block in blocks]),
+        },
+        parents={"base": fingerprint, "corpus": corpus.manifest.digest},
+        base_fingerprint=fingerprint,
+        write=write,
+    )
+
+
+def visited_blocks(config: AlignConfig, corpus: Path) -> list[Block]:
+    """Blocks of the corpus that training reads, in the order of their row ids."""
+    blocks = list_blocks(corpus)
+    order = spans(blocks, config.seed, 0, config.steps * config.batch_size)
+    visited = {(span.path, span.group) for span in order}
+    return [block for block in blocks if (block.path, block.group) in visited]
+
+
+def _groups(blocks: Sequence[Block], rows: int | None) -> Iterator[list[Block]]:
+    """Blocks that go through the base together: one, or enough for so many rows."""
+    group: list[Block] = []
+    for block in blocks:
+        group.append(block)
+        if sum(b.rows for b in group) >= (rows or 1):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) -> None:
+    """Have what an earlier attempt did not do done by Ray Data's actors."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress goes to its log file
+    everything = list(groups)
+    pending = [
+        group
+        for group in everything
+        if not all((teaching.work / _summary_file(block)).exists() for block in group)
+    ]
+    total = sum(block.rows for group in everything for block in group)
+    left = sum(block.rows for group in pending for block in group)
+    with Reporter("targets", total=total, unit="sequence") as reporter:
+        reporter.update(total - left, {})
+        if not pending:
+            return
+        items = [{"blocks": json.dumps([asdict(b) for b in group])} for group in pending]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            TargetWorker,
+            fn_constructor_args=(teaching,),
+            batch_size=1,
+            num_cpus=teaching.cpus,
+            num_gpus=teaching.gpus,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+        )
+        done, started = total - left, time.perf_counter()
+        for batch in dataset.iter_batches(batch_size=None):
+            for number in batch["errno"][batch["errno"] > 0]:
+                raise OSError(int(number), os.strerror(number))
+            for message in filter(None, batch["message"]):
+                raise LoramError(str(message))
+            done += int(batch["rows"].sum())
+            rate = (done - total + left) / (time.perf_counter() - started)
+            reporter.update(done, {"sequences_per_s": rate})
+
+
+def _totals(work: Path, blocks: Sequence[Block]) -> dict[str, float]:
+    """What the blocks came to, for the manifest."""
+    summaries = [json.loads((work / _summary_file(block)).read_text()) for block in blocks]
+    tokens = sum(summary["tokens"] for summary in summaries)
+    nbytes = sum(summary["bytes"] for summary in summaries)
+    return {
+        "tokens": tokens,
+        "bytes": nbytes,
+        "bytes_per_token": nbytes / tokens,
+        "missing_probability": sum(summary["missing"] for summary in summaries) / tokens,
+        "seconds": sum(summary["seconds"] for summary in summaries),
+    }
+
+
+class TargetWorker:
+    """A Ray Data actor: blocks of the corpus in, their files written.
+
+    Errors that a user can mend are returned: Ray Data would hide what they were.
+    """
+
+    def __init__(self, teaching: Teaching) -> None:
+        torch.set_num_threads(teaching.cpus)
+        self._teaching = teaching
+
+    @cached_property
+    def _teacher(self) -> WholeTeacher | StreamedTeacher:
+        return teacher_of(self._teaching)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Do one group of blocks, ``blocks`` being its JSON."""
+        blocks = [Block(**entry) for entry in json.loads(str(batch["blocks"][0]))]
+        errno, message = 0, ""
+        try:
+            self._do(blocks)
+        except LoramError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            errno = error.errno
+        rows = sum(block.rows for block in blocks)
+        return {
+            "rows": np.array([rows]),
+            "errno": np.array([errno]),
+            "message": np.array([message]),
+        }
+
+    def _do(self, blocks: Sequence[Block]) -> None:
+        started = time.perf_counter()
+        tables = [pq.ParquetFile(block.path).read_row_group(block.group) for block in blocks]
+        batches = [
+            torch.from_numpy(_matrix(table["input_ids"]).astype(np.int64)).split(
+                self._teaching.batch_size
+            )
+            for table in tables
+        ]
+        answers = self._teacher.answer([batch for of_block in batches for batch in of_block])
+        for block, table, of_block in zip(blocks, tables, batches, strict=True):
+            found = [next(answers) for _ in of_block]
+            path = self._teaching.work / target_file(block)
+            write_targets(path, table["row_id"], found)
+            summary = {
+                "tokens": sum(batch.numel() for batch in of_block),
+                "bytes": path.stat().st_size,
+                "missing": sum(float(top.missing.sum()) for top in found),
+                "seconds": time.perf_counter() - started,
+            }
+            write_json(self._teaching.work / _summary_file(block), summary)
+            started = time.perf_counter()
+        next(answers, None)  # lets a streamed teacher clear up
+
+
+def write_targets(path: Path, row_ids: pa.ChunkedArray, parts: Sequence[TopTokens]) -> None:
+    """Write a block's targets, whole or not at all.
+
+    Args:
+        path: the file.
+        row_ids: of the block.
+        parts: likeliest tokens ``[rows, seq, k]`` of its rows, in order.
+    """
+
+    def column(values: list[np.ndarray]) -> pa.Array:
+        joined = np.concatenate(values)
+        return pa.FixedSizeListArray.from_arrays(pa.array(joined.reshape(-1)), joined[0].size)
+
+    table = pa.table(
+        {
+            "row_id": row_ids,
+            "token_ids": column([top.token_ids.int().numpy() for top in parts]),
+            "log_probs": column([top.log_probs.half().numpy() for top in parts]),
+            "missing": column([top.missing.numpy() for top in parts]),
+        }
+    )
+    # Split by byte, the ids' upper bytes, nearly always zero, take no room.
+    split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in LISTS}
+    partial = path.with_suffix(".tmp")
+    pq.write_table(table, partial, compression="zstd", use_dictionary=False, column_encoding=split)
+    partial.replace(path)
+
+
+def read_targets(folder: Path, block: Block, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Read some rows of a block's targets.
+
+    Args:
+        folder: written by `prepare_targets`.
+        block: the block.
+        rows: numbers of its rows, ``[n]``.
+
+    Returns:
+        ``token_ids`` int32 and ``log_probs`` float16 ``[n, seq, k]``, ``missing`` float32
+        ``[n, seq]``.
+    """
+    table = pq.read_table(folder / target_file(block), columns=list(LISTS))
+    missing = _matrix(table["missing"])[rows]
+    wide = {
+        name: _matrix(table[name])[rows].reshape(*missing.shape, -1)
+        for name in ("token_ids", "log_probs")
+    }
+    return {**wide, "missing": missing}
+
+
+def target_file(block: Block) -> str:
+    """Name of the file of a block's targets."""
+    return f"{Path(block.path).stem}-{block.group:06d}.parquet"
+
+
+def _summary_file(block: Block) -> str:
+    return target_file(block).replace(".parquet", ".json")
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size lists as ``[rows, size]``."""
+    found: Any = column.combine_chunks()
+    return found.flatten().to_numpy().reshape(len(found), -1)

@@ -1,0 +1,120 @@
+"""The base as a teacher: its likeliest next tokens, from the whole model or layer by layer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_ray.distillation import TopTokens
+from loram_ray.layerwise.hidden import HiddenStates
+from loram_ray.layerwise.layers import LayerStream
+from loram_ray.losses import CHUNK, logits_of
+from loram_ray.memory import return_freed_memory
+from loram_ray.modeling import family_of, load_model
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What an actor is told.
+
+    Attributes:
+        base: model directory.
+        work: directory that files go to.
+        top_k: tokens kept at each position.
+        temperature: of the distributions.
+        precision: of the base's weights and activations.
+        batch_size: sequences in one forward.
+        cpus: threads.
+        streamed: whether the base runs a layer at a time, its hidden states on disk.
+        gpus: GPUs that the base is sharded over; with one or none it is not.
+    """
+
+    base: Path
+    work: Path
+    top_k: int
+    temperature: float
+    precision: str
+    batch_size: int
+    cpus: int
+    streamed: bool
+    gpus: int
+
+    def top(self, states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> TopTokens:
+        """Likeliest tokens ``[rows, seq, k]`` of states ``[rows, seq, hidden]``, on the CPU."""
+        cpu = torch.device("cpu")
+        parts = [
+            TopTokens.of(head(part), self.top_k, self.temperature).to(cpu)
+            for part in states.flatten(0, 1).split(CHUNK)
+        ]
+        shape = states.shape[:2]
+        return TopTokens(
+            torch.cat([part.token_ids for part in parts]).unflatten(0, shape),
+            torch.cat([part.log_probs for part in parts]).unflatten(0, shape),
+            torch.cat([part.missing for part in parts]).unflatten(0, shape),
+        )
+
+
+class WholeTeacher:
+    """The base, loaded whole; over several GPUs where the actor has them."""
+
+    def __init__(self, teaching: Teaching, device: str) -> None:
+        self._teaching = teaching
+        if teaching.gpus > 1:
+            device = "auto"
+        self._model: Any = load_model(teaching.base, teaching.precision, device).eval()
+
+    @torch.inference_mode()
+    def answer(self, batches: Sequence[torch.Tensor]) -> Iterator[TopTokens]:
+        """Yield the likeliest tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
+        decoder = self._model.get_decoder()
+        for ids in batches:
+            states = decoder(input_ids=ids.to(self._model.device), use_cache=False)[0]
+            yield self._teaching.top(states, lambda part: logits_of(self._model, part))
+
+
+class StreamedTeacher:
+    """The base, one layer at a time; all batches pass a layer before the next is loaded."""
+
+    def __init__(self, teaching: Teaching, device: str) -> None:
+        self._teaching, self._device = teaching, device
+        self._stream = LayerStream(
+            teaching.base, family_of(teaching.base), teaching.precision, device
+        )
+        self._folder = teaching.work / f"states-{os.getpid()}"
+
+    @torch.no_grad()
+    def answer(self, batches: Sequence[torch.Tensor]) -> Iterator[TopTokens]:
+        """Yield the likeliest tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
+        states = HiddenStates(self._folder)
+        try:
+            for number, hidden in enumerate(self._stream.embed(batches)):
+                states.write("input", 0, number, hidden)
+            for layer in range(self._stream.num_layers):
+                with self._stream.layer(layer) as module:
+                    for number in range(len(batches)):
+                        hidden = states.read("input", layer, number).to(self._device)
+                        states.write(
+                            "input", layer + 1, number, self._stream.run(layer, module, hidden)
+                        )
+                        del hidden
+                        return_freed_memory()
+                states.drop("input", layer)
+            with self._stream.head():
+                for number in range(len(batches)):
+                    hidden = states.read("input", self._stream.num_layers, number)
+                    yield self._teaching.top(hidden.to(self._device), self._stream.logits)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def teacher_of(teaching: Teaching) -> WholeTeacher | StreamedTeacher:
+    """Load the base as it is asked for, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = StreamedTeacher if teaching.streamed else WholeTeacher
+    return kind(teaching, device)
