@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prepare_demo import write_lines
+from study import SEQUENCE, Study, Training
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
@@ -26,8 +27,7 @@ from loram_ray.stages.run import share_of_gain
 
 LAYERS = (4, 28)
 STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
-HOLD_OUT_EVERY, HELD_OUT, ALIGN_EVERY = 25, 24, 10
-SEQUENCE = 256
+ALIGN_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def criteria() -> list[Criterion]:
     return found
 
 
-class Study:
-    """The stages of every row, in one directory.
+class CriteriaStudy(Study):
+    """The stages of every row.
 
     Args:
         inputs: made by prepare_demo.
@@ -94,118 +94,51 @@ class Study:
     """
 
     def __init__(self, inputs: Path, output: Path, quick: bool) -> None:
-        self.inputs, self.output, self.quick = inputs, output, quick
-        output.mkdir(parents=True, exist_ok=True)
-        self._split_text()
-
-    def _split_text(self) -> None:
-        """Hold some documents out of the text; the rest calibrates and aligns."""
-        with open(self.inputs / "text.jsonl") as lines:
+        super().__init__(inputs, output, Training(2 if quick else 16), 8 if quick else None)
+        self._quick = quick
+        with open(self.text) as lines:
             rows = [json.loads(line) for line in lines]
-        held = rows[::HOLD_OUT_EVERY][:HELD_OUT]
-        kept = [row for i, row in enumerate(rows) if i % HOLD_OUT_EVERY]
-        write_lines(self.output / "held_out.jsonl", iter(held))
-        write_lines(self.output / "text.jsonl", iter(kept))
-        write_lines(self.output / "alignment.jsonl", iter(kept[::ALIGN_EVERY]))
-
-    @property
-    def base(self) -> str:
-        """The base model."""
-        return str(self.inputs / "base")
+        write_lines(output / "alignment.jsonl", iter(rows[::ALIGN_EVERY]))
 
     def pruned(self, criterion: Criterion) -> Path:
         """Prune by a criterion."""
         calibration = lr.CalibrationConfig(
-            sources=[{"path": str(self.output / "text.jsonl")}],
-            samples=8 if self.quick else 32,
+            sources=[{"path": str(self.text)}],
+            samples=8 if self._quick else 32,
             sequence_length=SEQUENCE,
             batch_size=4,
         )
         config = lr.PruneConfig(
             base=self.base,
-            output=self._pruned_folder(criterion),
+            output=self.folder(criterion) / "pruned",
             layers=LAYERS,
             calibration=None if criterion.scores_of else calibration,
-            scores=self._pruned_folder(criterion.scores_of) if criterion.scores_of else None,
+            scores=self.folder(criterion.scores_of) / "pruned" if criterion.scores_of else None,
             **criterion.settings,
         )
         return lr.prune(config).output
 
-    def _pruned_folder(self, criterion: Criterion) -> Path:
-        return self.output / criterion.folder / "pruned"
+    def folder(self, criterion: Criterion) -> Path:
+        """Directory of a row."""
+        return self.output / criterion.folder
 
-    def adapted(self, criterion: Criterion) -> Path:
-        """Align, train, recover and merge; return the merged model."""
-        folder = self.output / criterion.folder
-        aligned = lr.align(
-            lr.AlignConfig(
-                pruned=folder / "pruned",
-                output=folder / "aligned",
-                corpus={
-                    "sources": [{"path": str(self.output / "alignment.jsonl")}],
-                    "sequence_length": SEQUENCE,
-                },
-                steps=2 if self.quick else 6,
-                batch_size=8,
-                micro_batch_size=2,
-                cpus_per_worker=2,
-                optimiser={"learning_rate": 3e-4, "warmup_steps": 2},
-            )
-        ).output
-        trained = self._trained(aligned, folder / "adapter_pruned")
-        masked = lr.PruningPlan.load(trained).masks is not None
-        recovery = lr.RecoverConfig(
-            adapter=trained,
-            base=self.base,
-            output=folder / "recovered",
-            form="delta" if masked else "adapter",
-        )
-        return self._merged(lr.recover(recovery).output, folder)
-
-    def full_lora(self) -> Path:
-        """LoRA on the base itself, merged."""
-        folder = self.output / "full"
-        return self._merged(self._trained(Path(self.base), folder / "adapter"), folder)
-
-    def _trained(self, model: Path, output: Path) -> Path:
-        training = lr.TrainConfig(
-            model=model,
-            output=output,
-            data=str(self.inputs / "train.jsonl"),
-            lora={"r": 8, "alpha": 16, "dropout": 0.0},
-            steps=2 if self.quick else 16,
-            batch_size=8,
-            micro_batch_size=8,
-            max_length=SEQUENCE,
-            optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
-        )
-        return lr.train(training).output
-
-    def _merged(self, adapter: Path, folder: Path) -> Path:
-        merging = lr.MergeConfig(base=self.base, adapter=adapter, output=folder / "merged")
-        return lr.merge(merging).output
-
-    def text_perplexity(self, model: Path | str, folder: str) -> float:
-        """Perplexity of the held-out text."""
-        config = lr.EvaluateConfig(
-            model=str(model),
-            output=self.output / folder / "text_scores",
-            text={
-                "sources": [{"path": str(self.output / "held_out.jsonl")}],
+    def aligned(self, criterion: Criterion) -> Path:
+        """Align the pruned model."""
+        folder = self.folder(criterion)
+        config = lr.AlignConfig(
+            pruned=folder / "pruned",
+            output=folder / "aligned",
+            corpus={
+                "sources": [{"path": str(self.output / "alignment.jsonl")}],
                 "sequence_length": SEQUENCE,
             },
+            steps=2 if self._quick else 6,
+            batch_size=8,
+            micro_batch_size=2,
+            cpus_per_worker=2,
+            optimiser={"learning_rate": 3e-4, "warmup_steps": 2},
         )
-        return lr.evaluate(config).manifest.details["text_perplexity"]
-
-    def answer_perplexity(self, model: Path | str, folder: str) -> float:
-        """Perplexity of the held-out answers."""
-        config = lr.EvaluateConfig(
-            model=str(model),
-            output=self.output / folder / "answer_scores",
-            data=str(self.inputs / "test.jsonl"),
-            limit=8 if self.quick else None,
-        )
-        return lr.evaluate(config).manifest.details["answer_perplexity"]
+        return lr.align(config).output
 
 
 def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
@@ -238,13 +171,13 @@ def main() -> None:
     parser.add_argument("--pruning-only", action="store_true", help="leave LoRAM out")
     parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
     arguments = parser.parse_args()
-    study = Study(arguments.inputs, arguments.output, arguments.quick)
+    study = CriteriaStudy(arguments.inputs, arguments.output, arguments.quick)
     chosen = [c for c in criteria() if not arguments.only or c.settings["method"] in arguments.only]
     rows: list[dict[str, Any]] = []
     with ray_session(lr.RayConfig(), cpus=2):
         base: dict[str, float] = {
-            "text": study.text_perplexity(study.base, "base"),
-            "answers": study.answer_perplexity(study.base, "base"),
+            "text": study.text_perplexity(study.base, arguments.output / "base"),
+            "answers": study.answer_perplexity(study.base, arguments.output / "base"),
         }
         for criterion in chosen:
             output = study.pruned(criterion)
@@ -258,16 +191,17 @@ def main() -> None:
                     "pattern": plan.pattern,
                     "ratio": plan.ratio,
                     "left": details.get("nonzero_parameters", details["parameters"]),
-                    "text": study.text_perplexity(output, criterion.folder),
+                    "text": study.text_perplexity(output, study.folder(criterion)),
                 }
             )
             (arguments.output / "table.md").write_text(as_markdown(rows, base))
         if not arguments.pruning_only:
-            base["full"] = study.answer_perplexity(study.full_lora(), "full")
+            full = arguments.output / "full"
+            base["full"] = study.answer_perplexity(study.full_lora(full), full)
             first = (STRUCTURED_RATIOS[0], UNSTRUCTURED_RATIOS[0])
             for row in sorted(rows, key=lambda row: row["ratio"] not in first):
-                folder = row["criterion"].folder
-                merged = study.adapted(row["criterion"])
+                folder = study.folder(row["criterion"])
+                merged = study.adapted(study.aligned(row["criterion"]), folder)
                 row["answers"] = study.answer_perplexity(merged, folder)
                 row["gain_kept"] = share_of_gain(base["answers"], row["answers"], base["full"])
                 (arguments.output / "table.md").write_text(as_markdown(rows, base))

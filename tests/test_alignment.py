@@ -3,6 +3,7 @@ import math
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -195,10 +196,129 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
         lr.align(config(pruned, corpus, tmp_path / "aligned", optimiser=exploding, max_failures=0))
 
 
-def test_deepspeed_config_accumulates_up_to_the_global_batch(tmp_path: Path) -> None:
-    built = deepspeed_config(config(tmp_path, tmp_path, tmp_path, workers=2, zero_stage=3))
+def built(users: dict[str, Any] | None = None, **changes: object) -> dict[str, Any]:
+    unread = Path("unread")
+    return deepspeed_config(config(unread, unread, unread, **changes), users)
+
+
+def test_deepspeed_config_accumulates_up_to_the_global_batch() -> None:
+    found = built(workers=2, zero_stage=3)
     product = math.prod(
-        (built["train_micro_batch_size_per_gpu"], built["gradient_accumulation_steps"], 2)
+        (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"], 2)
     )
-    assert product == built["train_batch_size"] == BATCH
-    assert built["zero_optimization"] == {"stage": 3}
+    assert product == found["train_batch_size"] == BATCH
+    assert found["zero_optimization"] == {"stage": 3}
+
+
+def test_deepspeed_config_offloads() -> None:
+    offload = {"offload_optimiser": "nvme", "offload_parameters": "cpu", "offload_folder": "/fast"}
+    assert built(zero_stage=3, **offload)["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/fast"},
+        "offload_param": {"device": "cpu"},
+    }
+
+
+def test_a_users_deepspeed_json_wins_key_by_key() -> None:
+    users = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": "auto", "overlap_comm": True, "offload_param": {"pin": 1}},
+        "optimizer": {"params": {"betas": [0.9, 0.95], "lr": "auto"}},
+        "comms_logger": {"enabled": True},
+    }
+    expected = built(zero_stage=2)
+    expected["zero_optimization"] |= {"overlap_comm": True, "offload_param": {"pin": 1}}
+    expected["optimizer"]["params"]["betas"] = [0.9, 0.95]
+    expected["comms_logger"] = {"enabled": True}
+    assert built(users, zero_stage=2) == expected
+
+
+def test_another_optimiser_keeps_nothing_of_torchs() -> None:
+    found = built({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}})
+    assert found["optimizer"] == {"type": "Lion", "params": {"lr": LR, "weight_decay": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        ({"train_batch_size": 9}, "has train_batch_size: 9, align.batch_size says 8"),
+        ({"bf16": {"enabled": True}}, "has bf16.enabled: True, align.precision says False"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: 3, align.zero_stage says"),
+        ({"optimizer": {"params": {"lr": 1}}}, "lr: 1, align.optimiser.learning_rate says"),
+        ({"scheduler": {"type": "WarmupLR"}}, "must not hold scheduler: align.optimiser.schedule"),
+        ({"fp16": {"enabled": True}}, "must not hold fp16"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm: auto, and no setting"),
+    ],
+)
+def test_a_users_deepspeed_json_that_contradicts_is_refused(
+    users: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(lr.LoramError, match=message) as caught:
+        built(users)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deepspeed_file_that_is_none_is_refused(
+    pruned: Path, corpus: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    for content, message in (("{", "cannot be read"), ("[]", "must hold a JSON object")):
+        file.write_text(content)
+        with pytest.raises(lr.LoramError, match=f"align.deepspeed .*ds.json {message}"):
+            lr.align(config(pruned, corpus, tmp_path / "aligned", deepspeed=file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offload_parameters": "cpu"}, "zero_stage must be 3 to offload parameters, got 1"),
+        ({"offload_optimiser": "cpu", "zero_stage": 0}, "zero_stage must be at least 1"),
+        ({"offload_optimiser": "nvme", "zero_stage": 2}, "zero_stage must be 3 to offload to nvme"),
+        ({"offload_optimiser": "nvme", "zero_stage": 3}, "offload_folder must be given for nvme"),
+        ({"tokens": 1000}, "steps must be left out where tokens is given, got 6 and 1000"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(**changes)
+
+
+def test_a_budget_of_tokens_ends_with_a_whole_step() -> None:
+    unread = Path("unread")
+    for tokens, steps in ((1, 1), (BATCH * LENGTH, 1), (BATCH * LENGTH + 1, 2)):
+        assert config(unread, unread, unread, steps=None, tokens=tokens).total_steps == steps
+    assert config(unread, unread, unread, steps=None).total_steps == 1600
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_offloading_and_checkpointed_activations_change_nothing_and_what_is_frozen_stays(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    settings = {"zero_stage": 3, "frozen": ["lm_head", "embeddings", "norms"]}
+    lr.align(config(pruned, corpus, tmp_path / "plain", **settings))
+    offloaded = {"offload_optimiser": "cpu", "offload_parameters": "cpu"}
+    saving = {**offloaded, "activation_checkpointing": True}
+    lr.align(config(pruned, corpus, tmp_path / "saving", **settings, **saving))
+    before, plain, saved = (weights(d) for d in (pruned, tmp_path / "plain", tmp_path / "saving"))
+    assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    for name, tensor in before.items():
+        frozen = any(part in name for part in ("lm_head", "embed_tokens", "norm"))
+        assert torch.equal(plain[name], tensor) == frozen, name
+        assert (plain[name] - saved[name]).abs().mean() < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_when_the_time_is_up_what_was_learnt_is_kept(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    changes = {"max_hours": 1e-9, "workers": 2, "optimiser": {"learning_rate": LR}}
+    done = lr.align(config(pruned, corpus, tmp_path / "aligned", **changes))
+    assert done.manifest.details["steps"] == len(losses(tmp_path / "aligned")) == 1
+    assert done.manifest.details["tokens"] == BATCH * LENGTH
+    assert any(not torch.equal(t, weights(pruned)[n]) for n, t in weights(done.output).items())

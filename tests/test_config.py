@@ -425,15 +425,15 @@ def test_sections_cannot_be_changed_by_accident() -> None:
 def test_every_key_is_described() -> None:
     for section in STAGES.values():
         for name, field in section.model_fields.items():
-            nested = name in ("corpus", "optimiser", "lora")
+            nested = name in ("corpus", "optimiser", "lora", "distillation")
             assert nested or field.description, f"{section.__name__}.{name}"
 
 
 def test_defaults_that_the_paper_names_stand() -> None:
-    assert AlignConfig.model_fields["steps"].default == 1600
     align = AlignConfig(pruned="p", output="o", corpus=CORPUS)  # type: ignore[arg-type]
     assert (align.batch_size, align.corpus.sequence_length) == (128, 512)
     assert (align.optimiser.learning_rate, align.optimiser.warmup_steps) == (5e-5, 100)
-    assert align.freeze_lm_head
+    assert align.total_steps == 1600
+    assert align.frozen == ("lm_head",)
     train = TrainConfig(model="m", output="o", data="d.jsonl")  # type: ignore[arg-type]
     assert (train.lora.r, train.lora.alpha, train.lora.dropout) == (8, 16, 0.05)

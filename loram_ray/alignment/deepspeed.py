@@ -6,8 +6,9 @@ into partitions, and one by one from partitions to safetensors.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,26 +24,115 @@ from loram_ray.modeling import DTYPES
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 
-def deepspeed_config(config: AlignConfig) -> dict[str, Any]:
-    """Build DeepSpeed's dictionary from the stage's settings; a pure function."""
+def deepspeed_config(config: AlignConfig, users: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Build DeepSpeed's dictionary from the stage's settings; a pure function.
+
+    Args:
+        config: the stage's configuration.
+        users: a DeepSpeed dictionary of the user's own. Key by key, at any depth, what it says
+            wins, and ``"auto"`` leaves a key to the settings. Keys that the settings decide
+            (batches, clipping, precision) it may leave out, leave to them, or say the same.
+
+    Raises:
+        LoramError: it contradicts the settings, or asks for what the loop does itself.
+    """
+    return _joined(_own(config), users or {}, "")
+
+
+def _own(config: AlignConfig) -> dict[str, Any]:
+    optimiser = config.optimiser
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    for key, place in (
+        ("offload_optimizer", config.offload_optimiser),
+        ("offload_param", config.offload_parameters),
+    ):
+        if place != "none":
+            folder = {"nvme_path": str(config.offload_folder)} if place == "nvme" else {}
+            zero[key] = {"device": place, **folder}
+    offloads = config.offload_optimiser != "none"
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.batch_size
         // (config.micro_batch_size * config.workers),
-        "gradient_clipping": config.optimiser.max_grad_norm,
+        "gradient_clipping": optimiser.max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
+        # torch's AdamW where DeepSpeed would compile its own for the CPU
+        **({"zero_force_ds_cpu_optimizer": False} if offloads else {}),
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": config.optimiser.learning_rate,
-                "weight_decay": config.optimiser.weight_decay,
+                "lr": optimiser.learning_rate,
+                "weight_decay": optimiser.weight_decay,
                 "torch_adam": True,
             },
         },
         "steps_per_print": 2**31,
     }
+
+
+_DECIDED = {
+    "train_batch_size": "align.batch_size",
+    "train_micro_batch_size_per_gpu": "align.micro_batch_size",
+    "gradient_accumulation_steps": "align.batch_size and align.micro_batch_size",
+    "gradient_clipping": "align.optimiser.max_grad_norm",
+    "bf16.enabled": "align.precision",
+    "zero_optimization.stage": "align.zero_stage",
+    "optimizer.params.lr": "align.optimiser.learning_rate",
+    "optimizer.params.weight_decay": "align.optimiser.weight_decay",
+}
+_REFUSED = {
+    "scheduler": "align.optimiser.schedule and warmup_steps",
+    "fp16": "align.precision (bf16 or fp32)",
+    "amp": "align.precision (bf16 or fp32)",
+    "activation_checkpointing": "align.activation_checkpointing",
+}
+
+
+def _joined(own: dict[str, Any], users: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    joined = dict(own)
+    if prefix == "optimizer." and users.get("type", own["type"]) != own["type"]:
+        joined["params"] = {k: v for k, v in own["params"].items() if k != "torch_adam"}
+    for key, value in users.items():
+        path = f"{prefix}{key}"
+        if path in _REFUSED:
+            raise LoramError(
+                f"align.deepspeed must not hold {path}: {_REFUSED[path]} decides; remove it"
+            )
+        if value == "auto":
+            if key not in own:
+                raise LoramError(
+                    f"align.deepspeed has {path}: auto, and no setting decides it; give a value"
+                )
+        elif isinstance(value, Mapping):
+            inner = joined.get(key)
+            joined[key] = _joined(inner if isinstance(inner, dict) else {}, value, f"{path}.")
+        elif path in _DECIDED and value != own.get(key, value):
+            raise LoramError(
+                f"align.deepspeed has {path}: {value}, {_DECIDED[path]} says {own[key]}; "
+                "change one of the two or leave it out of the file"
+            )
+        else:
+            joined[key] = value
+    return joined
+
+
+def read_users(path: Path | None) -> dict[str, Any]:
+    """Read a user's DeepSpeed JSON; empty without one.
+
+    Raises:
+        LoramError: it is missing or holds no JSON object.
+    """
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LoramError(f"align.deepspeed {path} cannot be read ({error}); mend it") from error
+    if not isinstance(found, dict):
+        raise LoramError(f"align.deepspeed {path} must hold a JSON object; mend it")
+    return found
 
 
 def import_deepspeed() -> Any:

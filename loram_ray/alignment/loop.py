@@ -6,9 +6,9 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from loram_ray.alignment.deepspeed import (
-    deepspeed_config,
     export_partitioned,
     import_deepspeed,
     load_partitioned,
@@ -35,7 +34,7 @@ from loram_ray.memory import peak_memory_gb
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
-HASHES_FILE = "weights.json"
+OUTCOME_FILE = "outcome.json"
 _TAG = "state"
 
 
@@ -60,12 +59,14 @@ class LoopSettings:
 
     Attributes:
         config: the stage's configuration.
+        deepspeed: DeepSpeed's dictionary.
         inputs: what it reads.
         work: directory shared by all workers for metrics and locks.
         export: directory that the aligned weights are written into.
     """
 
     config: AlignConfig
+    deepspeed: dict[str, Any]
     inputs: Inputs
     work: Path
     export: Path
@@ -87,14 +88,13 @@ def train_loop(settings: dict[str, Any]) -> None:
         torch.cuda.set_device(context.get_local_rank())
     with alone(loop.work) if rank == 0 else nullcontext():
         engine = _start_engine(loop)
-        step = _resume(engine)
-        _train(engine, loop, rank, step)
+        progress = _train(engine, loop, rank, _resume(engine))
         partitioned = loop.config.zero_stage == 3
         hashes = export_partitioned(
             engine.module.model, loop.config.pruned, loop.export, partitioned, writes=rank == 0
         )
         if rank == 0:
-            write_json(loop.work / HASHES_FILE, hashes)
+            write_json(loop.work / OUTCOME_FILE, {"hashes": hashes, **asdict(progress)})
 
 
 def _start_engine(loop: LoopSettings) -> Any:
@@ -104,11 +104,12 @@ def _start_engine(loop: LoopSettings) -> Any:
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
     torch.manual_seed(config.seed)
-    ds_config = deepspeed_config(config)
+    ds_config = loop.deepspeed
     model = load_partitioned(config.pruned, ds_config, config.precision)
     model.train()
-    if config.freeze_lm_head:
-        model.get_output_embeddings().requires_grad_(False)
+    _freeze(model, config.frozen)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
     if loop.inputs.teacher is not None:  # under ZeRO-3 the base is partitioned, too
         teacher = load_partitioned(loop.inputs.teacher, ds_config, config.precision)
@@ -118,7 +119,7 @@ def _start_engine(loop: LoopSettings) -> Any:
         warmup = config.optimiser.warmup_steps
         if config.optimiser.schedule == "constant":
             return get_constant_schedule_with_warmup(optimizer, warmup)
-        return get_cosine_schedule_with_warmup(optimizer, warmup, config.steps)
+        return get_cosine_schedule_with_warmup(optimizer, warmup, config.total_steps)
 
     engine, *_ = deepspeed.initialize(
         model=AlignmentModel(model, config, teacher),
@@ -130,24 +131,50 @@ def _start_engine(loop: LoopSettings) -> Any:
     return engine
 
 
-def _resume(engine: Any) -> int:
-    """Load the last checkpoint, if there is one; return the steps it has done."""
+def _freeze(model: Any, frozen: Collection[str]) -> None:
+    if "lm_head" in frozen:
+        model.get_output_embeddings().requires_grad_(False)
+    if "embeddings" in frozen:
+        model.get_input_embeddings().requires_grad_(False)
+    if "norms" in frozen:
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm"):
+                module.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is.
+
+    Attributes:
+        steps: optimiser steps done.
+        seconds: spent on them, over all attempts; what was lost with a worker is not counted.
+    """
+
+    steps: int
+    seconds: float
+
+
+def _resume(engine: Any) -> Progress:
+    """Load the last checkpoint, if there is one."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return Progress(0, 0.0)
     with checkpoint.as_directory() as directory:
         _, state = engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
-    return int(state["step"])
+    return Progress(int(state["steps"]), float(state["seconds"]))
 
 
-def _train(engine: Any, loop: LoopSettings, rank: int, step: int) -> None:
+def _train(engine: Any, loop: LoopSettings, rank: int, progress: Progress) -> Progress:
     config = loop.config
+    step, begun = progress.steps, time.perf_counter() - progress.seconds
+    is_last = step >= config.total_steps or _time_is_up(config, progress, engine.device)
     log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
     batches = _micro_batches(loop, rank, step)
     module: AlignmentModel = engine.module
-    while step < config.steps:
+    while not is_last:
         started = time.perf_counter()
         micro_batches = [
             _to_device(batch, engine.device)
@@ -183,15 +210,26 @@ def _train(engine: Any, loop: LoopSettings, rank: int, step: int) -> None:
                 memory_gb=peak_memory_gb(),
                 tokens_per_s=config.batch_size * micro_batches[0].input_ids.shape[1] / seconds,
             )
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            _checkpoint(engine, step, loss)
+        progress = Progress(step, time.perf_counter() - begun)
+        is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
+        if step % config.checkpoint_every == 0 or is_last:
+            _checkpoint(engine, progress, loss)
+    return progress
+
+
+def _time_is_up(config: AlignConfig, progress: Progress, device: torch.device) -> bool:
+    """Whether any worker's clock says so: they must all stop at the same step."""
+    if config.max_hours is None:
+        return False
+    mine = progress.seconds >= 3600 * config.max_hours
+    return bool(_sum_over_workers(torch.tensor(float(mine), device=device)))
 
 
 def _micro_batches(loop: LoopSettings, rank: int, step: int) -> Iterator[dict[str, np.ndarray]]:
     config = loop.config
     share = Share(
         start=step * config.batch_size,
-        end=config.steps * config.batch_size,
+        end=config.total_steps * config.batch_size,
         batch_size=config.batch_size,
         worker=rank,
         workers=config.workers,
@@ -238,13 +276,13 @@ def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _checkpoint(engine: Any, step: int, loss: float) -> None:
+def _checkpoint(engine: Any, progress: Progress, loss: float) -> None:
     """Save this worker's part and hand it to Ray Train, which joins the parts."""
     import ray.train
 
     with tempfile.TemporaryDirectory() as directory:
         engine.save_checkpoint(
-            directory, tag=_TAG, client_state={"step": step}, exclude_frozen_parameters=True
+            directory, tag=_TAG, client_state=asdict(progress), exclude_frozen_parameters=True
         )
         checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report({"step": step, "loss": loss}, checkpoint=checkpoint)
+        ray.train.report({"step": progress.steps, "loss": loss}, checkpoint=checkpoint)

@@ -102,7 +102,7 @@ def prepare_targets(
 def visited_blocks(config: AlignConfig, corpus: Path) -> list[Block]:
     """Blocks of the corpus that training reads, in the order of their row ids."""
     blocks = list_blocks(corpus)
-    order = spans(blocks, config.seed, 0, config.steps * config.batch_size)
+    order = spans(blocks, config.seed, 0, config.total_steps * config.batch_size)
     visited = {(span.path, span.group) for span in order}
     return [block for block in blocks if (block.path, block.group) in visited]
 

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from loram_ray.config.corpus import CorpusConfig
 from loram_ray.config.section import OptimiserConfig, Precision, Section
 
+Offload = Literal["none", "cpu", "nvme"]
+
 
 class DistillationConfig(Section):
     """What the pruned model learns of its base."""
@@ -66,20 +68,51 @@ class AlignConfig(Section):
     )
     base: str | None = Field(None, description="base that was pruned; for distillation")
     distillation: DistillationConfig = DistillationConfig()
-    steps: int = Field(1600, ge=1, description="optimiser steps")
+    steps: int | None = Field(
+        None, ge=1, description="optimiser steps; default: what tokens asks for, else 1600"
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="tokens to train on, instead of steps; the last step is a whole one"
+    )
+    max_hours: float | None = Field(
+        None, gt=0, description="end after the step at which this time is up, with what is learnt"
+    )
     batch_size: int = Field(128, ge=1, description="sequences in a step, over all workers")
     micro_batch_size: int = Field(4, ge=1, description="sequences in one forward of one worker")
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
     workers: int = Field(1, ge=1, description="Ray Train workers (one GPU each where there are)")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of a worker")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     precision: Precision = Field("bf16", description="of weights and activations")
-    freeze_lm_head: bool = Field(
-        True, description="keep lm_head (and what is tied to it) as it is, as the paper does"
+    frozen: tuple[Literal["lm_head", "embeddings", "norms"], ...] = Field(
+        ("lm_head",),
+        description="what stays as it is; lm_head, as in the paper, with what is tied to it",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only each layer's input for the backward pass, a third more work"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload_optimiser: Offload = Field(
+        "none", description="where the optimiser's state is; nvme needs zero_stage 3"
+    )
+    offload_parameters: Offload = Field(
+        "none", description="where partitions of weights wait; needs zero_stage 3"
+    )
+    offload_folder: Path | None = Field(None, description="folder on a fast disk, for nvme")
+    deepspeed: Path | None = Field(
+        None,
+        description="DeepSpeed JSON of your own; its keys win, but for those that other settings "
+        "here decide, which it may leave to them or say the same",
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="worker failures survived")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps, where time does not end them."""
+        if self.tokens is not None:
+            return -(-self.tokens // (self.batch_size * self.corpus.sequence_length))
+        return self.steps or 1600
 
     @property
     def actors(self) -> int:
@@ -90,6 +123,28 @@ class AlignConfig(Section):
     def _distillation_has_a_base(self) -> AlignConfig:
         if self.objective == "distillation" and self.base is None:
             raise ValueError("base must be given for objective distillation; name the base model")
+        return self
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> AlignConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError(
+                f"steps must be left out where tokens is given, got {self.steps} and {self.tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_offloads(self) -> AlignConfig:
+        stage = self.zero_stage
+        if self.offload_parameters != "none" and stage < 3:
+            raise ValueError(f"zero_stage must be 3 to offload parameters, got {stage}; raise it")
+        if self.offload_optimiser != "none" and stage < 1:
+            raise ValueError("zero_stage must be at least 1 to offload the optimiser; raise it")
+        if "nvme" in (self.offload_optimiser, self.offload_parameters):
+            if stage < 3:
+                raise ValueError(f"zero_stage must be 3 to offload to nvme, got {stage}; raise it")
+            if self.offload_folder is None:
+                raise ValueError("offload_folder must be given for nvme; name a folder there")
         return self
 
     @model_validator(mode="after")

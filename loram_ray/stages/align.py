@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loram_ray.alignment.loop import HASHES_FILE, Inputs, LoopSettings, train_loop
+from loram_ray.alignment.deepspeed import deepspeed_config, read_users
+from loram_ray.alignment.loop import OUTCOME_FILE, Inputs, LoopSettings, train_loop
 from loram_ray.alignment.targets import prepare_targets
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import AlignConfig, RayConfig
@@ -29,6 +30,10 @@ _NOT_IN_IDENTITY = {
     "cpus_per_worker",
     "max_failures",
     "checkpoint_every",
+    "tokens",
+    "steps",
+    "deepspeed",
+    "offload_folder",
 }
 _NOT_LEARNT_FROM = {"workers", "gpus_per_worker", "batch_size", "stream_rows"}
 
@@ -49,6 +54,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         update={"pruned": config.pruned.resolve(), "output": config.output.resolve()}
     )
     _require_sequence_fits(config)
+    deepspeed = deepspeed_config(config, read_users(config.deepspeed))
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
@@ -72,16 +78,17 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         return run_stage(
             config.output,
             "align",
-            settings=_settings(config),
+            settings=_settings(config, deepspeed),
             parents=parents,
             base_fingerprint=manifest.base_fingerprint,
-            write=lambda target: _write(target, config, inputs, corpus.manifest.details),
+            write=lambda target: _write(target, config, deepspeed, inputs, corpus.manifest.details),
         )
 
 
-def _settings(config: AlignConfig) -> dict[str, Any]:
+def _settings(config: AlignConfig, deepspeed: dict[str, Any]) -> dict[str, Any]:
     """What determines the result besides the inputs."""
     settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    settings |= {"steps": config.total_steps, "deepspeed": deepspeed}
     if config.objective == "distillation":
         settings["distillation"] = config.distillation.model_dump(
             mode="json", exclude=_NOT_LEARNT_FROM
@@ -123,17 +130,23 @@ def _require_sequence_fits(config: AlignConfig) -> None:
 
 
 def _write(
-    target: StageDirectory, config: AlignConfig, inputs: Inputs, corpus: dict[str, Any]
+    target: StageDirectory,
+    config: AlignConfig,
+    deepspeed: dict[str, Any],
+    inputs: Inputs,
+    corpus: dict[str, Any],
 ) -> None:
     plan = PruningPlan.load(config.pruned)
-    loop = LoopSettings(config, inputs, target.work, target.path)
+    loop = LoopSettings(config, deepspeed, inputs, target.work, target.path)
     _fit(config, loop)
-    target.hashes.update(json.loads((target.work / HASHES_FILE).read_text()))
+    outcome = json.loads((target.work / OUTCOME_FILE).read_text())
+    target.hashes.update(outcome["hashes"])
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
     (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
     target.details.update(
-        steps=config.steps,
-        tokens=config.steps * config.batch_size * config.corpus.sequence_length,
+        steps=outcome["steps"],
+        tokens=outcome["steps"] * config.batch_size * config.corpus.sequence_length,
+        seconds=outcome["seconds"],
         corpus=corpus,
     )
 
@@ -166,7 +179,7 @@ def _fit(config: AlignConfig, loop: LoopSettings) -> None:
         ),
     )
     ended = threading.Event()
-    with Reporter("align", total=config.steps, unit="step") as reporter:
+    with Reporter("align", total=config.total_steps, unit="step") as reporter:
         watcher = threading.Thread(
             target=follow, args=(reporter, Path(loop.work) / METRICS_FILE, ended.wait)
         )

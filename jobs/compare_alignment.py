@@ -1,0 +1,199 @@
+"""The objectives of alignment on a real model, by the share of full LoRA's gain that they keep.
+
+    python jobs/prepare_demo.py --output runs/demo/inputs
+    python jobs/compare_alignment.py --inputs runs/demo/inputs --output runs/objectives
+
+LoRAM-Rand of SmolLM2-135M, layers 4 to 27, at two ratios. A pruned model is left as it is, or
+aligned by the paper's causal-LM loss, or by distillation from the base, cached or live; then a LoRA
+is trained on it and recovered, and the base with it is scored on held-out answers. *Equal tokens*
+means 1,024 tokens a step for all. *Equal compute* gives the causal-LM loss as many steps more as
+the base's forward pass costs: a step is counted as 6 operations a token for each parameter that is
+trained and 2 for each that is only run.
+
+A study that was cut goes on where it stopped. The table is written to ``table.md`` after every row;
+``--seeds 0 1 2`` repeats pruning, order and training with other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from study import SEQUENCE, Study, Training
+
+import loram_ray as lr
+from loram_ray.cluster import ray_session
+from loram_ray.stages.run import share_of_gain
+
+LAYERS = (4, 28)
+RATIOS = (0.35, 0.65)
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row's alignment.
+
+    Attributes:
+        name: in the table.
+        folder: name of its directory.
+        settings: of the align stage, or None for no alignment.
+        pays_for_base: whether it has the steps that the base's forward passes would have cost.
+    """
+
+    name: str
+    folder: str
+    settings: dict[str, Any] | None = field(default_factory=dict)
+    pays_for_base: bool = False
+
+
+def distilled(name: str, folder: str, **settings: object) -> Objective:
+    """A row of distillation."""
+    return Objective(name, folder, {"objective": "distillation", "distillation": settings})
+
+
+OBJECTIVES = (
+    Objective("none", "none", None),
+    Objective("causal-LM (the paper)", "causal"),
+    distilled("distilled, 64 likeliest tokens", "top64"),
+    distilled("distilled, live", "live", targets="live"),
+    Objective("causal-LM, equal compute", "causal-long", {}, pays_for_base=True),
+    distilled("distilled, 8 likeliest tokens", "top8", top_k=8),
+    distilled("half distilled, half causal-LM", "half", causal_lm_weight=0.5),
+    distilled("distilled at temperature 2", "warm", temperature=2.0),
+    distilled(
+        "distilled, live, and hidden states",
+        "hidden",
+        targets="live",
+        hidden_layers=(9, 19, 29),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement."""
+
+    ratio: float
+    seed: int
+    objective: Objective
+    steps: int
+    text: float
+    answers: float
+    gain_kept: float
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows, seed by seed."""
+    chosen = [o for o in OBJECTIVES if not arguments.only or o.folder in arguments.only]
+    for seed in arguments.seeds:
+        training = Training(steps=2 if arguments.quick else 80, warmup_steps=8, seed=seed)
+        limit = 8 if arguments.quick else None
+        study = Study(arguments.inputs, arguments.output, training, limit)
+        base = study.answer_perplexity(study.base, arguments.output / "base")
+        root = arguments.output / f"seed-{seed}"
+        full = study.answer_perplexity(study.full_lora(root / "full"), root / "full")
+        for ratio in arguments.ratios:
+            pruned = lr.prune(
+                lr.PruneConfig(
+                    base=study.base,
+                    output=root / f"{ratio}" / "pruned",
+                    ratio=ratio,
+                    layers=LAYERS,
+                    seed=seed,
+                )
+            )
+            for objective in chosen:
+                folder = root / f"{ratio}" / objective.folder
+                steps = steps_of(objective, pruned.manifest.details, arguments.steps)
+                model = aligned(study, objective, pruned.output, folder, steps, seed)
+                answers = study.answer_perplexity(study.adapted(model, folder), folder)
+                yield Row(
+                    ratio,
+                    seed,
+                    objective,
+                    steps,
+                    study.text_perplexity(model, folder),
+                    answers,
+                    share_of_gain(base, answers, full),
+                )
+
+
+def steps_of(objective: Objective, pruned: dict[str, Any], steps: int) -> int:
+    """Optimiser steps of a row."""
+    if objective.settings is None:
+        return 0
+    if objective.pays_for_base:
+        share = 2 * pruned["base_parameters"] / (6 * pruned["parameters"])
+        return round(steps * (1 + share))
+    return steps
+
+
+def aligned(
+    study: Study, objective: Objective, pruned: Path, folder: Path, steps: int, seed: int
+) -> Path:
+    """Align a pruned model."""
+    if objective.settings is None:
+        return pruned
+    config = lr.AlignConfig(
+        pruned=pruned,
+        base=study.base,
+        output=folder / "aligned",
+        corpus={"sources": [{"path": str(study.text)}], "sequence_length": SEQUENCE},
+        steps=steps,
+        batch_size=BATCH,
+        micro_batch_size=BATCH,
+        cpus_per_worker=2,
+        optimiser={"learning_rate": 3e-4, "warmup_steps": 10},
+        checkpoint_every=50,
+        seed=seed,
+        **objective.settings,
+    )
+    return lr.align(config).output
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The table: means over the seeds, and each seed's share of the gain."""
+    lines = [
+        "| ratio | alignment | steps | text perplexity, pruned | answer perplexity, LoRAM "
+        "| gain kept | by seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cells = sorted({(row.ratio, OBJECTIVES.index(row.objective)) for row in rows})
+    for ratio, number in cells:
+        of_cell = [r for r in rows if (r.ratio, OBJECTIVES.index(r.objective)) == (ratio, number)]
+        kept = [row.gain_kept for row in of_cell]
+        lines.append(
+            f"| {ratio} | {OBJECTIVES[number].name} | {of_cell[0].steps} "
+            f"| {statistics.mean(row.text for row in of_cell):.2f} "
+            f"| {statistics.mean(row.answers for row in of_cell):.3f} "
+            f"| {statistics.mean(kept):.0%} | {', '.join(f'{k:.0%}' for k in kept)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Fill the table row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=Path, required=True, help="made by prepare_demo.py")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--only", nargs="*", help="rows: " + " ".join(o.folder for o in OBJECTIVES))
+    parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=150, help="of alignment")
+    parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    with ray_session(lr.RayConfig(), cpus=2):
+        for row in measure(arguments):
+            rows.append(row)
+            (arguments.output / "table.md").write_text(as_markdown(rows))
+    print((arguments.output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
