@@ -13,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.alignment.deepspeed import deepspeed_config
-from loram_ray.corpus.stream import Share, list_blocks, read_span, spans
+from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.progress import METRICS_FILE
 from loram_ray.tensorfile import Checkpoint
 
@@ -74,9 +74,8 @@ def plain(
     )
     prepare_corpus(settings, pruned, folder)
     everything = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
-    parts = [
-        read_span(span, everything) for span in spans(list_blocks(folder), 0, 0, STEPS * BATCH)
-    ]
+    order = open_order(folder, 0)
+    parts = [read_chunk(order, chunk, everything) for chunk in order.chunks(0, STEPS * BATCH)]
     ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
     lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
     model = lr.load_pruned(pruned, "fp32").train()

@@ -26,7 +26,7 @@ from loram_ray.alignment.targets import (
 )
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
-from loram_ray.corpus.stream import Share, list_blocks, read_span, spans
+from loram_ray.corpus.stream import Share, list_blocks, open_order, read_chunk
 from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
 from loram_ray.losses import IGNORED
 from loram_ray.manifest import write_json
@@ -456,8 +456,8 @@ def plain(
     """Distillation as a plain PyTorch loop on whole batches and whole logits."""
     config = stage_config(teaching_base, pruned, text, Path("unread"))
     share = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
-    order = spans(list_blocks(corpus.output), config.seed, 0, STEPS * BATCH)
-    parts = [read_span(span, share) for span in order]
+    order = open_order(corpus.output, config.seed)
+    parts = [read_chunk(order, chunk, share) for chunk in order.chunks(0, STEPS * BATCH)]
     ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
     lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
     model, teacher = lr.load_pruned(pruned, "fp32").train(), load_model(teaching_base, "fp32")
@@ -562,6 +562,14 @@ def test_only_blocks_that_training_reads_are_asked_for(
             writer.write_table(pa.table({"row_id": np.arange(BATCH)}, schema=schema))
     config = stage_config(teaching_base, pruned, text, tmp_path / "aligned", steps=3)
     found = visited_blocks(config, tmp_path)
-    order = [span.group for span in spans(list_blocks(tmp_path), config.seed, 0, 3 * BATCH)]
-    assert [block.group for block in found] == sorted(order)
-    assert len(found) == 3
+    groups = [block.group for block in found]
+    assert len(groups) == 3 and groups == sorted(groups)
+    share = Share(0, 3 * BATCH, BATCH, worker=0, workers=1)
+    order = open_order(tmp_path, config.seed)
+    seen = [
+        piece.block.group
+        for chunk in order.chunks(0, 3 * BATCH)
+        for piece in order.pieces(chunk)
+        if share.takes(piece.positions).any()
+    ]
+    assert sorted(seen) == groups

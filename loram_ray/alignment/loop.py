@@ -25,7 +25,7 @@ from loram_ray.alignment.deepspeed import (
 from loram_ray.alignment.objective import PARTS, AlignmentModel
 from loram_ray.alignment.targets import LISTS, read_targets
 from loram_ray.config import AlignConfig
-from loram_ray.corpus.stream import Share, list_blocks, stream
+from loram_ray.corpus.stream import Share, open_order, stream
 from loram_ray.distillation import TopTokens
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED, labelled
@@ -238,8 +238,8 @@ def _micro_batches(loop: LoopSettings, rank: int, step: int) -> Iterator[dict[st
         beside = (
             partial(read_targets, loop.inputs.targets) if loop.inputs.targets is not None else None
         )
-        blocks = list_blocks(loop.inputs.corpus)
-        yield from stream(blocks, config.seed, share, config.micro_batch_size, beside)
+        order = open_order(loop.inputs.corpus, config.seed)
+        yield from stream(order, share, config.micro_batch_size, beside)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ import torch
 from loram_ray.alignment.teacher import StreamedTeacher, Teaching, WholeTeacher, teacher_of
 from loram_ray.cluster import gpus_per_worker, require_resources
 from loram_ray.config import AlignConfig
-from loram_ray.corpus.stream import Block, list_blocks, spans
+from loram_ray.corpus.order import Block
+from loram_ray.corpus.stream import list_blocks, open_order
 from loram_ray.distillation import TopTokens
 from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, write_json
@@ -101,10 +102,8 @@ def prepare_targets(
 
 def visited_blocks(config: AlignConfig, corpus: Path) -> list[Block]:
     """Blocks of the corpus that training reads, in the order of their row ids."""
-    blocks = list_blocks(corpus)
-    order = spans(blocks, config.seed, 0, config.total_steps * config.batch_size)
-    visited = {(span.path, span.group) for span in order}
-    return [block for block in blocks if (block.path, block.group) in visited]
+    visited = open_order(corpus, config.seed).visited(config.total_steps * config.batch_size)
+    return [block for block in list_blocks(corpus) if (block.path, block.group) in visited]
 
 
 def _groups(blocks: Sequence[Block], rows: int | None) -> Iterator[list[Block]]:

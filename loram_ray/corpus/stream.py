@@ -1,13 +1,7 @@
-"""Packed sequences in a seeded order, streamed to a worker by Ray Data from any position.
-
-The order is a pure function of the seed, so a resumed run asks for the position where it stopped,
-and one worker or several see the same global batches. Blocks (row groups) are permuted, then rows
-within a block, anew in every epoch: reading stays sequential within a block.
-"""
+"""Packed sequences in their order, streamed to a worker by Ray Data from any position."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-
-@dataclass(frozen=True)
-class Block:
-    """A row group of a prepared corpus."""
-
-    path: str
-    group: int
-    rows: int
-
+from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
 
 Beside = Callable[[Block, np.ndarray], dict[str, np.ndarray]]
 """Reads, for some rows of a block, what is kept beside the corpus."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """A block at its place in the order: positions ``[start, start + rows)`` over all epochs."""
-
-    path: str
-    group: int
-    rows: int
-    start: int
-    shuffle_seed: int
+def open_order(corpus: Path, seed: int) -> Order:
+    """The order of a prepared corpus."""
+    return Order((MixedSource("corpus", 1.0, tuple(list_blocks(corpus))),), seed)
 
 
 def list_blocks(corpus: Path) -> list[Block]:
@@ -50,24 +30,6 @@ def list_blocks(corpus: Path) -> list[Block]:
             if rows:
                 blocks.append(Block(str(path), group, rows))
     return blocks
-
-
-def spans(blocks: list[Block], seed: int, start: int, end: int) -> Iterator[Span]:
-    """Yield the blocks that hold positions ``[start, end)``, in order, over as many epochs."""
-    total = sum(block.rows for block in blocks)
-    for epoch in itertools.count(start // total):
-        position = epoch * total
-        order = np.random.default_rng([seed, epoch])
-        for number in order.permutation(len(blocks)):
-            if position >= end:
-                return
-            block = blocks[number]
-            if position + block.rows > start:
-                shuffle_seed = int(
-                    np.random.default_rng([seed, epoch, int(number)]).integers(2**62)
-                )
-                yield Span(block.path, block.group, block.rows, position, shuffle_seed)
-            position += block.rows
 
 
 @dataclass(frozen=True)
@@ -87,52 +49,65 @@ class Share:
         return mine & (positions >= self.start) & (positions < self.end)
 
 
-def read_span(span: Span, share: Share, beside: Beside | None = None) -> dict[str, np.ndarray]:
-    """Read a worker's rows of one block, in order.
+def read_chunk(
+    order: Order, chunk: Chunk, share: Share, beside: Beside | None = None
+) -> dict[str, np.ndarray]:
+    """Read a worker's rows of one chunk, in order.
 
     Returns:
         ``row_id`` int64 ``[rows]``, ``input_ids`` int32 ``[rows, seq]`` and ``length`` int32
-        ``[rows]``; and what is beside them.
+        ``[rows]``; and what is beside them. Nothing at all where no row is the worker's.
     """
-    permutation = np.random.default_rng(span.shuffle_seed).permutation(span.rows)
-    rows = permutation[share.takes(span.start + np.arange(span.rows))]
-    table = pq.ParquetFile(span.path).read_row_group(span.group)
+    parts: list[dict[str, np.ndarray]] = []
+    positions: list[np.ndarray] = []
+    for piece in order.pieces(chunk):
+        mine = share.takes(piece.positions)
+        if mine.any():
+            parts.append(_read(piece.block, piece.rows[mine], beside))
+            positions.append(piece.positions[mine])
+    if not parts:
+        return {}
+    places = np.concatenate(positions).argsort()
+    return {name: np.concatenate([part[name] for part in parts])[places] for name in parts[0]}
+
+
+def _read(block: Block, rows: np.ndarray, beside: Beside | None) -> dict[str, np.ndarray]:
+    table = pq.ParquetFile(block.path).read_row_group(block.group)
     tokens = table["input_ids"].combine_chunks().flatten().to_numpy()
     return {
         "row_id": table["row_id"].to_numpy()[rows],
-        "input_ids": tokens.reshape(span.rows, -1)[rows],
+        "input_ids": tokens.reshape(block.rows, -1)[rows],
         "length": table["length"].to_numpy()[rows],
-        **(beside(Block(span.path, span.group, span.rows), rows) if beside else {}),
+        **(beside(block, rows) if beside is not None else {}),
     }
 
 
 def stream(
-    blocks: list[Block],
-    seed: int,
-    share: Share,
-    micro_batch_size: int,
-    beside: Beside | None = None,
+    order: Order, share: Share, micro_batch_size: int, beside: Beside | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Stream a worker's share in micro-batches through Ray Data.
 
     Args:
-        blocks: of the prepared corpus.
-        seed: of the order.
+        order: of the prepared corpus.
         share: the worker's positions.
         micro_batch_size: rows in each yielded batch; divides the worker's part of a global batch.
         beside: reads what else is wanted of the rows.
 
     Yields:
-        Batches as `read_span` describes.
+        Batches as `read_chunk` describes.
     """
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    wanted = [vars(span) for span in spans(blocks, seed, share.start, share.end)]
+    wanted = [
+        {"number": chunk.number, "before": list(chunk.before)}
+        for chunk in order.chunks(share.start, share.end)
+        if share.takes(order.positions(chunk)).any()
+    ]
     dataset = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
-        _read_batch, fn_args=(share, beside), batch_size=1
+        _read_batch, fn_args=(order, share, beside), batch_size=1
     )
     yield from dataset.iter_batches(
         batch_size=micro_batch_size, prefetch_batches=2, batch_format="numpy"
@@ -140,13 +115,7 @@ def stream(
 
 
 def _read_batch(
-    batch: dict[str, np.ndarray], share: Share, beside: Beside | None
+    batch: dict[str, np.ndarray], order: Order, share: Share, beside: Beside | None
 ) -> dict[str, np.ndarray]:
-    span = Span(
-        path=str(batch["path"][0]),
-        group=int(batch["group"][0]),
-        rows=int(batch["rows"][0]),
-        start=int(batch["start"][0]),
-        shuffle_seed=int(batch["shuffle_seed"][0]),
-    )
-    return read_span(span, share, beside)
+    before = tuple(int(count) for count in batch["before"][0])
+    return read_chunk(order, Chunk(int(batch["number"][0]), before), share, beside)

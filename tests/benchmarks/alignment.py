@@ -18,7 +18,7 @@ import torch
 from measure import median
 
 import loram_ray as lr
-from loram_ray.corpus.stream import Share, list_blocks, read_span, spans
+from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.progress import METRICS_FILE
 
 STEPS, BATCH, LENGTH, MICRO_BATCH, WARM = 8, 8, 256, 2, 2
@@ -55,7 +55,8 @@ def without_ray(settings: lr.AlignConfig, corpus: Path) -> float:
     torch.distributed.init_process_group("gloo")
     engine = loop._start_engine(settings)
     share = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
-    found = [read_span(s, share) for s in spans(list_blocks(corpus), 0, 0, STEPS * BATCH)]
+    order = open_order(corpus, 0)
+    found = [read_chunk(order, chunk, share) for chunk in order.chunks(0, STEPS * BATCH)]
     rows = {key: torch.cat([torch.from_numpy(f[key]) for f in found]).numpy() for key in found[0]}
     rates = []
     for step in range(STEPS):
