@@ -376,7 +376,7 @@ def test_cached_targets_are_those_of_the_stock_model(
     config = stage_config(
         teaching_base, pruned, text, tmp_path, distillation=distillation, steps=1000
     )
-    done = prepare_targets(config, teaching_base, "fingerprint", corpus, tmp_path / "targets")
+    done = prepare_targets(config, teaching_base, "fingerprint", corpus, None, tmp_path / "targets")
     blocks = list_blocks(corpus.output)
     assert blocks == visited_blocks(config, corpus.output)
     model = load_model(teaching_base, "fp32")
@@ -407,7 +407,9 @@ def test_cached_targets_are_those_of_the_stock_model(
     assert details["tokens"] == sum(block.rows for block in blocks) * LENGTH
     sizes = sum(path.stat().st_size for path in done.output.glob("unit-*.parquet"))
     assert details["bytes_per_token"] == sizes / details["tokens"]
-    again = prepare_targets(config, teaching_base, "fingerprint", corpus, tmp_path / "targets")
+    again = prepare_targets(
+        config, teaching_base, "fingerprint", corpus, None, tmp_path / "targets"
+    )
     assert again.skipped
 
 
@@ -417,7 +419,7 @@ def test_targets_that_were_cut_are_continued(
 ) -> None:
     """What is there is not computed again; a block without its summary is."""
     config = stage_config(teaching_base, pruned, text, tmp_path, steps=1000)
-    whole = prepare_targets(config, teaching_base, "fingerprint", corpus, tmp_path / "whole")
+    whole = prepare_targets(config, teaching_base, "fingerprint", corpus, None, tmp_path / "whole")
     first, *others = list_blocks(corpus.output)
     cut = StageDirectory(tmp_path / "cut")
     prepared: list[str] = []
@@ -441,7 +443,7 @@ def test_targets_that_were_cut_are_continued(
             base_fingerprint="fingerprint",
             write=interrupted,
         )
-    done = prepare_targets(config, teaching_base, "fingerprint", corpus, cut.output)
+    done = prepare_targets(config, teaching_base, "fingerprint", corpus, None, cut.output)
     assert len(prepared) == len(others)
     for name in prepared:
         assert (done.output / name).read_bytes().endswith(b"marked")
@@ -522,6 +524,43 @@ def test_distilled_alignment_equals_a_plain_pytorch_loop(
     with Checkpoint(pruned) as checkpoint:
         before = checkpoint.read("model.layers.1.mlp.up_proj.weight")
     assert (moved - before).abs().max() > LR / 2
+
+
+@pytest.mark.cluster
+def test_targets_of_isolated_documents_are_those_of_the_documents_alone(
+    teaching_base: Path, pruned: Path, text: Path, corpus: StageResult, tmp_path: Path
+) -> None:
+    config = stage_config(
+        teaching_base,
+        pruned,
+        text,
+        tmp_path,
+        isolate_documents=True,
+        steps=1000,
+        distillation={"top_k": 3},
+    )
+    closing = tiny.tokenizer().eos_token_id
+    output = tmp_path / "targets"
+    done = prepare_targets(config, teaching_base, "fingerprint", corpus, closing, output)
+    model = load_model(teaching_base, "fp32")
+    [block, *_] = list_blocks(corpus.output)
+    table = pq.ParquetFile(block.path).read_row_group(block.group)
+    rows = np.arange(block.rows)
+    found = torch.from_numpy(read_targets(done.output, block, rows)["missing"])
+    split = 0
+    for row in range(6):
+        ids = table["input_ids"][row].as_py()
+        ends = [i + 1 for i, token in enumerate(ids) if token == closing]
+        edges = [0, *ends, len(ids)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            if begin == end:
+                continue
+            with torch.inference_mode():
+                probs = model(torch.tensor([ids[begin:end]])).logits.softmax(-1)[0]
+            missing = 1 - probs.topk(3).values.sum(-1)
+            torch.testing.assert_close(found[row, begin:end], missing, atol=1e-5, rtol=1e-4)
+            split += begin > 0
+    assert split > 0
 
 
 def test_another_base_is_refused_before_anything_is_written(

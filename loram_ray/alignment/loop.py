@@ -25,6 +25,7 @@ from loram_ray.alignment.deepspeed import (
 from loram_ray.alignment.objective import PARTS, AlignmentModel
 from loram_ray.alignment.targets import LISTS, read_targets
 from loram_ray.config import AlignConfig
+from loram_ray.corpus.isolation import document_positions
 from loram_ray.corpus.stream import Share, open_order, stream
 from loram_ray.distillation import TopTokens
 from loram_ray.errors import LoramError
@@ -46,11 +47,13 @@ class Inputs:
         corpus: prepared corpus.
         targets: directory of the base's likeliest tokens over it, or None.
         teacher: the base, whose distributions are computed live, or None.
+        closing: id of the token that ends a document, where documents do not see each other.
     """
 
     corpus: Path
     targets: Path | None
     teacher: Path | None
+    closing: int | None
 
 
 @dataclass(frozen=True)
@@ -177,14 +180,14 @@ def _train(engine: Any, loop: LoopSettings, rank: int, progress: Progress) -> Pr
     while not is_last:
         started = time.perf_counter()
         micro_batches = [
-            _to_device(batch, engine.device)
+            _to_device(batch, engine.device, loop.inputs.closing)
             for batch in islice(batches, engine.gradient_accumulation_steps())
         ]
         predicted = torch.stack([labelled(batch.labels).sum() for batch in micro_batches]).sum()
         tokens = _sum_over_workers(predicted).clamp(min=1)
         sums = torch.zeros(len(PARTS), device=engine.device)
         for batch in micro_batches:
-            found = engine(batch.input_ids, batch.labels, batch.top)
+            found = engine(batch.input_ids, batch.labels, batch.top, batch.positions)
             # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
             share = len(micro_batches) * config.workers / tokens
             engine.backward(module.loss(found) * share)
@@ -250,25 +253,39 @@ class MicroBatch:
         input_ids: int64 ``[batch, seq]``.
         labels: int64 ``[batch, seq]``; padding carries none.
         top: the base's likeliest tokens, where they were computed before.
+        positions: int64 ``[batch, seq]``, beginning anew where documents do not see each other.
         row_ids: of the corpus.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     top: TopTokens | None
+    positions: torch.Tensor | None
     row_ids: list[int]
 
 
-def _to_device(batch: dict[str, np.ndarray], device: torch.device) -> MicroBatch:
+def _to_device(
+    batch: dict[str, np.ndarray], device: torch.device, closing: int | None
+) -> MicroBatch:
     input_ids = torch.from_numpy(batch["input_ids"].astype(np.int64))
-    positions = torch.arange(input_ids.shape[1])
-    padding = positions >= torch.from_numpy(batch["length"].copy())[:, None]
+    places = torch.arange(input_ids.shape[1])
+    padding = places >= torch.from_numpy(batch["length"].copy())[:, None]
     labels = input_ids.masked_fill(padding, IGNORED)
+    positions = None
+    if closing is not None:
+        positions = document_positions(input_ids, closing)
+        labels = labels.masked_fill(positions == 0, IGNORED)  # nothing before it says what it is
     top = None
     if "missing" in batch:
         parts = (torch.from_numpy(batch[name].copy()) for name in LISTS)
         top = TopTokens.rounded(*parts).to(device)
-    return MicroBatch(input_ids.to(device), labels.to(device), top, batch["row_id"].tolist())
+    return MicroBatch(
+        input_ids=input_ids.to(device),
+        labels=labels.to(device),
+        top=top,
+        positions=positions.to(device) if positions is not None else None,
+        row_ids=batch["row_id"].tolist(),
+    )
 
 
 def _sum_over_workers(value: torch.Tensor) -> torch.Tensor:

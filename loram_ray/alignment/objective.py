@@ -41,7 +41,11 @@ class AlignmentModel(nn.Module):
         self.weights = (causal_lm, 1.0 - causal_lm, hidden)
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, top: TopTokens | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        top: TopTokens | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum each of `PARTS` over the predicted tokens of a micro-batch.
 
@@ -49,6 +53,8 @@ class AlignmentModel(nn.Module):
             input_ids: int64 ``[batch, seq]``.
             labels: int64 ``[batch, seq]``.
             top: the base's likeliest next tokens, ``[batch, seq, ...]``, where they were cached.
+            positions: int64 ``[batch, seq]``, those of `document_positions` where documents are not
+                to see each other.
 
         Returns:
             Float32 ``[3]``.
@@ -58,12 +64,12 @@ class AlignmentModel(nn.Module):
         def rows(values: torch.Tensor) -> torch.Tensor:
             return values[:, :-1][wanted]
 
-        states, layers = self._states(self.model, input_ids)
+        states, layers = self._states(self.model, input_ids, positions)
         targets: list[torch.Tensor] = []
         hidden = states.new_zeros((), dtype=torch.float32)
         if self.teacher is not None:
             with torch.no_grad():
-                base_states, base_layers = self._states(self.teacher, input_ids)
+                base_states, base_layers = self._states(self.teacher, input_ids, positions)
             targets = [rows(base_states)]
             for mine, base in zip(layers, base_layers, strict=True):
                 hidden = hidden + hidden_error(rows(mine), rows(base)).sum() / len(layers)
@@ -84,12 +90,15 @@ class AlignmentModel(nn.Module):
         return dict(zip(PARTS[:computed], means.tolist(), strict=False))
 
     def _states(
-        self, model: Any, input_ids: torch.Tensor
+        self, model: Any, input_ids: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """States after the final norm, and outputs of the chosen layers."""
         decoder = model.get_decoder()
         output = decoder(
-            input_ids=input_ids, use_cache=False, output_hidden_states=bool(self._hidden_layers)
+            input_ids=input_ids,
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=bool(self._hidden_layers),
         )
         return output[0], [output.hidden_states[layer + 1] for layer in self._hidden_layers]
 

@@ -45,6 +45,7 @@ def prepare_targets(
     base: Path,
     fingerprint: str,
     corpus: StageResult,
+    closing: int | None,
     output: Path,
 ) -> StageResult:
     """Compute the base's likeliest tokens wherever training will look; reuse what is complete.
@@ -56,6 +57,7 @@ def prepare_targets(
         base: model directory.
         fingerprint: its identity.
         corpus: the prepared corpus.
+        closing: id of the token that ends a document, where documents do not see each other.
         output: directory to write.
 
     Raises:
@@ -78,6 +80,7 @@ def prepare_targets(
             cpus=cpus,
             streamed=distillation.stream_rows is not None,
             gpus=gpus,
+            closing=closing,
         )
         _compute(teaching, distillation.workers, _groups(blocks, distillation.stream_rows))
         for block in blocks:
@@ -92,6 +95,7 @@ def prepare_targets(
             "top_k": distillation.top_k,
             "temperature": distillation.temperature,
             "precision": config.precision,
+            "closing": closing,
             "blocks": digest_of([target_file(block) for block in blocks]),
         },
         parents={"base": fingerprint, "corpus": corpus.manifest.digest},

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loram_ray.corpus.isolation import document_positions
 from loram_ray.distillation import TopTokens
 from loram_ray.layerwise.hidden import HiddenStates
 from loram_ray.layerwise.layers import LayerStream
@@ -32,6 +33,7 @@ class Teaching:
         batch_size: sequences in one forward.
         cpus: threads.
         streamed: whether the base runs a layer at a time, its hidden states on disk.
+        closing: id of the token that ends a document, where documents do not see each other.
         gpus: GPUs that the base is sharded over; with one or none it is not.
     """
 
@@ -44,6 +46,7 @@ class Teaching:
     cpus: int
     streamed: bool
     gpus: int
+    closing: int | None = None
 
     def top(self, states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> TopTokens:
         """Likeliest tokens ``[rows, seq, k]`` of states ``[rows, seq, hidden]``, on the CPU."""
@@ -74,7 +77,10 @@ class WholeTeacher:
         """Yield the likeliest tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
         decoder = self._model.get_decoder()
         for ids in batches:
-            states = decoder(input_ids=ids.to(self._model.device), use_cache=False)[0]
+            ids = ids.to(self._model.device)
+            closing = self._teaching.closing
+            positions = None if closing is None else document_positions(ids, closing)
+            states = decoder(input_ids=ids, position_ids=positions, use_cache=False)[0]
             yield self._teaching.top(states, lambda part: logits_of(self._model, part))
 
 

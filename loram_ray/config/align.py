@@ -61,6 +61,9 @@ class AlignConfig(Section):
     pruned: Path = Field(description="directory written by prune")
     output: Path = Field(description="directory to write")
     corpus: CorpusConfig
+    isolate_documents: bool = Field(
+        False, description="documents packed into one sequence do not see each other"
+    )
     objective: Literal["causal_lm", "distillation"] = Field(
         "causal_lm",
         description="causal_lm: predict the corpus, as the paper does; distillation: predict what "
@@ -123,6 +126,15 @@ class AlignConfig(Section):
     def _distillation_has_a_base(self) -> AlignConfig:
         if self.objective == "distillation" and self.base is None:
             raise ValueError("base must be given for objective distillation; name the base model")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_see_whole_sequences(self) -> AlignConfig:
+        if self.isolate_documents and self.distillation.stream_rows is not None:
+            raise ValueError(
+                "isolate_documents must be false where distillation.stream_rows is given, the "
+                "base then sees whole sequences; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

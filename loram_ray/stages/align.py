@@ -12,10 +12,11 @@ from loram_ray.alignment.loop import OUTCOME_FILE, Inputs, LoopSettings, train_l
 from loram_ray.alignment.targets import prepare_targets
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import AlignConfig, RayConfig
+from loram_ray.corpus.pack import end_of_text
 from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.errors import LoramError
 from loram_ray.manifest import fingerprint, read_model_config, require_stage
-from loram_ray.modeling import resolve_base, write_model_files
+from loram_ray.modeling import load_tokenizer, resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
@@ -65,15 +66,21 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         beside = config.output.with_name
         corpus = prepare_corpus(config.corpus, config.pruned, beside(f"{name}_corpus"))
         parents = {"pruned": manifest.digest, "corpus": corpus.manifest.digest}
+        closing = None
+        if config.isolate_documents:
+            closing = end_of_text(load_tokenizer(config.pruned))
         targets = None
         if base is not None and config.distillation.targets == "cached":
             output = beside(f"{name}_targets")
-            targets = prepare_targets(config, base, manifest.base_fingerprint, corpus, output)
+            targets = prepare_targets(
+                config, base, manifest.base_fingerprint, corpus, closing, output
+            )
             parents["targets"] = targets.manifest.digest
         inputs = Inputs(
             corpus=corpus.output,
             targets=targets.output if targets is not None else None,
             teacher=base if targets is None else None,
+            closing=closing,
         )
         return run_stage(
             config.output,
