@@ -148,6 +148,38 @@ def test_workers_killed_mid_run_continue_from_the_last_checkpoint_bit_equal(
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(("zero_stage", "before", "after"), [(2, 2, 1), (3, 1, 2)])
+def test_a_run_that_was_cut_goes_on_with_another_number_of_workers(
+    zero_stage: int,
+    before: int,
+    after: int,
+    pruned: Path,
+    corpus: Path,
+    tmp_path: Path,
+    plain: tuple[list[float], dict[str, torch.Tensor]],
+) -> None:
+    output = tmp_path / "aligned"
+    settings = {"zero_stage": zero_stage, "max_failures": 0}
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers_at_step, args=(output, 3, killed))
+    killer.start()
+    with pytest.raises(Exception, match="died"):
+        lr.align(config(pruned, corpus, output, workers=before, **settings))
+    killer.join()
+    work = output.with_name(f".{output.name}.work")
+    done = len((work / METRICS_FILE).read_text().splitlines())
+    assert 3 <= done < STEPS
+    lr.align(config(pruned, corpus, output, workers=after, **settings))
+    expected_losses, expected = plain
+    assert losses(output) == pytest.approx(expected_losses, rel=1e-4)
+    for name, tensor in weights(output).items():
+        difference = (tensor - expected[name]).abs()
+        assert difference.max() < 2 * LR, name
+        assert difference.mean() < 1e-5, name
+
+
 def kill_workers_at_step(output: Path, step: int, killed: list[int]) -> None:
     metrics = output.with_name(f".{output.name}.work") / METRICS_FILE
     deadline = time.monotonic() + 120

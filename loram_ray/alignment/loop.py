@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -23,6 +23,7 @@ from loram_ray.alignment.deepspeed import (
     load_partitioned,
 )
 from loram_ray.alignment.objective import PARTS, AlignmentModel
+from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
 from loram_ray.alignment.targets import LISTS, read_targets
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.isolation import document_positions
@@ -90,8 +91,10 @@ def train_loop(settings: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())
     with alone(loop.work) if rank == 0 else nullcontext():
-        engine = _start_engine(loop)
-        progress = _train(engine, loop, rank, _resume(engine))
+        with _last_checkpoint(loop, rank) as (checkpoint, universal):
+            engine = _start_engine(loop, universal)
+            progress = _resume(engine, checkpoint)
+        progress = _train(engine, loop, rank, progress)
         partitioned = loop.config.zero_stage == 3
         hashes = export_partitioned(
             engine.module.model, loop.config.pruned, loop.export, partitioned, writes=rank == 0
@@ -100,14 +103,37 @@ def train_loop(settings: dict[str, Any]) -> None:
             write_json(loop.work / OUTCOME_FILE, {"hashes": hashes, **asdict(progress)})
 
 
-def _start_engine(loop: LoopSettings) -> Any:
+@contextmanager
+def _last_checkpoint(loop: LoopSettings, rank: int) -> Iterator[tuple[Path | None, bool]]:
+    """Have the last checkpoint's directory, and whether it was made universal for these workers."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None, False
+        return
+    with checkpoint.as_directory() as directory:
+        found = Path(directory)
+        if workers_of(found) == loop.config.workers:
+            yield found, False
+            return
+        universal = loop.work / "universal" / Path(checkpoint.path).name
+        if rank == 0:
+            make_universal(found, _TAG, universal)
+        torch.distributed.barrier()
+        yield universal, True
+
+
+def _start_engine(loop: LoopSettings, universal: bool) -> Any:
     from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
     config = loop.config
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
     torch.manual_seed(config.seed)
-    ds_config = loop.deepspeed
+    ds_config = dict(loop.deepspeed)
+    if universal:
+        ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     model = load_partitioned(config.pruned, ds_config, config.precision)
     model.train()
     _freeze(model, config.frozen)
@@ -158,15 +184,10 @@ class Progress:
     seconds: float
 
 
-def _resume(engine: Any) -> Progress:
-    """Load the last checkpoint, if there is one."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
+def _resume(engine: Any, checkpoint: Path | None) -> Progress:
     if checkpoint is None:
         return Progress(0, 0.0)
-    with checkpoint.as_directory() as directory:
-        _, state = engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
+    _, state = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_module_strict=False)
     return Progress(int(state["steps"]), float(state["seconds"]))
 
 
@@ -301,5 +322,7 @@ def _checkpoint(engine: Any, progress: Progress, loss: float) -> None:
         engine.save_checkpoint(
             directory, tag=_TAG, client_state=asdict(progress), exclude_frozen_parameters=True
         )
+        if engine.global_rank == 0:
+            note_workers(Path(directory), engine.world_size)
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report({"step": progress.steps, "loss": loss}, checkpoint=checkpoint)

@@ -22,19 +22,25 @@ from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tensorfile import Checkpoint
 
+# Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
 _NOT_IN_IDENTITY = {
     "pruned",
     "output",
     "base",
     "corpus",
     "distillation",
-    "cpus_per_worker",
-    "max_failures",
-    "checkpoint_every",
-    "tokens",
     "steps",
-    "deepspeed",
+    "tokens",
+    "micro_batch_size",
+    "workers",
+    "cpus_per_worker",
+    "activation_checkpointing",
+    "offload_optimiser",
+    "offload_parameters",
     "offload_folder",
+    "deepspeed",
+    "checkpoint_every",
+    "max_failures",
 }
 _NOT_LEARNT_FROM = {"workers", "gpus_per_worker", "batch_size", "stream_rows"}
 
@@ -55,7 +61,8 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         update={"pruned": config.pruned.resolve(), "output": config.output.resolve()}
     )
     _require_sequence_fits(config)
-    deepspeed = deepspeed_config(config, read_users(config.deepspeed))
+    users = read_users(config.deepspeed)
+    deepspeed = deepspeed_config(config, users)
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
@@ -85,17 +92,17 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         return run_stage(
             config.output,
             "align",
-            settings=_settings(config, deepspeed),
+            settings=_settings(config, users),
             parents=parents,
             base_fingerprint=manifest.base_fingerprint,
             write=lambda target: _write(target, config, deepspeed, inputs, corpus.manifest.details),
         )
 
 
-def _settings(config: AlignConfig, deepspeed: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
     """What determines the result besides the inputs."""
     settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
-    settings |= {"steps": config.total_steps, "deepspeed": deepspeed}
+    settings |= {"steps": config.total_steps, "deepspeed": users}
     if config.objective == "distillation":
         settings["distillation"] = config.distillation.model_dump(
             mode="json", exclude=_NOT_LEARNT_FROM
