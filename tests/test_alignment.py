@@ -13,6 +13,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.alignment.deepspeed import deepspeed_config
+from loram_ray.config import CorpusConfig
+from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.progress import METRICS_FILE
 from loram_ray.tensorfile import Checkpoint
@@ -60,29 +62,37 @@ def losses(directory: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.fixture(scope="module")
-def plain(
-    pruned: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory, embedded_ray: None
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same training as a plain PyTorch loop on whole batches: no Ray Train, no DeepSpeed."""
-    from loram_ray.config import CorpusConfig
-    from loram_ray.corpus.prepare import prepare_corpus
+Training = tuple[list[float], dict[str, torch.Tensor]]
 
+
+@pytest.fixture(scope="module")
+def prepared(
+    pruned: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory, embedded_ray: None
+) -> Path:
     folder = tmp_path_factory.mktemp("plain") / "corpus"
     settings = CorpusConfig.model_validate(
         {"sources": [{"path": str(corpus)}], "sequence_length": LENGTH}
     )
-    prepare_corpus(settings, pruned, folder)
-    everything = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
-    order = open_order(folder, 0)
-    parts = [read_chunk(order, chunk, everything) for chunk in order.chunks(0, STEPS * BATCH)]
+    return prepare_corpus(settings, pruned, folder).output
+
+
+@pytest.fixture(scope="module")
+def plain(pruned: Path, prepared: Path) -> Training:
+    return plain_training(pruned, prepared, STEPS)
+
+
+def plain_training(pruned: Path, prepared: Path, steps: int) -> Training:
+    """The same training as a plain PyTorch loop on whole batches: no Ray Train, no DeepSpeed."""
+    everything = Share(0, steps * BATCH, BATCH, worker=0, workers=1)
+    order = open_order(prepared, 0)
+    parts = [read_chunk(order, chunk, everything) for chunk in order.chunks(0, steps * BATCH)]
     ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
     lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
     model = lr.load_pruned(pruned, "fp32").train()
     model.lm_head.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 2, steps)
     seen = []
     for batch, length in zip(ids.split(BATCH), lengths.split(BATCH), strict=True):
         labels = batch.masked_fill(torch.arange(LENGTH) >= length[:, None], -100)
@@ -106,7 +116,7 @@ def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
     pruned: Path,
     corpus: Path,
     tmp_path: Path,
-    plain: tuple[list[float], dict[str, torch.Tensor]],
+    plain: Training,
 ) -> None:
     output = tmp_path / "aligned"
     lr.align(config(pruned, corpus, output, zero_stage=zero_stage, workers=workers))
@@ -150,41 +160,46 @@ def test_workers_killed_mid_run_continue_from_the_last_checkpoint_bit_equal(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(("zero_stage", "before", "after"), [(2, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize(("zero_stage", "before", "after"), [(2, 2, 1), (3, 1, 3)])
 def test_a_run_that_was_cut_goes_on_with_another_number_of_workers(
     zero_stage: int,
     before: int,
     after: int,
     pruned: Path,
     corpus: Path,
+    prepared: Path,
     tmp_path: Path,
-    plain: tuple[list[float], dict[str, torch.Tensor]],
 ) -> None:
+    steps = 60
     output = tmp_path / "aligned"
-    settings = {"zero_stage": zero_stage, "max_failures": 0}
+    settings = {"zero_stage": zero_stage, "max_failures": 0, "steps": steps}
     killed: list[int] = []
-    killer = threading.Thread(target=kill_workers_at_step, args=(output, 3, killed))
+    killer = threading.Thread(target=kill_workers_at_step, args=(output, 3, killed, True))
     killer.start()
     with pytest.raises(Exception, match="died"):
         lr.align(config(pruned, corpus, output, workers=before, **settings))
     killer.join()
     work = output.with_name(f".{output.name}.work")
-    done = len((work / METRICS_FILE).read_text().splitlines())
-    assert 3 <= done < STEPS
+    lines = (work / METRICS_FILE).read_text().splitlines()
+    assert len(lines) < steps
     lr.align(config(pruned, corpus, output, workers=after, **settings))
-    expected_losses, expected = plain
-    assert losses(output) == pytest.approx(expected_losses, rel=1e-4)
+    assert (output / METRICS_FILE).read_text().splitlines()[:2] == lines[:2]  # not begun again
+    expected_losses, expected = plain_training(pruned, prepared, steps)
+    assert losses(output) == pytest.approx(expected_losses, rel=2e-4)
     for name, tensor in weights(output).items():
-        difference = (tensor - expected[name]).abs()
-        assert difference.max() < 2 * LR, name
-        assert difference.mean() < 1e-5, name
+        assert (tensor - expected[name]).abs().mean() < 5e-5, name
 
 
-def kill_workers_at_step(output: Path, step: int, killed: list[int]) -> None:
-    metrics = output.with_name(f".{output.name}.work") / METRICS_FILE
+def kill_workers_at_step(
+    output: Path, step: int, killed: list[int], after_checkpoint: bool = False
+) -> None:
+    """Kill them at a step, or later, when Ray Train has taken note of a checkpoint."""
+    work = output.with_name(f".{output.name}.work")
+    metrics = work / METRICS_FILE
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+        noted = not after_checkpoint or list(work.glob("checkpoints/*snapshot*.json"))
+        if noted and metrics.exists() and len(metrics.read_text().splitlines()) >= step:
             break
         time.sleep(0.02)
     for process in psutil.Process().children(recursive=True):
@@ -227,9 +242,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
         lr.align(config(pruned, corpus, tmp_path / "aligned", optimiser=exploding, max_failures=0))
 
 
-def built(users: dict[str, Any] | None = None, **changes: object) -> dict[str, Any]:
+def built(
+    users: dict[str, Any] | None = None, workers: int = 1, **changes: object
+) -> dict[str, Any]:
     unread = Path("unread")
-    return deepspeed_config(config(unread, unread, unread, **changes), users)
+    return deepspeed_config(config(unread, unread, unread, **changes), users or {}, workers)
 
 
 def test_deepspeed_config_accumulates_up_to_the_global_batch() -> None:
@@ -239,6 +256,12 @@ def test_deepspeed_config_accumulates_up_to_the_global_batch() -> None:
     )
     assert product == found["train_batch_size"] == BATCH
     assert found["zero_optimization"] == {"stage": 3}
+
+
+def test_a_batch_that_workers_cannot_share_evenly_is_filled_up() -> None:
+    found = built(workers=3)
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["train_batch_size"] == 3 * 2 * 2 > BATCH
 
 
 def test_deepspeed_config_offloads() -> None:

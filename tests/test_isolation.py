@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from loram_ray.alignment.loop import _to_device
+from loram_ray.alignment.batches import to_device
 from loram_ray.corpus.isolation import document_positions
 from loram_ray.losses import IGNORED
 
@@ -52,9 +52,9 @@ def test_the_first_token_of_an_isolated_document_carries_no_label() -> None:
         "length": np.array([5], dtype=np.int32),
         "row_id": np.array([3]),
     }
-    isolated = _to_device(batch, torch.device("cpu"), CLOSING)
+    isolated = to_device(batch, torch.device("cpu"), CLOSING)
     assert isolated.labels.tolist() == [[IGNORED, 6, 0, IGNORED, 8, IGNORED]]
     assert isolated.positions is not None
-    together = _to_device(batch, torch.device("cpu"), None)
+    together = to_device(batch, torch.device("cpu"), None)
     assert together.labels.tolist() == [[5, 6, 0, 7, 8, IGNORED]]
     assert together.positions is None

@@ -24,7 +24,7 @@ from loram_ray.modeling import DTYPES
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 
-def deepspeed_config(config: AlignConfig, users: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def deepspeed_config(config: AlignConfig, users: Mapping[str, Any], workers: int) -> dict[str, Any]:
     """Build DeepSpeed's dictionary from the stage's settings; a pure function.
 
     Args:
@@ -32,15 +32,16 @@ def deepspeed_config(config: AlignConfig, users: Mapping[str, Any] | None = None
         users: a DeepSpeed dictionary of the user's own. Key by key, at any depth, what it says
             wins, and ``"auto"`` leaves a key to the settings. Keys that the settings decide
             (batches, clipping, precision) it may leave out, leave to them, or say the same.
+        workers: how many there are.
 
     Raises:
         LoramError: it contradicts the settings, or asks for what the loop does itself.
     """
-    return _joined(_own(config), users or {}, "")
+    return _joined(_own(config, workers), users, "")
 
 
-def _own(config: AlignConfig) -> dict[str, Any]:
-    optimiser = config.optimiser
+def _own(config: AlignConfig, workers: int) -> dict[str, Any]:
+    optimiser, accumulation = config.optimiser, config.accumulation(workers)
     zero: dict[str, Any] = {"stage": config.zero_stage}
     for key, place in (
         ("offload_optimizer", config.offload_optimiser),
@@ -51,10 +52,10 @@ def _own(config: AlignConfig) -> dict[str, Any]:
             zero[key] = {"device": place, **folder}
     offloads = config.offload_optimiser != "none"
     return {
-        "train_batch_size": config.batch_size,
+        # with the micro-batches without labels of workers that have less to do
+        "train_batch_size": workers * accumulation * config.micro_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.batch_size
-        // (config.micro_batch_size * config.workers),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimiser.max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_optimization": zero,

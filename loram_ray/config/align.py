@@ -84,6 +84,9 @@ class AlignConfig(Section):
     micro_batch_size: int = Field(4, ge=1, description="sequences in one forward of one worker")
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
     workers: int = Field(1, ge=1, description="Ray Train workers (one GPU each where there are)")
+    min_workers: int | None = Field(
+        None, ge=1, description="go on with fewer workers, down to so many, while nodes are gone"
+    )
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of a worker")
     precision: Precision = Field("bf16", description="of weights and activations")
     frozen: tuple[Literal["lm_head", "embeddings", "norms"], ...] = Field(
@@ -116,6 +119,10 @@ class AlignConfig(Section):
         if self.tokens is not None:
             return -(-self.tokens // (self.batch_size * self.corpus.sequence_length))
         return self.steps or 1600
+
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches of each of so many workers in a step."""
+        return -(-self.batch_size // (self.micro_batch_size * workers))
 
     @property
     def actors(self) -> int:
@@ -161,10 +168,18 @@ class AlignConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> AlignConfig:
-        share = self.workers * self.micro_batch_size
-        if self.batch_size % share:
+        if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                "batch_size must be a multiple of workers * micro_batch_size = "
-                f"{share}, got {self.batch_size}; change one of the three"
+                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, "
+                f"got {self.batch_size}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fewest_workers(self) -> AlignConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers must be at most workers = {self.workers}, got {self.min_workers}; "
+                "change one of the two"
             )
         return self

@@ -34,18 +34,31 @@ def list_blocks(corpus: Path) -> list[Block]:
 
 @dataclass(frozen=True)
 class Share:
-    """Which positions a worker takes: its part of each global batch from ``start`` to ``end``."""
+    """Which positions a worker takes: its part of each global batch from ``start`` to ``end``.
+
+    Parts are equal multiples of ``multiple`` rows; the last workers have less where that does not
+    share the batch out evenly.
+    """
 
     start: int
     end: int
     batch_size: int
     worker: int
     workers: int
+    multiple: int = 1
+
+    @property
+    def _part(self) -> int:
+        return -(-self.batch_size // (self.workers * self.multiple)) * self.multiple
+
+    @property
+    def rows(self) -> int:
+        """Rows of each global batch that are the worker's."""
+        return min(max(self.batch_size - self.worker * self._part, 0), self._part)
 
     def takes(self, positions: np.ndarray) -> np.ndarray:
         """Mask of the positions that are this worker's."""
-        part = self.batch_size // self.workers
-        mine = (positions % self.batch_size) // part == self.worker
+        mine = (positions % self.batch_size) // self._part == self.worker
         return mine & (positions >= self.start) & (positions < self.end)
 
 

@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from loram_ray.alignment.batches import Inputs
 from loram_ray.alignment.deepspeed import deepspeed_config, read_users
-from loram_ray.alignment.loop import OUTCOME_FILE, Inputs, LoopSettings, train_loop
+from loram_ray.alignment.loop import OUTCOME_FILE, LoopSettings, train_loop
 from loram_ray.alignment.targets import prepare_targets
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import AlignConfig, RayConfig
@@ -33,6 +34,7 @@ _NOT_IN_IDENTITY = {
     "tokens",
     "micro_batch_size",
     "workers",
+    "min_workers",
     "cpus_per_worker",
     "activation_checkpointing",
     "offload_optimiser",
@@ -62,12 +64,15 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     )
     _require_sequence_fits(config)
     users = read_users(config.deepspeed)
-    deepspeed = deepspeed_config(config, users)
+    deepspeed_config(config, users, config.workers)  # says at once what does not fit
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
         require_resources(
-            config.workers, config.cpus_per_worker, gpus_per_worker(), "align.workers"
+            config.min_workers or config.workers,
+            config.cpus_per_worker,
+            gpus_per_worker(),
+            "align.workers",
         )
         name = config.output.name
         beside = config.output.with_name
@@ -95,7 +100,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
             settings=_settings(config, users),
             parents=parents,
             base_fingerprint=manifest.base_fingerprint,
-            write=lambda target: _write(target, config, deepspeed, inputs, corpus.manifest.details),
+            write=lambda target: _write(target, config, users, inputs, corpus.manifest.details),
         )
 
 
@@ -146,12 +151,12 @@ def _require_sequence_fits(config: AlignConfig) -> None:
 def _write(
     target: StageDirectory,
     config: AlignConfig,
-    deepspeed: dict[str, Any],
+    users: dict[str, Any],
     inputs: Inputs,
     corpus: dict[str, Any],
 ) -> None:
     plan = PruningPlan.load(config.pruned)
-    loop = LoopSettings(config, deepspeed, inputs, target.work, target.path)
+    loop = LoopSettings(config, users, inputs, target.work, target.path)
     _fit(config, loop)
     outcome = json.loads((target.work / OUTCOME_FILE).read_text())
     target.hashes.update(outcome["hashes"])
@@ -175,7 +180,9 @@ def _fit(config: AlignConfig, loop: LoopSettings) -> None:
         train_loop,
         train_loop_config={"loop": loop},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.min_workers, config.workers)
+            if config.min_workers
+            else config.workers,
             use_gpu=bool(gpus),
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),

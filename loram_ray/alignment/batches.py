@@ -1,0 +1,129 @@
+"""A worker's micro-batches, step by step, on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loram_ray.alignment.targets import LISTS, read_targets
+from loram_ray.config import AlignConfig
+from loram_ray.corpus.isolation import document_positions
+from loram_ray.corpus.stream import Share, open_order, stream
+from loram_ray.distillation import TopTokens
+from loram_ray.losses import IGNORED
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a worker reads besides the pruned model.
+
+    Attributes:
+        corpus: prepared corpus.
+        targets: directory of the base's likeliest tokens over it, or None.
+        teacher: the base, whose distributions are computed live, or None.
+        closing: id of the token that ends a document, where documents do not see each other.
+    """
+
+    corpus: Path
+    targets: Path | None
+    teacher: Path | None
+    closing: int | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward takes, on the worker's device.
+
+    Attributes:
+        input_ids: int64 ``[batch, seq]``.
+        labels: int64 ``[batch, seq]``; padding carries none.
+        top: the base's likeliest tokens, where they were computed before.
+        positions: int64 ``[batch, seq]``, beginning anew where documents do not see each other.
+        row_ids: of the corpus.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    top: TopTokens | None
+    positions: torch.Tensor | None
+    row_ids: list[int]
+
+
+def steps(
+    config: AlignConfig,
+    inputs: Inputs,
+    worker: int,
+    workers: int,
+    first: int,
+    device: torch.device,
+) -> Iterator[list[MicroBatch]]:
+    """Yield a worker's micro-batches of each step, equally many on every worker.
+
+    Where the global batch cannot be shared out evenly, the last workers have micro-batches without
+    labels, which add nothing to the loss.
+
+    Args:
+        config: the stage's configuration.
+        inputs: what is read.
+        worker: the worker's number.
+        workers: how many there are.
+        first: steps already done.
+        device: where the batches go.
+    """
+    share = Share(
+        start=first * config.batch_size,
+        end=config.total_steps * config.batch_size,
+        batch_size=config.batch_size,
+        worker=worker,
+        workers=workers,
+        multiple=config.micro_batch_size,
+    )
+    beside = partial(read_targets, inputs.targets) if inputs.targets is not None else None
+    order = open_order(inputs.corpus, config.seed)
+    batches: Iterator[dict[str, np.ndarray]] = iter(())
+    if share.rows and share.start < share.end:
+        batches = stream(order, share, config.micro_batch_size, beside)
+    shape = (config.micro_batch_size, config.corpus.sequence_length)
+    for _ in range(first, config.total_steps):
+        found = [
+            to_device(batch, device, inputs.closing)
+            for batch in islice(batches, share.rows // config.micro_batch_size)
+        ]
+        empty = config.accumulation(workers) - len(found)
+        yield found + [_without_labels(shape, device)] * empty
+
+
+def to_device(
+    batch: dict[str, np.ndarray], device: torch.device, closing: int | None
+) -> MicroBatch:
+    """Make a micro-batch of a batch of the stream; padding carries no label."""
+    input_ids = torch.from_numpy(batch["input_ids"].astype(np.int64))
+    places = torch.arange(input_ids.shape[1])
+    padding = places >= torch.from_numpy(batch["length"].copy())[:, None]
+    labels = input_ids.masked_fill(padding, IGNORED)
+    positions = None
+    if closing is not None:
+        positions = document_positions(input_ids, closing)
+        labels = labels.masked_fill(positions == 0, IGNORED)  # nothing before it says what it is
+    top = None
+    if "missing" in batch:
+        parts = (torch.from_numpy(batch[name].copy()) for name in LISTS)
+        top = TopTokens.rounded(*parts).to(device)
+    return MicroBatch(
+        input_ids=input_ids.to(device),
+        labels=labels.to(device),
+        top=top,
+        positions=positions.to(device) if positions is not None else None,
+        row_ids=batch["row_id"].tolist(),
+    )
+
+
+def _without_labels(shape: tuple[int, int], device: torch.device) -> MicroBatch:
+    input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    return MicroBatch(input_ids, torch.full_like(input_ids, IGNORED), None, None, [])

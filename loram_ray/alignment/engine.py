@@ -1,0 +1,136 @@
+"""DeepSpeed's engine around a pruned model: start, checkpoint, resume."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_ray.alignment.deepspeed import deepspeed_config, import_deepspeed, load_partitioned
+from loram_ray.alignment.objective import AlignmentModel
+from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
+from loram_ray.config import AlignConfig
+
+_TAG = "state"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is.
+
+    Attributes:
+        steps: optimiser steps done.
+        seconds: spent on them, over all attempts; what was lost with a worker is not counted.
+    """
+
+    steps: int
+    seconds: float
+
+
+@contextmanager
+def last_checkpoint(work: Path, worker: int, workers: int) -> Iterator[tuple[Path | None, bool]]:
+    """Have the run's last checkpoint, and whether it was made universal for these workers."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None, False
+        return
+    with checkpoint.as_directory() as directory:
+        found = Path(directory)
+        if workers_of(found) == workers:
+            yield found, False
+            return
+        universal = work / "universal" / Path(checkpoint.path).name
+        if worker == 0:
+            make_universal(found, _TAG, universal)
+        torch.distributed.barrier()
+        yield universal, True
+
+
+def start_engine(
+    config: AlignConfig,
+    users: Mapping[str, Any],
+    teacher: Path | None,
+    workers: int,
+    checkpoint: Path | None,
+    universal: bool,
+) -> tuple[Any, Progress]:
+    """Start DeepSpeed from a checkpoint, or from the pruned model.
+
+    Args:
+        config: the stage's configuration.
+        users: the user's own DeepSpeed dictionary.
+        teacher: the base, where it runs beside the pruned model.
+        workers: how many there are.
+        checkpoint: see `last_checkpoint`.
+        universal: see `last_checkpoint`.
+
+    Returns:
+        The engine, its module an `AlignmentModel`, and how far it is.
+    """
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
+    torch.manual_seed(config.seed)
+    ds_config = deepspeed_config(config, users, workers)
+    if universal:
+        ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
+    model = load_partitioned(config.pruned, ds_config, config.precision)
+    model.train()
+    _freeze(model, config.frozen)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    base = None
+    if teacher is not None:  # under ZeRO-3 the base is partitioned, too
+        base = load_partitioned(teacher, ds_config, config.precision)
+        base.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(
+        model=AlignmentModel(model, config, base),
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=ds_config,
+        lr_scheduler=lambda optimizer: _schedule(optimizer, config),
+        dist_init_required=False,
+    )
+    if checkpoint is None:
+        return engine, Progress(0, 0.0)
+    _, state = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_module_strict=False)
+    return engine, Progress(int(state["steps"]), float(state["seconds"]))
+
+
+def save_checkpoint(engine: Any, progress: Progress, loss: float) -> None:
+    """Save this worker's part and hand it to Ray Train, which joins the parts."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as directory:
+        engine.save_checkpoint(
+            directory, tag=_TAG, client_state=asdict(progress), exclude_frozen_parameters=True
+        )
+        if engine.global_rank == 0:
+            note_workers(Path(directory), engine.world_size)
+        checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report({"step": progress.steps, "loss": loss}, checkpoint=checkpoint)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: AlignConfig) -> Any:
+    from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+    warmup = config.optimiser.warmup_steps
+    if config.optimiser.schedule == "constant":
+        return get_constant_schedule_with_warmup(optimizer, warmup)
+    return get_cosine_schedule_with_warmup(optimizer, warmup, config.total_steps)
+
+
+def _freeze(model: Any, frozen: Collection[str]) -> None:
+    if "lm_head" in frozen:
+        model.get_output_embeddings().requires_grad_(False)
+    if "embeddings" in frozen:
+        model.get_input_embeddings().requires_grad_(False)
+    if "norms" in frozen:
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm"):
+                module.requires_grad_(False)
