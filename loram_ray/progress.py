@@ -132,16 +132,26 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
-def follow(reporter: Reporter, path: Path, finished: Callable[[float], bool]) -> None:
+def follow(
+    reporter: Reporter,
+    path: Path,
+    finished: Callable[[float], bool],
+    tracking: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> None:
     """Show the newest line of ``metrics.jsonl`` until ``finished`` says so.
 
     Args:
         reporter: where to show it.
         path: the file that a worker appends to.
         finished: waits up to the given seconds; True ends the following.
+        tracking: is given all lines, again and again, the last time when all is done.
     """
-    while not finished(0.5):
+    ended = False
+    while not ended:
+        ended = finished(0.5)
         lines = _read_lines(path)
+        if tracking is not None:
+            tracking(lines)
         if lines:
             newest = dict(lines[-1])
             reporter.update(newest.pop("step"), newest)

@@ -16,6 +16,7 @@ from loram_ray.alignment.batches import Inputs, steps
 from loram_ray.alignment.deepspeed import export_partitioned
 from loram_ray.alignment.engine import Progress, last_checkpoint, save_checkpoint, start_engine
 from loram_ray.alignment.objective import PARTS, AlignmentModel
+from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_tflops
 from loram_ray.config import AlignConfig
 from loram_ray.errors import LoramError
 from loram_ray.losses import labelled
@@ -115,13 +116,25 @@ def _train(
                 lr=engine.get_lr()[0],
                 grad_norm=float(engine.get_global_grad_norm() or 0.0),
                 memory_gb=peak_memory_gb(),
-                tokens_per_s=config.batch_size * config.corpus.sequence_length / seconds,
+                **_speed(config, module, workers, seconds),
             )
         progress = Progress(step, time.perf_counter() - begun)
         is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
         if step % config.checkpoint_every == 0 or is_last:
             save_checkpoint(engine, progress, loss)
     return progress
+
+
+def _speed(
+    config: AlignConfig, module: AlignmentModel, workers: int, seconds: float
+) -> dict[str, float]:
+    """Tokens a second, and the model FLOPs utilisation where the device's peak is known."""
+    tokens_per_s = config.batch_size * config.corpus.sequence_length / seconds
+    peak = config.peak_tflops or peak_tflops()
+    if peak is None:
+        return {"tokens_per_s": tokens_per_s}
+    done = flops_per_token(linear_weights(module.model)) * tokens_per_s
+    return {"tokens_per_s": tokens_per_s, "mfu": done / (workers * peak * 1e12)}
 
 
 def _time_is_up(config: AlignConfig, progress: Progress, device: torch.device) -> bool:

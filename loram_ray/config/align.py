@@ -109,6 +109,13 @@ class AlignConfig(Section):
         description="DeepSpeed JSON of your own; its keys win, but for those that other settings "
         "here decide, which it may leave to them or say the same",
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (),
+        description="where the driver sends metrics, besides metrics.jsonl and Ray's own",
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one worker's device, for MFU; default: known for common GPUs"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="worker failures survived")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order")

@@ -22,6 +22,7 @@ from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tensorfile import Checkpoint
+from loram_ray.tracking import require_trackers, tracking
 
 # Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
 _NOT_IN_IDENTITY = {
@@ -41,6 +42,8 @@ _NOT_IN_IDENTITY = {
     "offload_parameters",
     "offload_folder",
     "deepspeed",
+    "trackers",
+    "peak_tflops",
     "checkpoint_every",
     "max_failures",
 }
@@ -65,6 +68,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     _require_sequence_fits(config)
     users = read_users(config.deepspeed)
     deepspeed_config(config, users, config.workers)  # says at once what does not fit
+    require_trackers(config.trackers, "align.trackers")
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
@@ -200,9 +204,13 @@ def _fit(config: AlignConfig, loop: LoopSettings) -> None:
         ),
     )
     ended = threading.Event()
-    with Reporter("align", total=config.total_steps, unit="step") as reporter:
+    settings = config.model_dump(mode="json")
+    with (
+        Reporter("align", total=config.total_steps, unit="step") as reporter,
+        tracking(config.trackers, "align", config.output, loop.work, settings) as tracked,
+    ):
         watcher = threading.Thread(
-            target=follow, args=(reporter, Path(loop.work) / METRICS_FILE, ended.wait)
+            target=follow, args=(reporter, loop.work / METRICS_FILE, ended.wait, tracked)
         )
         watcher.start()
         try:
