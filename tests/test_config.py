@@ -177,10 +177,10 @@ def test_two_mistakes_are_two_lines_each_with_the_file(tmp_path: Path) -> None:
 
 
 def test_batch_sizes_that_do_not_divide_are_refused_with_the_numbers(tmp_path: Path) -> None:
-    align = {"corpus": CORPUS, "batch_size": 12, "micro_batch_size": 4, "workers": 2}
+    align = {"corpus": CORPUS, "batch_size": 10, "micro_batch_size": 4}
     message = refusal(tmp_path, whole_run(align=align))
-    assert message.startswith("align.batch_size must be a multiple of workers * micro_batch_size")
-    assert "= 8, got 12" in message
+    assert message.startswith("align.batch_size must be a multiple of micro_batch_size = 4")
+    assert "got 10" in message
     train = {"data": "d.jsonl", "batch_size": 10, "micro_batch_size": 4}
     message = refusal(tmp_path, whole_run(train=train))
     assert message.startswith("train.batch_size must be a multiple of micro_batch_size = 4")
@@ -188,7 +188,7 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_the_numbers(tmp_path: P
 
 
 def test_batch_sizes_that_divide_are_taken() -> None:
-    align = {"corpus": CORPUS, "batch_size": 16, "micro_batch_size": 4, "workers": 2}
+    align = {"corpus": CORPUS, "batch_size": 16, "micro_batch_size": 4, "workers": 3}
     run = RunConfig.model_validate(whole_run(align=align))
     assert run.align is not None
     assert run.align.batch_size == 16
