@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loram_ray.config import CorpusConfig, EvaluateConfig
+from loram_ray.config import EvaluateConfig, TextConfig
 from loram_ray.corpus.examples import load_examples
 from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
@@ -102,7 +102,7 @@ def _score_answers(
 
 
 def _score_text(
-    model: Any, tokenizer: Any, corpus: CorpusConfig, batch_size: int, log: _Progress
+    model: Any, tokenizer: Any, corpus: TextConfig, batch_size: int, log: _Progress
 ) -> dict[str, float | int]:
     read = [document for unit in list_units(corpus.sources) for document in documents(unit)]
     bad = [row for row in read if isinstance(row, BadRow)]
