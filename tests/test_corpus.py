@@ -446,9 +446,7 @@ def test_a_corpus_without_text_is_refused(embedded_ray: None, base: Path, tmp_pa
     for content in ("", "\n \n"):
         (tmp_path / "data.jsonl").write_text(content)
         source = SourceConfig(path=str(tmp_path / "data.jsonl"))
-        with pytest.raises(
-            LoramError, match=r"align.corpus.sources.* must hold text, .*; add some"
-        ):
+        with pytest.raises(LoramError, match=r"align.corpus.sources.* must hold text, .* add some"):
             prepare_corpus(CorpusConfig(sources=(source,)), base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
