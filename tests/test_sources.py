@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -692,3 +697,49 @@ def test_a_cut_archive_stops_the_preparation_with_one_line(
             prepare_corpus(config, base, tmp_path / "out")
         assert len(str(caught.value).splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from loram_ray.cluster import ray_session
+from loram_ray.config import CorpusConfig, RayConfig
+from loram_ray.corpus import read
+from loram_ray.corpus.prepare import prepare_corpus
+read._UNIT_BYTES = 2000
+with ray_session(RayConfig(num_cpus=1)):
+    config = CorpusConfig.model_validate_json(sys.argv[1])
+    prepare_corpus(config, Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_a_killed_preparation_continues_to_the_same_corpus(
+    embedded_ray: None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_UNIT_BYTES", 2000)
+    path = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.texts(1200))
+    source = SourceConfig(path=str(path), held_out=0.1)
+    config = CorpusConfig(sources=(source,), sequence_length=LENGTH, deduplicate=True)
+    whole = prepare_corpus(config, base, tmp_path / "whole")
+
+    command = [sys.executable, "-c", PREPARE, config.model_dump_json(), str(base)]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], start_new_session=True)
+    work = tmp_path / ".out.work"
+    deadline = time.monotonic() + 300
+    while len(list(work.glob("unit-*.json"))) < 5 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path.name for path in work.glob("unit-*.json")}
+    assert 5 <= len(done) < len(list_units(config.sources))
+    assert not (tmp_path / "out").exists()
+    name = min(done).replace(".json", ".parquet")
+    inode = (work / name).stat().st_ino
+
+    result = prepare_corpus(config, base, tmp_path / "out")
+    assert result.manifest.files == whole.manifest.files
+    assert (result.output / name).stat().st_ino == inode
+    assert result.manifest.digest == whole.manifest.digest
