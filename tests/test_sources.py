@@ -258,14 +258,11 @@ def test_globs_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("ftp://host/a.jsonl", "must be a local path or begin with s3://, gs://, hf://, file://"),
         ("file:///absent/a.jsonl", r"has none; check it$"),
         ("org/name", r"has none; check it \(of the hub: hf://datasets/org/name\)"),
-        ("s3://bucket/a.jsonl?endpoint_override=http://127.0.0.1:1&region=x", "cannot be listed"),
+        ("file://host/a.jsonl", "must have three slashes after file:, and no host; mend it"),
         ("hf://datasets/org/name", "cannot be listed .*offline"),
     ],
 )
-def test_places_that_cannot_be_read_are_told_in_one_line(
-    path: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+def test_places_that_cannot_be_read_are_told_in_one_line(path: str, message: str) -> None:
     with pytest.raises(LoramError, match=message) as caught:
         list_files(path, "key")
     assert len(str(caught.value).splitlines()) == 1

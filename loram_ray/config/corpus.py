@@ -18,9 +18,10 @@ class TextSource(Section):
     """Files of text."""
 
     path: str = Field(
+        min_length=1,
         description="a file, a directory or a glob of .jsonl, .txt (both also .gz, .zst), "
         ".json.gz, .json.zst, .parquet or .arrow, or a dataset saved by save_to_disk: a local "
-        "path, s3://, gs:// or hf://datasets/org/name"
+        "path, s3://, gs:// or hf://datasets/org/name",
     )
     text_field: str = Field("text", description="field that holds a document; unused for .txt")
 
@@ -101,8 +102,9 @@ class SourceConfig(TextSource):
         0.0,
         ge=0,
         lt=1,
-        description="share of the documents that is never trained on but evaluated; a document's "
-        "content and the corpus's seed decide",
+        description="share of the documents that is evaluated and not trained on; a document's "
+        "content and the corpus's seed decide (deduplicate, and no copy in another source is "
+        "trained on)",
     )
 
     @field_validator("weight")

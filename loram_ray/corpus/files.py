@@ -27,6 +27,7 @@ _STORES = ("s3", "gs", "hf", "file")
 _LINES, _COLUMNS = (".jsonl", ".txt"), (".parquet", ".arrow")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER = 2**20
+_RETRY_SECONDS = 60
 _HASHED_WHOLE = 2**28
 _HASHED_ENDS = 2**20
 
@@ -188,9 +189,9 @@ class _Place:
             raise LoramError(f"{path} must be a local path or begin with {stores}; copy it there")
         rest, mark, query = rest.partition("?")
         authority, slash, key = rest.partition("/")
+        if scheme == "file" and authority:
+            raise LoramError(f"{path} must have three slashes after file:, and no host; mend it")
         user, at, bucket = authority.rpartition("@")
-        if scheme == "hf":
-            user, at, bucket = "", "", authority
         self.scheme, self.inner = scheme, bucket + slash + key
         self._prefix, self._query = f"{scheme}://{user}{at}", mark + query
         self._authority = authority
@@ -212,6 +213,9 @@ def _store(scheme: str, authority: str, query: str) -> fs.FileSystem:
         from huggingface_hub import HfFileSystem
 
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+    if scheme == "gs" and "retry_limit_seconds=" not in query:
+        # by itself it would try for a quarter of an hour
+        query += ("&" if query else "?") + f"retry_limit_seconds={_RETRY_SECONDS}"
     return fs.FileSystem.from_uri(f"{scheme}://{authority}{query}")[0]
 
 

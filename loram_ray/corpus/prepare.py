@@ -225,7 +225,8 @@ def _prepare_item(
 
 @functools.cache
 def _tokenizer_of(model: Path) -> Any:
-    """The tokenizer, loaded once in a worker process, which does many tasks."""
+    """The tokenizer, loaded once in a worker process, which does many tasks, each on one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return load_tokenizer(model)
 
 
