@@ -208,6 +208,7 @@ def test_a_saved_dataset_is_what_its_state_names(tmp_path: Path) -> None:
     folder = save_to_disk(tmp_path / "saved", TEXTS, shards=3)
     shards = sorted(folder.glob("*.arrow"))
     (folder / "cache-0123.arrow").write_bytes(shards[0].read_bytes())
+    (tmp_path / "state.json").write_text("[1]")  # of something else
     assert read_all(folder) == TEXTS
     assert read_all(tmp_path) == TEXTS
     whole = shards[1].read_bytes()
@@ -472,9 +473,9 @@ def test_of_equal_documents_the_first_of_all_sources_is_kept(
                 expected.append(row["text"])
     assert texts_of(sorted((tmp_path / "work").glob("unit-*.parquet"))) == expected
     total = Counts.sum(counts)
-    assert (total["documents"], total["duplicates"]) == (len(expected), repeated)
-    assert total["filtered"] == filtered
-    assert Counts(**total).rows == 120
+    assert (total.documents, total.duplicates) == (len(expected), repeated)
+    assert total.filtered == filtered
+    assert total.rows == 120
     assert (count_parts(tmp_path / "work", len(counts)) > 1) == (part_documents < 100)
 
 
@@ -492,13 +493,13 @@ def test_which_documents_are_held_out_follows_from_content_and_seed_alone(
         held_out[name] = texts_of(sorted((tmp_path / name).glob("held_out-*.parquet")))
         assert sorted(training + held_out[name]) == sorted(row["text"] for row in rows)
         total = Counts.sum(counts)
-        assert total["held_out_documents"] == len(held_out[name])
+        assert total.held_out_documents == len(held_out[name])
         ids = [
             row_id
             for file in (tmp_path / name).glob("*.parquet")
             for row_id in pq.read_table(file)["row_id"].to_pylist()
         ]
-        assert len(ids) == len(set(ids)) == total["sequences"] + total["held_out_sequences"]
+        assert len(ids) == len(set(ids)) == total.sequences + total.held_out_sequences
     assert sorted(held_out["a"]) == sorted(held_out["b"])
     assert 150 < len(held_out["a"]) < 250  # 200 expected, standard deviation 13
     other = Selection(held_out=0.1, seed=1)
@@ -740,3 +741,32 @@ def test_a_killed_preparation_continues_to_the_same_corpus(
     assert result.manifest.files == whole.manifest.files
     assert (result.output / name).stat().st_ino == inode
     assert result.manifest.digest == whole.manifest.digest
+
+
+def test_calibration_draws_the_same_from_a_compressed_file(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loram_ray.config import CalibrationConfig
+    from loram_ray.pruning import text
+
+    def drawn(form: str, samples: int) -> list[list[int]]:
+        config = CalibrationConfig.model_validate(
+            {
+                "sources": [{"path": str(tmp_path / f"data.{form}")}],
+                "sequence_length": LENGTH,
+                "samples": samples,
+            }
+        )
+        found: list[list[int]] = text.calibration_sequences(config, base, seed=3).tolist()
+        return found
+
+    for form in ("jsonl", "jsonl.gz"):
+        write_form(tmp_path, form)
+    assert drawn("jsonl.gz", 20) == drawn("jsonl", 20)
+    whole = drawn("jsonl", 10_000)
+    monkeypatch.setattr(text, "_WINDOW_CHARACTERS", 200)  # of a larger piece: in parts, but all
+    parts = drawn("jsonl.gz", 10_000)
+    assert len(parts) == len(whole)
+    assert parts != whole
+    texts = tiny.tokenizer().decode([token for row in parts for token in row])
+    assert sum(document in texts for document in TEXTS) >= len(TEXTS) - 1

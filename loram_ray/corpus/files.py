@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from pyarrow import CompressedInputStream, NativeFile, fs
 
@@ -224,7 +225,7 @@ def _in_directory(place: _Place, key: str) -> list[fs.FileInfo]:
     by_path = {info.path: info for info in infos}
     for path in by_path:
         if posixpath.basename(path) == "dataset_dict.json":
-            splits = _read_json(place, path).get("splits", [])
+            splits = _read_object(place, path).get("splits", [])
             folder = place.name_of(posixpath.dirname(path))
             raise LoramError(
                 f"{key} must be one split of a dataset, {folder} holds {', '.join(splits)}; "
@@ -234,8 +235,9 @@ def _in_directory(place: _Place, key: str) -> list[fs.FileInfo]:
     for path in by_path:
         if posixpath.basename(path) == "state.json":
             folder = posixpath.dirname(path)
-            entries = _read_json(place, path).get("_data_files", [])
-            saved[folder] = {posixpath.join(folder, entry["filename"]) for entry in entries}
+            entries = _read_object(place, path).get("_data_files")
+            if entries is not None:
+                saved[folder] = {posixpath.join(folder, entry["filename"]) for entry in entries}
     missing = sorted(set().union(*saved.values()) - set(by_path))
     if missing:
         raise LoramError(f"{place.name_of(missing[0])} is missing; copy the dataset again")
@@ -282,14 +284,15 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
 
-def _read_json(place: _Place, path: str) -> dict[str, list]:  # type: ignore[type-arg]
+def _read_object(place: _Place, path: str) -> dict[str, Any]:
     with place.filesystem.open_input_stream(path) as stream:
         try:
-            return dict(json.loads(stream.read()))
-        except (ValueError, TypeError) as error:
+            value = json.loads(stream.read())
+        except ValueError as error:
             raise LoramError(
                 f"{place.name_of(path)} is not JSON ({error}); copy the dataset again"
             ) from error
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

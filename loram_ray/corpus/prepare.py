@@ -28,7 +28,15 @@ from loram_ray.corpus.duplicates import (
     write_hashes,
 )
 from loram_ray.corpus.pack import PackedFile, end_of_text
-from loram_ray.corpus.read import CORPUS_KEY, BadRow, Unit, identify, list_units, refuse_bad_rows
+from loram_ray.corpus.read import (
+    CORPUS_KEY,
+    NAMED_BAD_ROWS,
+    BadRow,
+    Unit,
+    identify,
+    list_units,
+    refuse_bad_rows,
+)
 from loram_ray.corpus.selection import Selection
 from loram_ray.corpus.sources import Counts, SourceInfo, write_sources
 from loram_ray.corpus.spread import spread
@@ -41,7 +49,6 @@ QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 256
 _UNIT_BITS = 32
 _HELD_OUT_BIT = 31
-_NAMED_BAD_ROWS = 5
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.*",
@@ -148,7 +155,7 @@ def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: lis
     counts = [
         Counts(**json.loads((target.work / _counts_file(unit.index)).read_text())) for unit in units
     ]
-    total = Counts(**Counts.sum(counts))
+    total = Counts.sum(counts)
     bad = _collect_bad_rows(target.work, units, target.path / QUARANTINE_FILE)
     key = "align.corpus.max_bad_share"
     refuse_bad_rows(bad, total.rows, config.max_bad_share, key, total.bad_rows)
@@ -183,7 +190,7 @@ def _describe_sources(
     sources = []
     for number, (source, name) in enumerate(zip(config.sources, config.names(), strict=True)):
         mine = [unit.index for unit in units if unit.source == number]
-        total = Counts(**Counts.sum(counts[index] for index in mine))
+        total = Counts.sum(counts[index] for index in mine)
         if not total.sequences:
             raise LoramError(
                 f"{_key_of(config, number)} must hold text, no document is left to train on of "
@@ -299,16 +306,13 @@ def _packed_file(
 
 def _collect_bad_rows(work: Path, units: list[Unit], quarantine: Path) -> list[BadRow]:
     """Join the units' bad rows in one file, if there are any, and return the first."""
-    first: list[BadRow] = []
     with open(quarantine, "wb") as joined:
         for unit in units:
             with open(work / _bad_file(unit.index), "rb") as file:
                 shutil.copyfileobj(file, joined)
-        size = joined.tell()
     with open(quarantine) as file:
-        for line in islice(file, _NAMED_BAD_ROWS):
-            first.append(BadRow(**json.loads(line)))
-    if not size:
+        first = [BadRow(**json.loads(line)) for line in islice(file, NAMED_BAD_ROWS)]
+    if not first:
         quarantine.unlink()
     return first
 

@@ -30,7 +30,7 @@ _UNIT_BYTES = 8 * 2**20
 _ROWS_AT_ONCE = 256
 _FILES_AT_ONCE = 16
 _ARROW_FILE = b"ARROW1"
-_NAMED_BAD_ROWS = 5
+NAMED_BAD_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def refuse_bad_rows(
     count = len(bad) if count is None else count
     if not count:
         return
-    first = bad[:_NAMED_BAD_ROWS]
+    first = bad[:NAMED_BAD_ROWS]
     named = "; ".join(str(row) for row in first)
     more = f"; and {count - len(first)} more" if count > len(first) else ""
     if count > max_share * total:

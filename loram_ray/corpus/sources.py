@@ -46,11 +46,11 @@ class Counts:
         return kept + self.filtered + self.duplicates + self.bad_rows
 
     @classmethod
-    def sum(cls, counts: Iterable[Counts]) -> dict[str, int]:
-        """Return the sums, by name."""
+    def sum(cls, counts: Iterable[Counts]) -> Counts:
+        """Return the sums of each."""
         listed = list(counts)
         names = [field.name for field in fields(cls)]
-        return {name: sum(getattr(entry, name) for entry in listed) for name in names}
+        return cls(**{name: sum(getattr(entry, name) for entry in listed) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,10 @@ def _data_digest(config: EvaluateConfig) -> str:
         files = list_files(config.data, "evaluate.data")
         parts += [hash_content(file.path) for file in files]
     if config.text is not None:
-        parts += [identify(config.text.sources), config.text.sequence_length]
+        parts += [
+            identify(config.text.sources, "evaluate.text.sources"),
+            config.text.sequence_length,
+        ]
     return digest_of(parts)
 
 
