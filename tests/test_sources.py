@@ -770,3 +770,13 @@ def test_calibration_draws_the_same_from_a_compressed_file(
     assert parts != whole
     texts = tiny.tokenizer().decode([token for row in parts for token in row])
     assert sum(document in texts for document in TEXTS) >= len(TEXTS) - 1
+
+
+def test_text_that_is_no_unicode_is_a_bad_row_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "half \xed\xa0\x80"}\n{"text": "b"}\n')
+    first, bad, last = read_all(path)
+    assert (first, last) == ("a", "b")
+    assert isinstance(bad, BadRow)
+    assert bad.place == f"{path}:2"
+    assert bad.reason.startswith("not JSON")

@@ -173,7 +173,7 @@ def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
 def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
     """Return the object of one JSON line, or why there is none."""
     try:
-        row = json.loads(raw)
+        row = json.loads(raw.decode("utf-8-sig"))  # bytes it would decode to half surrogate pairs
         if b"\\u" in raw:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:

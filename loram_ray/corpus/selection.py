@@ -59,5 +59,5 @@ class Selection:
 
 
 def content_hash(text: str) -> bytes:
-    """128-bit BLAKE2b of a document's UTF-8: equal for equal documents alone, for all purposes."""
+    """128-bit BLAKE2b of a document's UTF-8, by which documents are told apart."""
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
