@@ -26,6 +26,7 @@ from loram_ray.alignment.targets import (
 )
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
+from loram_ray.corpus.sources import SourceInfo, write_sources
 from loram_ray.corpus.stream import Share, list_blocks, open_order, read_chunk
 from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
 from loram_ray.losses import IGNORED
@@ -599,6 +600,9 @@ def test_only_blocks_that_training_reads_are_asked_for(
     with pq.ParquetWriter(tmp_path / "unit-000000.parquet", schema) as writer:
         for _ in range(10):
             writer.write_table(pa.table({"row_id": np.arange(BATCH)}, schema=schema))
+    files = (tmp_path / "unit-000000.parquet",)
+    source = SourceInfo(name="text", weight=None, share=1.0, unit_files=files, held_out_files=())
+    write_sources(tmp_path, [source])
     config = stage_config(teaching_base, pruned, text, tmp_path / "aligned", steps=3)
     found = visited_blocks(config, tmp_path)
     groups = [block.group for block in found]

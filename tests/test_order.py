@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from loram_ray.corpus.order import Block, MixedSource, Order
+from loram_ray.corpus.sources import SourceInfo, list_sources, write_sources
 from loram_ray.corpus.stream import Share, list_blocks, open_order, read_chunk, stream
 
 LENGTH = 4
@@ -33,6 +35,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 columns = [ids, pa.FixedSizeListArray.from_arrays(tokens, LENGTH), lengths(size)]
                 writer.write_table(pa.table(columns, schema=schema()))
                 first += size
+    described = [
+        SourceInfo(
+            name=name,
+            weight=None,
+            share=sum(sizes) / sum(map(sum, SIZES.values())),
+            sequences=sum(sizes),
+            unit_files=(folder / f"unit-{number:06d}.parquet",),
+            held_out_files=(),
+        )
+        for number, (name, sizes) in enumerate(SIZES.items())
+    ]
+    write_sources(folder, described)
     return folder
 
 
@@ -46,6 +60,25 @@ def lengths(rows: int) -> pa.Array:
     return pa.array(np.full(rows, LENGTH, dtype=np.int32))
 
 
+@pytest.fixture(scope="module")
+def weighted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same corpus with weights."""
+    folder = tmp_path_factory.mktemp("weighted")
+    for path in corpus.glob("unit-*.parquet"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    described = [
+        dataclasses.replace(
+            source,
+            weight=WEIGHTS[source.name],
+            share=WEIGHTS[source.name],
+            unit_files=tuple(folder / path.name for path in source.unit_files),
+        )
+        for source in list_sources(corpus)
+    ]
+    write_sources(folder, described)
+    return folder
+
+
 def mixture(corpus: Path, seed: int = 0, chunk: int = 16) -> Order:
     blocks = list_blocks(corpus)
     sources = tuple(
@@ -53,6 +86,17 @@ def mixture(corpus: Path, seed: int = 0, chunk: int = 16) -> Order:
         for number, (name, weight) in enumerate(WEIGHTS.items())
     )
     return Order(sources, seed, chunk)
+
+
+def test_a_prepared_corpus_is_mixed_by_its_weights_or_is_one_where_it_has_none(
+    corpus: Path, weighted: Path
+) -> None:
+    order = open_order(weighted, 3)
+    assert [(s.name, s.weight) for s in order.sources] == list(WEIGHTS.items())
+    expected = row_ids(mixture(corpus, 3, order.chunk), 2000)
+    assert row_ids(order, 2000) == expected
+    [only] = open_order(corpus, 3).sources
+    assert list(only.blocks) == list_blocks(corpus)
 
 
 def alone(corpus: Path, seed: int = 0, chunk: int = 16) -> Order:

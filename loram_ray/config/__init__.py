@@ -6,7 +6,7 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 """
 
 from loram_ray.config.align import AlignConfig, DistillationConfig
-from loram_ray.config.corpus import CorpusConfig, SourceConfig
+from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
 from loram_ray.config.finetune import (
     EvaluateConfig,
     LoraConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "CorpusConfig",
     "DistillationConfig",
     "EvaluateConfig",
+    "FilterConfig",
     "LoraConfig",
     "MASKING_METHODS",
     "MergeConfig",
@@ -37,6 +38,8 @@ __all__ = [
     "STAGES",
     "Section",
     "SourceConfig",
+    "TextConfig",
+    "TextSource",
     "TrainConfig",
     "fill_paths",
     "load_run",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.corpus import CorpusConfig
+from loram_ray.config.corpus import TextConfig
 from loram_ray.config.section import OptimiserConfig, Precision, Section
 
 
@@ -106,7 +106,7 @@ class EvaluateConfig(Section):
     data: str | None = Field(
         None, description="JSON lines as train takes: perplexity of the answers"
     )
-    text: CorpusConfig | None = Field(None, description="plain text: perplexity of all of it")
+    text: TextConfig | None = Field(None, description="plain text: perplexity of all of it")
     limit: int | None = Field(None, ge=1, description="use the first rows only")
     max_length: int = Field(512, ge=8, description="longer examples are cut on the right")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="as in train")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from loram_ray.config.corpus import SourceConfig
+from loram_ray.config.corpus import TextSource
 from loram_ray.config.section import Precision, Section
 
 MASKING_METHODS = ("wanda", "sparsegpt")
@@ -16,7 +16,7 @@ MASKING_METHODS = ("wanda", "sparsegpt")
 class CalibrationConfig(Section):
     """The text that a criterion looks at, and who looks."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="where the text is")
+    sources: tuple[TextSource, ...] = Field(min_length=1, description="where the text is")
     samples: int = Field(128, ge=1, description="sequences")
     sequence_length: int = Field(2048, ge=8, description="tokens in a sequence")
     batch_size: int = Field(1, ge=1, description="sequences in one forward of one worker")

@@ -11,15 +11,8 @@ import pyarrow as pa
 import torch
 from jinja2 import TemplateError
 
-from loram_ray.config import SourceConfig
-from loram_ray.corpus.read import (
-    BadRow,
-    Unit,
-    lines_of,
-    list_files,
-    parse_object,
-    refuse_bad_rows,
-)
+from loram_ray.corpus.files import list_files, read_lines
+from loram_ray.corpus.read import BadRow, parse_object, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED
 
@@ -66,17 +59,16 @@ def conversations(data: str, key: str, limit: int | None = None) -> Iterator[Con
         limit: rows read at most.
     """
     read = 0
-    for file in list_files(SourceConfig(path=data), key):
-        if file.suffix != ".jsonl":
-            raise LoramError(f"{key} must name JSON lines (.jsonl), got {file}; convert it")
-        lines = lines_of(Unit(0, str(file), "", 0, file.stat().st_size))
-        for line, raw in enumerate(lines, start=1):
+    for file in list_files(data, key):
+        if file.form.kind != ".jsonl":
+            raise LoramError(f"{key} must name JSON lines (.jsonl), got {file.path}; convert it")
+        for line, raw in enumerate(read_lines(file.path), start=1):
             if not raw.strip():
                 continue
             if limit is not None and read >= limit:
                 return
             read += 1
-            yield parse_conversation(raw, f"{file}:{line}")
+            yield parse_conversation(raw, f"{file.path}:{line}")
 
 
 def parse_conversation(raw: bytes, place: str) -> Conversation | BadRow:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from loram_ray.errors import LoramError
 
 _DOCUMENTS_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 2**20
 
 
 def end_of_text(tokenizer: Any) -> int:
@@ -29,21 +32,32 @@ def end_of_text(tokenizer: Any) -> int:
 
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
     """Yield each document's token ids, closed by the end-of-text token, no others added."""
+    batch: list[str] = []
+    for document in documents:
+        batch.append(document)
+        if _is_full(batch):
+            yield from tokenise_batch(tokenizer, batch)
+            batch = []
+    yield from tokenise_batch(tokenizer, batch)
+
+
+def _is_full(batch: list[str]) -> bool:
+    return len(batch) >= _DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= _CHARACTERS_AT_ONCE
+
+
+def tokenise_batch(tokenizer: Any, documents: list[str]) -> list[list[int]]:
+    """Return each document's token ids, as `tokenise` yields them."""
     closing = end_of_text(tokenizer)
-    iterator = iter(documents)
-    while batch := list(islice(iterator, _DOCUMENTS_AT_ONCE)):
-        encoded = tokenizer(
-            batch,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for ids in encoded["input_ids"]:
-            yield [*ids, closing]
+    if not documents:
+        return []
+    encoded = tokenizer(
+        documents, add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
+    return [[*ids, closing] for ids in encoded["input_ids"]]
 
 
 def pack(
-    documents: Iterable[list[int]], sequence_length: int, padding: int
+    documents: Iterable[Sequence[int] | np.ndarray], sequence_length: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Join documents and cut them into sequences; only the last one is padded.
 
@@ -64,3 +78,82 @@ def pack(
     padded = np.full(count * sequence_length, padding, dtype=np.int32)
     padded[: len(tokens)] = tokens
     return padded.reshape(count, sequence_length), lengths
+
+
+class PackedFile:
+    """A Parquet file of packed sequences, written as the documents come.
+
+    The columns are ``row_id`` int64, ``input_ids`` a list of ``sequence_length`` int32, and
+    ``length`` int32. Memory is that of a batch of documents and of a row group, however many
+    documents there are; the file is the same however they come.
+
+    Args:
+        path: written to a sibling that is renamed by `close`.
+        tokenizer: of the model.
+        sequence_length: tokens in a sequence.
+        rows_per_group: rows of a row group.
+        first_row_id: id of the first sequence; the others follow.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Any,
+        sequence_length: int,
+        rows_per_group: int,
+        first_row_id: int,
+    ) -> None:
+        self.sequences = self.tokens = 0
+        self._path, self._partial = path, path.with_suffix(".tmp")
+        self._tokenizer, self._length, self._rows = tokenizer, sequence_length, rows_per_group
+        self._padding = end_of_text(tokenizer)
+        self._next_id = first_row_id
+        self._batch: list[str] = []
+        self._waiting: list[np.ndarray] = []
+        self._count = 0
+        self._schema = pa.schema(
+            {
+                "row_id": pa.int64(),
+                "input_ids": pa.list_(pa.int32(), sequence_length),
+                "length": pa.int32(),
+            }
+        )
+        self._writer = pq.ParquetWriter(self._partial, self._schema)
+
+    def add(self, document: str) -> None:
+        """Take one more document."""
+        self._batch.append(document)
+        if _is_full(self._batch):
+            self._tokenise()
+
+    def _tokenise(self) -> None:
+        """Tokenise the documents at hand and write the row groups that are full."""
+        for ids in tokenise_batch(self._tokenizer, self._batch):
+            self._waiting.append(np.asarray(ids, dtype=np.int32))
+            self._count += len(ids)
+        self._batch = []
+        group = self._rows * self._length
+        if self._count >= group:
+            tokens = np.concatenate(self._waiting)
+            whole = len(tokens) // group * group
+            for start in range(0, whole, group):
+                self._write(tokens[start : start + group])
+            self._waiting, self._count = [tokens[whole:].copy()], len(tokens) - whole
+
+    def close(self) -> None:
+        """Write the rest, of which the last sequence is padded, and put the file in its place."""
+        self._tokenise()
+        if self._count or not self.sequences:
+            self._write(np.concatenate([*self._waiting, np.zeros(0, dtype=np.int32)]))
+        self._writer.close()
+        self._partial.replace(self._path)
+
+    def _write(self, tokens: np.ndarray) -> None:
+        rows, lengths = pack([tokens], self._length, self._padding)
+        row_ids = self._next_id + np.arange(len(rows), dtype=np.int64)
+        input_ids = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), self._length)
+        table = pa.table([pa.array(row_ids), input_ids, pa.array(lengths)], schema=self._schema)
+        self._writer.write_table(table, row_group_size=self._rows)
+        self._next_id += len(rows)
+        self.sequences += len(rows)
+        self.tokens += len(tokens)

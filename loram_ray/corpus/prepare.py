@@ -1,82 +1,90 @@
 """A corpus tokenised and packed once, by Ray Data, into Parquet with stable row ids.
 
 Each unit of the corpus becomes one Parquet file with a name, an order and a content of its own, so
-the result is the same however many tasks made it, and an interrupted preparation continues.
+the result is the same however many tasks made it, and an interrupted preparation continues. Rows
+that are held out go to files of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from loram_ray.config import CorpusConfig
-from loram_ray.corpus.pack import end_of_text, pack, tokenise
+from loram_ray.corpus.duplicates import (
+    count_parts,
+    duplicates_file_of,
+    duplicates_of,
+    find_duplicates,
+    hash_file_of,
+    write_hashes,
+)
+from loram_ray.corpus.pack import PackedFile, end_of_text
 from loram_ray.corpus.read import (
+    CORPUS_KEY,
+    NAMED_BAD_ROWS,
     BadRow,
     Unit,
-    documents,
     identify,
     list_units,
     refuse_bad_rows,
 )
+from loram_ray.corpus.selection import Selection
+from loram_ray.corpus.sources import Counts, SourceInfo, write_sources
+from loram_ray.corpus.spread import spread
 from loram_ray.errors import LoramError
-from loram_ray.manifest import digest_of, hash_file, write_json
+from loram_ray.manifest import digest_of, hash_file, read_manifest, write_json
 from loram_ray.modeling import load_tokenizer
-from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 256
 _UNIT_BITS = 32
-_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
-
-
-@dataclass(frozen=True)
-class UnitSummary:
-    """What one unit of a corpus became."""
-
-    index: int
-    sequences: int
-    tokens: int
-    documents: int
-    bad: int
+_HELD_OUT_BIT = 31
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+)
 
 
 def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResult:
     """Tokenise and pack a corpus with a model's tokenizer; reuse what is complete.
 
-    Ray must be initialised.
+    `loram_ray.corpus.sources.list_sources` reads what the result holds of each source. Ray must be
+    initialised.
 
     Args:
-        config: sources and sequence length.
+        config: sources, what is kept of them, and the sequence length.
         model: model directory whose tokenizer is used.
         output: directory to write.
 
     Raises:
-        LoramError: no text, no usable tokenizer, or more unreadable rows than the configured share.
+        LoramError: a source without text, a damaged file, no usable tokenizer, or more unreadable
+            rows than the configured share.
     """
     config = config.resolved()
     units = require_text(config)
-    settings = {
-        "sources": identify(config.sources),
-        "sequence_length": config.sequence_length,
-        "max_bad_share": config.max_bad_share,
-    }
     end_of_text(load_tokenizer(model))  # a worker would find out too late to say so clearly
+    tokenizer = digest_of_tokenizer(model)
+    _refuse_other_tokenizer(output, model, tokenizer)
     return run_stage(
         output,
         "corpus",
-        settings=settings,
-        parents={"tokenizer": digest_of_tokenizer(model)},
+        settings=_settings(config),
+        parents={"tokenizer": tokenizer},
         base_fingerprint="",
         write=lambda target: _write(target, config, model, units),
     )
@@ -86,11 +94,17 @@ def require_text(config: CorpusConfig) -> list[Unit]:
     """Return the corpus's units of work; needs no Ray.
 
     Raises:
-        LoramError: there are no files, or every one is empty.
+        LoramError: there are no files, or all of a source are empty.
     """
     units = list_units(config.sources)
     if not units:
-        raise LoramError("align.corpus.sources must hold text, every file is empty; add some")
+        raise LoramError(f"{CORPUS_KEY} must hold text, every file is empty; add some")
+    for number in range(len(config.sources)):
+        if not any(unit.source == number for unit in units):
+            raise LoramError(
+                f"{_key_of(config, number)} must hold text, every file is empty; add some or leave "
+                "the source out"
+            )
     return units
 
 
@@ -100,129 +114,220 @@ def digest_of_tokenizer(model: Path) -> str:
     return digest_of([[path.name, hash_file(path)] for path in sorted(files)])
 
 
+def _settings(config: CorpusConfig) -> dict[str, Any]:
+    sources = [
+        {
+            **source.model_dump(mode="json", exclude={"path", "text_field"}),
+            "name": name,
+            "files": identify([source]),
+        }
+        for source, name in zip(config.sources, config.names(), strict=True)
+    ]
+    return {**config.model_dump(mode="json"), "sources": sources}
+
+
+def _refuse_other_tokenizer(output: Path, model: Path, tokenizer: str) -> None:
+    manifest = read_manifest(output) if output.is_dir() else None
+    if manifest is None or manifest.stage != "corpus":
+        return
+    other = manifest.parents.get("tokenizer", "")
+    if other != tokenizer:
+        raise LoramError(
+            f"{output} must be tokenised as {model} does (tokenizer {tokenizer[:12]}), it holds a "
+            f"corpus of another tokenizer ({other[:12]}); move it away to have it made again, or "
+            "choose another output"
+        )
+
+
+def _key_of(config: CorpusConfig, number: int) -> str:
+    return f"{CORPUS_KEY}.{number} ({config.names()[number]})"
+
+
 def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: list[Unit]) -> None:
-    summaries = _run_units(target.work, config.sequence_length, model, units)
-    bad = _collect_bad_rows(target.work, target.path / QUARANTINE_FILE)
-    total = sum(s.documents + s.bad for s in summaries)
-    refuse_bad_rows(bad, total, config.max_bad_share, "align.corpus.max_bad_share")
-    sequences = sum(s.sequences for s in summaries)
-    if sequences == 0:
-        raise LoramError("align.corpus.sources must hold text, no document was found; add some")
-    for unit in units:
-        name = _unit_file(unit.index)
-        os.link(target.work / name, target.path / name)  # a cut run finds its units again
-    target.details.update(
-        sequences=sequences,
-        tokens=sum(s.tokens for s in summaries),
-        documents=sum(s.documents for s in summaries),
-        bad_rows=len(bad),
+    parts = _compare_documents(target.work, config, units) if config.deduplicate else 0
+    spread(
+        "corpus",
+        "unit",
+        {target.work / _counts_file(unit.index): asdict(unit) for unit in units},
+        _prepare_item,
+        (target.work, config, model.resolve(), parts),
     )
+    counts = [
+        Counts(**json.loads((target.work / _counts_file(unit.index)).read_text())) for unit in units
+    ]
+    total = Counts.sum(counts)
+    bad = _collect_bad_rows(target.work, units, target.path / QUARANTINE_FILE)
+    key = "align.corpus.max_bad_share"
+    refuse_bad_rows(bad, total.rows, config.max_bad_share, key, total.bad_rows)
+    sources = _describe_sources(target.path, config, units, counts)
+    for source in sources:
+        for path in (*source.unit_files, *source.held_out_files):
+            os.link(target.work / path.name, path)  # a cut run finds its units again
+    write_sources(target.path, sources)
+    target.details.update(asdict(total))
 
 
-def _run_units(
-    work: Path, sequence_length: int, model: Path, units: list[Unit]
-) -> list[UnitSummary]:
-    """Prepare the units that an earlier attempt did not, spread over the cluster by Ray Data."""
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress goes to its log file
-    pending = [asdict(u) for u in units if not (work / _summary_file(u.index)).exists()]
-    with Reporter("corpus", total=len(units), unit="unit") as reporter:
-        reporter.update(len(units) - len(pending), {})
-        if pending:
-            dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(
-                _prepare_batch,
-                fn_args=(work, sequence_length, model.resolve()),
-                batch_size=1,
-                num_cpus=1,
-            )
-            for batch in dataset.iter_batches(batch_size=None):
-                for number in batch["errno"][batch["errno"] > 0]:
-                    raise OSError(int(number), os.strerror(number))
-                reporter.advance(len(batch["errno"]))
-    loaded = [json.loads((work / _summary_file(u.index)).read_text()) for u in units]
-    return [UnitSummary(**summary) for summary in loaded]
+def _compare_documents(work: Path, config: CorpusConfig, units: list[Unit]) -> int:
+    """Find the duplicates of the whole corpus; return the number of parts they are in."""
+    hashes = {hash_file_of(work, unit.index): asdict(unit) for unit in units}
+    spread("hash", "unit", hashes, _hash_item, (work, config))
+    parts = count_parts(work, len(units))
+    found = {duplicates_file_of(work, part): {"part": part} for part in range(parts)}
+    spread("compare", "part", found, _compare_item, (parts, work, len(units)))
+    return parts
 
 
-def _prepare_batch(
-    batch: dict[str, np.ndarray], work: Path, sequence_length: int, model: Path
-) -> dict[str, np.ndarray]:
-    """Prepare one unit in a Ray Data task; the batch has the fields of `Unit`.
+def _describe_sources(
+    directory: Path, config: CorpusConfig, units: list[Unit], counts: list[Counts]
+) -> list[SourceInfo]:
+    """What each source became.
 
-    An error of the disk is returned: Ray Data would hide what it was.
+    Raises:
+        LoramError: nothing is left of one to train on.
     """
-    unit = Unit(
-        index=int(batch["index"][0]),
-        path=str(batch["path"][0]),
-        field=str(batch["field"][0]),
-        start=int(batch["start"][0]),
-        end=int(batch["end"][0]),
-    )
-    try:
-        prepare_unit(unit, work, sequence_length, _tokenizer_of(model))
-    except OSError as error:
-        if error.errno is None:
-            raise
-        return {"errno": np.array([error.errno])}
-    return {"errno": np.array([0])}
+    together = sum(count.sequences for count in counts)
+    weights = sum(source.weight or 0.0 for source in config.sources)
+    sources = []
+    for number, (source, name) in enumerate(zip(config.sources, config.names(), strict=True)):
+        mine = [unit.index for unit in units if unit.source == number]
+        total = Counts.sum(counts[index] for index in mine)
+        if not total.sequences:
+            raise LoramError(
+                f"{_key_of(config, number)} must hold text, no document is left to train on of "
+                f"{total.rows} rows ({total.filtered} filtered, {total.duplicates} duplicates, "
+                f"{total.held_out_documents} held out, {total.bad_rows} bad); add some or leave "
+                "the source out"
+            )
+        held_out = [directory / _held_out_file(index) for index in mine]
+        sources.append(
+            SourceInfo(
+                **asdict(total),
+                name=name,
+                weight=source.weight,
+                share=source.weight / weights if source.weight else total.sequences / together,
+                unit_files=tuple(directory / _unit_file(index) for index in mine),
+                held_out_files=tuple(held_out if source.held_out else ()),
+            )
+        )
+    return sources
+
+
+def _hash_item(item: dict[str, Any], work: Path, config: CorpusConfig) -> None:
+    unit = Unit(**item)
+    write_hashes(unit, work, Selection.of(config, unit.source))
+
+
+def _compare_item(item: dict[str, Any], parts: int, work: Path, units: int) -> None:
+    find_duplicates(item["part"], parts, work, units)
+
+
+def _prepare_item(
+    item: dict[str, Any], work: Path, config: CorpusConfig, model: Path, parts: int
+) -> None:
+    unit = Unit(**item)
+    duplicates = duplicates_of(unit.index, parts, work) if parts else None
+    selection = Selection.of(config, unit.source)
+    prepare_unit(unit, work, config.sequence_length, _tokenizer_of(model), selection, duplicates)
 
 
 @functools.cache
 def _tokenizer_of(model: Path) -> Any:
-    """The tokenizer, loaded once in a worker process, which does many tasks."""
+    """The tokenizer, loaded once in a worker process, which does many tasks, each on one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return load_tokenizer(model)
 
 
-def prepare_unit(unit: Unit, work: Path, sequence_length: int, tokenizer: Any) -> UnitSummary:
-    """Tokenise and pack one unit into ``work``; the summary, written last, makes it complete."""
-    bad: list[BadRow] = []
-    count = 0
+def prepare_unit(
+    unit: Unit,
+    work: Path,
+    sequence_length: int,
+    tokenizer: Any,
+    selection: Selection | None = None,
+    duplicates: np.ndarray | None = None,
+) -> Counts:
+    """Tokenise and pack one unit into ``work``; the counts, written last, make it complete.
 
-    def good_documents():  # type: ignore[no-untyped-def]  # a generator of str
-        nonlocal count
-        for document in documents(unit):
+    Args:
+        unit: what to read.
+        work: directory of the files.
+        sequence_length: tokens in a sequence.
+        tokenizer: of the model.
+        selection: which documents are kept and held out; default: all kept.
+        duplicates: sorted places, among the documents that pass the filters, of those to leave out.
+    """
+    selection = selection or Selection()
+    files = [_packed_file(work / _unit_file(unit.index), unit, tokenizer, sequence_length)]
+    if selection.held_out:
+        path = work / _held_out_file(unit.index)
+        files.append(_packed_file(path, unit, tokenizer, sequence_length, held_out=True))
+    documents, filtered, repeated, bad = [0, 0], 0, 0, 0
+    place, left_out = 0, iter(() if duplicates is None else duplicates)
+    next_left_out = next(left_out, None)
+    with open(work / _bad_file(unit.index), "w") as quarantine:
+        for document in selection.documents(unit):
+            if document is None:
+                filtered += 1
+                continue
             if isinstance(document, BadRow):
-                bad.append(document)
+                quarantine.write(json.dumps(asdict(document)) + "\n")
+                bad += 1
+                continue
+            if place == next_left_out:
+                next_left_out = next(left_out, None)
+                repeated += 1
             else:
-                count += 1
-                yield document
-
-    tokens = tokenise(tokenizer, good_documents())
-    sequences, lengths = pack(tokens, sequence_length, end_of_text(tokenizer))
-    row_ids = (unit.index << _UNIT_BITS) + np.arange(len(sequences), dtype=np.int64)
-    flat = pa.array(sequences.reshape(-1))
-    table = pa.table(
-        {
-            "row_id": row_ids,
-            "input_ids": pa.FixedSizeListArray.from_arrays(flat, sequence_length),
-            "length": lengths,
-        }
+                held_out = selection.holds_out(document)
+                files[held_out].add(document)
+                documents[held_out] += 1
+            place += 1
+    for file in files:
+        file.close()
+    counts = Counts(
+        documents=documents[False],
+        sequences=files[0].sequences,
+        tokens=files[0].tokens,
+        held_out_documents=documents[True],
+        held_out_sequences=sum(file.sequences for file in files[1:]),
+        held_out_tokens=sum(file.tokens for file in files[1:]),
+        filtered=filtered,
+        duplicates=repeated,
+        bad_rows=bad,
     )
-    path = work / _unit_file(unit.index)
-    pq.write_table(table, path.with_suffix(".tmp"), row_group_size=ROWS_PER_GROUP)
-    path.with_suffix(".tmp").replace(path)
-    write_json(work / _bad_file(unit.index), [asdict(row) for row in bad])
-    summary = UnitSummary(unit.index, len(sequences), int(lengths.sum()), count, len(bad))
-    write_json(work / _summary_file(unit.index), asdict(summary))
-    return summary
+    write_json(work / _counts_file(unit.index), asdict(counts))
+    return counts
 
 
-def _collect_bad_rows(work: Path, quarantine: Path) -> list[BadRow]:
-    rows = []
-    for path in sorted(work.glob("bad-*.json")):
-        rows += [BadRow(**entry) for entry in json.loads(path.read_text())]
-    if rows:
-        quarantine.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    return rows
+def _packed_file(
+    path: Path, unit: Unit, tokenizer: Any, sequence_length: int, held_out: bool = False
+) -> PackedFile:
+    first = (unit.index << _UNIT_BITS) + (int(held_out) << _HELD_OUT_BIT)
+    return PackedFile(path, tokenizer, sequence_length, ROWS_PER_GROUP, first)
+
+
+def _collect_bad_rows(work: Path, units: list[Unit], quarantine: Path) -> list[BadRow]:
+    """Join the units' bad rows in one file, if there are any, and return the first."""
+    with open(quarantine, "wb") as joined:
+        for unit in units:
+            with open(work / _bad_file(unit.index), "rb") as file:
+                shutil.copyfileobj(file, joined)
+    with open(quarantine) as file:
+        first = [BadRow(**json.loads(line)) for line in islice(file, NAMED_BAD_ROWS)]
+    if not first:
+        quarantine.unlink()
+    return first
 
 
 def _unit_file(index: int) -> str:
     return f"unit-{index:06d}.parquet"
 
 
-def _summary_file(index: int) -> str:
+def _held_out_file(index: int) -> str:
+    return f"held_out-{index:06d}.parquet"
+
+
+def _counts_file(index: int) -> str:
     return f"unit-{index:06d}.json"
 
 
 def _bad_file(index: int) -> str:
-    return f"bad-{index:06d}.json"
+    return f"bad-{index:06d}.jsonl"

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
-from loram_ray.config import SourceConfig
+from loram_ray.config import TextSource
+from loram_ray.corpus.files import (
+    DataFile,
+    form_of,
+    identify_file,
+    list_files,
+    open_at,
+    open_random,
+    read_lines,
+)
 from loram_ray.errors import LoramError
 from loram_ray.progress import say
 
 CORPUS_KEY = "align.corpus.sources"
 _UNIT_BYTES = 8 * 2**20
-_SUFFIXES = (".jsonl", ".txt", ".parquet")
-_HASHED_WHOLE = 2**28
-_HASHED_ENDS = 2**20
-_NAMED_BAD_ROWS = 5
+_ROWS_AT_ONCE = 256
+_FILES_AT_ONCE = 16
+_ARROW_FILE = b"ARROW1"
+NAMED_BAD_ROWS = 5
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a file that one task reads: a span of bytes, or a row group of Parquet.
+    """A piece of a file that one task reads: a span of bytes, a row group, or all of it.
 
     Attributes:
         index: position among all units of the corpus.
         path: the file.
         field: name of the text field.
-        start: first byte (a line belongs to the unit in which it starts), or the row group.
-        end: one past the last byte; unused for Parquet.
+        start: first byte (a line belongs to the unit in which it starts), or the row group of
+            Parquet; 0 in a compressed file and in one of Arrow, which are one unit each.
+        end: one past the last byte, where ``start`` is a byte.
+        source: position of its source in the corpus.
     """
 
     index: int
@@ -42,6 +52,7 @@ class Unit:
     field: str
     start: int
     end: int
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,100 +71,92 @@ class BadRow:
         return f"{self.place}: {self.reason}"
 
 
-def list_files(source: SourceConfig, key: str) -> list[Path]:
-    """Return a source's files, sorted.
-
-    Raises:
-        LoramError: there are none, or a kind of file that is not read.
-    """
-    path = Path(source.path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
-    else:
-        files = sorted(Path(p) for p in glob.glob(source.path, recursive=True))
-    if not files:
-        raise LoramError(
-            f"{key} must name files of {', '.join(_SUFFIXES)}, {source.path} has none; check it"
-        )
-    for file in files:
-        if file.suffix not in _SUFFIXES:
-            raise LoramError(
-                f"{key} must name files of {', '.join(_SUFFIXES)}, got {file}; convert it"
-            )
-    return files
-
-
-def list_units(sources: Sequence[SourceConfig], key: str = CORPUS_KEY) -> list[Unit]:
+def list_units(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[Unit]:
     """Cut every file of a corpus into units, in a fixed order.
 
     ``key`` is the configuration key of the sources, for messages.
     """
     units: list[Unit] = []
     for number, source in enumerate(sources):
-        for file in list_files(source, f"{key}.{number}.path"):
-            for start, end in _spans(file):
-                units.append(Unit(len(units), str(file), source.text_field, start, end))
+        files = list_files(source.path, f"{key}.{number}.path")
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:  # a far file's footer is a round trip
+            for file, spans in zip(files, pool.map(_spans, files), strict=True):
+                for start, end in spans:
+                    units.append(Unit(len(units), file.path, source.text_field, start, end, number))
     return units
 
 
-def _spans(file: Path) -> list[tuple[int, int]]:
-    if file.suffix == ".parquet":
+def _spans(file: DataFile) -> list[tuple[int, int]]:
+    if file.form.kind == ".parquet":
         try:
-            return [(group, 0) for group in range(pq.ParquetFile(file).num_row_groups)]
+            with open_random(file.path) as stream:
+                return [(group, 0) for group in range(pq.ParquetFile(stream).num_row_groups)]
         except (ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise LoramError(f"{file} is not a Parquet file ({reason}); restore it") from error
-    size = file.stat().st_size
-    return [(s, min(s + _UNIT_BYTES, size)) for s in range(0, size, _UNIT_BYTES)]
+            raise LoramError(f"{file.path} is not a Parquet file ({reason}); restore it") from error
+    if file.form.codec is not None or file.form.kind == ".arrow":
+        return [(0, file.size)] if file.size else []
+    return [(s, min(s + _UNIT_BYTES, file.size)) for s in range(0, file.size, _UNIT_BYTES)]
 
 
-def identify(sources: Sequence[SourceConfig], key: str = CORPUS_KEY) -> list[list[object]]:
-    """What tells one corpus from another: name, size, field and a hash of each file.
-
-    Of files over 256 MiB the hash covers both ends alone.
-    """
+def identify(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[list[object]]:
+    """What tells one corpus from another: name, size, field and identity of each file."""
     found: list[list[object]] = []
     for number, source in enumerate(sources):
-        for file in list_files(source, f"{key}.{number}.path"):
-            size = file.stat().st_size
-            with open(file, "rb") as stream:
-                if size <= _HASHED_WHOLE:
-                    digest = hashlib.file_digest(stream, "sha256")
-                else:
-                    digest = hashlib.sha256(stream.read(_HASHED_ENDS))
-                    stream.seek(size - _HASHED_ENDS)
-                    digest.update(stream.read(_HASHED_ENDS))
-            found.append([file.name, size, source.text_field, digest.hexdigest()])
+        files = list_files(source.path, f"{key}.{number}.path")
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            for file, identity in zip(files, pool.map(identify_file, files), strict=True):
+                found.append([file.name, file.size, source.text_field, identity])
     return found
 
 
 def documents(unit: Unit) -> Iterator[str | BadRow]:
-    """Yield the documents of a unit, and the rows that cannot be read."""
-    match Path(unit.path).suffix:
+    """Yield the documents of a unit, and the rows that cannot be read.
+
+    Raises:
+        LoramError: a file that can only be read from its beginning is cut or damaged.
+    """
+    form = form_of(unit.path)
+    assert form is not None
+    match form.kind:
         case ".parquet":
             yield from _parquet_documents(unit)
+        case ".arrow":
+            yield from _arrow_documents(unit)
         case ".txt":
-            yield from _text_documents(unit)
+            yield from _text_documents(unit, cut=form.codec is not None)
         case _:
             yield from _json_documents(unit)
 
 
 def lines_of(unit: Unit) -> Iterator[bytes]:
     """Yield each line that starts in the unit."""
-    with open(unit.path, "rb") as file:
+    form = form_of(unit.path)
+    if form is not None and form.codec is not None:
+        yield from read_lines(unit.path)
+        return
+    with open_at(unit.path, max(unit.start - 1, 0)) as file:
+        position = unit.start
         if unit.start > 0:
-            file.seek(unit.start - 1)
-            file.readline()  # the rest of the line before, or just its newline
-        while file.tell() < unit.end:
-            yield file.readline()
+            position += len(file.readline()) - 1  # the rest of the line before, or its newline
+        while position < unit.end:
+            line = file.readline()
+            if not line:
+                return
+            position += len(line)
+            yield line
 
 
 def first_line_number(unit: Unit) -> int:
     """Number (from 1) of the first line that starts in the unit; reads the file up to there."""
     if unit.start == 0:
         return 1
-    with open(unit.path, "rb") as file:
-        return 2 + _count_newlines(file, unit.start - 1)
+    count, left = 0, unit.start - 1
+    with open_random(unit.path) as file:
+        while left and (piece := file.read(min(2**20, left))):
+            count += piece.count(b"\n")
+            left -= len(piece)
+    return 2 + count
 
 
 def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
@@ -170,7 +173,7 @@ def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
 def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
     """Return the object of one JSON line, or why there is none."""
     try:
-        row = json.loads(raw)
+        row = json.loads(raw.decode("utf-8-sig"))  # bytes it would decode to half surrogate pairs
         if b"\\u" in raw:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
@@ -178,28 +181,33 @@ def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
     return row if isinstance(row, dict) else BadRow(place, "not a JSON object")
 
 
-def refuse_bad_rows(bad: Sequence[BadRow], total: int, max_share: float, key: str) -> None:
+def refuse_bad_rows(
+    bad: Sequence[BadRow], total: int, max_share: float, key: str, count: int | None = None
+) -> None:
     """Say how many rows were skipped, or refuse when they are too many.
 
     Args:
-        bad: rows that could not be used.
+        bad: rows that could not be used, or the first of them.
         total: rows in all.
         max_share: largest share of bad rows that is skipped.
         key: the configuration key of ``max_share``.
+        count: how many could not be used; default: those in ``bad``.
 
     Raises:
         LoramError: the share is exceeded; the message names the first rows.
     """
-    if not bad:
+    count = len(bad) if count is None else count
+    if not count:
         return
-    named = "; ".join(str(row) for row in bad[:_NAMED_BAD_ROWS])
-    more = f"; and {len(bad) - _NAMED_BAD_ROWS} more" if len(bad) > _NAMED_BAD_ROWS else ""
-    if len(bad) > max_share * total:
+    first = bad[:NAMED_BAD_ROWS]
+    named = "; ".join(str(row) for row in first)
+    more = f"; and {count - len(first)} more" if count > len(first) else ""
+    if count > max_share * total:
         raise LoramError(
-            f"{key} must be at least the share of bad rows, got {max_share} with {len(bad)} bad of "
+            f"{key} must be at least the share of bad rows, got {max_share} with {count} bad of "
             f"{total}: {named}{more}; mend the rows or raise it"
         )
-    say("warning", f"skipped {len(bad)} bad rows of {total}: {named}{more}")
+    say("warning", f"skipped {count} bad rows of {total}: {named}{more}")
 
 
 def _json_documents(unit: Unit) -> Iterator[str | BadRow]:
@@ -215,39 +223,79 @@ def _json_documents(unit: Unit) -> Iterator[str | BadRow]:
         yield document
 
 
-def _text_documents(unit: Unit) -> Iterator[str | BadRow]:
-    try:
-        text = b"".join(lines_of(unit)).decode()
-    except UnicodeDecodeError as error:
-        yield BadRow(f"{unit.path}:{first_line_number(unit)}", f"not UTF-8 ({error})")
-        return
-    if text.strip():
-        yield text
+def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
+    """A document for each unit; a compressed file is cut where the same file unpacked would be."""
+    position = number = 0
+
+    def piece_of(line: bytes) -> int:
+        nonlocal position
+        start, position = position, position + len(line)
+        return start // _UNIT_BYTES if cut else 0
+
+    for _, group in groupby(lines_of(unit), key=piece_of):
+        lines = list(group)
+        try:
+            text = b"".join(lines).decode()
+        except UnicodeDecodeError as error:
+            yield BadRow(f"{unit.path}:{first_line_number(unit) + number}", f"not UTF-8 ({error})")
+        else:
+            if text.strip():
+                yield text
+        number += len(lines)
 
 
 def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
-    file = pq.ParquetFile(unit.path)
-    if unit.field not in file.schema_arrow.names:
-        yield BadRow(f"{unit.path}:group {unit.start}", f"column '{unit.field}' is not there")
-        return
-    try:
-        column = file.read_row_group(unit.start, columns=[unit.field])[unit.field]
-    except (ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        yield BadRow(f"{unit.path}:group {unit.start}", f"cannot be read ({reason})")
-        return
-    for number, value in enumerate(column, start=1):
-        text = value.as_py()
-        if isinstance(text, str) and text.strip():
-            yield text
-        else:
-            yield BadRow(f"{unit.path}:group {unit.start} row {number}", "holds no text")
+    place = f"{unit.path}:group {unit.start}"
+    with open_random(unit.path) as stream:
+        file = pq.ParquetFile(stream, buffer_size=2**20)  # pages, not the whole row group
+        if unit.field not in file.schema_arrow.names:
+            yield BadRow(place, f"column '{unit.field}' is not there")
+            return
+        batches = file.iter_batches(_ROWS_AT_ONCE, [unit.start], [unit.field])
+        try:
+            yield from _column_documents(batches, unit.field, place)
+        except (ArrowException, OSError) as error:
+            yield BadRow(place, f"cannot be read ({' '.join(str(error).split())})")
 
 
-def _count_newlines(file: object, end: int) -> int:
-    descriptor, count, position = file.fileno(), 0, 0  # type: ignore[attr-defined]
-    while position < end:
-        piece = os.pread(descriptor, min(2**20, end - position), position)
-        count += piece.count(b"\n")
-        position += len(piece)
-    return count
+def _arrow_documents(unit: Unit) -> Iterator[str | BadRow]:
+    with open_random(unit.path) as file:
+        magic = file.read(len(_ARROW_FILE))
+        file.seek(0)
+        try:
+            yield from _column_documents(_batches(file, magic), unit.field, unit.path)
+        except (ArrowException, OSError) as error:
+            raise LoramError(
+                f"{unit.path} is cut or damaged ({' '.join(str(error).split())}); get the file "
+                "again, or leave it out"
+            ) from error
+
+
+def _batches(file: pa.NativeFile, magic: bytes) -> Iterator[pa.RecordBatch]:
+    if magic != _ARROW_FILE:
+        yield from pa.ipc.open_stream(file)
+        return
+    reader = pa.ipc.open_file(file)
+    for number in range(reader.num_record_batches):
+        yield reader.get_batch(number)
+
+
+def _column_documents(
+    batches: Iterator[pa.RecordBatch], field: str, place: str
+) -> Iterator[str | BadRow]:
+    number = 0
+    for batch in batches:
+        if field not in batch.schema.names:
+            yield BadRow(place, f"column '{field}' is not there")
+            return
+        for value in batch.column(field):
+            number += 1
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                yield BadRow(f"{place} row {number}", f"not UTF-8 ({error})")
+                continue
+            if isinstance(text, str) and text.strip():
+                yield text
+            else:
+                yield BadRow(f"{place} row {number}", "holds no text")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,26 +10,42 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
+from loram_ray.corpus.sources import list_sources
 
 Beside = Callable[[Block, np.ndarray], dict[str, np.ndarray]]
 """Reads, for some rows of a block, what is kept beside the corpus."""
 
 
 def open_order(corpus: Path, seed: int) -> Order:
-    """The order of a prepared corpus."""
-    return Order((MixedSource("corpus", 1.0, tuple(list_blocks(corpus))),), seed)
+    """The order of a prepared corpus.
+
+    Sources with weights are mixed by them. Sources without are one: all their sequences make an
+    epoch.
+    """
+    sources = list_sources(corpus)
+    mixed = [
+        MixedSource(source.name, source.share, tuple(_blocks_of(source.unit_files)))
+        for source in sources
+    ]
+    if sources[0].weight is None:
+        together = tuple(block for source in mixed for block in source.blocks)
+        mixed = [MixedSource("corpus", 1.0, together)]
+    return Order(tuple(mixed), seed)
 
 
 def list_blocks(corpus: Path) -> list[Block]:
     """Return the blocks of a prepared corpus, in the order of their row ids."""
-    blocks = []
-    for path in sorted(corpus.glob("unit-*.parquet")):
+    sources = list_sources(corpus)
+    return [block for source in sources for block in _blocks_of(source.unit_files)]
+
+
+def _blocks_of(files: Sequence[Path]) -> Iterator[Block]:
+    for path in files:
         metadata = pq.ParquetFile(path).metadata
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             if rows:
-                blocks.append(Block(str(path), group, rows))
-    return blocks
+                yield Block(str(path), group, rows)
 
 
 @dataclass(frozen=True)

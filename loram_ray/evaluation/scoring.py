@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loram_ray.config import CorpusConfig, EvaluateConfig
+from loram_ray.config import EvaluateConfig, TextConfig
 from loram_ray.corpus.examples import load_examples
 from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
@@ -102,15 +103,26 @@ def _score_answers(
 
 
 def _score_text(
-    model: Any, tokenizer: Any, corpus: CorpusConfig, batch_size: int, log: _Progress
+    model: Any, tokenizer: Any, corpus: TextConfig, batch_size: int, log: _Progress
 ) -> dict[str, float | int]:
-    read = [document for unit in list_units(corpus.sources) for document in documents(unit)]
-    bad = [row for row in read if isinstance(row, BadRow)]
-    refuse_bad_rows(bad, len(read), corpus.max_bad_share, "evaluate.text.max_bad_share")
-    texts = (document for document in read if isinstance(document, str))
+    bad: list[BadRow] = []
+    good = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal good
+        for unit in list_units(corpus.sources, "evaluate.text.sources"):
+            for document in documents(unit):
+                if isinstance(document, BadRow):
+                    bad.append(document)
+                else:
+                    good += 1
+                    yield document
+
     sequences, lengths = pack(
-        tokenise(tokenizer, texts), corpus.sequence_length, end_of_text(tokenizer)
+        tokenise(tokenizer, texts()), corpus.sequence_length, end_of_text(tokenizer)
     )
+    key = "evaluate.text.max_bad_share"
+    refuse_bad_rows(bad, good + len(bad), corpus.max_bad_share, key)
     if not len(sequences):
         raise LoramError("evaluate.text.sources must hold text, no document was found; add some")
     log.total += len(sequences)

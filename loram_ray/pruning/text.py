@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,21 @@ import torch
 
 from loram_ray.config import CalibrationConfig
 from loram_ray.corpus.pack import end_of_text, pack, tokenise
-from loram_ray.corpus.read import BadRow, Unit, documents, list_units
+from loram_ray.corpus.read import Unit, documents, list_units
 from loram_ray.errors import LoramError
 from loram_ray.modeling import load_tokenizer
 from loram_ray.progress import say
 
 KEY = "prune.calibration"
+_WINDOW_CHARACTERS = 2**24
 
 
 def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> torch.Tensor:
     """Draw the calibration set, int64 ``[samples, sequence_length]``.
 
-    The pieces of the sources (8 MB of a file) are visited in a seeded order, each gives its share
-    of the sequences from its documents in a seeded order, and no sequence is padded. Where the text
+    The pieces of the sources (8 MB of a file, all of a compressed one) are visited in a seeded
+    order, each gives its share of the sequences from its documents in a seeded order (within 16 MB
+    of text where a piece is larger), and no sequence is padded. Where the text
     is short there are fewer samples than asked for, and a message.
 
     Raises:
@@ -59,10 +61,24 @@ def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> t
 
 def _tokens(tokenizer: Any, unit: Unit, seed: int) -> Iterator[int]:
     """Token ids of a unit's documents in a seeded order; unreadable rows are passed over."""
-    texts = [document for document in documents(unit) if not isinstance(document, BadRow)]
-    random.Random((seed << 20) + unit.index).shuffle(texts)
-    for ids in tokenise(tokenizer, texts):
-        yield from ids
+    draw = random.Random((seed << 20) + unit.index)
+    for texts in _windows(document for document in documents(unit) if isinstance(document, str)):
+        draw.shuffle(texts)
+        for ids in tokenise(tokenizer, texts):
+            yield from ids
+
+
+def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
+    window: list[str] = []
+    characters = 0
+    for text in texts:
+        window.append(text)
+        characters += len(text)
+        if characters >= _WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
 
 
 def _join(parts: Sequence[list[int]], length: int) -> torch.Tensor:

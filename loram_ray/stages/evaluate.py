@@ -9,8 +9,9 @@ from typing import Any
 from loram_ray.adapter import CONFIG_FILE
 from loram_ray.changes import is_delta
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
-from loram_ray.config import EvaluateConfig, RayConfig, SourceConfig
-from loram_ray.corpus.read import identify, list_files
+from loram_ray.config import EvaluateConfig, RayConfig, TextSource
+from loram_ray.corpus.files import hash_content, list_files
+from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scoring import score
 from loram_ray.manifest import (
@@ -57,10 +58,13 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
 def _data_digest(config: EvaluateConfig) -> str:
     parts: list[Any] = []
     if config.data is not None:
-        files = list_files(SourceConfig(path=config.data), "evaluate.data")
-        parts += [hash_file(file) for file in files]
+        files = list_files(config.data, "evaluate.data")
+        parts += [hash_content(file.path) for file in files]
     if config.text is not None:
-        parts += [identify(config.text.sources), config.text.sequence_length]
+        parts += [
+            identify(config.text.sources, "evaluate.text.sources"),
+            config.text.sequence_length,
+        ]
     return digest_of(parts)
 
 
@@ -104,7 +108,7 @@ def _write(
         update={
             "model": str(model.resolve()),
             "adapter": config.adapter.resolve() if config.adapter else None,
-            "data": str(Path(config.data).resolve()) if config.data else None,
+            "data": TextSource(path=config.data).resolved().path if config.data else None,
             "text": config.text.resolved() if config.text else None,
         }
     )

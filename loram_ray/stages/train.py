@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
-from loram_ray.config import RayConfig, SourceConfig, TrainConfig
-from loram_ray.corpus.read import list_files
+from loram_ray.config import RayConfig, TextSource, TrainConfig
+from loram_ray.corpus.files import hash_content, list_files
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
-from loram_ray.manifest import digest_of, hash_file, identify_model
+from loram_ray.manifest import digest_of, identify_model
 from loram_ray.modeling import family_of
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
@@ -29,8 +28,8 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
         LoramError: not a model, no usable example, a cluster too small, a loss that is not finite.
     """
     family_of(config.model)
-    files = list_files(SourceConfig(path=config.data), "train.data")
-    data_digest = digest_of([hash_file(file) for file in files])
+    files = list_files(config.data, "train.data")
+    data_digest = digest_of([hash_content(file.path) for file in files])
     model_digest, base_fingerprint = identify_model(config.model, "train.model")
     return run_stage(
         config.output,
@@ -45,7 +44,10 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
 def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -> None:
     cpus = config.cpus or os.cpu_count() or 1
     absolute = config.model_copy(
-        update={"model": config.model.resolve(), "data": str(Path(config.data).resolve())}
+        update={
+            "model": config.model.resolve(),
+            "data": TextSource(path=config.data).resolved().path,
+        }
     )
     with ray_session(ray_config, cpus), Reporter("train", config.steps, "step") as reporter:
         require_resources(1, cpus, gpus_per_worker(), "train.cpus")

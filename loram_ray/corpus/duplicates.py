@@ -1,0 +1,83 @@
+"""Exact duplicates over all sources of a corpus: of equal documents the first is kept.
+
+Each unit writes the hashes of its documents in sorted order. All documents whose hash begins alike
+make a part, which is compared on its own. Memory is that of one unit's hashes or of one part's,
+parts are independent of one another, and the result depends on neither their number nor the order
+of the tasks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from loram_ray.corpus.read import BadRow, Unit
+from loram_ray.corpus.selection import Selection, content_hash
+
+_PART_DOCUMENTS = 2**22
+_ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
+_UNIT_BITS = 32
+
+
+def write_hashes(unit: Unit, work: Path, selection: Selection) -> None:
+    """Write a sorted entry for each document of a unit that passes its filters."""
+    hashes = bytearray()
+    for document in selection.documents(unit):
+        if document is not None and not isinstance(document, BadRow):
+            hashes += content_hash(document)
+    halves = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
+    entries = np.empty(len(halves), dtype=_ENTRY)
+    entries["high"], entries["low"] = halves[:, 0], halves[:, 1]
+    entries["document"] = (unit.index << _UNIT_BITS) + np.arange(len(halves), dtype=np.uint64)
+    _save(hash_file_of(work, unit.index), entries[np.lexsort((entries["low"], entries["high"]))])
+
+
+def count_parts(work: Path, units: int) -> int:
+    """Number of parts, about four million documents each."""
+    nbytes = sum(hash_file_of(work, unit).stat().st_size for unit in range(units))
+    return max(1, -(-nbytes // (_PART_DOCUMENTS * _ENTRY.itemsize)))
+
+
+def find_duplicates(part: int, parts: int, work: Path, units: int) -> None:
+    """Write the documents of one part that equal an earlier one, sorted."""
+    ends = [min(2**64 * number // parts, 2**64 - 1) for number in (part, part + 1)]
+    bounds = np.array(ends, dtype=np.uint64)
+    slices = []
+    for unit in range(units):
+        entries = np.load(hash_file_of(work, unit), mmap_mode="r")
+        first, last = np.searchsorted(entries["high"], bounds)
+        if part + 1 == parts:
+            last = len(entries)
+        slices.append(entries[first:last])
+    found = np.concatenate(slices)
+    found = found[np.lexsort((found["document"], found["low"], found["high"]))]
+    same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
+    _save(duplicates_file_of(work, part), np.sort(found["document"][1:][same]))
+
+
+def duplicates_of(unit: int, parts: int, work: Path) -> np.ndarray:
+    """Places of a unit's duplicates among its documents that pass the filters, sorted."""
+    bounds = np.array([unit, unit + 1], dtype=np.uint64) << np.uint64(_UNIT_BITS)
+    slices = []
+    for part in range(parts):
+        found = np.load(duplicates_file_of(work, part), mmap_mode="r")
+        first, last = np.searchsorted(found, bounds)
+        slices.append(found[first:last] - bounds[0])
+    return np.sort(np.concatenate(slices)).astype(np.int64)
+
+
+def hash_file_of(work: Path, unit: int) -> Path:
+    """File of a unit's hashes."""
+    return work / f"hashes-{unit:06d}.npy"
+
+
+def duplicates_file_of(work: Path, part: int) -> Path:
+    """File of a part's duplicates."""
+    return work / f"duplicates-{part:06d}.npy"
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    sibling = path.with_name(f".{path.name}")
+    np.save(sibling, array)  # the name ends in .npy, or NumPy would add it
+    sibling.replace(path)

@@ -1,0 +1,63 @@
+"""Which documents of a source are trained on, held out or left out.
+
+All of it follows from a document's content, so neither the order of the files nor the number of
+tasks changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from loram_ray.config import CorpusConfig, FilterConfig
+from loram_ray.corpus.read import BadRow, Unit, documents
+
+_HASH_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rules for the documents of one source.
+
+    Attributes:
+        filters: those that do not pass are left out.
+        held_out: share of the documents that is held out.
+        seed: of the draw of held-out documents.
+    """
+
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    held_out: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: CorpusConfig, source: int) -> Selection:
+        """Return the rules for a source of a corpus."""
+        chosen = config.sources[source]
+        return cls(chosen.filters, chosen.held_out, config.seed)
+
+    def holds_out(self, text: str) -> bool:
+        """Whether a document is held out: its hash with the seed is below the share."""
+        if self.held_out == 0.0:
+            return False
+        keyed = hashlib.blake2b(
+            content_hash(text), digest_size=8, key=self.seed.to_bytes(8, "little")
+        )
+        return int.from_bytes(keyed.digest(), "little") < self.held_out * 2.0**64
+
+    def documents(self, unit: Unit) -> Iterator[str | BadRow | None]:
+        """Yield a unit's documents and bad rows, and None for each that does not pass the filters.
+
+        Raises:
+            LoramError: the file is cut or damaged.
+        """
+        for document in documents(unit):
+            if isinstance(document, str) and not self.filters.keeps(document):
+                yield None
+            else:
+                yield document
+
+
+def content_hash(text: str) -> bytes:
+    """128-bit BLAKE2b of a document's UTF-8, by which documents are told apart."""
+    return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
