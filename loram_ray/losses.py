@@ -24,6 +24,7 @@ def summed_loss(
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
     chunk: int = CHUNK,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of the labels, summed, in nats.
 
@@ -33,12 +34,18 @@ def summed_loss(
         attention_mask: ``[batch, seq]`` or None for sequences without padding.
         labels: int64 ``[batch, seq]``; `IGNORED` where there is no loss; not shifted.
         chunk: positions whose logits exist at a time.
+        positions: int64 ``[batch, seq]``; default: from 0 on.
 
     Returns:
         The sum, float32 scalar, and the number of labels, int64 scalar.
     """
     decoder = model.get_decoder()  # type: ignore[operator]
-    hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    hidden = decoder(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        use_cache=False,
+    )[0]
     return summed_loss_of_states(model, hidden, labels, chunk)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -118,9 +119,8 @@ class Prometheus:
 
         for name, value in {"step": float(step), **metrics}.items():
             if name not in self._gauges:
-                self._gauges[name] = Gauge(
-                    f"loram_{self._stage}_{name}", f"{name} of {self._stage}", tag_keys=("run",)
-                )
+                safe = re.sub(r"\W", "_", f"loram_{self._stage}_{name}")
+                self._gauges[name] = Gauge(safe, f"{name} of {self._stage}", tag_keys=("run",))
             self._gauges[name].set(value, tags={"run": self._name})
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ import loram_ray as lr
 from loram_ray.alignment.deepspeed import deepspeed_config
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
+from loram_ray.corpus.sources import list_sources
 from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.progress import METRICS_FILE
 from loram_ray.tensorfile import Checkpoint
@@ -364,6 +366,52 @@ def test_offloading_and_checkpointed_activations_change_nothing_and_what_is_froz
         frozen = any(part in name for part in ("lm_head", "embed_tokens", "norm"))
         assert torch.equal(plain[name], tensor) == frozen, name
         assert (plain[name] - saved[name]).abs().mean() < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_held_out_documents_of_each_source_are_evaluated(
+    pruned: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    """Against the stock loss on the files that hold them; 3 workers cannot share them evenly."""
+    texts = tiny.texts(240)
+    sources = [
+        {
+            "path": str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", part)),
+            "held_out": 0.3,
+            "weight": weight,
+        }
+        for name, part, weight in (("web", texts[:120], 0.75), ("code", texts[120:], 0.25))
+    ]
+    changes = {
+        "evaluate_every": 2,
+        "evaluate_sequences": 7,
+        "workers": 3,
+        "zero_stage": 3,
+        "steps": 3,
+    }
+    output = tmp_path / "aligned"
+    text = {"corpus": {"sources": sources, "sequence_length": LENGTH}}
+    settings = config(pruned, tmp_path, output).model_dump() | changes | text
+    lr.align(lr.AlignConfig.model_validate(settings))
+    lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
+    keys = {"held_out_nll_web", "held_out_nll_code"}
+    assert [keys <= line.keys() for line in lines] == [False, True, True]
+    model = lr.load_pruned(output, "fp32")
+    for source in list_sources(output.with_name("aligned_corpus")):
+        rows = [row for path in source.held_out_files for row in pq.read_table(path).to_pylist()]
+        assert len(rows) > 7
+        total, count = 0.0, 0
+        for row in rows[:7]:
+            ids = torch.tensor([row["input_ids"][: row["length"]]])
+            total += model(input_ids=ids, labels=ids).loss.item() * (row["length"] - 1)
+            count += row["length"] - 1
+        assert lines[-1][f"held_out_nll_{source.name}"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_nothing_held_out_cannot_be_evaluated() -> None:
+    with pytest.raises(ValueError, match="evaluate_every needs a source with held_out above 0"):
+        built(evaluate_every=2)
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def steps(
             for batch in islice(batches, share.rows // config.micro_batch_size)
         ]
         empty = config.accumulation(workers) - len(found)
-        yield found + [_without_labels(shape, device)] * empty
+        yield found + [without_labels(shape, device)] * empty
 
 
 def to_device(
@@ -124,6 +124,7 @@ def to_device(
     )
 
 
-def _without_labels(shape: tuple[int, int], device: torch.device) -> MicroBatch:
+def without_labels(shape: tuple[int, int], device: torch.device) -> MicroBatch:
+    """A micro-batch ``[batch, seq]`` that adds nothing to the loss."""
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     return MicroBatch(input_ids, torch.full_like(input_ids, IGNORED), None, None, [])

@@ -15,6 +15,7 @@ import torch
 from loram_ray.alignment.batches import Inputs, steps
 from loram_ray.alignment.deepspeed import export_partitioned
 from loram_ray.alignment.engine import Progress, last_checkpoint, save_checkpoint, start_engine
+from loram_ray.alignment.held_out import held_out_losses
 from loram_ray.alignment.objective import PARTS, AlignmentModel
 from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_tflops
 from loram_ray.config import AlignConfig
@@ -108,6 +109,11 @@ def _train(
                 "align.optimiser.learning_rate or look at those rows; the last checkpoint is kept"
             )
         seconds = time.perf_counter() - started
+        progress = Progress(step, time.perf_counter() - begun)
+        is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
+        evaluations: dict[str, float] = {}
+        if config.evaluate_every and (step % config.evaluate_every == 0 or is_last):
+            evaluations = _evaluate(engine, loop, rank, workers)
         if log is not None:
             log.write(
                 step,
@@ -117,12 +123,25 @@ def _train(
                 grad_norm=float(engine.get_global_grad_norm() or 0.0),
                 memory_gb=peak_memory_gb(),
                 **_speed(config, module, workers, seconds),
+                **evaluations,
             )
-        progress = Progress(step, time.perf_counter() - begun)
-        is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
         if step % config.checkpoint_every == 0 or is_last:
             save_checkpoint(engine, progress, loss)
     return progress
+
+
+def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[str, float]:
+    inputs = loop.inputs
+    found = held_out_losses(
+        engine.module.model,
+        loop.config,
+        inputs.corpus,
+        inputs.closing,
+        rank,
+        workers,
+        engine.device,
+    )
+    return {f"held_out_nll_{name}": loss for name, loss in found.items()}
 
 
 def _speed(

@@ -109,6 +109,14 @@ class AlignConfig(Section):
         description="DeepSpeed JSON of your own; its keys win, but for those that other settings "
         "here decide, which it may leave to them or say the same",
     )
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between evaluations of what the sources hold out",
+    )
+    evaluate_sequences: int = Field(
+        256, ge=1, description="held-out sequences of each source that are evaluated, at most"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         (),
         description="where the driver sends metrics, besides metrics.jsonl and Ray's own",
@@ -148,6 +156,14 @@ class AlignConfig(Section):
             raise ValueError(
                 "isolate_documents must be false where distillation.stream_rows is given, the "
                 "base then sees whole sequences; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_held_out(self) -> AlignConfig:
+        if self.evaluate_every is not None and not any(s.held_out for s in self.corpus.sources):
+            raise ValueError(
+                "evaluate_every needs a source with held_out above 0; set it for a source"
             )
         return self
 

@@ -42,6 +42,8 @@ _NOT_IN_IDENTITY = {
     "offload_parameters",
     "offload_folder",
     "deepspeed",
+    "evaluate_every",
+    "evaluate_sequences",
     "trackers",
     "peak_tflops",
     "checkpoint_every",

@@ -1,0 +1,86 @@
+"""Loss on each source's held-out documents during training, shared out over the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from loram_ray.alignment.batches import to_device, without_labels
+from loram_ray.config import AlignConfig
+from loram_ray.corpus.sources import SourceInfo, list_sources
+from loram_ray.losses import summed_loss
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: Any,
+    config: AlignConfig,
+    corpus: Path,
+    closing: int | None,
+    worker: int,
+    workers: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean negative log-likelihood of each source's held-out tokens, in nats, on all workers.
+
+    All workers must call it: under ZeRO-3 they gather the weights together.
+
+    Args:
+        model: the causal LM.
+        config: the stage's configuration.
+        corpus: the prepared corpus.
+        closing: id of the token that ends a document, where documents do not see each other.
+        worker: this worker's number.
+        workers: how many there are.
+        device: where the model is.
+    """
+    found: dict[str, float] = {}
+    model.eval()
+    for source in list_sources(corpus):
+        rows = min(source.held_out_sequences, config.evaluate_sequences)
+        if not rows:
+            continue
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        share = config.micro_batch_size * workers
+        for first in range(0, rows, share):
+            batch = without_labels((config.micro_batch_size, config.corpus.sequence_length), device)
+            start = first + worker * config.micro_batch_size
+            if start < rows:
+                end = min(start + config.micro_batch_size, rows)
+                batch = to_device(_read(source, start, end), device, closing)
+            total, count = summed_loss(
+                model, batch.input_ids, None, batch.labels, positions=batch.positions
+            )
+            sums += torch.stack([total.double(), count.double()])
+        torch.distributed.all_reduce(sums)
+        found[source.name] = float(sums[0] / sums[1].clamp(min=1))
+    model.train()
+    return found
+
+
+def _read(source: SourceInfo, start: int, end: int) -> dict[str, np.ndarray]:
+    """Held-out rows ``[start, end)`` of a source, over its files."""
+    parts: list[dict[str, np.ndarray]] = []
+    before = 0
+    for path in source.held_out_files:
+        file = pq.ParquetFile(path)
+        rows = file.metadata.num_rows
+        first, last = max(start - before, 0), min(end - before, rows)
+        if first < last:
+            table = file.read().slice(first, last - first)
+            tokens = table["input_ids"].combine_chunks().flatten().to_numpy()
+            parts.append(
+                {
+                    "row_id": table["row_id"].to_numpy(),
+                    "input_ids": tokens.reshape(last - first, -1),
+                    "length": table["length"].to_numpy(),
+                }
+            )
+        before += rows
+        if before >= end:
+            break
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
