@@ -42,6 +42,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "jobs" / "configs").mkdir(parents=True)
     for path in CONFIGS:
         shipped = yaml.safe_load(path.read_text())
+        if shipped["base"] != "runs/demo/inputs/base":
+            continue  # a large model's: see test_recipes
         shipped["compare"] = False  # test_run compares; here it would only take longer
         shipped["align"].update(steps=2, checkpoint_every=1)
         shipped["train"].update(steps=2)
