@@ -295,9 +295,9 @@ def test_packing_is_that_of_one_long_list(sizes: list[int]) -> None:
 def test_tokenising_closes_each_document_and_adds_nothing_else(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    texts = [row["text"] for row in tiny.texts(150)]  # more than one batch of documents
+    texts = [row["text"] for row in tiny.texts(600)]  # more than one batch of documents
     found = list(tokenise(tokenizer, texts))
-    assert len(found) == 150
+    assert len(found) == 600
     for text, ids in zip(texts, found, strict=True):
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1]) == text

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from loram_ray.errors import LoramError
 
-_DOCUMENTS_AT_ONCE = 64
+_DOCUMENTS_AT_ONCE = 512
 _CHARACTERS_AT_ONCE = 2**20
 
 
