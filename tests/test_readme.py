@@ -13,7 +13,7 @@ import pytest
 import tiny
 import yaml
 
-from loram_ray.config import load_run
+from loram_ray.config import RunConfig, load_run, validate
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -74,6 +74,13 @@ def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
         assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
+def test_yaml_of_the_readme_is_valid() -> None:
+    found = blocks("yaml")
+    assert found
+    for block in found:
+        validate(RunConfig, {"base": "b", "output": "o", **yaml.safe_load(block)}, "README")
+
+
 def test_every_make_target_of_the_readme_and_ci_exists() -> None:
     ci = (REPOSITORY / ".ci" / "run").read_text()
     named = re.findall(r"(?:^|`)make (\w+)", README + ci, flags=re.MULTILINE)
@@ -131,16 +138,29 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
 
 
 @pytest.mark.slow
-def test_the_table_of_criteria_is_made_by_its_command(checkout: Path) -> None:
-    script = REPOSITORY / "jobs" / "compare_criteria.py"
-    arguments = ["--inputs", "runs/demo/inputs", "--output", "runs/criteria"]
-    chosen = ["--quick", "--only", "random"]
+@pytest.mark.parametrize(
+    ("script", "chosen", "begins", "rows"),
+    [
+        ("compare_criteria", ["--only", "random"], "| structured", 2),
+        (
+            "compare_alignment",
+            ["--only", "none", "top8", "live", "--ratios", "0.35", "--steps", "2"],
+            "| 0.35",
+            3,
+        ),
+    ],
+)
+def test_a_comparison_is_made_by_its_command(
+    script: str, chosen: list[str], begins: str, rows: int, checkout: Path
+) -> None:
+    path = REPOSITORY / "jobs" / f"{script}.py"
+    arguments = ["--inputs", "runs/demo/inputs", "--output", f"runs/{script}", "--quick"]
     done = subprocess.run(
-        [sys.executable, script, *arguments, *chosen],
+        [sys.executable, path, *arguments, *chosen],
         cwd=checkout,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| structured")]
-    assert len(rows) == 2 and all(row.count("%") == 1 for row in rows), done.stdout
+    found = [line for line in done.stdout.splitlines() if line.startswith(begins)]
+    assert len(found) == rows and all("%" in line for line in found), done.stdout
