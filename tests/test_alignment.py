@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+import yaml
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
@@ -397,6 +398,7 @@ def test_held_out_documents_of_each_source_are_evaluated(
     lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
     keys = {"held_out_nll_web", "held_out_nll_code"}
     assert [keys <= line.keys() for line in lines] == [False, True, True]
+    assert_card(output, lines[-1])
     model = lr.load_pruned(output, "fp32")
     for source in list_sources(output.with_name("aligned_corpus")):
         rows = [row for path in source.held_out_files for row in pq.read_table(path).to_pylist()]
@@ -407,6 +409,18 @@ def test_held_out_documents_of_each_source_are_evaluated(
             total += model(input_ids=ids, labels=ids).loss.item() * (row["length"] - 1)
             count += row["length"] - 1
         assert lines[-1][f"held_out_nll_{source.name}"] == pytest.approx(total / count, rel=1e-4)
+
+
+def assert_card(output: Path, last: dict[str, Any]) -> None:
+    """The README of an aligned model has YAML that hubs read, and the numbers."""
+    _, head, text = (output / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["loram", "pruned", "random"]
+    for name in ("web", "code"):
+        assert f"{math.exp(last[f'held_out_nll_{name}']):.2f}" in text
+    manifest = json.loads((output / "manifest.json").read_text())
+    for value in (manifest["details"]["tokens"], last["loss"]):
+        assert f"{value:,}" in text or f"{value:.4g}" in text
+    assert str(output.parent) not in text  # no path of this machine
 
 
 def test_nothing_held_out_cannot_be_evaluated() -> None:

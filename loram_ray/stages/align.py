@@ -15,8 +15,10 @@ from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import AlignConfig, RayConfig
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.corpus.prepare import prepare_corpus, require_text
+from loram_ray.corpus.sources import list_sources
 from loram_ray.errors import LoramError
-from loram_ray.manifest import fingerprint, read_model_config, require_stage
+from loram_ray.manifest import fingerprint, read_manifest, read_model_config, require_stage
+from loram_ray.model_card import CARD_FILE, SIZES, model_card
 from loram_ray.modeling import load_tokenizer, resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
@@ -168,7 +170,14 @@ def _write(
     target.hashes.update(outcome["hashes"])
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
     (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
+    lines = (target.path / METRICS_FILE).read_text().splitlines()
+    pruned, last = read_manifest(config.pruned), json.loads(lines[-1])
+    assert pruned is not None
+    sources = list_sources(inputs.corpus)
+    card = model_card(config, plan, pruned, sources, last, outcome["steps"])
+    (target.path / CARD_FILE).write_text(card)
     target.details.update(
+        {key: pruned.details[key] for key in SIZES},
         steps=outcome["steps"],
         tokens=outcome["steps"] * config.batch_size * config.corpus.sequence_length,
         seconds=outcome["seconds"],

@@ -1,0 +1,104 @@
+"""The README.md of an aligned model: where it comes from, what it learnt, how to train on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loram_ray.config import AlignConfig
+from loram_ray.corpus.sources import SourceInfo
+from loram_ray.manifest import Manifest
+from loram_ray.plan import PruningPlan
+
+CARD_FILE = "README.md"
+SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
+"""Details of a pruned or aligned model's manifest that the card shows."""
+
+
+def model_card(
+    config: AlignConfig,
+    plan: PruningPlan,
+    pruned: Manifest,
+    sources: Sequence[SourceInfo],
+    last: dict[str, Any],
+    steps: int,
+) -> str:
+    """Write a card as hubs show it: YAML for machines, then Markdown.
+
+    Args:
+        config: of the alignment.
+        plan: of the pruning.
+        pruned: manifest of the pruned model.
+        sources: of the corpus.
+        last: metrics of the last step.
+        steps: optimiser steps done.
+    """
+    base = _hub_id(config.base)
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["loram", "pruned", plan.method],
+        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
+    }
+    sizes = pruned.details
+    rows = {
+        "base": f"{base or 'a local model'}, fingerprint `{plan.base_fingerprint[:12]}`",
+        "pruning": f"{plan.method}, {plan.pattern}, ratio {plan.ratio}, layers "
+        f"{plan.layer_range[0]} to {plan.layer_range[1] - 1}, seed {plan.seed}",
+        "parameters": f"{sizes['parameters']:,} of {sizes['base_parameters']:,} "
+        f"({sizes['base_parameters'] / sizes['parameters']:.2f} times fewer)",
+        "bytes": f"{sizes['bytes']:,} of {sizes['base_bytes']:,}",
+        "alignment": f"{_objective(config)}; {steps:,} steps, "
+        f"{steps * config.batch_size * config.corpus.sequence_length:,} tokens",
+        "learning rate": f"{config.optimiser.learning_rate:g}, {config.optimiser.schedule}, "
+        f"{config.optimiser.warmup_steps} warm-up steps",
+        "loss at the end": f"{last['loss']:.4g}",
+    }
+    corpus = [
+        f"| {source.name} | {source.share:.1%} | {source.documents:,} | {source.tokens:,} "
+        f"| {_perplexity(last.get(f'held_out_nll_{source.name}'))} |"
+        for source in sources
+    ]
+    lines = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {config.output.name}",
+        "A pruned and aligned language model to train LoRA adapters on, by "
+        "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained here is *recovered* to the "
+        "shapes of the base and used with the base, which training never loads.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        "## Corpus",
+        "| source | share | documents | tokens | perplexity held out |\n|---|---|---|---|---|\n"
+        + "\n".join(corpus),
+        "## Use",
+        "```sh\npip install loram-ray\n"
+        "loram train --set train.model=DIRECTORY --set train.data=examples.jsonl "
+        "--set train.output=adapter_pruned\n"
+        f"loram recover --set recover.adapter=adapter_pruned --set recover.base={base or 'BASE'} "
+        "--set recover.output=adapter\n```",
+        "`adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says which "
+        "parts were kept; `manifest.json` has the whole lineage.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _hub_id(base: str | None) -> str | None:
+    """The base, where it is named as on a hub: no path of a machine goes into a card."""
+    if base is None or Path(base).exists() or base.count("/") != 1 or base[0] in "/.~":
+        return None
+    return base
+
+
+def _objective(config: AlignConfig) -> str:
+    if config.objective == "causal_lm":
+        return "causal-LM loss"
+    distillation = config.distillation
+    kept = "" if distillation.targets == "live" else f" ({distillation.top_k} likeliest tokens)"
+    return f"distilled from the base{kept}, temperature {distillation.temperature:g}"
+
+
+def _perplexity(nll: float | None) -> str:
+    return "" if nll is None else f"{math.exp(nll):.2f}"
