@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from study import SEQUENCE, Study, Training
+from study import SEQUENCE, Study, Training, study_parser
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
@@ -178,14 +178,11 @@ def as_markdown(rows: list[Row]) -> str:
 
 def main() -> None:
     """Fill the table row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=Path, required=True, help="made by prepare_demo.py")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the study")
+    parser = study_parser(__doc__)
     parser.add_argument("--only", nargs="*", help="rows: " + " ".join(o.folder for o in OBJECTIVES))
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=150, help="of alignment")
-    parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with ray_session(lr.RayConfig(), cpus=2):

@@ -12,14 +12,13 @@ a run that was cut goes on where it stopped. The table is written to ``table.md`
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prepare_demo import write_lines
-from study import SEQUENCE, Study, Training
+from study import SEQUENCE, Study, Training, study_parser
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
@@ -164,12 +163,9 @@ def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
 
 def main() -> None:
     """Fill the table row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=Path, required=True, help="made by prepare_demo.py")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the study")
+    parser = study_parser(__doc__)
     parser.add_argument("--only", nargs="*", help="methods, e.g. taylor flap")
     parser.add_argument("--pruning-only", action="store_true", help="leave LoRAM out")
-    parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
     arguments = parser.parse_args()
     study = CriteriaStudy(arguments.inputs, arguments.output, arguments.quick)
     chosen = [c for c in criteria() if not arguments.only or c.settings["method"] in arguments.only]

@@ -6,6 +6,7 @@ so that a study that was cut goes on where it stopped.
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ class Training:
     warmup_steps: int = 3
     learning_rate: float = 1e-3
     seed: int = 0
+
+
+def study_parser(documentation: str) -> argparse.ArgumentParser:
+    """What every comparison is asked for; its help begins with the first line of its module's."""
+    parser = argparse.ArgumentParser(description=documentation.splitlines()[0])
+    parser.add_argument("--inputs", type=Path, required=True, help="made by prepare_demo.py")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
+    return parser
 
 
 class Study:

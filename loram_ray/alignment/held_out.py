@@ -12,6 +12,7 @@ import torch
 from loram_ray.alignment.batches import to_device, without_labels
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.sources import SourceInfo, list_sources
+from loram_ray.corpus.stream import columns_of
 from loram_ray.losses import summed_loss
 
 
@@ -71,15 +72,7 @@ def _read(source: SourceInfo, start: int, end: int) -> dict[str, np.ndarray]:
         rows = file.metadata.num_rows
         first, last = max(start - before, 0), min(end - before, rows)
         if first < last:
-            table = file.read().slice(first, last - first)
-            tokens = table["input_ids"].combine_chunks().flatten().to_numpy()
-            parts.append(
-                {
-                    "row_id": table["row_id"].to_numpy(),
-                    "input_ids": tokens.reshape(last - first, -1),
-                    "length": table["length"].to_numpy(),
-                }
-            )
+            parts.append(columns_of(file.read().slice(first, last - first)))
         before += rows
         if before >= end:
             break

@@ -85,6 +85,7 @@ def _train(
     is_last = step >= config.total_steps or _time_is_up(config, progress, engine.device)
     log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
     module: AlignmentModel = engine.module
+    mfu_per_rate = _mfu_per_rate(config, module, workers)
     batches = steps(config, loop.inputs, rank, workers, step, engine.device)
     while not is_last:
         started = time.perf_counter()
@@ -122,7 +123,7 @@ def _train(
                 lr=engine.get_lr()[0],
                 grad_norm=float(engine.get_global_grad_norm() or 0.0),
                 memory_gb=peak_memory_gb(),
-                **_speed(config, module, workers, seconds),
+                **_speed(config, seconds, mfu_per_rate),
                 **evaluations,
             )
         if step % config.checkpoint_every == 0 or is_last:
@@ -144,16 +145,19 @@ def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[
     return {f"held_out_nll_{name}": loss for name, loss in found.items()}
 
 
-def _speed(
-    config: AlignConfig, module: AlignmentModel, workers: int, seconds: float
-) -> dict[str, float]:
-    """Tokens a second, and the model FLOPs utilisation where the device's peak is known."""
-    tokens_per_s = config.batch_size * config.corpus.sequence_length / seconds
+def _mfu_per_rate(config: AlignConfig, module: AlignmentModel, workers: int) -> float | None:
+    """Model FLOPs utilisation at one token a second; None where the devices' peak is not known."""
     peak = config.peak_tflops or peak_tflops()
     if peak is None:
+        return None
+    return flops_per_token(linear_weights(module.model)) / (workers * peak * 1e12)
+
+
+def _speed(config: AlignConfig, seconds: float, mfu_per_rate: float | None) -> dict[str, float]:
+    tokens_per_s = config.batch_size * config.corpus.sequence_length / seconds
+    if mfu_per_rate is None:
         return {"tokens_per_s": tokens_per_s}
-    done = flops_per_token(linear_weights(module.model)) * tokens_per_s
-    return {"tokens_per_s": tokens_per_s, "mfu": done / (workers * peak * 1e12)}
+    return {"tokens_per_s": tokens_per_s, "mfu": mfu_per_rate * tokens_per_s}
 
 
 def _time_is_up(config: AlignConfig, progress: Progress, device: torch.device) -> bool:

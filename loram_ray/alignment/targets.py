@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +29,9 @@ from loram_ray.alignment.teacher import StreamedTeacher, Teaching, WholeTeacher,
 from loram_ray.cluster import gpus_per_worker, require_resources
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.order import Block
-from loram_ray.corpus.stream import list_blocks, open_order
+from loram_ray.corpus.spread import failure_of, raise_failures
+from loram_ray.corpus.stream import list_blocks, matrix_of, open_order
 from loram_ray.distillation import TopTokens
-from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, write_json
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, run_stage
@@ -150,10 +149,7 @@ def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) ->
         )
         done, started = total - left, time.perf_counter()
         for batch in dataset.iter_batches(batch_size=None):
-            for number in batch["errno"][batch["errno"] > 0]:
-                raise OSError(int(number), os.strerror(number))
-            for message in filter(None, batch["message"]):
-                raise LoramError(str(message))
+            raise_failures(batch)
             done += int(batch["rows"].sum())
             rate = (done - total + left) / (time.perf_counter() - started)
             reporter.update(done, {"sequences_per_s": rate})
@@ -174,10 +170,7 @@ def _totals(work: Path, blocks: Sequence[Block]) -> dict[str, float]:
 
 
 class TargetWorker:
-    """A Ray Data actor: blocks of the corpus in, their files written.
-
-    Errors that a user can mend are returned: Ray Data would hide what they were.
-    """
+    """A Ray Data actor: blocks of the corpus in, their files written."""
 
     def __init__(self, teaching: Teaching) -> None:
         torch.set_num_threads(teaching.cpus)
@@ -190,27 +183,14 @@ class TargetWorker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Do one group of blocks, ``blocks`` being its JSON."""
         blocks = [Block(**entry) for entry in json.loads(str(batch["blocks"][0]))]
-        errno, message = 0, ""
-        try:
-            self._do(blocks)
-        except LoramError as error:
-            message = str(error)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            errno = error.errno
-        rows = sum(block.rows for block in blocks)
-        return {
-            "rows": np.array([rows]),
-            "errno": np.array([errno]),
-            "message": np.array([message]),
-        }
+        failure = failure_of(lambda: self._do(blocks))
+        return {"rows": np.array([sum(block.rows for block in blocks)]), **failure}
 
     def _do(self, blocks: Sequence[Block]) -> None:
         started = time.perf_counter()
         tables = [pq.ParquetFile(block.path).read_row_group(block.group) for block in blocks]
         batches = [
-            torch.from_numpy(_matrix(table["input_ids"]).astype(np.int64)).split(
+            torch.from_numpy(matrix_of(table["input_ids"]).astype(np.int64)).split(
                 self._teaching.batch_size
             )
             for table in tables
@@ -272,9 +252,9 @@ def read_targets(folder: Path, block: Block, rows: np.ndarray) -> dict[str, np.n
         ``[n, seq]``.
     """
     table = pq.read_table(folder / target_file(block), columns=list(LISTS))
-    missing = _matrix(table["missing"])[rows]
+    missing = matrix_of(table["missing"])[rows]
     wide = {
-        name: _matrix(table[name])[rows].reshape(*missing.shape, -1)
+        name: matrix_of(table[name])[rows].reshape(*missing.shape, -1)
         for name in ("token_ids", "log_probs")
     }
     return {**wide, "missing": missing}
@@ -287,9 +267,3 @@ def target_file(block: Block) -> str:
 
 def _summary_file(block: Block) -> str:
     return target_file(block).replace(".parquet", ".json")
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-size lists as ``[rows, size]``."""
-    found: Any = column.combine_chunks()
-    return found.flatten().to_numpy().reshape(len(found), -1)

@@ -42,24 +42,23 @@ def spread(
             _call, fn_args=(task, arguments), batch_size=1, num_cpus=1
         )
         for batch in dataset.iter_batches(batch_size=None):
-            for number, message in zip(batch["errno"], batch["message"], strict=True):
-                if message:
-                    raise LoramError(str(message))
-                if number:
-                    raise OSError(int(number), os.strerror(number))
+            raise_failures(batch)
             reporter.advance(len(batch["errno"]))
 
 
 def _call(
     batch: dict[str, np.ndarray], task: Callable[..., None], arguments: tuple[Any, ...]
 ) -> dict[str, np.ndarray]:
-    """Call a task for one item, in a Ray Data task.
+    """Call a task for one item, in a Ray Data task."""
+    item = {key: values.tolist()[0] for key, values in batch.items()}
+    return failure_of(lambda: task(item, *arguments))
 
-    What the user can mend is returned: Ray Data would hide what it was.
-    """
+
+def failure_of(call: Callable[[], None]) -> dict[str, np.ndarray]:
+    """Call, and return what the user can mend, as columns: Ray Data would hide what it was."""
     number, message = 0, ""
     try:
-        task({key: values.tolist()[0] for key, values in batch.items()}, *arguments)
+        call()
     except LoramError as error:
         message = str(error)
     except OSError as error:
@@ -67,3 +66,12 @@ def _call(
             raise
         number = error.errno
     return {"errno": np.array([number]), "message": np.array([message])}
+
+
+def raise_failures(batch: dict[str, np.ndarray]) -> None:
+    """Raise the first failure that came back in the columns of `failure_of`."""
+    for number, message in zip(batch["errno"], batch["message"], strict=True):
+        if message:
+            raise LoramError(str(message))
+        if number:
+            raise OSError(int(number), os.strerror(number))

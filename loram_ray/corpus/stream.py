@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
@@ -102,13 +104,25 @@ def read_chunk(
 
 def _read(block: Block, rows: np.ndarray, beside: Beside | None) -> dict[str, np.ndarray]:
     table = pq.ParquetFile(block.path).read_row_group(block.group)
-    tokens = table["input_ids"].combine_chunks().flatten().to_numpy()
     return {
-        "row_id": table["row_id"].to_numpy()[rows],
-        "input_ids": tokens.reshape(block.rows, -1)[rows],
-        "length": table["length"].to_numpy()[rows],
+        **{name: column[rows] for name, column in columns_of(table).items()},
         **(beside(block, rows) if beside is not None else {}),
     }
+
+
+def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
+    """Columns of packed sequences, as `read_chunk` describes them."""
+    return {
+        "row_id": table["row_id"].to_numpy(),
+        "input_ids": matrix_of(table["input_ids"]),
+        "length": table["length"].to_numpy(),
+    }
+
+
+def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of one size as ``[rows, size]``."""
+    found: Any = column.combine_chunks()
+    return found.flatten().to_numpy().reshape(len(found), -1)
 
 
 def stream(
