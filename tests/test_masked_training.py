@@ -28,7 +28,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.corpus.examples import collate, load_examples
-from loram_ray.corpus.stream import Share, list_blocks, read_span, spans
+from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.evaluation.scoring import score
 from loram_ray.finetuning.masked import (
     BLOCK_ELEMENTS,
@@ -348,8 +348,8 @@ def test_alignment_equals_a_plain_loop_whose_gradients_are_masked(
     aligned = lr.align(config).output
     plan = PruningPlan.load(aligned)
     assert plan.digest == case.plan.digest
-    blocks, share = list_blocks(tmp_path / "aligned_corpus"), Share(0, STEPS * 4, 4, 0, 1)
-    parts = [read_span(span, share) for span in spans(blocks, 0, 0, STEPS * 4)]
+    order, share = open_order(tmp_path / "aligned_corpus", 0), Share(0, STEPS * 4, 4, 0, 1)
+    parts = [read_chunk(order, chunk, share) for chunk in order.chunks(0, STEPS * 4)]
     ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
     lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
     expected, expected_losses = plain_alignment(case, ids, lengths)
