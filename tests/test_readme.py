@@ -54,6 +54,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
     lines = [line for line in commands() if line.startswith("loram ")]
     assert len(lines) >= 7

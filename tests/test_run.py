@@ -67,6 +67,7 @@ def hashes(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_compares_every_way_and_a_second_run_skips_all(
     base: Path, tmp_path: Path, embedded_ray: None
 ) -> None:

@@ -713,6 +713,7 @@ with ray_session(RayConfig(num_cpus=1)):
 
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_killed_preparation_continues_to_the_same_corpus(
     embedded_ray: None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
