@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loram_ray.config import RayConfig
@@ -71,6 +73,8 @@ def gpus_per_worker() -> int:
 def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
     """Refuse at once what the cluster can never place.
 
+    Nodes that an autoscaler may still add count as there.
+
     Args:
         workers: number of workers.
         cpus: CPUs of each; Ray Data needs one more for the whole.
@@ -80,15 +84,80 @@ def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
     Raises:
         LoramError: the cluster has less; the message says what is missing.
     """
+    nodes = _nodes()
+    for kind, wanted in (("CPU", workers * cpus + 1), ("GPU", workers * gpus)):
+        have = sum(count * node.get(kind, 0) for node, count in nodes)
+        if have < wanted:
+            raise LoramError(
+                f"{key} needs {wanted} {kind}s in the Ray cluster, it has {math.floor(have)}; "
+                "lower it or add nodes"
+            )
+    places = sum(
+        count * min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)
+        for node, count in nodes
+    )
+    if places < workers:
+        each = f"{cpus} CPUs" + (f" and {gpus} GPU" if gpus else "")
+        raise LoramError(
+            f"{key} needs {workers} places of {each}, each on one node, the Ray cluster's nodes "
+            f"have {math.floor(places)}; lower it or add larger nodes"
+        )
+
+
+def _nodes() -> list[tuple[dict[str, float], float]]:
+    """Resources of the cluster's nodes and how many there are, or can be, of each kind."""
     import ray
 
-    have = ray.cluster_resources()
-    for kind, wanted in (("CPU", workers * cpus + 1), ("GPU", workers * gpus)):
-        if have.get(kind, 0) < wanted:
+    alive = [(dict(node["Resources"]), 1.0) for node in ray.nodes() if node["Alive"]]
+    config = ray._private.state.state.get_cluster_config()  # Ray Train asks it in the same way
+    groups = config.node_group_configs if config is not None else ()
+    scaled = [
+        (dict(group.resources), math.inf if group.max_count < 0 else float(group.max_count))
+        for group in groups
+    ]
+    # nodes that are there are of those kinds, but for the head: the larger sum of the two counts
+    return max(alive, scaled, key=lambda nodes: sum(n.get("CPU", 0) * c for n, c in nodes if c))
+
+
+def require_shared(folder: Path, key: str) -> None:
+    """Refuse a folder that is not on storage which all nodes of the cluster share.
+
+    Args:
+        folder: where the driver will write.
+        key: configuration key to name.
+
+    Raises:
+        LoramError: a node does not see what the driver wrote there.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".shared-") as mark:
+        exists = ray.remote(_exists)
+        seen = ray.get(
+            [
+                exists.options(
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                ).remote(mark.name)
+                for node in nodes
+            ]
+        )
+    for node, sees in zip(nodes, seen, strict=True):
+        if not sees:
             raise LoramError(
-                f"{key} needs {wanted} {kind}s in the Ray cluster, it has "
-                f"{math.floor(have.get(kind, 0))}; lower it or add nodes"
+                f"{key} must be on storage that all nodes share, {folder} is not the same folder "
+                f"on node {node['NodeManagerAddress']} ({node['NodeID'][:8]}); name a folder on "
+                "NFS or the like, mounted on all of them"
             )
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()
 
 
 def run_in_actor(

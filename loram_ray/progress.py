@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 METRICS_FILE = "metrics.jsonl"
 _LINE_EVERY_SECONDS = 5.0
 _STILL_THERE_EVERY_SECONDS = 30.0
+_NOT_SHOWN = ("data_s", "checkpoint_s")
 
 
 class Reporter:
@@ -126,7 +127,7 @@ class MetricsLog:
         sibling.replace(path)
         self._path = path
 
-    def write(self, step: int, **metrics: float | str) -> None:
+    def write(self, step: int, **metrics: float | str | list[int]) -> None:
         """Append the measurements of a step."""
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -153,7 +154,7 @@ def follow(
         if tracking is not None:
             tracking(lines)
         if lines:
-            newest = dict(lines[-1])
+            newest = {k: v for k, v in lines[-1].items() if k not in _NOT_SHOWN}
             reporter.update(newest.pop("step"), newest)
         else:
             reporter.waiting("starting workers")

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.alignment.deepspeed import deepspeed_config
+from loram_ray.alignment.loop import ROWS_FILE
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import list_sources
@@ -240,9 +242,22 @@ def test_a_sequence_longer_than_the_models_positions_is_refused(
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
     pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
-    exploding = {"learning_rate": 1e30, "warmup_steps": 0, "schedule": "constant"}
-    with pytest.raises(lr.LoramError, match=r"loss is (nan|inf) at step \d+ .*rows \["):
-        lr.align(config(pruned, corpus, tmp_path / "aligned", optimiser=exploding, max_failures=0))
+    exploding = {"learning_rate": 1e30, "warmup_steps": 4}  # the second step is the first to move
+    settings = {"optimiser": exploding, "checkpoint_every": 1, "log_rows": True}
+    output = tmp_path / "aligned"
+    began = time.monotonic()
+    with pytest.raises(lr.LoramError, match=r"loss is (nan|inf) at step 3, rows \[") as error:
+        lr.align(config(pruned, corpus, output, workers=2, **settings))
+    work = output.with_name(f".{output.name}.work")
+    lines = [json.loads(line) for line in (work / ROWS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    seen = {row for line in lines for row in line["row_ids"]}
+    assert len(seen) == 2 * BATCH
+    named = json.loads(re.search(r"rows (\[.*?\])", str(error.value))[1])
+    assert len(set(named) - seen) == BATCH  # of both workers
+    good = Path(re.search(r"the last good checkpoint is (\S+)", str(error.value))[1])
+    assert good.is_dir() and good.name.startswith("step-00000001-")
+    assert time.monotonic() - began < 60  # not tried again
 
 
 def built(

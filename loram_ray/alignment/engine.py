@@ -1,56 +1,17 @@
-"""DeepSpeed's engine around a pruned model: start, checkpoint, resume."""
+"""DeepSpeed's engine around a pruned model, from its start or from a checkpoint."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loram_ray.alignment.checkpoints import TAG, Progress
 from loram_ray.alignment.deepspeed import deepspeed_config, import_deepspeed, load_partitioned
 from loram_ray.alignment.objective import AlignmentModel
-from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
 from loram_ray.config import AlignConfig
-
-_TAG = "state"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far training is.
-
-    Attributes:
-        steps: optimiser steps done.
-        seconds: spent on them, over all attempts; what was lost with a worker is not counted.
-    """
-
-    steps: int
-    seconds: float
-
-
-@contextmanager
-def last_checkpoint(work: Path, worker: int, workers: int) -> Iterator[tuple[Path | None, bool]]:
-    """Have the run's last checkpoint, and whether it was made universal for these workers."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None, False
-        return
-    with checkpoint.as_directory() as directory:
-        found = Path(directory)
-        if workers_of(found) == workers:
-            yield found, False
-            return
-        universal = work / "universal" / Path(checkpoint.path).name
-        if worker == 0:
-            make_universal(found, _TAG, universal)
-        torch.distributed.barrier()
-        yield universal, True
 
 
 def start_engine(
@@ -68,8 +29,8 @@ def start_engine(
         users: the user's own DeepSpeed dictionary.
         teacher: the base, where it runs beside the pruned model.
         workers: how many there are.
-        checkpoint: see `last_checkpoint`.
-        universal: see `last_checkpoint`.
+        checkpoint: see `checkpoints.last_checkpoint`.
+        universal: see `checkpoints.last_checkpoint`.
 
     Returns:
         The engine, its module an `AlignmentModel`, and how far it is.
@@ -98,22 +59,8 @@ def start_engine(
     )
     if checkpoint is None:
         return engine, Progress(0, 0.0)
-    _, state = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_module_strict=False)
+    _, state = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
     return engine, Progress(int(state["steps"]), float(state["seconds"]))
-
-
-def save_checkpoint(engine: Any, progress: Progress, loss: float) -> None:
-    """Save this worker's part and hand it to Ray Train, which joins the parts."""
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as directory:
-        engine.save_checkpoint(
-            directory, tag=_TAG, client_state=asdict(progress), exclude_frozen_parameters=True
-        )
-        if engine.global_rank == 0:
-            note_workers(Path(directory), engine.world_size)
-        checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report({"step": progress.steps, "loss": loss}, checkpoint=checkpoint)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: AlignConfig) -> Any:

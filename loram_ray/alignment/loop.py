@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from loram_ray.alignment.batches import Inputs, steps
+from loram_ray.alignment.batches import Inputs, MicroBatch, steps
+from loram_ray.alignment.checkpoints import Checkpoints, Progress, last_checkpoint
 from loram_ray.alignment.deepspeed import export_partitioned
-from loram_ray.alignment.engine import Progress, last_checkpoint, save_checkpoint, start_engine
+from loram_ray.alignment.engine import start_engine
 from loram_ray.alignment.held_out import held_out_losses
 from loram_ray.alignment.objective import PARTS, AlignmentModel
 from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_tflops
@@ -27,6 +28,8 @@ from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
 OUTCOME_FILE = "outcome.json"
+ROWS_FILE = "rows.jsonl"
+"""Row ids of each step, where they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,47 +71,53 @@ def train_loop(settings: dict[str, Any]) -> None:
             engine, progress = start_engine(
                 loop.config, loop.deepspeed, teacher, workers, checkpoint, universal
             )
-        progress = _train(engine, loop, rank, workers, progress)
+        staging = loop.config.staging_folder
+        checkpoints = Checkpoints(loop.work, rank, progress.steps, staging)
+        progress = _train(engine, loop, rank, workers, progress, checkpoints)
         partitioned = loop.config.zero_stage == 3
         hashes = export_partitioned(
             engine.module.model, loop.config.pruned, loop.export, partitioned, writes=rank == 0
         )
         if rank == 0:
             write_json(loop.work / OUTCOME_FILE, {"hashes": hashes, **asdict(progress)})
+        checkpoints.finish()
 
 
 def _train(
-    engine: Any, loop: LoopSettings, rank: int, workers: int, progress: Progress
+    engine: Any,
+    loop: LoopSettings,
+    rank: int,
+    workers: int,
+    progress: Progress,
+    checkpoints: Checkpoints,
 ) -> Progress:
     config = loop.config
     step, begun = progress.steps, time.perf_counter() - progress.seconds
     is_last = step >= config.total_steps or _time_is_up(config, progress, engine.device)
     log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
+    rows = MetricsLog(loop.work / ROWS_FILE, step) if rank == 0 and config.log_rows else None
+    notice, stood_still = PreemptionNotice(), 0.0
     module: AlignmentModel = engine.module
     mfu_per_rate = _mfu_per_rate(config, module, workers)
     batches = steps(config, loop.inputs, rank, workers, step, engine.device)
     while not is_last:
         started = time.perf_counter()
         micro_batches = next(batches)
-        predicted = torch.stack([labelled(batch.labels).sum() for batch in micro_batches]).sum()
-        tokens = _sum_over_workers(predicted).clamp(min=1)
-        sums = torch.zeros(len(PARTS), device=engine.device)
-        for batch in micro_batches:
-            found = engine(batch.input_ids, batch.labels, batch.top, batch.positions)
-            # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
-            share = len(micro_batches) * workers / tokens
-            engine.backward(module.loss(found) * share)
-            engine.step()
-            sums += found.detach()
+        waited = time.perf_counter() - started
+        means = _take_step(engine, micro_batches, workers)
         step += 1
-        means = _sum_over_workers(sums) / tokens
         loss = float(module.loss(means))
         if not math.isfinite(loss):
-            row_ids = [row for batch in micro_batches for row in batch.row_ids]
             raise LoramError(
-                f"align: the loss is {loss} at step {step} (worker {rank}, rows {row_ids}); lower "
-                "align.optimiser.learning_rate or look at those rows; the last checkpoint is kept"
+                f"align: the loss is {loss} at step {step}, rows "
+                f"{_rows_of_all(micro_batches, config, workers, engine.device)}; lower "
+                "align.optimiser.learning_rate or look at those rows; "
+                f"{checkpoints.good_before(step)}"
             )
+        if config.log_rows:
+            row_ids = _rows_of_all(micro_batches, config, workers, engine.device)
+            if rows is not None:
+                rows.write(step, row_ids=row_ids)
         seconds = time.perf_counter() - started
         progress = Progress(step, time.perf_counter() - begun)
         is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
@@ -123,12 +132,64 @@ def _train(
                 lr=engine.get_lr()[0],
                 grad_norm=float(engine.get_global_grad_norm() or 0.0),
                 memory_gb=peak_memory_gb(),
+                data_s=waited,
+                checkpoint_s=stood_still,
                 **_speed(config, seconds, mfu_per_rate),
                 **evaluations,
             )
-        if step % config.checkpoint_every == 0 or is_last:
-            save_checkpoint(engine, progress, loss)
+        stood_still = 0.0
+        if notice.has_come() or step % config.checkpoint_every == 0 or is_last:
+            stood_still = checkpoints.save(engine, progress, loss)
     return progress
+
+
+def _take_step(engine: Any, micro_batches: list[MicroBatch], workers: int) -> torch.Tensor:
+    """Update the weights once; means of the loss's parts over the batch's tokens on all workers."""
+    predicted = torch.stack([labelled(batch.labels).sum() for batch in micro_batches]).sum()
+    tokens = _sum_over_workers(predicted).clamp(min=1)
+    sums = torch.zeros(len(PARTS), device=engine.device)
+    for batch in micro_batches:
+        found = engine(batch.input_ids, batch.labels, batch.top, batch.positions)
+        # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
+        share = len(micro_batches) * workers / tokens
+        engine.backward(engine.module.loss(found) * share)
+        engine.step()
+        sums += found.detach()
+    return _sum_over_workers(sums) / tokens
+
+
+class PreemptionNotice:
+    """Tells once for each notice that nodes with workers will be taken away."""
+
+    def __init__(self) -> None:
+        self._known: frozenset[str] = frozenset()
+
+    def has_come(self) -> bool:
+        """Whether nodes are named that were not before; every worker must ask, and hears the same.
+
+        The checkpoint of that moment is what the run goes on from, on other nodes.
+        """
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        nodes = frozenset(info.preempted_node_ids if info is not None else ())
+        is_new = bool(nodes - self._known)
+        self._known |= nodes
+        return is_new
+
+
+def _rows_of_all(
+    micro_batches: list[MicroBatch], config: AlignConfig, workers: int, device: torch.device
+) -> list[int]:
+    """Row ids of the step's batch over all workers, which must all call it."""
+    mine = [row for batch in micro_batches for row in batch.row_ids]
+    places = config.accumulation(workers) * config.micro_batch_size
+    padded = torch.full((places,), -1, device=device)
+    padded[: len(mine)] = torch.tensor(mine, device=device)
+    gathered = [torch.empty_like(padded) for _ in range(workers)]
+    torch.distributed.all_gather(gathered, padded)
+    found = torch.cat(gathered)
+    return [int(row) for row in found[found >= 0]]
 
 
 def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[str, float]:

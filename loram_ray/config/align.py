@@ -124,8 +124,21 @@ class AlignConfig(Section):
     peak_tflops: float | None = Field(
         None, gt=0, description="of one worker's device, for MFU; default: known for common GPUs"
     )
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    max_failures: int = Field(3, ge=0, description="worker failures survived")
+    log_rows: bool = Field(
+        False, description="write the row ids of every step's sequences to rows.jsonl"
+    )
+    checkpoint_every: int = Field(
+        100, ge=1, description="steps between checkpoints; a notice of preemption makes one, too"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept while training")
+    staging_folder: Path | None = Field(
+        None,
+        description="folder on each worker's own disk where a checkpoint waits to be copied to the "
+        "output's disk beside the next steps; default: the system's temporary one",
+    )
+    max_failures: int = Field(
+        3, ge=0, description="worker failures survived; preempted nodes are not counted"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order")
 
     @property

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.batches import Inputs
 from loram_ray.alignment.deepspeed import deepspeed_config, read_users
-from loram_ray.alignment.loop import OUTCOME_FILE, LoopSettings, train_loop
+from loram_ray.alignment.fit import fit
+from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings
 from loram_ray.alignment.targets import prepare_targets
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, require_shared
 from loram_ray.config import AlignConfig, RayConfig
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.corpus.prepare import prepare_corpus, require_text
@@ -21,10 +21,10 @@ from loram_ray.manifest import fingerprint, read_manifest, read_model_config, re
 from loram_ray.model_card import CARD_FILE, SIZES, model_card
 from loram_ray.modeling import load_tokenizer, resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
-from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.progress import METRICS_FILE
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tensorfile import Checkpoint
-from loram_ray.tracking import require_trackers, tracking
+from loram_ray.tracking import require_trackers
 
 # Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
 _NOT_IN_IDENTITY = {
@@ -48,7 +48,10 @@ _NOT_IN_IDENTITY = {
     "evaluate_sequences",
     "trackers",
     "peak_tflops",
+    "log_rows",
     "checkpoint_every",
+    "keep_checkpoints",
+    "staging_folder",
     "max_failures",
 }
 _NOT_LEARNT_FROM = {"workers", "gpus_per_worker", "batch_size", "stream_rows"}
@@ -76,6 +79,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
+        require_shared(config.output.parent, "align.output")
         require_resources(
             config.min_workers or config.workers,
             config.cpus_per_worker,
@@ -165,11 +169,12 @@ def _write(
 ) -> None:
     plan = PruningPlan.load(config.pruned)
     loop = LoopSettings(config, users, inputs, target.work, target.path)
-    _fit(config, loop)
+    fit(loop)
     outcome = json.loads((target.work / OUTCOME_FILE).read_text())
     target.hashes.update(outcome["hashes"])
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
-    (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
+    for name in (METRICS_FILE, *((ROWS_FILE,) if config.log_rows else ())):
+        (target.path / name).write_bytes((target.work / name).read_bytes())
     lines = (target.path / METRICS_FILE).read_text().splitlines()
     pruned, last = read_manifest(config.pruned), json.loads(lines[-1])
     assert pruned is not None
@@ -183,61 +188,3 @@ def _write(
         seconds=outcome["seconds"],
         corpus=corpus,
     )
-
-
-def _fit(config: AlignConfig, loop: LoopSettings) -> None:
-    """Run Ray Train until the last step, showing the workers' metrics meanwhile."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    gpus = gpus_per_worker()
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"loop": loop},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(config.min_workers, config.workers)
-            if config.min_workers
-            else config.workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=str(loop.work),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={
-                "env_vars": {
-                    "OMP_NUM_THREADS": str(config.cpus_per_worker),
-                    "TOKENIZERS_PARALLELISM": "false",
-                }
-            },
-        ),
-    )
-    ended = threading.Event()
-    settings = config.model_dump(mode="json")
-    with (
-        Reporter("align", total=config.total_steps, unit="step") as reporter,
-        tracking(config.trackers, "align", config.output, loop.work, settings) as tracked,
-    ):
-        watcher = threading.Thread(
-            target=follow, args=(reporter, loop.work / METRICS_FILE, ended.wait, tracked)
-        )
-        watcher.start()
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _translated(error) from error
-        finally:
-            ended.set()
-            watcher.join()
-
-
-def _translated(error: Exception) -> Exception:
-    """Return the workers' own message for what the user can mend, else the error as it is."""
-    failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
-        if isinstance(cause, LoramError):
-            return LoramError(str(cause))
-    return error

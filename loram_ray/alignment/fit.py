@@ -1,0 +1,89 @@
+"""The driver's part of alignment: Ray Train from the first step to the last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from loram_ray.alignment.checkpoints import FOLDER
+from loram_ray.alignment.loop import LoopSettings, train_loop
+from loram_ray.cluster import gpus_per_worker
+from loram_ray.errors import LoramError
+from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.tracking import tracking
+
+
+def fit(loop: LoopSettings) -> None:
+    """Train until the last step, from the last checkpoint if there is one.
+
+    Workers that die and nodes that go are replaced; metrics are shown and tracked meanwhile.
+
+    Raises:
+        LoramError: what the user can mend, which is not tried again.
+        ray.train.TrainingFailedError: workers died more often than is survived.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    class StopAtMistakes(ray.train.UserCallback):
+        """Ends a run at once where another attempt would fail for the same reason."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            mistake = _mistake_in(worker_exceptions.values())
+            if mistake is not None:
+                raise mistake
+
+    config, gpus = loop.config, gpus_per_worker()
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"loop": loop},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(config.min_workers, config.workers)
+            if config.min_workers
+            else config.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=FOLDER,
+            storage_path=str(loop.work),
+            callbacks=[StopAtMistakes()],
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            worker_runtime_env={
+                "env_vars": {
+                    "OMP_NUM_THREADS": str(config.cpus_per_worker),
+                    "TOKENIZERS_PARALLELISM": "false",
+                }
+            },
+        ),
+    )
+    ended = threading.Event()
+    settings = config.model_dump(mode="json")
+    with (
+        Reporter("align", total=config.total_steps, unit="step") as reporter,
+        tracking(config.trackers, "align", config.output, loop.work, settings) as tracked,
+    ):
+        watcher = threading.Thread(
+            target=follow, args=(reporter, loop.work / METRICS_FILE, ended.wait, tracked)
+        )
+        watcher.start()
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failures = getattr(error, "worker_failures", {}).values()
+            mistake = _mistake_in([*failures, getattr(error, "controller_failure", None)])
+            raise mistake or error from error
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _mistake_in(failures: Iterable[Any]) -> LoramError | None:
+    """The first error among failures of workers that the user can mend."""
+    for failure in failures:
+        cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
+        if isinstance(cause, LoramError):
+            return LoramError(str(cause))
+    return None
