@@ -50,6 +50,8 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
     if config.address == "local":
         count = config.num_cpus or max(os.cpu_count() or 1, cpus + _CPUS_FOR_DATA)
         options.update(num_cpus=count, include_dashboard=False)
+    else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
     try:
         ray.init(address=config.address, logging_level="ERROR", **options)
     except (ConnectionError, ValueError) as error:
@@ -73,8 +75,6 @@ def gpus_per_worker() -> int:
 def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
     """Refuse at once what the cluster can never place.
 
-    Nodes that an autoscaler may still add count as there.
-
     Args:
         workers: number of workers.
         cpus: CPUs of each; Ray Data needs one more for the whole.
@@ -84,17 +84,19 @@ def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
     Raises:
         LoramError: the cluster has less; the message says what is missing.
     """
-    nodes = _nodes()
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, wanted in (("CPU", workers * cpus + 1), ("GPU", workers * gpus)):
-        have = sum(count * node.get(kind, 0) for node, count in nodes)
+        have = sum(node.get(kind, 0) for node in nodes)
         if have < wanted:
             raise LoramError(
                 f"{key} needs {wanted} {kind}s in the Ray cluster, it has {math.floor(have)}; "
                 "lower it or add nodes"
             )
     places = sum(
-        count * min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)
-        for node, count in nodes
+        min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)
+        for node in nodes
     )
     if places < workers:
         each = f"{cpus} CPUs" + (f" and {gpus} GPU" if gpus else "")
@@ -102,21 +104,6 @@ def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
             f"{key} needs {workers} places of {each}, each on one node, the Ray cluster's nodes "
             f"have {math.floor(places)}; lower it or add larger nodes"
         )
-
-
-def _nodes() -> list[tuple[dict[str, float], float]]:
-    """Resources of the cluster's nodes and how many there are, or can be, of each kind."""
-    import ray
-
-    alive = [(dict(node["Resources"]), 1.0) for node in ray.nodes() if node["Alive"]]
-    config = ray._private.state.state.get_cluster_config()  # Ray Train asks it in the same way
-    groups = config.node_group_configs if config is not None else ()
-    scaled = [
-        (dict(group.resources), math.inf if group.max_count < 0 else float(group.max_count))
-        for group in groups
-    ]
-    # nodes that are there are of those kinds, but for the head: the larger sum of the two counts
-    return max(alive, scaled, key=lambda nodes: sum(n.get("CPU", 0) * c for n, c in nodes if c))
 
 
 def require_shared(folder: Path, key: str) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import re
@@ -203,7 +204,7 @@ def kill_workers_at_step(
     metrics = work / METRICS_FILE
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        noted = not after_checkpoint or list(work.glob("checkpoints/*snapshot*.json"))
+        noted = not after_checkpoint or list(work.glob("align-*/*snapshot*.json"))
         if noted and metrics.exists() and len(metrics.read_text().splitlines()) >= step:
             break
         time.sleep(0.02)
@@ -453,3 +454,57 @@ def test_when_the_time_is_up_what_was_learnt_is_kept(
     assert done.manifest.details["steps"] == len(losses(tmp_path / "aligned")) == 1
     assert done.manifest.details["tokens"] == BATCH * LENGTH
     assert any(not torch.equal(t, weights(pruned)[n]) for n, t in weights(done.output).items())
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("where", ["output", "staging"])
+def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
+    where: str, pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    settings = {
+        "workers": 2,
+        "zero_stage": 2,
+        "checkpoint_every": 1,
+        "steps": 12,
+        "staging_folder": small if where == "staging" else tmp_path / "staging",
+    }
+    output = (small if where == "output" else tmp_path) / "aligned"
+    with tiny.disk(small, "40m"):
+        filler = threading.Thread(target=fill_at_step, args=(output, small, 3))
+        filler.start()
+        with pytest.raises(lr.LoramError) as error:
+            lr.align(config(pruned, corpus, output, **settings))
+        filler.join()
+        said = re.search(
+            rf"the disk of {small}\S* is full at step (\d+); .*; the last good checkpoint is "
+            r"\S+/step-(\d+)-\d+$",
+            str(error.value),
+        )
+        assert said is not None, str(error.value)
+        assert 0 < int(said[2]) < int(said[1])
+        work = output.with_name(f".{output.name}.work")
+        (small / "filler").unlink()
+        lr.align(config(pruned, corpus, output, **settings))
+        untouched = tmp_path / "untouched"
+        lr.align(config(pruned, corpus, untouched, **{**settings, "staging_folder": None}))
+        assert losses(output) == losses(untouched)
+        expected = weights(untouched)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
+        assert not work.exists()
+
+
+def fill_at_step(output: Path, disk: Path, step: int) -> None:
+    """Fill a disk up when that step has been logged."""
+    metrics = output.with_name(f".{output.name}.work") / METRICS_FILE
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            break
+        time.sleep(0.01)
+    with open(disk / "filler", "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()

@@ -391,15 +391,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An empty file system of 400 KB."""
     directory = tmp_path / "disk"
     directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(directory)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"mounting a small disk is not permitted: {done.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
+    with tiny.disk(directory, "400k"):
+        yield directory
 
 
 def test_a_disk_too_small_is_told_before_anything_is_written(base: Path, small_disk: Path) -> None:

@@ -20,8 +20,6 @@ from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
 from loram_ray.errors import LoramError
 
 TAG = "state"
-FOLDER = "checkpoints"
-"""Of the run's work directory; Ray Train's name for the run."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -36,6 +34,41 @@ class Progress:
 
     steps: int
     seconds: float
+
+
+class FailedStep(LoramError):
+    """A step that cannot be done, for a reason that the user can mend.
+
+    Attributes:
+        good_until: the last step whose weights are not in doubt.
+    """
+
+    def __init__(self, message: str, good_until: int) -> None:
+        super().__init__(message)
+        self.good_until = good_until
+
+    def __reduce__(self) -> tuple[type[FailedStep], tuple[str, int]]:
+        return type(self), (str(self), self.good_until)
+
+
+@contextmanager
+def naming_full_disks(step: int, where: Path) -> Iterator[None]:
+    """Tell a full disk from other errors.
+
+    Raises:
+        FailedStep: there is no space left.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch writes in C++, and says neither errno nor the reason
+        if getattr(error, "errno", None) not in _FULL and "PytorchStreamWriter" not in str(error):
+            raise
+        raise FailedStep(
+            f"align: the disk of {where} is full at step {step}; free some space and run the same "
+            "command again",
+            step - 1,
+        ) from error
 
 
 @contextmanager
@@ -59,6 +92,15 @@ def last_checkpoint(work: Path, worker: int, workers: int) -> Iterator[tuple[Pat
         yield universal, True
 
 
+def complete_checkpoints(storage: Path) -> dict[int, str]:
+    """The checkpoints of earlier attempts, by their steps."""
+    return {_step_of(path): str(path) for path in storage.glob("step-*")}
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
 class Checkpoints:
     """Saves one worker's parts of a run's checkpoints.
 
@@ -67,21 +109,20 @@ class Checkpoints:
     is waiting on that disk.
 
     Args:
-        work: the run's work directory.
+        storage: Ray Train's folder of the run, on storage that all workers share.
         worker: number of the worker.
         resumed_at: steps of the checkpoint that was loaded; 0 without one.
         staging: folder on the worker's own disk, the system's temporary one by default.
     """
 
     def __init__(
-        self, work: Path, worker: int, resumed_at: int, staging: Path | None = None
+        self, storage: Path, worker: int, resumed_at: int, staging: Path | None = None
     ) -> None:
-        self._storage = work / FOLDER
-        run = hashlib.sha256(str(work).encode()).hexdigest()[:16]
+        self._storage = storage
+        run = hashlib.sha256(str(storage).encode()).hexdigest()[:16]
         parent = staging or Path(tempfile.gettempdir())
         self._staging = parent / f"loram-ray-{run}" / str(worker)
         self._worker = worker
-        self._saved = [resumed_at] if resumed_at else []
         self._copied = threading.Event()
         self._copied.set()
         shutil.rmtree(self._staging, ignore_errors=True)  # of an attempt that was killed
@@ -95,7 +136,7 @@ class Checkpoints:
             Seconds in which training stood still.
 
         Raises:
-            LoramError: the disk is full.
+            FailedStep: the disk is full.
         """
         import ray.train
 
@@ -103,7 +144,7 @@ class Checkpoints:
         self._copied.wait()
         step = progress.steps
         local = self._staging / f"step-{step}"
-        with self._naming_full_disks(step, self._staging, local):
+        with naming_full_disks(step, self._staging):
             local.mkdir(parents=True)
             engine.save_checkpoint(
                 str(local), tag=TAG, client_state=asdict(progress), exclude_frozen_parameters=True
@@ -118,7 +159,6 @@ class Checkpoints:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._copy,
         )
-        self._saved.append(step)
         return time.perf_counter() - started
 
     def finish(self) -> None:
@@ -126,48 +166,22 @@ class Checkpoints:
         self._copied.wait()
         shutil.rmtree(self._staging, ignore_errors=True)
 
-    def good_before(self, step: int) -> str:
-        """Name the last checkpoint whose weights are known to be good, if ``step`` has failed.
-
-        That of the step just before may hold what made it fail.
-        """
-        good = [saved for saved in self._saved if saved < step - 1]
-        if not good:
-            return "there is no good checkpoint before it"
-        found = sorted(self._storage.glob(f"step-{good[-1]:08d}-*"))
-        return f"the last good checkpoint is {found[-1] if found else f'that of step {good[-1]}'}"
-
     def _copy(self, checkpoint: Any, name: str) -> Any:
         """Copy to the run's storage; called by Ray Train in a thread."""
         import ray.train
 
         storage = ray.train.get_context().get_storage()
-        step = Path(checkpoint.path).name.removeprefix("step-")
         try:
-            with self._naming_full_disks(int(step), self._storage, self._storage / name):
+            with naming_full_disks(_step_of(Path(checkpoint.path)), self._storage):
                 return storage.persist_current_checkpoint(checkpoint, name)
+        except FailedStep:
+            shutil.rmtree(self._storage / name, ignore_errors=True)
+            raise
         finally:
             self._copied.set()
-
-    @contextmanager
-    def _naming_full_disks(self, step: int, where: Path, partial: Path) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            # torch writes in C++, and says neither errno nor the reason
-            full = getattr(error, "errno", None) in _FULL or "PytorchStreamWriter" in str(error)
-            shutil.rmtree(partial, ignore_errors=True)
-            if not full:
-                raise
-            kept = [saved for saved in self._saved if saved < step]
-            raise LoramError(
-                f"align: the disk of {where} is full, the checkpoint of step {step} cannot be "
-                f"written; {f'that of step {kept[-1]}' if kept else 'what was complete'} is kept, "
-                "free some space and run the same command again"
-            ) from error
 
     def _remove_unfinished(self, resumed_at: int) -> None:
         """Remove what an attempt that was killed had not finished copying."""
         for path in self._storage.glob("step-*"):
-            if int(path.name.split("-")[1]) > resumed_at:
+            if _step_of(path) > resumed_at:
                 shutil.rmtree(path, ignore_errors=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from loram_ray.alignment.checkpoints import FOLDER
+from loram_ray.alignment.checkpoints import FailedStep, complete_checkpoints
 from loram_ray.alignment.loop import LoopSettings, train_loop
 from loram_ray.cluster import gpus_per_worker
 from loram_ray.errors import LoramError
@@ -29,8 +30,17 @@ def fit(loop: LoopSettings) -> None:
     class StopAtMistakes(ray.train.UserCallback):
         """Ends a run at once where another attempt would fail for the same reason."""
 
+        def __init__(self, complete: dict[int, str]) -> None:
+            self._complete = complete
+
+        def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+            if checkpoint is not None:
+                self._complete[metrics[0]["step"]] = checkpoint.path
+
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
             mistake = _mistake_in(worker_exceptions.values())
+            if isinstance(mistake, FailedStep):
+                raise LoramError(f"{mistake}; {_last_good(self._complete, mistake.good_until)}")
             if mistake is not None:
                 raise mistake
 
@@ -46,9 +56,9 @@ def fit(loop: LoopSettings) -> None:
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=FOLDER,
+            name=loop.storage.name,
             storage_path=str(loop.work),
-            callbacks=[StopAtMistakes()],
+            callbacks=[StopAtMistakes(complete_checkpoints(loop.storage))],
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
             worker_runtime_env={
@@ -80,10 +90,17 @@ def fit(loop: LoopSettings) -> None:
             watcher.join()
 
 
+def _last_good(complete: dict[int, str], until: int) -> str:
+    good = [step for step, path in complete.items() if step <= until and Path(path).is_dir()]
+    if not good:
+        return "there is no good checkpoint before it"
+    return f"the last good checkpoint is {complete[max(good)]}"
+
+
 def _mistake_in(failures: Iterable[Any]) -> LoramError | None:
     """The first error among failures of workers that the user can mend."""
     for failure in failures:
         cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
         if isinstance(cause, LoramError):
-            return LoramError(str(cause))
+            return cause
     return None

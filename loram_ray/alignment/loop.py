@@ -13,14 +13,19 @@ from typing import Any
 import torch
 
 from loram_ray.alignment.batches import Inputs, MicroBatch, steps
-from loram_ray.alignment.checkpoints import Checkpoints, Progress, last_checkpoint
+from loram_ray.alignment.checkpoints import (
+    Checkpoints,
+    FailedStep,
+    Progress,
+    last_checkpoint,
+    naming_full_disks,
+)
 from loram_ray.alignment.deepspeed import export_partitioned
 from loram_ray.alignment.engine import start_engine
 from loram_ray.alignment.held_out import held_out_losses
 from loram_ray.alignment.objective import PARTS, AlignmentModel
 from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_tflops
 from loram_ray.config import AlignConfig
-from loram_ray.errors import LoramError
 from loram_ray.losses import labelled
 from loram_ray.manifest import write_json
 from loram_ray.memory import peak_memory_gb
@@ -50,12 +55,17 @@ class LoopSettings:
     work: Path
     export: Path
 
+    @property
+    def storage(self) -> Path:
+        """Ray Train's folder of the run, with its checkpoints; its name is shown by Ray."""
+        return self.work / f"align-{self.config.output.name}"
+
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Run one worker: load, resume, train, checkpoint, export.
 
     Raises:
-        LoramError: the loss is not finite.
+        FailedStep: the loss is not finite, or the disk is full.
     """
     import ray.train
 
@@ -72,7 +82,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                 loop.config, loop.deepspeed, teacher, workers, checkpoint, universal
             )
         staging = loop.config.staging_folder
-        checkpoints = Checkpoints(loop.work, rank, progress.steps, staging)
+        checkpoints = Checkpoints(loop.storage, rank, progress.steps, staging)
         progress = _train(engine, loop, rank, workers, progress, checkpoints)
         partitioned = loop.config.zero_stage == 3
         hashes = export_partitioned(
@@ -108,35 +118,37 @@ def _train(
         step += 1
         loss = float(module.loss(means))
         if not math.isfinite(loss):
-            raise LoramError(
+            raise FailedStep(
                 f"align: the loss is {loss} at step {step}, rows "
                 f"{_rows_of_all(micro_batches, config, workers, engine.device)}; lower "
-                "align.optimiser.learning_rate or look at those rows; "
-                f"{checkpoints.good_before(step)}"
+                "align.optimiser.learning_rate or look at those rows",
+                good_until=step - 2,  # the weights of the step before made this loss
             )
+        row_ids: list[int] = []
         if config.log_rows:
             row_ids = _rows_of_all(micro_batches, config, workers, engine.device)
-            if rows is not None:
-                rows.write(step, row_ids=row_ids)
         seconds = time.perf_counter() - started
         progress = Progress(step, time.perf_counter() - begun)
         is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
         evaluations: dict[str, float] = {}
         if config.evaluate_every and (step % config.evaluate_every == 0 or is_last):
             evaluations = _evaluate(engine, loop, rank, workers)
-        if log is not None:
-            log.write(
-                step,
-                loss=loss,
-                **module.parts(means),
-                lr=engine.get_lr()[0],
-                grad_norm=float(engine.get_global_grad_norm() or 0.0),
-                memory_gb=peak_memory_gb(),
-                data_s=waited,
-                checkpoint_s=stood_still,
-                **_speed(config, seconds, mfu_per_rate),
-                **evaluations,
-            )
+        with naming_full_disks(step, loop.work):
+            if rows is not None:
+                rows.write(step, row_ids=row_ids)
+            if log is not None:
+                log.write(
+                    step,
+                    loss=loss,
+                    **module.parts(means),
+                    lr=engine.get_lr()[0],
+                    grad_norm=float(engine.get_global_grad_norm() or 0.0),
+                    memory_gb=peak_memory_gb(),
+                    data_s=waited,
+                    checkpoint_s=stood_still,
+                    **_speed(config, seconds, mfu_per_rate),
+                    **evaluations,
+                )
         stood_still = 0.0
         if notice.has_come() or step % config.checkpoint_every == 0 or is_last:
             stood_still = checkpoints.save(engine, progress, loss)
