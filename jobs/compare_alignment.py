@@ -10,16 +10,20 @@ means 1,024 tokens a step for all. *Equal compute* gives the causal-LM loss as m
 the base's forward pass costs: a step is counted as 6 operations a token for each parameter that is
 trained and 2 for each that is only run.
 
-A study that was cut goes on where it stopped. The table is written to ``table.md`` after every row;
-``--seeds 0 1 2`` repeats pruning, order and training with other seeds.
+A study that was cut goes on where it stopped. ``--rows FILE`` keeps what was measured in a file of
+its own, so that a study of many hours can be done in parts, on several machines; the table of all
+its rows is written beside it after every row. ``--seeds 0 1 2`` repeats pruning, order and training
+with other seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,46 +80,66 @@ OBJECTIVES = (
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement."""
+    """A measurement.
+
+    Attributes:
+        ratio: of the pruning.
+        seed: of pruning, data order and LoRA.
+        objective: the folder of one of `OBJECTIVES`.
+        steps: of alignment.
+        text: perplexity of the aligned model on held-out text.
+        answers: perplexity of the base with the recovered LoRA on held-out answers.
+        gain_kept: what that is of the gain of a LoRA on the base itself.
+    """
 
     ratio: float
     seed: int
-    objective: Objective
+    objective: str
     steps: int
     text: float
     answers: float
     gain_kept: float
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Yield the rows, seed by seed."""
+Cell = tuple[float, int, str]
+
+
+def measure(arguments: argparse.Namespace, known: Collection[Cell]) -> Iterator[Row]:
+    """Yield the rows that are not known, seed by seed."""
     chosen = [o for o in OBJECTIVES if not arguments.only or o.folder in arguments.only]
     for seed in arguments.seeds:
         training = Training(steps=2 if arguments.quick else 80, warmup_steps=8, seed=seed)
-        limit = 8 if arguments.quick else None
-        study = Study(arguments.inputs, arguments.output, training, limit)
-        base = study.answer_perplexity(study.base, arguments.output / "base")
+        study = Study(arguments.inputs, arguments.output, training, 8 if arguments.quick else None)
         root = arguments.output / f"seed-{seed}"
-        full = study.answer_perplexity(study.full_lora(root / "full"), root / "full")
+
+        @cache
+        def ends(study: Study = study, root: Path = root) -> tuple[float, float]:
+            """The untouched base and the LoRA on it."""
+            base = study.answer_perplexity(study.base, arguments.output / "base")
+            return base, study.answer_perplexity(study.full_lora(root / "full"), root / "full")
+
         for ratio in arguments.ratios:
-            pruned = lr.prune(
-                lr.PruneConfig(
-                    base=study.base,
-                    output=root / f"{ratio}" / "pruned",
-                    ratio=ratio,
-                    layers=LAYERS,
-                    seed=seed,
-                )
-            )
             for objective in chosen:
+                if (ratio, seed, objective.folder) in known:
+                    continue
+                pruned = lr.prune(
+                    lr.PruneConfig(
+                        base=study.base,
+                        output=root / f"{ratio}" / "pruned",
+                        ratio=ratio,
+                        layers=LAYERS,
+                        seed=seed,
+                    )
+                )
                 folder = root / f"{ratio}" / objective.folder
                 steps = steps_of(objective, pruned.manifest.details, arguments.steps)
                 model = aligned(study, objective, pruned.output, folder, steps, seed)
                 answers = study.answer_perplexity(study.adapted(model, folder), folder)
+                base, full = ends()
                 yield Row(
                     ratio,
                     seed,
-                    objective,
+                    objective.folder,
                     steps,
                     study.text_perplexity(model, folder),
                     answers,
@@ -163,16 +187,18 @@ def as_markdown(rows: list[Row]) -> str:
         "| gain kept | by seed |",
         "|---|---|---|---|---|---|---|",
     ]
-    cells = sorted({(row.ratio, OBJECTIVES.index(row.objective)) for row in rows})
-    for ratio, number in cells:
-        of_cell = [r for r in rows if (r.ratio, OBJECTIVES.index(r.objective)) == (ratio, number)]
-        kept = [row.gain_kept for row in of_cell]
-        lines.append(
-            f"| {ratio} | {OBJECTIVES[number].name} | {of_cell[0].steps} "
-            f"| {statistics.mean(row.text for row in of_cell):.2f} "
-            f"| {statistics.mean(row.answers for row in of_cell):.3f} "
-            f"| {statistics.mean(kept):.0%} | {', '.join(f'{k:.0%}' for k in kept)} |"
-        )
+    for ratio in sorted({row.ratio for row in rows}):
+        for objective in OBJECTIVES:
+            found = [r for r in rows if (r.ratio, r.objective) == (ratio, objective.folder)]
+            if not found:
+                continue
+            kept = [row.gain_kept for row in sorted(found, key=lambda row: row.seed)]
+            lines.append(
+                f"| {ratio} | {objective.name} | {found[0].steps} "
+                f"| {statistics.mean(row.text for row in found):.2f} "
+                f"| {statistics.mean(row.answers for row in found):.3f} "
+                f"| {statistics.mean(kept):.0%} | {', '.join(f'{k:.0%}' for k in kept)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -183,13 +209,17 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=150, help="of alignment")
+    parser.add_argument("--rows", type=Path, help="JSON file of all rows; default: in --output")
     arguments = parser.parse_args()
-    rows: list[Row] = []
+    file: Path = arguments.rows or arguments.output / "rows.json"
+    rows = [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
+    known = {(row.ratio, row.seed, row.objective) for row in rows}
     with ray_session(lr.RayConfig(), cpus=2):
-        for row in measure(arguments):
+        for row in measure(arguments, known):
             rows.append(row)
-            (arguments.output / "table.md").write_text(as_markdown(rows))
-    print((arguments.output / "table.md").read_text())
+            file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            file.with_suffix(".md").write_text(as_markdown(rows))
+    print(as_markdown(rows))
 
 
 if __name__ == "__main__":

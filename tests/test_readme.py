@@ -165,3 +165,9 @@ def test_a_comparison_is_made_by_its_command(
     assert done.returncode == 0, done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith(begins)]
     assert len(found) == rows and all("%" in line for line in found), done.stdout
+    if script == "compare_alignment":  # what was measured before is not measured again
+        kept = ["--output", "runs/other", "--rows", f"runs/{script}/rows.json"]
+        line = [sys.executable, path, *arguments, *chosen, *kept]
+        again = subprocess.run(line, cwd=checkout, capture_output=True, text=True, check=True)
+        assert again.stdout == done.stdout
+        assert not list((checkout / "runs" / "other").glob("seed-0/*"))
