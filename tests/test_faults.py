@@ -108,11 +108,12 @@ def untouched(folder: Path) -> Path:
 class Run:
     """The command, and what its work directory says."""
 
-    def __init__(self, folder: Path, output: Path, address: str) -> None:
+    def __init__(self, folder: Path, output: Path, address: str, *overrides: str) -> None:
         self.work = output.with_name(f".{output.name}.work")
         self._log = output.with_suffix(".log")
         with open(self._log, "ab") as log:
-            self.process = subprocess.Popen(command(folder, output, address), stderr=log)
+            line = command(folder, output, address, *overrides)
+            self.process = subprocess.Popen(line, stderr=log)
 
     def wait_for_step(self, step: int) -> None:
         metrics = self.work / METRICS_FILE
@@ -134,16 +135,17 @@ def assert_nothing_lost(output: Path, untouched: Path) -> None:
     assert (output / ROWS_FILE).read_bytes() == (untouched / ROWS_FILE).read_bytes()
     ids = [row_id for row in rows for row_id in row["row_ids"]]
     assert len(set(ids)) == len(ids)  # less than an epoch: no row twice
-    losses = [
-        [json.loads(line)["loss"] for line in (path / METRICS_FILE).read_text().splitlines()]
-        for path in (output, untouched)
-    ]
-    assert losses[0] == losses[1]
+    assert losses(output) == losses(untouched)
     with Checkpoint(output) as ours, Checkpoint(untouched) as theirs:
         expected = dict(theirs)
         for name, tensor in ours:
             assert torch.equal(tensor, expected.pop(name)), name
     assert not expected
+
+
+def losses(directory: Path) -> list[float]:
+    lines = (directory / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def training_workers() -> list[psutil.Process]:
@@ -197,10 +199,13 @@ def test_a_removed_node(folder: Path, untouched: Path, nodes: Nodes, seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(10, 12))
-def test_a_preempted_node(folder: Path, untouched: Path, nodes: Nodes, seed: int) -> None:
+def test_a_preempted_node(
+    folder: Path, untouched: Path, nodes: Nodes, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chance = random.Random(seed)
     output = folder / f"preempted-{seed}"
-    run = Run(folder, output, nodes.cluster.address)
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.1")  # the steps are short
+    run = Run(folder, output, nodes.cluster.address, "align.keep_checkpoints=100")
     run.wait_for_step(chance.randrange(1, STEPS // 4))
     victim = nodes.workers.pop(chance.randrange(2))
     give_notice(nodes.cluster, victim, seconds=20)
@@ -210,6 +215,17 @@ def test_a_preempted_node(folder: Path, untouched: Path, nodes: Nodes, seed: int
     run.finish()
     assert saved % EVERY != 0
     assert_nothing_lost(output, untouched)
+
+
+def test_a_removed_node_that_nothing_replaces(folder: Path, untouched: Path, nodes: Nodes) -> None:
+    output = folder / "fewer"
+    run = Run(folder, output, nodes.cluster.address, "align.min_workers=1")
+    run.wait_for_step(random.Random(13).randrange(EVERY, STEPS // 2))
+    nodes.cluster.remove_node(nodes.workers.pop(), allow_graceful=False)
+    run.finish()
+    nodes.add()
+    assert (output / ROWS_FILE).read_bytes() == (untouched / ROWS_FILE).read_bytes()
+    assert losses(output) == pytest.approx(losses(untouched), rel=1e-2)  # bf16, other sums
 
 
 def give_notice(cluster: Cluster, node: Any, seconds: float) -> None:

@@ -162,9 +162,8 @@ class Checkpoints:
         return time.perf_counter() - started
 
     def finish(self) -> None:
-        """Wait for the last copy."""
+        """Wait for the last copy; Ray Train removes what was copied."""
         self._copied.wait()
-        shutil.rmtree(self._staging, ignore_errors=True)
 
     def _copy(self, checkpoint: Any, name: str) -> Any:
         """Copy to the run's storage; called by Ray Train in a thread."""
