@@ -103,8 +103,9 @@ def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
 def _origin(base: str | None, plan: PruningPlan, pruned: Manifest) -> dict[str, str]:
     """Rows of the table on base and pruning."""
     sizes = pruned.details
+    named = "" if base is None else f"{hub_id(base) or 'a local model'}, "
     return {
-        "base": f"{hub_id(base) or 'a local model'}, fingerprint `{plan.base_fingerprint[:12]}`",
+        "base": f"{named}fingerprint `{plan.base_fingerprint[:12]}`",
         "pruning": f"{plan.method}, {plan.pattern}, ratio {plan.ratio}, layers "
         f"{plan.layer_range[0]} to {plan.layer_range[1] - 1}, seed {plan.seed}",
         "parameters": f"{sizes['parameters']:,} of {sizes['base_parameters']:,} "

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -55,6 +56,17 @@ class Hub:
     def asked(self, part: str, method: str = "POST") -> int:
         """How many requests had this in their path."""
         return sum(part in path and method == used for used, path, _ in self.requests)
+
+
+def client(hub: Hub, folder: Path) -> dict[str, str]:
+    """Environment in which huggingface_hub uses this hub with its token."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder / "hub-home"),  # no login of the machine's user
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",  # a storage service of its own
+    }
 
 
 @contextmanager

@@ -167,19 +167,11 @@ def test_in_a_process_of_its_own_json_is_all_that_stands_on_standard_output(
     hub: hubs.Hub, folder: Path
 ) -> None:
     options = ["base=b", "output=o", f"publish.repo={REPO}", "publish.directory=pruned"]
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(folder / "home"),  # no login of the machine's user
-        "HF_TOKEN": hubs.TOKEN,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
     done = subprocess.run(
         [sys.executable, "-m", "loram_ray.cli", "publish", "--json"]
         + [part for option in options for part in ("--set", option)],
         cwd=folder,
-        env=environment,
+        env={**os.environ, **hubs.client(hub, folder)},
         capture_output=True,
         text=True,
         timeout=240,
