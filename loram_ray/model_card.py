@@ -123,6 +123,7 @@ def _card(
     sections: list[str],
 ) -> str:
     named = hub_id(base)
+    run = f"--set base={named or 'BASE'} --set output=run"
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -138,12 +139,10 @@ def _card(
         *sections,
         _USE,
         "```sh\npip install loram-ray\n"
-        "loram train --set train.model=DIRECTORY --set train.data=examples.jsonl "
-        "--set train.output=adapter_pruned\n"
-        f"loram recover --set recover.adapter=adapter_pruned --set recover.base={named or 'BASE'} "
-        "--set recover.output=adapter\n```",
-        "`adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says which "
-        "parts were kept; `manifest.json` has the whole lineage.",
+        f"loram train {run} --set train.model=DIRECTORY --set train.data=examples.jsonl\n"
+        f"loram recover {run} --set recover.form=adapter\n```",
+        "`run/adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says "
+        "which parts were kept; `manifest.json` has the whole lineage.",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -284,6 +284,20 @@ def test_the_card_says_what_it_is(pruned: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
+def test_the_card_s_commands_fit_together(quantized: Path) -> None:
+    lines = (quantized / "README.md").read_text().splitlines()
+    commands = {line.split()[1]: line.split() for line in lines if line.startswith("loram ")}
+    assert list(commands) == ["train", "recover"]
+    runs = {
+        stage: load_run(None, [word for word in words[2:] if "=" in word])
+        for stage, words in commands.items()
+    }
+    train, recover = runs["train"].train, runs["recover"].recover
+    assert train is not None and recover is not None
+    assert recover.adapter == train.output
+    assert f"`{recover.output}/` is an ordinary PEFT adapter" in "\n".join(lines)
+
+
 def test_the_card_of_an_aligned_model_goes_on(pruned: Path, tmp_path: Path) -> None:
     aligned = tmp_path / "aligned"
     shutil.copytree(pruned, aligned)
