@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         EvaluateConfig,
         MergeConfig,
         PruneConfig,
+        PublishConfig,
+        QuantizeConfig,
         RayConfig,
         RecoverConfig,
         RunConfig,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from loram_ray.stages.evaluate import evaluate
     from loram_ray.stages.merge import merge
     from loram_ray.stages.prune import prune
+    from loram_ray.stages.publish import publish
+    from loram_ray.stages.quantize import quantize
     from loram_ray.stages.recover import recover
     from loram_ray.stages.run import run
     from loram_ray.stages.train import train
@@ -42,6 +46,8 @@ _MODULE_OF = {
     "MergeConfig": "config",
     "PruneConfig": "config",
     "PruningPlan": "plan",
+    "PublishConfig": "config",
+    "QuantizeConfig": "config",
     "RayConfig": "config",
     "RecoverConfig": "config",
     "RunConfig": "config",
@@ -52,6 +58,8 @@ _MODULE_OF = {
     "load_run": "config",
     "merge": "stages.merge",
     "prune": "stages.prune",
+    "publish": "stages.publish",
+    "quantize": "stages.quantize",
     "recover": "stages.recover",
     "run": "stages.run",
     "train": "stages.train",
@@ -65,6 +73,8 @@ __all__ = [
     "MergeConfig",
     "PruneConfig",
     "PruningPlan",
+    "PublishConfig",
+    "QuantizeConfig",
     "RayConfig",
     "RecoverConfig",
     "RunConfig",
@@ -75,6 +85,8 @@ __all__ = [
     "load_run",
     "merge",
     "prune",
+    "publish",
+    "quantize",
     "recover",
     "run",
     "train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -27,7 +28,8 @@ app = typer.Typer(
     name="loram",
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
-        "The stages in order: prune, align, train, recover, merge, evaluate; run does them all."
+        "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
+        "For publishers: quantize and publish."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,7 +68,7 @@ def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None
 def _help(stage: str) -> str:
     model = STAGES[stage]
     keys = "\n\n".join(_keys(model, f"{stage}."))
-    title = (model.__doc__ or "").strip().removeprefix(f"{stage}: ")
+    title = inspect.cleandoc(model.__doc__ or "").removeprefix(f"{stage}: ")
     example = f"loram {stage} --config jobs/configs/demo.yaml"
     intro = "Keys of the config's section (paths default to the run's):"
     return f"{title}\n\n{example}\n\n{intro}\n\n{keys}"
@@ -115,7 +117,24 @@ def _spread(values: dict[str, float]) -> str:
 
 
 for _name in STAGES:
-    app.command(_name, help=_help(_name))(_stage_command(_name))
+    if _name != "publish":  # which writes no directory
+        app.command(_name, help=_help(_name))(_stage_command(_name))
+
+
+@app.command("publish", help=_help("publish"))
+def publish_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a finished directory to a hub repository."""
+    result = loram_ray.publish(section_of(load_run(config, overrides or ()), "publish"))
+    if as_json:
+        _print_json(asdict(result))
+        return
+    print(f"publish: {'done' if result.changed else 'the same before, nothing sent'}: {result.url}")
+    print(f"  commit: {result.commit}")
 
 
 @app.command("run", help=_run_help())

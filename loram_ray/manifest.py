@@ -67,7 +67,7 @@ class Manifest:
     """What a stage directory says of itself.
 
     Attributes:
-        stage: prune, align, train, recover, merge, evaluate.
+        stage: prune, align, train, recover, merge, evaluate, quantize.
         identity: digest of the stage's settings and inputs; the same work has the same identity.
         base_fingerprint: the base model at the root of the lineage.
         parents: digest of the manifest of each input, by role.
@@ -160,7 +160,7 @@ def identify_model(directory: Path | str, key: str) -> tuple[str, str]:
         LoramError: not a model directory, or damaged.
     """
     if read_manifest(directory) is not None:
-        manifest = require_stage(directory, ("prune", "align", "merge"), key)
+        manifest = require_stage(directory, ("prune", "align", "quantize", "merge"), key)
         if manifest.stage != "merge":
             return manifest.digest, manifest.base_fingerprint
     with Checkpoint(directory) as checkpoint:

@@ -1,4 +1,4 @@
-"""The README.md of an aligned model: where it comes from, what it learnt, how to train on it."""
+"""The README.md of a model to train on: where it comes from, what it learnt, how to train on it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from loram_ray.plan import PruningPlan
 CARD_FILE = "README.md"
 SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
 """Details of a pruned or aligned model's manifest that the card shows."""
+_USE = "## Use"
 
 
 def model_card(
@@ -37,21 +38,8 @@ def model_card(
         last: metrics of the last step.
         steps: optimiser steps done.
     """
-    base = _hub_id(config.base)
-    head: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["loram", "pruned", plan.method],
-        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
-    }
-    sizes = pruned.details
     rows = {
-        "base": f"{base or 'a local model'}, fingerprint `{plan.base_fingerprint[:12]}`",
-        "pruning": f"{plan.method}, {plan.pattern}, ratio {plan.ratio}, layers "
-        f"{plan.layer_range[0]} to {plan.layer_range[1] - 1}, seed {plan.seed}",
-        "parameters": f"{sizes['parameters']:,} of {sizes['base_parameters']:,} "
-        f"({sizes['base_parameters'] / sizes['parameters']:.2f} times fewer)",
-        "bytes": f"{sizes['bytes']:,} of {sizes['base_bytes']:,}",
+        **_origin(config.base, plan, pruned),
         "alignment": f"{_objective(config)}; {steps:,} steps, "
         f"{steps * config.batch_size * config.corpus.sequence_length:,} tokens",
         "learning rate": f"{config.optimiser.learning_rate:g}, {config.optimiser.schedule}, "
@@ -63,29 +51,113 @@ def model_card(
         f"| {_perplexity(last.get(f'held_out_nll_{source.name}'))} |"
         for source in sources
     ]
-    lines = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {config.output.name}",
-        "A pruned and aligned language model to train LoRA adapters on, by "
-        "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained here is *recovered* to the "
-        "shapes of the base and used with the base, which training never loads.",
-        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    sections = [
         "## Corpus",
         "| source | share | documents | tokens | perplexity held out |\n|---|---|---|---|---|\n"
         + "\n".join(corpus),
-        "## Use",
+    ]
+    name, kind = config.output.name, "pruned and aligned"
+    return _card(name, kind, config.base, plan, rows, sections)
+
+
+def pruned_card(base: str | None, plan: PruningPlan, pruned: Manifest, name: str) -> str:
+    """Write the card of a model that is pruned and not aligned.
+
+    Args:
+        base: that was pruned, named if it is a hub id.
+        plan: of the pruning.
+        pruned: manifest of the pruned model.
+        name: of its directory.
+    """
+    return _card(name, "pruned", base, plan, _origin(base, plan, pruned), [])
+
+
+def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
+    """Return the card of a quantised model, from that of the model that was quantised.
+
+    Args:
+        card: of the model that was quantised.
+        name: of the quantised model's directory.
+        details: of the quantised model's manifest.
+    """
+    head, body = _split_head(card)
+    head["tags"] = [*head.get("tags", []), "nf4", "bitsandbytes"]
+    if "base_model" in head:
+        head["base_model_relation"] = "quantized"
+    saved = details["bytes_before"] / details["bytes"]
+    section = (
+        "## Quantisation\n\n"
+        f"{details['quantized_tensors']:,} linears ({details['quantized_parameters']:,} of "
+        f"{details['parameters']:,} parameters) are in NF4 with double quantisation, blocks of 64, "
+        "products in bfloat16; embeddings, output head and norms are as they were. "
+        f"{details['bytes']:,} bytes are stored, {details['bytes_before']:,} before ({saved:.2f} "
+        "times fewer). transformers loads it as it is, with bitsandbytes installed.\n\n"
+    )
+    title, _, rest = body.partition("\n")
+    if title.startswith("# "):
+        body = f"# {name}\n{rest}"
+    before, use, after = body.partition(_USE)
+    return f"{_yaml(head)}{before}{section}{use}{after}"
+
+
+def _origin(base: str | None, plan: PruningPlan, pruned: Manifest) -> dict[str, str]:
+    """Rows of the table on base and pruning."""
+    sizes = pruned.details
+    named = "" if base is None else f"{hub_id(base) or 'a local model'}, "
+    return {
+        "base": f"{named}fingerprint `{plan.base_fingerprint[:12]}`",
+        "pruning": f"{plan.method}, {plan.pattern}, ratio {plan.ratio}, layers "
+        f"{plan.layer_range[0]} to {plan.layer_range[1] - 1}, seed {plan.seed}",
+        "parameters": f"{sizes['parameters']:,} of {sizes['base_parameters']:,} "
+        f"({sizes['base_parameters'] / sizes['parameters']:.2f} times fewer)",
+        "bytes": f"{sizes['bytes']:,} of {sizes['base_bytes']:,}",
+    }
+
+
+def _card(
+    name: str,
+    kind: str,
+    base: str | None,
+    plan: PruningPlan,
+    rows: dict[str, str],
+    sections: list[str],
+) -> str:
+    named = hub_id(base)
+    run = f"--set base={named or 'BASE'} --set output=run"
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["loram", "pruned", plan.method],
+        **({"base_model": named, "base_model_relation": "finetune"} if named else {}),
+    }
+    lines = [
+        f"{_yaml(head)}# {name}",
+        f"A {kind} language model to train LoRA adapters on, by "
+        "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained here is *recovered* to the "
+        "shapes of the base and used with the base, which training never loads.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        *sections,
+        _USE,
         "```sh\npip install loram-ray\n"
-        "loram train --set train.model=DIRECTORY --set train.data=examples.jsonl "
-        "--set train.output=adapter_pruned\n"
-        f"loram recover --set recover.adapter=adapter_pruned --set recover.base={base or 'BASE'} "
-        "--set recover.output=adapter\n```",
-        "`adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says which "
-        "parts were kept; `manifest.json` has the whole lineage.",
+        f"loram train {run} --set train.model=DIRECTORY --set train.data=examples.jsonl\n"
+        f"loram recover {run} --set recover.form=adapter\n```",
+        "`run/adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says "
+        "which parts were kept; `manifest.json` has the whole lineage.",
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def _hub_id(base: str | None) -> str | None:
+def _yaml(head: dict[str, Any]) -> str:
+    """The part of a card that is for machines."""
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
+
+
+def _split_head(card: str) -> tuple[dict[str, Any], str]:
+    _, head, body = card.split("---\n", 2)
+    return yaml.safe_load(head), body.lstrip("\n")
+
+
+def hub_id(base: str | None) -> str | None:
     """The base, where it is named as on a hub: no path of a machine goes into a card."""
     if base is None or Path(base).exists() or base.count("/") != 1 or base[0] in "/.~":
         return None

@@ -6,7 +6,9 @@ The pruned classes themselves are in `modeling_pruned`, which is copied beside t
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,9 @@ def write_model_files(
 def load_model(
     directory: Path | str, precision: str = "bf16", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Load a base, pruned, aligned or merged model directory.
+    """Load a base, pruned, aligned, quantised or merged model directory.
+
+    A quantised model's linears stay in NF4.
 
     Args:
         directory: the model.
@@ -144,14 +148,32 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=DTYPES[precision], device_map={"": device}
     )
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else one forward without gradients repacks the weights for good on CPUs with AVX512
+            # for bfloat16, after which no gradient passes through them.
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def parameters_and_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Count parameters, a quantised one as its weights, and the bytes that hold them."""
+    count = nbytes = 0
+    for parameter in parameters:
+        state = getattr(parameter, "quant_state", None)
+        count += parameter.numel() if state is None else math.prod(state.shape)
+        nbytes += parameter.nbytes
+        if state is not None:
+            nbytes += sum(part.nbytes for part in state.as_dict(packed=True).values())
+    return count, nbytes
 
 
 def load_pruned(directory: Path | str, precision: str = "bf16") -> PreTrainedModel:
     """Load a pruned or aligned model as an ordinary `PreTrainedModel`.
 
     Args:
-        directory: written by prune or align.
+        directory: written by prune, align or quantize.
         precision: ``bf16`` or ``fp32``.
 
     Raises:

@@ -1,6 +1,7 @@
 """The README's commands and snippets, and the shipped configurations, run as they are written."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import hub
 import pytest
 import tiny
 import yaml
@@ -58,14 +60,22 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
     lines = [line for line in commands() if line.startswith("loram ")]
     assert len(lines) >= 7
-    for line in lines:
-        arguments = line.split()[1:]
-        done = subprocess.run(
-            [LORAM, *arguments], cwd=checkout, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        if "--json" in arguments:
-            assert json.loads(done.stdout)["stage"] == "train"
+    with hub.serve() as server:
+        environment = {**os.environ, **hub.client(server, checkout)}
+        for line in lines:
+            arguments = line.split()[1:]
+            done = subprocess.run(
+                [LORAM, *arguments],
+                cwd=checkout,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=400,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            if "--json" in arguments:
+                assert json.loads(done.stdout)["stage"] == "train"
+    assert "pruning_plan.safetensors" in server.repositories["owner/name"].files()
     table = json.loads((checkout / "runs" / "demo" / "results.json").read_text())["rows"]
     assert [row["name"] for row in table] == ["LoRAM"]
     for code in blocks("python"):

@@ -15,6 +15,7 @@ from loram_ray.config.finetune import (
     TrainConfig,
 )
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
+from loram_ray.config.publish import PublishConfig, QuantizeConfig
 from loram_ray.config.reading import load_run, section_of, validate
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.section import OptimiserConfig, Precision, RayConfig, Section, section_type
@@ -32,6 +33,8 @@ __all__ = [
     "OptimiserConfig",
     "Precision",
     "PruneConfig",
+    "PublishConfig",
+    "QuantizeConfig",
     "RayConfig",
     "RecoverConfig",
     "RunConfig",

@@ -27,9 +27,9 @@ class LoraConfig(Section):
 
 
 class TrainConfig(Section):
-    """train: LoRA on a frozen pruned, aligned or base model, in one Ray actor."""
+    """train: LoRA on a frozen pruned, aligned, quantised or base model, in one Ray actor."""
 
-    model: Path = Field(description="directory: pruned, aligned or base")
+    model: Path = Field(description="directory: pruned, aligned, quantised or base")
     output: Path = Field(description="directory to write")
     data: str = Field(description="JSON lines with 'messages' or 'prompt' and 'completion'")
     lora: LoraConfig = LoraConfig()
@@ -100,7 +100,9 @@ class MergeConfig(Section):
 class EvaluateConfig(Section):
     """evaluate: perplexity, and exact match of generated answers."""
 
-    model: str = Field(description="base, pruned, aligned or merged model: a directory or hub id")
+    model: str = Field(
+        description="base, pruned, aligned, quantised or merged model: a directory or hub id"
+    )
     output: Path = Field(description="directory to write")
     adapter: Path | None = Field(None, description="adapter to put on the model")
     data: str | None = Field(

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from loram_ray.config.align import AlignConfig
 from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig, TrainConfig
 from loram_ray.config.prune import PruneConfig
+from loram_ray.config.publish import PublishConfig, QuantizeConfig
 from loram_ray.config.section import RayConfig, Section
 
 STAGES: dict[str, type[Section]] = {
@@ -20,6 +21,8 @@ STAGES: dict[str, type[Section]] = {
     "recover": RecoverConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
+    "quantize": QuantizeConfig,
+    "publish": PublishConfig,
 }
 
 
@@ -35,6 +38,8 @@ class RunConfig(Section):
     recover: RecoverConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
+    quantize: QuantizeConfig | None = None
+    publish: PublishConfig | None = None
     compare: bool = Field(
         False,
         description="also train without alignment and on the full base, and evaluate each",
@@ -62,20 +67,23 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
 
     pruned, aligned = output("prune", "pruned"), output("align", "aligned")
     pruned_adapter, adapter = output("train", "adapter_pruned"), output("recover", "adapter")
-    merged = output("merge", "merged")
+    merged, quantized = output("merge", "merged"), output("quantize", "quantized")
+    small = pruned if filled.get("align") is None else aligned
     loram: dict[str, Any] = {"model": base, "adapter": adapter}
     if filled.get("merge") is not None and recovers_delta(filled.get("recover")):
         loram = {"model": str(merged)}  # a delta is no adapter
     derived: dict[str, dict[str, Any]] = {
         "prune": {"base": base, "output": pruned},
         "align": {"base": base, "pruned": pruned, "output": aligned},
-        "train": {
-            "model": pruned if filled.get("align") is None else aligned,
-            "output": pruned_adapter,
-        },
+        "train": {"model": small, "output": pruned_adapter},
         "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
         "merge": {"base": base, "adapter": adapter, "output": merged},
         "evaluate": {**loram, "output": root / "evaluation" / "loram"},
+        "quantize": {"model": small, "output": quantized, "base": base},
+        "publish": {
+            "directory": small if filled.get("quantize") is None else quantized,
+            "base": base,
+        },
     }
     for name, paths in derived.items():
         section = filled.get(name)

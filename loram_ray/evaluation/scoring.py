@@ -15,7 +15,7 @@ from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scores import answer_likelihood, exact_matches, text_likelihood
-from loram_ray.modeling import load_model, load_tokenizer
+from loram_ray.modeling import load_model, load_tokenizer, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
@@ -27,10 +27,8 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = load_tokenizer(config.model)
         model = load_model(config.model, config.precision, device)
-        scores: dict[str, float | int] = {
-            "model_parameters": sum(p.numel() for p in model.parameters()),
-            "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        }
+        count, nbytes = parameters_and_bytes(model.parameters())
+        scores: dict[str, float | int] = {"model_parameters": count, "model_bytes": nbytes}
         causal_lm: Any = model
         if config.adapter is not None:
             causal_lm = _with_adapter(model, config.model, config.adapter)

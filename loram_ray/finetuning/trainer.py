@@ -23,7 +23,7 @@ from loram_ray.errors import LoramError
 from loram_ray.finetuning.masked import put_adapter_on
 from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
-from loram_ray.modeling import family_of, load_model, load_tokenizer
+from loram_ray.modeling import family_of, load_model, load_tokenizer, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.tensorfile import TensorSpec, TensorWriter
 from loram_ray.waiting import alone
@@ -151,13 +151,14 @@ def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSumm
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         save_adapter(model, output)
-        base = [p for n, p in model.named_parameters() if "lora_" not in n]
+        base = (p for n, p in model.named_parameters() if "lora_" not in n)
+        model_parameters, model_bytes = parameters_and_bytes(base)
         return TrainingSummary(
             examples=len(table),
             tokens=_tokens_seen(table, config),
             trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            model_parameters=sum(p.numel() for p in base),
-            model_bytes=sum(p.numel() * p.element_size() for p in base),
+            model_parameters=model_parameters,
+            model_bytes=model_bytes,
             seconds=time.perf_counter() - started,
         )
 

@@ -1,0 +1,54 @@
+"""Settings of what a publisher does with a finished directory: quantisation, and the upload."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from loram_ray.config.section import Section
+
+_REPO_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_MAX_REPO_LENGTH = 96
+
+
+class QuantizeConfig(Section):
+    """quantize: a pruned or aligned model becomes one in NF4, which users download and load."""
+
+    model: Path = Field(description="directory written by prune or align, structurally pruned")
+    output: Path = Field(description="directory to write")
+    base: str | None = Field(None, description="base model, named in the card if it is a hub id")
+    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+
+
+class PublishConfig(Section):
+    """publish: a finished directory becomes a commit of a hub repository.
+
+    The token is that of HF_TOKEN, or of the hub's own login.
+    """
+
+    directory: Path = Field(description="written by prune, align, quantize or recover")
+    repo: str = Field(description="owner/name on the hub; made if it is not there")
+    private: bool = Field(True, description="of a repository that is made; others stay as they are")
+    revision: str = Field("main", min_length=1, description="branch; made if it is not there")
+    message: str | None = Field(
+        None,
+        min_length=1,
+        description="of the commit; default: the stage and a digest of the files",
+    )
+    base: str | None = Field(
+        None, description="hub id of the base, which a published adapter must name"
+    )
+
+    @field_validator("repo")
+    @classmethod
+    def _owner_and_name(cls, repo: str) -> str:
+        parts = repo.split("/")
+        well_formed = len(parts) == 2 and all(_REPO_PART.fullmatch(part) for part in parts)
+        if not well_formed or len(repo) > _MAX_REPO_LENGTH or re.search(r"--|\.\.|\.git$", repo):
+            raise ValueError(
+                f"must be owner/name, each of letters, digits, '-', '_' and '.', got {repo!r}; "
+                "e.g. --set publish.repo=my-organisation/my-model"
+            )
+        return repo

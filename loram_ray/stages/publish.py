@@ -1,0 +1,179 @@
+"""Publishing: a finished directory becomes a commit of a hub repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from loram_ray.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from loram_ray.config import PublishConfig
+from loram_ray.errors import LoramError
+from loram_ray.manifest import MANIFEST_FILE, Manifest, require_stage
+from loram_ray.model_card import hub_id
+from loram_ray.progress import say
+
+PUBLISHED = ("prune", "align", "quantize", "recover")
+_MODEL_CONFIG_FILE = "config.json"
+_BASE_OF_ADAPTER, _ORIGIN_OF_MODEL = "base_model_name_or_path", "_name_or_path"
+# What stages write themselves; a tokenizer's vocabulary may well hold what looks like a path.
+_OWN_TEXT = (MANIFEST_FILE, _MODEL_CONFIG_FILE, ADAPTER_CONFIG_FILE, "README.md", "metrics.jsonl")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/([\w.-]+)(?:/[\w.-]+)+")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_REFUSED = (401, 403)
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """A publication.
+
+    Attributes:
+        url: of the repository.
+        commit: hash of the commit that holds the directory.
+        files: number of the directory's files.
+        bytes: of them together.
+        changed: False where the repository held the same files before.
+    """
+
+    url: str
+    commit: str
+    files: int
+    bytes: int
+    changed: bool
+
+
+def publish(config: PublishConfig) -> PublishResult:
+    """Upload a finished directory to a hub repository, as one commit.
+
+    The files are those of its manifest, after their hashes were checked, and the manifest. What the
+    repository holds already is not sent again; weights that it holds under other names, of an
+    earlier publication, are deleted in the same commit.
+
+    Raises:
+        LoramError: not a finished directory, one that names paths of this machine, no token, or a
+            token that may not write there.
+    """
+    manifest = require_stage(config.directory, PUBLISHED, "publish.directory")
+    contents = _contents(config, manifest)
+    _refuse_local_paths(config.directory, contents)
+    if get_token() is None:
+        raise LoramError(
+            "publish must have a token that may write to the hub, there is none; set HF_TOKEN or "
+            "run 'hf auth login'"
+        )
+    api = HfApi(library_name="loram-ray")
+    with _naming_refusals(config.repo):
+        url = api.create_repo(config.repo, private=config.private, exist_ok=True)
+        if config.revision != "main":
+            api.create_branch(config.repo, branch=config.revision, exist_ok=True)
+        before = api.model_info(config.repo, revision=config.revision)
+        held = [sibling.rfilename for sibling in before.siblings or ()]
+        stale = [name for name in held if name.endswith(_WEIGHTS) and name not in contents]
+        sizes = {name: _size(content) for name, content in contents.items()}
+        say("publish", f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {url}")
+        commit = api.create_commit(
+            config.repo,
+            operations=[
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=config.message or f"loram {manifest.stage} {manifest.digest[:12]}",
+            revision=config.revision,
+        )
+    return PublishResult(
+        url=str(url),
+        commit=commit.oid,
+        files=len(sizes),
+        bytes=sum(sizes.values()),
+        changed=commit.oid != before.sha,
+    )
+
+
+def _contents(config: PublishConfig, manifest: Manifest) -> dict[str, Path | bytes]:
+    """What is uploaded by name: files as they are, but for configurations that name a local path.
+
+    Raises:
+        LoramError: an adapter whose base has no name on the hub.
+    """
+    contents: dict[str, Path | bytes] = {name: config.directory / name for name in manifest.files}
+    changed: dict[str, bytes] = {}
+    if ADAPTER_CONFIG_FILE in contents:
+        settings = _read(config.directory / ADAPTER_CONFIG_FILE)
+        if hub_id(settings.get(_BASE_OF_ADAPTER)) is None:
+            base = hub_id(config.base)
+            if base is None:
+                raise LoramError(
+                    f"publish.base must be the hub id of the adapter's base, which "
+                    f"{config.directory} names by a local path, got {config.base}; give owner/name"
+                )
+            changed[ADAPTER_CONFIG_FILE] = _json({**settings, _BASE_OF_ADAPTER: base})
+    if _MODEL_CONFIG_FILE in contents:
+        settings = _read(config.directory / _MODEL_CONFIG_FILE)
+        if _ORIGIN_OF_MODEL in settings and hub_id(settings.pop(_ORIGIN_OF_MODEL)) is None:
+            changed[_MODEL_CONFIG_FILE] = _json(settings)
+    contents.update(changed)
+    if not changed:
+        contents[MANIFEST_FILE] = config.directory / MANIFEST_FILE
+        return contents
+    entries = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in changed.items()
+    }
+    described = replace(manifest, files={**manifest.files, **entries})
+    contents[MANIFEST_FILE] = _json(asdict(described))
+    return contents
+
+
+def _refuse_local_paths(directory: Path, contents: dict[str, Path | bytes]) -> None:
+    """Refuse text of ours that names a directory of this machine."""
+    for name in _OWN_TEXT:
+        content = contents.get(name)
+        if content is None:
+            continue
+        text = content.decode() if isinstance(content, bytes) else content.read_text()
+        for found in _ABSOLUTE_PATH.finditer(text):
+            if Path("/", found[1]).is_dir():
+                raise LoramError(
+                    f"publish.directory must name no path of this machine, {directory / name} "
+                    f"names {found[0]}; take it out of the settings and make the directory again"
+                )
+
+
+@contextmanager
+def _naming_refusals(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise LoramError("publish must reach the hub, HF_HUB_OFFLINE is set; unset it") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in _REFUSED:
+            raise LoramError(
+                f"publish.repo {repo} may not be written to with this token (HTTP "
+                f"{error.response.status_code}); use a token with write access to it"
+            ) from error
+        raise
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size

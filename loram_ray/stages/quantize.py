@@ -1,0 +1,150 @@
+"""The quantize stage: a pruned or aligned model in, the same in NF4 out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loram_ray.config import QuantizeConfig
+from loram_ray.errors import LoramError
+from loram_ray.manifest import Manifest, read_manifest, read_model_config, require_stage
+from loram_ray.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
+from loram_ray.modeling import write_model_files
+from loram_ray.plan import PruningPlan
+from loram_ray.progress import Reporter
+from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
+from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+
+_FORM = {"type": "nf4", "blocksize": 64, "double": True, "compute": "bfloat16"}
+
+
+def quantize(config: QuantizeConfig) -> StageResult:
+    """Write a model's linears in NF4 with double quantisation, for QLoRAM's training on less.
+
+    The weights are read twice, one at a time, and quantised on a GPU where there is one. The output
+    loads with ``AutoModelForCausalLM.from_pretrained`` as it is, and `train` takes it.
+
+    Raises:
+        LoramError: not a structurally pruned or aligned model, or one that is damaged.
+    """
+    _refuse_quantized(config.model)
+    manifest = require_stage(config.model, ("prune", "align"), "quantize.model")
+    plan = PruningPlan.load(config.model)
+    if plan.masks is not None:
+        raise LoramError(
+            f"quantize.model must be structurally pruned, {config.model} has {plan.pattern} masks: "
+            "its linears are trained under them in full precision; prune with a structured method"
+        )
+    with Checkpoint(config.model) as checkpoint:
+        return run_stage(
+            config.output,
+            "quantize",
+            settings={**_FORM, "max_shard_bytes": config.max_shard_bytes},
+            parents={"model": manifest.digest},
+            base_fingerprint=manifest.base_fingerprint,
+            write=lambda target: _write(target, config, checkpoint, plan, manifest),
+        )
+
+
+def _refuse_quantized(model: Path) -> None:
+    """Refuse the output of this stage, and say so rather than that its stage is another."""
+    manifest = read_manifest(model)
+    if manifest is not None and manifest.stage == "quantize":
+        raise LoramError(
+            f"quantize.model must be in full precision, {model} is quantised already; give the "
+            "model that it was made of"
+        )
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What will be written.
+
+    Attributes:
+        specs: every tensor, in order.
+        parts: of each quantised weight, by its name: what follows that in the names stored.
+    """
+
+    specs: dict[str, TensorSpec]
+    parts: dict[str, list[str]]
+
+
+def _write(
+    target: StageDirectory,
+    config: QuantizeConfig,
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    source: Manifest,
+) -> None:
+    from loram_ray.nf4 import quantization_config, quantize_weight
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = checkpoint.specs
+    with Reporter("quantize", total=2 * checkpoint.nbytes, unit="B") as reporter:
+        outline = _outline(checkpoint, config.model, device, reporter)
+        specs = outline.specs
+        require_space(target.path, sum(spec.nbytes for spec in specs.values()))
+        settings = {
+            **read_model_config(config.model),
+            "quantization_config": quantization_config().to_dict(),
+        }
+        write_model_files(config.model, target.path, settings, plan)
+        with CheckpointWriter(target.path, specs, config.max_shard_bytes) as writer:
+            for name, spec in before.items():
+                tensor = checkpoint.read(name)
+                if name in outline.parts:
+                    stored = quantize_weight(tensor.to(device))
+                    for part in outline.parts[name]:
+                        writer.write(f"{name}{part}", stored[part])
+                else:
+                    writer.write(name, tensor)
+                reporter.advance(spec.nbytes)
+    target.hashes.update(writer.hashes)
+    quantized = sum(math.prod(before[name].shape) for name in outline.parts)
+    kept = sum(spec.nbytes for name, spec in before.items() if name not in outline.parts)
+    target.details.update(
+        {key: source.details[key] for key in SIZES},
+        bytes=sum(spec.nbytes for spec in specs.values()),
+        bytes_before=checkpoint.nbytes,
+        nominal_bytes=kept + quantized // 2,
+        quantized_tensors=len(outline.parts),
+        quantized_parameters=quantized,
+    )
+    name, path = config.output.name, config.model / CARD_FILE
+    card = path.read_text() if path.exists() else pruned_card(config.base, plan, source, name)
+    (target.path / CARD_FILE).write_text(quantized_card(card, name, target.details))
+
+
+def _outline(
+    checkpoint: Checkpoint, directory: Path, device: torch.device, reporter: Reporter
+) -> _Outline:
+    """Find out what will be stored: headers come before values, and some lengths follow from these.
+
+    Raises:
+        LoramError: a linear that is not stored, or in a dtype that has no NF4.
+    """
+    from loram_ray.nf4 import QUANTIZABLE, linears_to_quantize, scales, stored_specs
+
+    weights = {f"{linear}.weight" for linear in linears_to_quantize(directory)}
+    for name in sorted(weights):
+        found = checkpoint.specs.get(name)
+        if found is None or found.dtype not in QUANTIZABLE:
+            how = "not at all" if found is None else f"as {found.dtype}"
+            raise LoramError(
+                f"quantize.model {directory} holds {name} {how}, its config.json describes a "
+                "linear in floating point; make the model again"
+            )
+    outline = _Outline({}, {})
+    for name, spec in checkpoint.specs.items():
+        if name not in weights:
+            outline.specs[name] = spec
+        else:
+            mean_scale = scales(checkpoint.read(name).to(device)).mean()
+            stored = stored_specs(spec, mean_scale)
+            outline.parts[name] = list(stored)
+            outline.specs.update({f"{name}{part}": found for part, found in stored.items()})
+        reporter.advance(spec.nbytes)
+    return outline
