@@ -138,7 +138,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base, pruned, aligned, quantised or merged model directory.
 
-    A quantised model's linears stay in NF4.
+    A quantised model's linears stay in NF4, but for those that bitsandbytes cannot compute on CPUs
+    (`nf4.mend_on_cpu`).
 
     Args:
         directory: the model.
@@ -148,12 +149,10 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=DTYPES[precision], device_map={"": device}
     )
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else one forward without gradients repacks the weights for good on CPUs with AVX512
-            # for bfloat16, after which no gradient passes through them.
-            module.support_avx512bf16_for_cpu = False
+    if getattr(model, "is_loaded_in_4bit", False):
+        from loram_ray.nf4 import mend_on_cpu
+
+        mend_on_cpu(model)
     return model
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -107,6 +108,43 @@ def quantize_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     state = _state(spec, codes, scale_codes, mean_scale, nested)
     parts = {f".{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
     return {"": torch.cat(packed), **parts}
+
+
+def mend_on_cpu(model: PreTrainedModel) -> list[str]:
+    """Make a quantised model that is on the CPU compute, and pass gradients, as on a GPU.
+
+    bitsandbytes' kernels for CPUs (0.50.2) are wrong in two ways. Where AVX512 has bfloat16, a
+    forward pass without gradients repacks a weight for good, after which no gradient passes: that
+    is turned off. A linear whose inputs are no multiple of the block of 64 is computed with scales
+    of other blocks: it is held in the model's precision instead.
+
+    Returns:
+        The linears that are held so.
+    """
+    held = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear4bit) or module.weight.device.type != "cpu":
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if module.in_features % BLOCK:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _whole(module, model.dtype))
+            held.append(name)
+    return held
+
+
+def _whole(linear: Linear4bit, dtype: torch.dtype) -> torch.nn.Linear:
+    """A linear of the same weight, not quantised any more."""
+    state = linear.weight.quant_state
+    shape = state.shape
+    # As one row, whose blocks are all full but the last: that the kernel reads rightly.
+    state.shape = torch.Size([math.prod(shape)])
+    weight = bnb.dequantize_4bit(linear.weight.data, state).reshape(shape)
+    with torch.device("meta"):
+        whole = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    whole.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    whole.bias = linear.bias
+    return whole
 
 
 def _state(
