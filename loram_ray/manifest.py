@@ -50,11 +50,19 @@ def read_model_config(directory: Path | str) -> dict[str, Any]:
     Raises:
         LoramError: it is missing or not JSON.
     """
-    path = Path(directory) / "config.json"
+    return read_config_file(Path(directory) / "config.json")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the dictionary in a model's configuration, whatever its name.
+
+    Raises:
+        LoramError: it is missing or not JSON.
+    """
     try:
         config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise LoramError(f"{directory} holds no config.json; give a model directory") from error
+        raise LoramError(f"{path.parent} holds no {path.name}; give a model directory") from error
     except ValueError as error:
         raise LoramError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):

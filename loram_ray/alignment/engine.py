@@ -43,7 +43,7 @@ def start_engine(
         ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     model = load_partitioned(config.pruned, ds_config, config.precision)
     model.train()
-    _freeze(model, config.frozen)
+    freeze(model, config.frozen)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     base = None
@@ -72,7 +72,8 @@ def _schedule(optimizer: torch.optim.Optimizer, config: AlignConfig) -> Any:
     return get_cosine_schedule_with_warmup(optimizer, warmup, config.total_steps)
 
 
-def _freeze(model: Any, frozen: Collection[str]) -> None:
+def freeze(model: Any, frozen: Collection[str]) -> None:
+    """Take parts of a causal LM out of training; see ``align.frozen``."""
     if "lm_head" in frozen:
         model.get_output_embeddings().requires_grad_(False)
     if "embeddings" in frozen:

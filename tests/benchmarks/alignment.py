@@ -14,12 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from inputs import read_metrics
 from measure import median
 
 import loram_ray as lr
-from loram_ray.corpus.stream import Share, open_order, read_chunk
-from loram_ray.progress import METRICS_FILE
 
 STEPS, BATCH, LENGTH, MICRO_BATCH, WARM = 8, 8, 256, 2, 2
 
@@ -42,28 +42,29 @@ def config(pruned: Path, text: Path, output: Path, workers: int, cpus: int) -> l
 
 def with_ray(settings: lr.AlignConfig) -> float:
     output = lr.align(settings, lr.RayConfig(num_cpus=6)).output
-    lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
-    return median([line["tokens_per_s"] for line in lines[WARM:]])
+    return median([line["tokens_per_s"] for line in read_metrics(output)[WARM:]])
 
 
 def without_ray(settings: lr.AlignConfig, corpus: Path) -> float:
-    from loram_ray.alignment import loop
+    from loram_ray.alignment.batches import to_device
+    from loram_ray.alignment.engine import start_engine
+    from loram_ray.corpus.stream import Share, open_order, read_chunk
 
     torch.set_num_threads(settings.cpus_per_worker)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     torch.distributed.init_process_group("gloo")
-    engine = loop._start_engine(settings)
-    share = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
-    order = open_order(corpus, 0)
+    engine, _ = start_engine(settings, {}, None, 1, None, False)
+    order, share = open_order(corpus, 0), Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
     found = [read_chunk(order, chunk, share) for chunk in order.chunks(0, STEPS * BATCH)]
-    rows = {key: torch.cat([torch.from_numpy(f[key]) for f in found]).numpy() for key in found[0]}
+    rows = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
     rates = []
     for step in range(STEPS):
         started = time.perf_counter()
         for start in range(step * BATCH, (step + 1) * BATCH, MICRO_BATCH):
             part = {key: value[start : start + MICRO_BATCH] for key, value in rows.items()}
-            engine.backward(engine(*loop._to_device(part, engine.device)))
+            batch = to_device(part, engine.device, None)
+            engine.backward(engine.module.loss(engine(batch.input_ids, batch.labels)))
             engine.step()
         rates.append(BATCH * LENGTH / (time.perf_counter() - started))
     torch.distributed.destroy_process_group()

@@ -1,0 +1,271 @@
+"""The benchmarks' results as Markdown."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+GB, MB = 1e9, 1e6
+DEPTHS = (8, 16, 32)
+
+
+def as_markdown(results: dict[str, dict[str, object]]) -> str:
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "transformers")
+    )
+    parts = [
+        "# Benchmarks\n\nMade by `make bench` (one: `python tests/benchmarks/run.py NAME`); "
+        f"numbers of that run alone. {packages}.\n"
+    ]
+    for name, render in (
+        ("recovery", _recovery),
+        ("pruning", _pruning),
+        ("alignment", _alignment),
+        ("trainer", _trainer),
+        ("partitions", _partitions),
+        ("targets", _targets),
+        ("standstill", _standstill),
+        ("calibration", _calibration),
+        ("sparse", _sparse),
+    ):
+        if name in results:
+            entry = results[name]
+            parts.append(render(entry["found"]) + f"\n\n{entry['machine']}; {entry['date']}.\n")
+    return "\n".join(parts)
+
+
+def _recovery(found: dict[str, float]) -> str:
+    size = found["bytes"]
+    return f"""## Recovery of a 70B adapter
+
+LLaMA-3.1-70B's shapes, 74 of 80 layers pruned at 0.85, r 8 on all seven linears, float32, the
+whole stage (inputs verified, base fingerprinted, output hashed and flushed), against copying the
+recovered file with a flush.
+
+| | recovered file | recover | copy | ratio (target at most 3) |
+|---|---|---|---|---|
+| wall | {size / MB:.0f} MB | {found["seconds"]:.2f} s | {found["copy_seconds"]:.2f} s \
+| **{found["ratio"]:.2f}** |
+
+Peak memory of the process: {found["peak_bytes"] / MB:.0f} MB, {found["peak_bytes"] / size:.2f} \
+times the file (target at most 2); of that {found["peak_before_bytes"] / MB:.0f} MB were there \
+before the first recovery (Python, torch, making the input)."""
+
+
+def _pruning(found: dict[str, dict[str, float]]) -> str:
+    rows = "\n".join(
+        f"| {layers} | {r['bytes'] / GB:.2f} GB | {r['bytes_per_second'] / MB:.0f} MB/s "
+        f"| {r['copy_bytes_per_second'] / MB:.0f} MB/s | {r['ratio']:.2f} "
+        f"| {r['peak_bytes'] / MB:.0f} MB |"
+        for layers, r in found.items()
+    )
+    growth = found["32"]["peak_bytes"] / found["8"]["peak_bytes"] - 1
+    return f"""## Pruning a synthetic Llama at random
+
+Hidden 2,048, intermediate 8,192, bf16, ratio 0.65; bytes read per second, the whole stage (output
+hashed and flushed), against reading and writing the same files with a flush. Pruning writes less
+than the copy does: it may be faster than it.
+
+| layers | base | prune | copy | prune / copy | peak memory |
+|---|---|---|---|---|---|
+{rows}
+
+Peak memory from 8 to 32 layers: {growth:+.1%} (target within 15%)."""
+
+
+def _alignment(found: dict[str, float]) -> str:
+    rows = "\n".join(f"| {name} | {rate:.0f} |" for name, rate in found.items())
+    two, one, alone, plain = found.values()
+    return f"""## Alignment
+
+SmolLM2-135M pruned at 0.35, 2,048 tokens a step (micro-batches of 2 x 256), bf16, ZeRO-1, AdamW;
+median of {6} steps after 2 of warm-up.
+
+| | tokens/s |
+|---|---|
+{rows}
+
+Two workers against one of one core: **{two / one:.2f}**. On the same two cores: two workers
+against one with two threads {two / alone:.2f}, one worker under Ray against the same loop without
+Ray **{alone / plain:.2f}**."""
+
+
+def _trainer(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| ZeRO-{stage} | {r['ours']['tokens_per_s']:.0f} | {r['peer']['tokens_per_s']:.0f} "
+        f"| **{r['ratio']:.2f}** | {r['ours']['seconds']:.0f} s | {r['peer']['seconds']:.0f} s "
+        f"| {r['whole_ratio']:.2f} | {_difference(r):.4f} |"
+        for stage, r in found["stages"].items()
+    )
+    return f"""## Alignment against transformers' Trainer
+
+SmolLM2-135M pruned at 0.65 on two processes of one thread, bf16, {found["tokens_a_step"]:,} tokens
+a step, {found["steps"]} steps; the Trainer with the same DeepSpeed dictionary, the same rows in the
+same order, started by torch's launcher. Median steps after the warm-up ones; medians of rounds in
+turns. The whole command is from no process to weights on disk, with no corpus to prepare.
+
+| | tokens/s | Trainer's | ratio (target at least 1) | whole command | Trainer's | ratio \
+| losses differ by at most |
+|---|---|---|---|---|---|---|---|
+{rows}"""
+
+
+def _difference(found: dict[str, Any]) -> float:
+    pairs = zip(found["ours"]["losses"], found["peer"]["losses"], strict=True)
+    return max(abs(mine - theirs) for mine, theirs in pairs)
+
+
+def _partitions(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {workers} | {r['load'] / MB:.0f} MB | {r['held'] / MB:.0f} MB "
+        f"| {r['export'] / MB:.0f} MB | {r['load_seconds']:.1f} s | {r['export_seconds']:.1f} s |"
+        for workers, r in found["workers"].items()
+    )
+    fits = "; ".join(
+        f"{name} **{f['constant'] / MB:.0f} MB + {f['slope'] / MB:.0f} MB / workers** "
+        f"(within {f['residual'] / MB:.0f} MB)"
+        for name, f in found["fit"].items()
+    )
+    return f"""## Loading and exporting ZeRO-3 partitions
+
+A random Llama of {found["bytes"] / MB:.0f} MB in bf16, gloo; the largest process's memory beyond
+what it had after its imports: at most while loading, afterwards, and at most while exporting.
+
+| workers | loading | held | exporting | load | export |
+|---|---|---|---|---|---|
+{rows}
+
+Least squares: {fits}."""
+
+
+def _targets(found: dict[str, dict[str, float]]) -> str:
+    rows = "\n".join(
+        f"| {'live' if kind == 'live' else f'cached, {kind} likeliest tokens'} "
+        + (
+            f"| {r['targets_tokens_per_s']:.0f} | {r['training_tokens_per_s']:.0f} "
+            f"| {r['tokens_per_s']:.0f} | {r['bytes_per_token']:.0f} "
+            f"| {r['missing_probability']:.1%} |"
+            if "bytes_per_token" in r
+            else f"| | {r['training_tokens_per_s']:.0f} | {r['tokens_per_s']:.0f} | | |"
+        )
+        for kind, r in found.items()
+    )
+    return f"""## What distillation costs
+
+SmolLM2-135M pruned at 0.65, one worker of one thread, bf16. *Together* is a token's pass through
+the base and its training, each once.
+
+| targets | pass of the base, tokens/s | training, tokens/s | together | bytes a token \
+| probability missed |
+|---|---|---|---|---|---|
+{rows}"""
+
+
+def _standstill(found: dict[str, Any]) -> str:
+    def share(name: str) -> str:
+        return "unknown" if found[name] is None else f"{found[name]:.2%}"
+
+    return f"""## Waiting in alignment
+
+SmolLM2-135M pruned at 0.65, two workers of one thread, ZeRO-1, {found["steps"]} steps after the
+first ({found["training_seconds"]:.0f} s), {found["checkpoints"]} checkpoints. Waited for data:
+**{share("data_share")}** of the steps. Stood still for checkpoints: **{share("checkpoint_share")}**
+of steps and checkpoints together."""
+
+
+def _calibration(found: dict[str, Any]) -> str:
+    memory = "\n".join(
+        f"| {method} | "
+        + " | ".join(f"{by_depth[str(d)]['peak_bytes'] / MB:.0f} MB" for d in DEPTHS)
+        + f" | {by_depth['32']['peak_bytes'] / by_depth['8']['peak_bytes'] - 1:+.1%} "
+        f"| {by_depth['32']['before_bytes'] / MB:.0f} MB |"
+        for method, by_depth in found["memory"].items()
+    )
+    parts = [
+        f"""## Calibration, layer by layer
+
+Peak memory of one process walking through a synthetic Llama (hidden 1,024, intermediate 2,816; a
+layer is 45 MB in float32, 32 layers 1.4 GB) with 8 samples of 128 tokens.
+
+| criterion | {" layers | ".join(map(str, DEPTHS))} layers | from 8 to 32 (target within 15%) \
+| before the walk |
+|---|---|---|---|---|---|
+{memory}"""
+    ]
+    if "workers" in found:
+        rows = "\n".join(
+            f"| {method} | {by_count['1']['seconds']:.0f} s | {by_count['2']['seconds']:.0f} s "
+            f"| {by_count['1']['seconds'] / by_count['2']['seconds']:.2f} "
+            f"| {'yes' if by_count['1']['plan'] == by_count['2']['plan'] else 'no'} |"
+            for method, by_count in found["workers"].items()
+        )
+        parts.append(
+            f"""The whole prune stage on SmolLM2-135M (16 samples of 256 tokens), Ray actors of one
+core each, the start of Ray and of the actors included:
+
+| criterion | 1 worker | 2 workers | ratio | same plan |
+|---|---|---|---|---|
+{rows}"""
+        )
+    if "layer" in found:
+        parts.append(_extrapolation(found["layer"]))
+    return "\n\n".join(parts)
+
+
+def _extrapolation(layer: dict[str, float]) -> str:
+    from calibration import (
+        LLAMA_70B,
+        PRUNED_LAYERS_70B,
+        operations_of_forward,
+        operations_of_hessians,
+        operations_of_solve,
+        shapes_of,
+    )
+
+    def rate(part: str) -> float:
+        return layer[f"{part}_operations"] / layer[f"{part}_seconds"]
+
+    shapes, tokens = shapes_of(LLAMA_70B), 128 * 2048
+    forward = operations_of_forward(shapes, tokens) / rate("forward")
+    both = operations_of_forward(shapes, tokens) + operations_of_hessians(shapes, tokens)
+    watched = both / rate("forward_and_hessians")
+    solving = sum(operations_of_solve(*s) for s in shapes.values()) / rate("solve_down_proj")
+    hours = PRUNED_LAYERS_70B / 3600
+    return f"""One layer of Llama-2-7B's size in float32 on this machine, \
+{layer["tokens"]:.0f} tokens: forward {layer["forward_seconds"]:.1f} s \
+({rate("forward") / GB:.0f} GFLOP/s), forward with Hessians \
+{layer["forward_and_hessians_seconds"]:.1f} s ({rate("forward_and_hessians") / GB:.0f} GFLOP/s), \
+SparseGPT of `down_proj` {layer["solve_down_proj_seconds"]:.1f} s \
+({rate("solve_down_proj") / GB:.0f} GFLOP/s).
+
+**Extrapolated by operation counts, not measured**, to LLaMA-3.1-70B with 128 samples of 2,048
+tokens on these two cores: {forward:,.0f} s a layer for a forward criterion \
+({forward * hours:,.0f} h for 74 layers), three times that for Taylor, and \
+{watched + forward + solving:,.0f} s a layer for SparseGPT (Hessians {watched:,.0f}, solving \
+{solving:,.0f}, the pruned layer's forward {forward:,.0f}). On a GPU that keeps 400 TFLOP/s, an
+assumption, SparseGPT's two passes would take \
+{(both + operations_of_forward(shapes, tokens)) / 4e14:.0f} s a layer."""
+
+
+def _sparse(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {job['job']} | {' x '.join(map(str, job['shape']))} | {job['ours']['seconds']:.2f} s "
+        + (
+            f"| {job['peer']['seconds']:.2f} s | **{job['times_fewer_seconds']:.2f}** "
+            f"| {job['ours']['error']:.5f} | {job['peer']['error']:.5f} |"
+            if "peer" in job
+            else f"| | | {job['ours']['error']:.5f} | |"
+        )
+        for job in found["jobs"]
+    )
+    return f"""## SparseGPT and Wanda on one linear
+
+Correlated random inputs, {found["tokens"]} tokens, threads: {found["threads"]}; float32, damping
+0.01, blocks of 128; the same weight and the same Hessian or norms for both; seconds of the call,
+medians of rounds in turns. The peer is llm-compressor's own functions in an environment of its own
+(`PEER` names its
+interpreter). Errors are of the outputs, relative.
+
+| job | weight | loram_ray | llm-compressor | times faster | error | llm-compressor's |
+|---|---|---|---|---|---|---|
+{rows}"""
