@@ -361,8 +361,13 @@ def test_the_tools_json_has_every_part(
     ],
 )
 def test_the_tool_says_in_one_line_what_to_mend(
-    arguments: list[str], message: str, tool: Callable[..., None]
+    arguments: list[str],
+    message: str,
+    tool: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         tool(*arguments)
-    assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
