@@ -21,6 +21,8 @@ from loram_ray.errors import LoramError
 
 TAG = "state"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SPACE = 2**20
+"""Bytes of a disk that has space left after a write has failed."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,20 @@ def naming_full_disks(step: int, where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch writes in C++, and says neither errno nor the reason
-        if getattr(error, "errno", None) not in _FULL and "PytorchStreamWriter" not in str(error):
+        # torch writes in C++ and says neither errno nor the reason, so the disk is asked
+        number = getattr(error, "errno", None)
+        if number not in _FULL and (number is not None or _has_space(where)):
             raise
         raise FailedStep(
             f"align: the disk of {where} is full at step {step}; free some space and run the same "
             "command again",
             step - 1,
         ) from error
+
+
+def _has_space(folder: Path) -> bool:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free >= _SPACE
 
 
 @contextmanager
