@@ -14,7 +14,7 @@ import tiny
 import torch
 
 import loram_ray as lr
-from loram_ray.alignment.throughput import flops_per_token, linear_weights
+from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_of
 from loram_ray.progress import METRICS_FILE, MetricsLog, Reporter, follow
 from loram_ray.tracking import Tracking, require_trackers, tracking
 
@@ -151,6 +151,23 @@ def test_operations_of_a_step_are_those_that_torch_counts() -> None:
     counted = counter.get_total_flops() - attention
     # the first linears' inputs, of embeddings, get a gradient, too
     assert math.isclose(counted, flops_per_token(linear_weights(model)) * ids.numel())
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(device: str, peak: float | None) -> None:
+    assert peak_of(device) == peak
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -14,19 +16,24 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
     "L4": 121.0,
     "A10": 125.0,
+    "A10G": 70.0,
     "RTX 4090": 165.2,
     "V100": 125.0,
 }
-"""Dense bf16 (V100: fp16) peak of NVIDIA's data sheets, 10^12 operations a second; the first name
-that a device's name contains counts."""
+"""Dense bf16 (V100: fp16) peak of NVIDIA's data sheets, 10^12 operations a second."""
 
 
 def peak_tflops() -> float | None:
     """Peak of this worker's device, 10^12 operations a second; None for the CPU and others."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return peak_of(torch.cuda.get_device_name())
+
+
+def peak_of(device: str) -> float | None:
+    """Peak of a device by its name, in which one of `PEAK_TFLOPS` stands as words of its own."""
+    found = (p for known, p in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", device))
+    return next(found, None)
 
 
 def flops_per_token(linear_weights: int) -> float:
