@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 METRICS_FILE = "metrics.jsonl"
 _LINE_EVERY_SECONDS = 5.0
 _STILL_THERE_EVERY_SECONDS = 30.0
-_NOT_SHOWN = ("data_s", "checkpoint_s")
+_NOT_SHOWN = ("data_s", "checkpoint_s", "copy_s")
 
 
 class Reporter:

@@ -131,6 +131,7 @@ class Checkpoints:
         parent = staging or Path(tempfile.gettempdir())
         self._staging = parent / f"loram-ray-{run}" / str(worker)
         self._worker = worker
+        self._copy_seconds = 0.0
         self._copied = threading.Event()
         self._copied.set()
         shutil.rmtree(self._staging, ignore_errors=True)  # of an attempt that was killed
@@ -169,6 +170,11 @@ class Checkpoints:
         )
         return time.perf_counter() - started
 
+    def take_copy_seconds(self) -> float:
+        """Seconds of copying that ended since this was asked before; training went on meanwhile."""
+        seconds, self._copy_seconds = self._copy_seconds, 0.0
+        return seconds
+
     def finish(self) -> None:
         """Wait for the last copy; Ray Train removes what was copied."""
         self._copied.wait()
@@ -178,6 +184,7 @@ class Checkpoints:
         import ray.train
 
         storage = ray.train.get_context().get_storage()
+        started = time.perf_counter()
         try:
             with naming_full_disks(_step_of(Path(checkpoint.path)), self._storage):
                 return storage.persist_current_checkpoint(checkpoint, name)
@@ -185,6 +192,7 @@ class Checkpoints:
             shutil.rmtree(self._storage / name, ignore_errors=True)
             raise
         finally:
+            self._copy_seconds += time.perf_counter() - started
             self._copied.set()
 
     def _remove_unfinished(self, resumed_at: int) -> None:

@@ -146,6 +146,7 @@ def _train(
                     memory_gb=peak_memory_gb(),
                     data_s=waited,
                     checkpoint_s=stood_still,
+                    copy_s=checkpoints.take_copy_seconds(),
                     **_speed(config, seconds, mfu_per_rate),
                     **evaluations,
                 )

@@ -173,7 +173,8 @@ def _standstill(found: dict[str, Any]) -> str:
 SmolLM2-135M pruned at 0.65, two workers of one thread, ZeRO-1, {found["steps"]} steps after the
 first ({found["training_seconds"]:.0f} s), {found["checkpoints"]} checkpoints. Waited for data:
 **{share("data_share")}** of the steps. Stood still for checkpoints: **{share("checkpoint_share")}**
-of steps and checkpoints together."""
+of steps and checkpoints together. Of a checkpoint's time, **{share("hidden_share")}** is copying,
+beside the next steps."""
 
 
 def _calibration(found: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The share of an alignment in which its workers wait for data or stand still for a checkpoint.
 
+And the share of the checkpoints' time that is hidden: they are copied while training goes on.
+
     python tests/benchmarks/standstill.py FOLDER
     python tests/benchmarks/standstill.py FOLDER --quick
 
@@ -44,6 +46,7 @@ def work(folder: Path, steps: int, every: int, length: int) -> dict[str, Any]:
     lines = read_metrics(lr.align(config, lr.RayConfig(num_cpus=6)).output)[1:]
     training = sum(BATCH * length / line["tokens_per_s"] for line in lines)
     waited, stood = total(lines, "data_s"), total(lines, "checkpoint_s")
+    copied = total(lines, "copy_s")
     whole = training + (stood or 0.0)
     return {
         "steps": len(lines),
@@ -53,6 +56,8 @@ def work(folder: Path, steps: int, every: int, length: int) -> dict[str, Any]:
         "checkpoints": sum(1 for line in lines if line.get("checkpoint_s")),
         "checkpoint_seconds": stood,
         "checkpoint_share": None if stood is None else stood / whole,
+        "copy_seconds": copied,
+        "hidden_share": copied / (copied + stood) if copied and stood else None,
     }
 
 
