@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
+
+_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_AT_ONCE, _LARGEST = 2**16, 2**25  # bytes; the second is where glibc's own adjustment ends
 
 
 def peak_memory_gb() -> float:
@@ -24,3 +28,21 @@ def return_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside the block, give each freed tensor's memory back at once.
+
+    glibc asks the system for large pieces one by one, and gives them back, until the first of them
+    is freed; from then on it cuts pieces of that size from its heap and keeps them. Where tensors
+    of all sizes come and go one by one, it so keeps many times the largest.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _AT_ONCE)
+    try:
+        yield
+    finally:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGEST)
+        return_freed_memory()

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from loram_ray.config import AlignConfig
 from loram_ray.errors import LoramError
+from loram_ray.memory import freed_memory_returned
 from loram_ray.modeling import DTYPES
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
@@ -153,6 +154,7 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+@freed_memory_returned()
 def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str) -> PreTrainedModel:
     """Build a model and read its weights tensor by tensor, into ZeRO-3 partitions where asked.
 
@@ -180,6 +182,7 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
     return model  # type: ignore[no-any-return]
 
 
+@freed_memory_returned()
 def export_partitioned(
     model: nn.Module, source: Path, target: Path, partitioned: bool, writes: bool
 ) -> dict[str, str]:

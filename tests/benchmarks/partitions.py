@@ -6,10 +6,6 @@
 Each worker is a process with gloo; the model is random, in bf16. What a process takes beyond what
 it had before (Python, torch, DeepSpeed, the process group) is to be ``constant + slope / workers``,
 the slope the model's bytes. The largest of the workers counts.
-
-glibc's heap keeps freed pieces, the more the larger the tensors it has seen, so the numbers of the
-fit are of processes that give every freed tensor back at once (``MALLOC_MMAP_THRESHOLD_``);
-``as_it_is`` are those of processes left alone.
 """
 
 from __future__ import annotations
@@ -110,13 +106,10 @@ def main() -> None:
     layers = QUICK_LAYERS if options.quick else LAYERS
     in_fresh_process(Path(__file__), str(folder), "--write", str(layers))
     workers = (1, 2) if options.quick else options.workers
-    as_it_is = {count: measure(folder, count) for count in workers}
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # processes that begin from here on read it
     measured = {count: measure(folder, count) for count in workers}
     found: dict[str, Any] = {
         "bytes": sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors")),
         "workers": measured,
-        "as_it_is": as_it_is,
         "fit": {
             name: fit({count: one[name] for count, one in measured.items()})
             for name in ("load", "held", "export")

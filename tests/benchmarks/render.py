@@ -118,9 +118,7 @@ def _difference(found: dict[str, Any]) -> float:
 def _partitions(found: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {workers} | {r['load'] / MB:.0f} MB | {r['held'] / MB:.0f} MB "
-        f"| {r['export'] / MB:.0f} MB | {found['as_it_is'][workers]['load'] / MB:.0f} MB "
-        f"| {found['as_it_is'][workers]['export'] / MB:.0f} MB | {r['load_seconds']:.1f} s "
-        f"| {r['export_seconds']:.1f} s |"
+        f"| {r['export'] / MB:.0f} MB | {r['load_seconds']:.1f} s | {r['export_seconds']:.1f} s |"
         for workers, r in found["workers"].items()
     )
     fits = "; ".join(
@@ -132,10 +130,9 @@ def _partitions(found: dict[str, Any]) -> str:
 
 A random Llama of {found["bytes"] / MB:.0f} MB in bf16, gloo; the largest process's memory beyond
 what it had after its imports: at most while loading, afterwards, and at most while exporting.
-*As it is* is with glibc's heap left alone; the others give freed tensors back at once.
 
-| workers | loading | held | exporting | loading, as it is | exporting, as it is | load | export |
-|---|---|---|---|---|---|---|---|
+| workers | loading | held | exporting | load | export |
+|---|---|---|---|---|---|
 {rows}
 
 Least squares: {fits}."""
