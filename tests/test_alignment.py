@@ -4,6 +4,7 @@ import math
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -473,11 +474,8 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
     }
     output = (small if where == "output" else tmp_path) / "aligned"
     with tiny.disk(small, "40m"):
-        filler = threading.Thread(target=fill_at_step, args=(output, small, 3))
-        filler.start()
-        with pytest.raises(lr.LoramError) as error:
+        with filled_at_step(output, small, 3), pytest.raises(lr.LoramError) as error:
             lr.align(config(pruned, corpus, output, **settings))
-        filler.join()
         said = re.search(
             rf"the disk of {small}\S* is full at step (\d+); .*; the last good checkpoint is "
             r"\S+/step-(\d+)-\d+$",
@@ -496,15 +494,26 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
         assert not work.exists()
 
 
-def fill_at_step(output: Path, disk: Path, step: int) -> None:
-    """Fill a disk up when that step has been logged."""
+@contextlib.contextmanager
+def filled_at_step(output: Path, disk: Path, step: int) -> Iterator[None]:
+    """Have a disk full from the time when that step is logged, whatever is removed from it."""
     metrics = output.with_name(f".{output.name}.work") / METRICS_FILE
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            break
-        time.sleep(0.01)
-    with open(disk / "filler", "wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
+    ended = threading.Event()
+
+    def fill() -> None:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+            if ended.wait(0.01):
+                return
+        with open(disk / "filler", "wb", buffering=0) as file:
+            while not ended.wait(0.001):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(1 << 16)):
+                        pass
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        filler.join()
