@@ -160,6 +160,12 @@ def follow(
             reporter.waiting("starting workers")
 
 
+def last_step(path: Path) -> int:
+    """The newest step in ``metrics.jsonl``, 0 without one."""
+    lines = _read_lines(path)
+    return int(lines[-1]["step"]) if lines else 0
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []

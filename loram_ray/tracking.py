@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,7 +149,8 @@ class Tracking:
                 tracker.log(line["step"], metrics)
             self._last = line["step"]
         if new:
-            write_json(self._note, self._last)
+            with suppress(OSError):  # a full disk: the run itself says so
+                write_json(self._note, self._last)
 
 
 def last_tracked(note: Path) -> int:

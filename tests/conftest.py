@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -39,10 +40,19 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One embedded Ray for all tests of a session that need one."""
+def until_the_end() -> Iterator[contextlib.ExitStack]:
+    """What is closed after the last test."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def embedded_ray(until_the_end: contextlib.ExitStack) -> None:
+    """One embedded Ray for all tests that need one; started again if a module has ended it."""
+    import ray
+
     from loram_ray.cluster import ray_session
     from loram_ray.config import RayConfig
 
-    with ray_session(RayConfig(num_cpus=6), cpus=4):
-        yield
+    if not ray.is_initialized():
+        until_the_end.enter_context(ray_session(RayConfig(num_cpus=6), cpus=4))

@@ -469,12 +469,12 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
         "workers": 2,
         "zero_stage": 2,
         "checkpoint_every": 1,
-        "steps": 12,
+        "steps": 40,
         "staging_folder": small if where == "staging" else tmp_path / "staging",
     }
     output = (small if where == "output" else tmp_path) / "aligned"
     with tiny.disk(small, "40m"):
-        with filled_at_step(output, small, 3), pytest.raises(lr.LoramError) as error:
+        with filled_after_a_checkpoint(output, small), pytest.raises(lr.LoramError) as error:
             lr.align(config(pruned, corpus, output, **settings))
         said = re.search(
             rf"the disk of {small}\S* is full at step (\d+); .*; the last good checkpoint is "
@@ -495,13 +495,13 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
 
 
 @contextlib.contextmanager
-def filled_at_step(output: Path, disk: Path, step: int) -> Iterator[None]:
-    """Have a disk full from the time when that step is logged, whatever is removed from it."""
-    metrics = output.with_name(f".{output.name}.work") / METRICS_FILE
+def filled_after_a_checkpoint(output: Path, disk: Path) -> Iterator[None]:
+    """Have a disk full once Ray Train has listed a checkpoint, whatever is removed from it."""
+    work = output.with_name(f".{output.name}.work")
     ended = threading.Event()
 
     def fill() -> None:
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        while not list(work.glob("align-*/checkpoint_manager_snapshot.json")):
             if ended.wait(0.01):
                 return
         with open(disk / "filler", "wb", buffering=0) as file:

@@ -33,6 +33,7 @@ from loram_ray.progress import METRICS_FILE
 from loram_ray.tensorfile import Checkpoint
 
 STEPS, BATCH, WORKERS, EVERY = 48, 4, 2, 3
+RAY = Path(sys.executable).with_name("ray")
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -279,7 +280,7 @@ def test_an_output_that_not_all_nodes_see_is_refused(
 ) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    blind = f"mount -t tmpfs tmpfs {hidden} && exec ray start --address={nodes.cluster.address} "
+    blind = f"mount -t tmpfs tmpfs {hidden} && exec {RAY} start --address={nodes.cluster.address} "
     started = subprocess.run(
         ["unshare", "--mount", "sh", "-c", f"{blind} --num-cpus=3"], capture_output=True, text=True
     )

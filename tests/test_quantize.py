@@ -486,7 +486,13 @@ def test_an_adapter_trained_on_it_is_recovered_and_merged(
     manifest = read_manifest(quantized)
     assert manifest is not None
     assert trained.manifest.details["model_parameters"] == whole
-    assert trained.manifest.details["model_bytes"] <= manifest.details["bytes"]
+    held = sum(  # a CPU holds the linears whose rows do not end with a block of 64 in bfloat16
+        2 * tensor.numel()
+        for name, tensor in stored(pruned).items()
+        if name.removesuffix("weight") + "weight.absmax" in stored(quantized)
+        and tensor.shape[1] % 64
+    )
+    assert trained.manifest.details["model_bytes"] <= manifest.details["bytes"] + held
     assert trained.manifest.parents["model"] == manifest.digest
     b = load_file(trained.output / ADAPTER_FILE)
     assert all(t.abs().max() > 0 for name, t in b.items() if "lora_B" in name)

@@ -20,7 +20,8 @@ from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
 from loram_ray.errors import LoramError
 
 TAG = "state"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
 _SPACE = 2**20
 """Bytes of a disk that has space left after a write has failed."""
 
@@ -65,13 +66,17 @@ def naming_full_disks(step: int, where: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         # torch writes in C++ and says neither errno nor the reason, so the disk is asked
         number = getattr(error, "errno", None)
-        if number not in _FULL and (number is not None or _has_space(where)):
+        if number not in FULL and (number is not None or _has_space(where)):
             raise
-        raise FailedStep(
-            f"align: the disk of {where} is full at step {step}; free some space and run the same "
-            "command again",
-            step - 1,
-        ) from error
+        raise FailedStep(full_disk(where, step), step - 1) from error
+
+
+def full_disk(where: Path, step: int) -> str:
+    """The line that says so."""
+    return (
+        f"align: the disk of {where} is full at step {step}; free some space and run the same "
+        "command again"
+    )
 
 
 def _has_space(folder: Path) -> bool:
@@ -79,33 +84,30 @@ def _has_space(folder: Path) -> bool:
     return shutil.disk_usage(existing).free >= _SPACE
 
 
-@contextmanager
-def last_checkpoint(work: Path, worker: int, workers: int) -> Iterator[tuple[Path | None, bool]]:
-    """Have the run's last checkpoint, and whether it was made universal for these workers."""
+def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None, bool]:
+    """Return the run's last checkpoint, and whether it was made universal for these workers."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        yield None, False
-        return
-    with checkpoint.as_directory() as directory:
-        found = Path(directory)
-        if workers_of(found) == workers:
-            yield found, False
-            return
-        universal = work / "universal" / Path(checkpoint.path).name
-        if worker == 0:
-            make_universal(found, TAG, universal)
-        torch.distributed.barrier()
-        yield universal, True
+        return None, False
+    found = Path(checkpoint.path)  # on storage that all workers share
+    if workers_of(found) == workers:
+        return found, False
+    universal = work / "universal" / found.name
+    if worker == 0:
+        make_universal(found, TAG, universal)
+    torch.distributed.barrier()
+    return universal, True
 
 
 def complete_checkpoints(storage: Path) -> dict[int, str]:
     """The checkpoints of earlier attempts, by their steps."""
-    return {_step_of(path): str(path) for path in storage.glob("step-*")}
+    return {step_of(path): str(path) for path in storage.glob("step-*")}
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
     return int(path.name.split("-")[1])
 
 
@@ -186,7 +188,7 @@ class Checkpoints:
         storage = ray.train.get_context().get_storage()
         started = time.perf_counter()
         try:
-            with naming_full_disks(_step_of(Path(checkpoint.path)), self._storage):
+            with naming_full_disks(step_of(Path(checkpoint.path)), self._storage):
                 return storage.persist_current_checkpoint(checkpoint, name)
         except FailedStep:
             shutil.rmtree(self._storage / name, ignore_errors=True)
@@ -198,5 +200,5 @@ class Checkpoints:
     def _remove_unfinished(self, resumed_at: int) -> None:
         """Remove what an attempt that was killed had not finished copying."""
         for path in self._storage.glob("step-*"):
-            if _step_of(path) > resumed_at:
+            if step_of(path) > resumed_at:
                 shutil.rmtree(path, ignore_errors=True)

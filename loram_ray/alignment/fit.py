@@ -7,11 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from loram_ray.alignment.checkpoints import FailedStep, complete_checkpoints
+from loram_ray.alignment.checkpoints import (
+    FULL,
+    FailedStep,
+    complete_checkpoints,
+    full_disk,
+    step_of,
+)
 from loram_ray.alignment.loop import LoopSettings, train_loop
+from loram_ray.alignment.whole_files import whole_files
 from loram_ray.cluster import gpus_per_worker
 from loram_ray.errors import LoramError
-from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.progress import METRICS_FILE, Reporter, follow, last_step
 from loram_ray.tracking import tracking
 
 
@@ -58,6 +65,7 @@ def fit(loop: LoopSettings) -> None:
         run_config=ray.train.RunConfig(
             name=loop.storage.name,
             storage_path=str(loop.work),
+            storage_filesystem=whole_files(),
             callbacks=[StopAtMistakes(complete_checkpoints(loop.storage))],
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
@@ -84,7 +92,7 @@ def fit(loop: LoopSettings) -> None:
         except ray.train.TrainingFailedError as error:
             failures = getattr(error, "worker_failures", {}).values()
             mistake = _mistake_in([*failures, getattr(error, "controller_failure", None)])
-            raise mistake or error from error
+            raise mistake or _full_disk_of(error, loop) or error from error
         finally:
             ended.set()
             watcher.join()
@@ -95,6 +103,22 @@ def _last_good(complete: dict[int, str], until: int) -> str:
     if not good:
         return "there is no good checkpoint before it"
     return f"the last good checkpoint is {complete[max(good)]}"
+
+
+def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:
+    """What to say if Ray Train itself, not a worker, found the run's disk full."""
+    import ray.train
+
+    failure = getattr(error, "controller_failure", None)
+    if not isinstance(failure, OSError) or failure.errno not in FULL:
+        return None
+    try:
+        last = ray.train.Result.from_path(str(loop.storage), whole_files()).checkpoint
+    except RuntimeError:  # Ray Train has no list of checkpoints yet
+        last = None
+    complete = {step_of(Path(last.path)): last.path} if last is not None else {}
+    step = last_step(loop.work / METRICS_FILE)
+    return LoramError(f"{full_disk(loop.storage, step)}; {_last_good(complete, step)}")
 
 
 def _mistake_in(failures: Iterable[Any]) -> LoramError | None:

@@ -76,11 +76,11 @@ def train_loop(settings: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())
     with alone(loop.work) if rank == 0 else nullcontext():
-        with last_checkpoint(loop.work, rank, workers) as (checkpoint, universal):
-            teacher = loop.inputs.teacher
-            engine, progress = start_engine(
-                loop.config, loop.deepspeed, teacher, workers, checkpoint, universal
-            )
+        checkpoint, universal = last_checkpoint(loop.work, rank, workers)
+        teacher = loop.inputs.teacher
+        engine, progress = start_engine(
+            loop.config, loop.deepspeed, teacher, workers, checkpoint, universal
+        )
         staging = loop.config.staging_folder
         checkpoints = Checkpoints(loop.storage, rank, progress.steps, staging)
         progress = _train(engine, loop, rank, workers, progress, checkpoints)

@@ -1,0 +1,67 @@
+"""Files that appear whole or not at all, for what Ray Train writes of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+from fsspec.implementations.local import LocalFileSystem
+
+
+def whole_files() -> pyarrow.fs.FileSystem:
+    """The local file system, on which a file that is written replaces the old one when it is whole.
+
+    Ray Train rewrites its list of a run's checkpoints in place: on a full disk, or when it is
+    killed then, the list and with it all checkpoints would be lost.
+    """
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_WholeFiles()))
+
+
+class _WholeFiles(LocalFileSystem):
+    def _open(self, path: Any, mode: Any = "rb", *args: Any, **options: Any) -> Any:
+        if mode != "wb":
+            return super()._open(path, mode, *args, **options)
+        return _WholeFile(path)
+
+
+class _WholeFile:
+    """A file that is being written; one whose writing failed is removed when it is closed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._partial = self._path.with_name(f".{self._path.name}.partial")
+        self._file = self._partial.open("wb")
+        self._failed = False
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError:
+            self._failed = True
+            raise
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            self._file.close()
+        except OSError:
+            self._failed = True
+            raise
+        finally:
+            if self._failed:
+                self._partial.unlink()
+        if not self._failed:
+            os.replace(self._partial, self._path)
