@@ -469,7 +469,7 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
         "workers": 2,
         "zero_stage": 2,
         "checkpoint_every": 1,
-        "steps": 40,
+        "steps": 16,
         "staging_folder": small if where == "staging" else tmp_path / "staging",
     }
     output = (small if where == "output" else tmp_path) / "aligned"
