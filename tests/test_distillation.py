@@ -249,8 +249,9 @@ def test_live_sums_and_gradients_are_those_of_whole_logits(
     (expected @ weights).backward()
     expected_gradients = {n: p.grad.clone() for n, p in pruned.named_parameters()}
     pruned.zero_grad()
-    found = module(*batch)
-    (found @ weights).backward()
+    loss, found = module(*batch)
+    loss.backward()
+    torch.testing.assert_close(loss, expected @ weights)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for name, parameter in pruned.named_parameters():
         torch.testing.assert_close(
@@ -272,9 +273,9 @@ def test_cached_targets_of_the_whole_vocabulary_are_live_ones(
     gradients = []
     for module, target in ((live, None), (cached, top)):
         pruned.zero_grad()
-        sums = module(*batch, target)
-        (sums @ torch.tensor(module.weights)).backward()
-        gradients.append((sums.detach(), {n: p.grad.clone() for n, p in pruned.named_parameters()}))
+        loss, sums = module(*batch, target)
+        loss.backward()
+        gradients.append((sums, {n: p.grad.clone() for n, p in pruned.named_parameters()}))
     (first, of_live), (second, of_cached) = gradients
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
     for name, gradient in of_live.items():
@@ -287,7 +288,8 @@ def test_the_causal_objective_is_the_papers(
     config = aligning().model_copy(update={"objective": "causal_lm"})
     module = AlignmentModel(models[0], config)
     assert module.weights == (1.0, 0.0, 0.0)
-    sums = module(*batch)
+    loss, sums = module(*batch)
+    assert float(loss.detach()) == float(sums[0])
     assert sums[1:].tolist() == [0.0, 0.0]
     count = int((batch[1][:, 1:] != IGNORED).sum())
     expected = models[0](batch[0], labels=batch[1]).loss

@@ -115,6 +115,7 @@ def test_the_head_is_applied_equally_often_whatever_the_labels(
     model: LlamaForCausalLM, batch: dict[str, torch.Tensor]
 ) -> None:
     """ZeRO-3 gathers the head at each application, together on all workers, or they hang."""
+    model.lm_head.weight.ds_id = 0  # how DeepSpeed marks what it has partitioned
     calls = []
     for kept in (23, 9, 2, 0):
         labels = batch["labels"].clone()
@@ -158,4 +159,4 @@ def test_logits_of_one_chunk_exist_at_a_time(
     total.backward()
     handle.remove()
     assert max(rows) == 10
-    assert sum(rows) == 2 * int(count)  # once forward and once again for the gradients
+    assert sum(rows) == int(count)  # the gradients are computed meanwhile

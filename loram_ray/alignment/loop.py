@@ -162,12 +162,12 @@ def _take_step(engine: Any, micro_batches: list[MicroBatch], workers: int) -> to
     tokens = _sum_over_workers(predicted).clamp(min=1)
     sums = torch.zeros(len(PARTS), device=engine.device)
     for batch in micro_batches:
-        found = engine(batch.input_ids, batch.labels, batch.top, batch.positions)
+        loss, parts = engine(batch.input_ids, batch.labels, batch.top, batch.positions)
         # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
         share = len(micro_batches) * workers / tokens
-        engine.backward(engine.module.loss(found) * share)
+        engine.backward(loss * share)
         engine.step()
-        sums += found.detach()
+        sums += parts
     return _sum_over_workers(sums) / tokens
 
 

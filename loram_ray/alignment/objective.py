@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from loram_ray.config import AlignConfig
 from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
-from loram_ray.losses import labelled, logits_of, sum_in_chunks
+from loram_ray.losses import labelled, logits_of, output_head, sum_in_chunks
 
 PARTS = ("nll", "divergence", "hidden_error")
 
@@ -46,8 +46,8 @@ class AlignmentModel(nn.Module):
         labels: torch.Tensor,
         top: TopTokens | None = None,
         positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Sum each of `PARTS` over the predicted tokens of a micro-batch.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the loss, and each of `PARTS`, over the predicted tokens of a micro-batch.
 
         Args:
             input_ids: int64 ``[batch, seq]``.
@@ -57,7 +57,7 @@ class AlignmentModel(nn.Module):
                 to see each other.
 
         Returns:
-            Float32 ``[3]``.
+            The loss, a float32 scalar, and the parts, float32 ``[3]``, which have no gradient.
         """
         wanted = labelled(labels)
 
@@ -75,10 +75,16 @@ class AlignmentModel(nn.Module):
                 hidden = hidden + hidden_error(rows(mine), rows(base)).sum() / len(layers)
         elif top is not None:
             targets = [rows(part) for part in (top.token_ids, top.log_probs, top.missing)]
-        chunked = sum_in_chunks(
-            self._chunk, (rows(states), labels[:, 1:][wanted], *targets), wanted.numel()
+        loss, chunked = sum_in_chunks(
+            self._chunk,
+            (rows(states), labels[:, 1:][wanted], *targets),
+            wanted.numel(),
+            output_head(self.model),
+            hidden.new_tensor(self.weights[:2]),
         )
-        return torch.cat([chunked.expand(2), hidden[None]])
+        if self._hidden_layers:
+            loss = loss + self.weights[2] * hidden
+        return loss, torch.cat([chunked, hidden.detach()[None]])
 
     def loss(self, sums: torch.Tensor) -> torch.Tensor:
         """Weigh sums, or means, of `PARTS` ``[3]``; float32 scalar."""

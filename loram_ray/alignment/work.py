@@ -56,7 +56,7 @@ def work_of(config: AlignConfig, pruned: ModelShapes, teacher: ModelShapes | Non
     length = config.corpus.sequence_length
     layers, head = forward_of(pruned, length)
     head *= (length - 1) / length
-    recomputed = head
+    recomputed = head if config.zero_stage == 3 else 0.0
     if config.activation_checkpointing:
         recomputed += layers - 2.0 * pruned.hidden * sum(layer.neurons for layer in pruned.layers)
     base = 0.0

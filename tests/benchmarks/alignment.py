@@ -64,7 +64,7 @@ def without_ray(settings: lr.AlignConfig, corpus: Path) -> float:
         for start in range(step * BATCH, (step + 1) * BATCH, MICRO_BATCH):
             part = {key: value[start : start + MICRO_BATCH] for key, value in rows.items()}
             batch = to_device(part, engine.device, None)
-            engine.backward(engine.module.loss(engine(batch.input_ids, batch.labels)))
+            engine.backward(engine(batch.input_ids, batch.labels)[0])
             engine.step()
         rates.append(BATCH * LENGTH / (time.perf_counter() - started))
     torch.distributed.destroy_process_group()
