@@ -23,6 +23,8 @@ from measure import in_fresh_process, median
 import loram_ray as lr
 
 STEPS, BATCH, LENGTH, MICRO_BATCH, WARM = 12, 8, 256, 2, 4
+CHARACTERS = 6
+"""Of a token, at most, on the average of a file of prose."""
 KINDS = ("8", "64", "live")
 QUICK = {"steps": 4, "length": 32}
 
@@ -37,7 +39,7 @@ def work(folder: Path, kind: str, steps: int, length: int) -> dict[str, Any]:
             "base": str(folder / "base"),
             "output": folder / f"aligned_{kind}",
             "corpus": {
-                "sources": [{"path": str(folder / "text.jsonl")}],
+                "sources": [{"path": str(folder / "some.jsonl")}],
                 "sequence_length": length,
             },
             "objective": "distillation",
@@ -65,6 +67,14 @@ def work(folder: Path, kind: str, steps: int, length: int) -> dict[str, Any]:
     }
 
 
+def write_some(text: Path, output: Path, tokens: int) -> None:
+    """Copy as many documents as have the tokens: the base passes over all of them."""
+    with open(text) as documents, open(output, "w") as file:
+        written = 0
+        while written < CHARACTERS * tokens and (line := documents.readline()):
+            written += file.write(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -80,7 +90,8 @@ def main() -> None:
     if options.only:
         print(json.dumps(work(folder, options.only, options.steps, options.length)))
         return
-    write_inputs(folder, options.quick)
+    text = write_inputs(folder, options.quick).text
+    write_some(text, folder / "some.jsonl", options.steps * BATCH * options.length)
     sizes = ("--steps", str(options.steps), "--length", str(options.length))
     found = {
         kind: in_fresh_process(Path(__file__), str(folder), *sizes, "--only", kind)
