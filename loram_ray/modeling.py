@@ -152,6 +152,9 @@ def load_model(
     if getattr(model, "is_loaded_in_4bit", False):
         from loram_ray.nf4 import mend_on_cpu
 
+        for parameter in model.parameters():  # transformers leaves what is not quantised as stored
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[precision])
         mend_on_cpu(model)
     return model
 
