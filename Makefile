@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/loram run --config jobs/configs/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # seconds; a checkpoint may wait so long
@@ -33,10 +33,14 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, made once and kept in the repository's cache directory."""
     import prepare_demo
 
-    directory = Path(__file__).parents[1] / ".cache" / "smollm2"
-    if not directory.exists():
-        directory.parent.mkdir(exist_ok=True)
-        prepare_demo.write_base(directory)
+    from loram_ray.waiting import alone
+
+    cache = Path(__file__).parents[1] / ".cache"
+    cache.mkdir(exist_ok=True)
+    directory = cache / "smollm2"
+    with alone(cache):  # tests in another process want it, too
+        if not directory.exists():
+            prepare_demo.write_base(directory)
     return directory
 
 
