@@ -3,7 +3,8 @@
     python tests/benchmarks/trainer.py FOLDER
     python tests/benchmarks/trainer.py FOLDER --quick
 
-Both train SmolLM2-135M pruned at 0.65 on two processes of one thread, the Trainer's started by
+Both train SmolLM2-135M pruned at 0.65 on two processes of one thread (``--processes 1`` leaves a
+core of a machine with two to all others), the Trainer's started by
 torch's launcher: the same packed sequences in the same order, batch, precision, AdamW, learning
 rate, clipping and DeepSpeed dictionary. In turns. A step's rate is that of the median step after
 the warm-up ones, by each one's own log of steps; whole seconds are of the command, from no process
@@ -38,22 +39,22 @@ STEPS, BATCH, LENGTH, MICRO_BATCH, WARM = 12, 8, 256, 2, 4
 QUICK = {"steps": 4, "length": 32, "rounds": 1}
 
 
-def settings_of(folder: Path, output: Path, stage: int, steps: int, length: int) -> lr.AlignConfig:
+def settings_of(folder: Path, options: argparse.Namespace) -> lr.AlignConfig:
     return lr.AlignConfig.model_validate(
         {
             "pruned": folder / "pruned",
-            "output": output,
+            "output": folder / "aligned",
             "corpus": {
                 "sources": [{"path": str(folder / "text.jsonl")}],
-                "sequence_length": length,
+                "sequence_length": options.length,
             },
-            "steps": steps,
+            "steps": options.steps,
             "batch_size": BATCH,
             "micro_batch_size": MICRO_BATCH,
-            "workers": PROCESSES,
+            "workers": options.processes,
             "optimiser": {"learning_rate": 5e-5, "warmup_steps": 2},
-            "zero_stage": stage,
-            "checkpoint_every": steps,
+            "zero_stage": options.stages[0],
+            "checkpoint_every": options.steps,
         }
     )
 
@@ -122,7 +123,7 @@ def peers(settings: lr.AlignConfig, rows: Path, output: Path) -> dict[str, Any] 
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=settings.accumulation(PROCESSES),
+        gradient_accumulation_steps=settings.accumulation(settings.workers),
         max_steps=settings.total_steps,
         learning_rate=settings.optimiser.learning_rate,
         warmup_steps=settings.optimiser.warmup_steps,
@@ -131,7 +132,7 @@ def peers(settings: lr.AlignConfig, rows: Path, output: Path) -> dict[str, Any] 
         max_grad_norm=settings.optimiser.max_grad_norm,
         bf16=True,
         use_cpu=True,
-        deepspeed=deepspeed_config(settings, {}, PROCESSES),
+        deepspeed=deepspeed_config(settings, {}, settings.workers),
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -154,10 +155,10 @@ def peers(settings: lr.AlignConfig, rows: Path, output: Path) -> dict[str, Any] 
     return {"tokens_per_s": tokens / median(seconds.tolist()), "losses": Clock.losses}
 
 
-def launched(*arguments: str) -> dict[str, Any]:
-    """Run this script in two processes by torch's launcher; the last line is its result."""
+def launched(processes: int, *arguments: str) -> dict[str, Any]:
+    """Run this script in processes of torch's launcher; the last line is its result."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={PROCESSES}", __file__, *arguments]
+    command += [f"--nproc_per_node={processes}", __file__, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith(b'{"tokens_per_s"')]
@@ -165,12 +166,11 @@ def launched(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def compare(folder: Path, stage: int, steps: int, length: int, rounds: int) -> dict[str, Any]:
+def compare(folder: Path, stage: int, options: argparse.Namespace) -> dict[str, Any]:
     """Rounds in turns at one ZeRO stage."""
-    arguments = (str(folder), "--stages", str(stage), "--steps", str(steps))
-    arguments += ("--length", str(length))
+    arguments = (str(folder), "--stages", str(stage), *sizes_of(options))
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for who in runs:
             for name in ("aligned", "trained"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -178,7 +178,7 @@ def compare(folder: Path, stage: int, steps: int, length: int, rounds: int) -> d
             if who == "ours":
                 found = in_fresh_process(Path(__file__), *arguments, "--work", "ours")
             else:
-                found = launched(*arguments, "--work", "peer")
+                found = launched(options.processes, *arguments, "--work", "peer")
             runs[who].append({**found, "seconds": time.perf_counter() - started})
             print(stage, who, runs[who][-1], file=sys.stderr, flush=True)
     pairs = list(zip(runs["ours"], runs["peer"], strict=True))
@@ -196,6 +196,11 @@ def compare(folder: Path, stage: int, steps: int, length: int, rounds: int) -> d
     }
 
 
+def sizes_of(options: argparse.Namespace) -> tuple[str, ...]:
+    names = ("steps", "length", "processes")
+    return tuple(word for name in names for word in (f"--{name}", str(getattr(options, name))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -203,6 +208,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
     parser.add_argument("--work", choices=["prepare", "ours", "peer"])
     options = parser.parse_args()
@@ -212,17 +218,12 @@ def main() -> None:
     folder = options.folder.resolve()
     if options.work is None:
         write_inputs(folder, options.quick)
-        sizes = ("--steps", str(options.steps), "--length", str(options.length))
-        in_fresh_process(Path(__file__), str(folder), *sizes, "--work", "prepare")
-        found = {
-            str(stage): compare(folder, stage, options.steps, options.length, options.rounds)
-            for stage in options.stages
-        }
-        sizes_of = {"steps": options.steps, "tokens_a_step": BATCH * options.length}
-        print(json.dumps({**sizes_of, "stages": found}))
+        in_fresh_process(Path(__file__), str(folder), *sizes_of(options), "--work", "prepare")
+        found = {str(stage): compare(folder, stage, options) for stage in options.stages}
+        sizes = {"steps": options.steps, "tokens_a_step": BATCH * options.length}
+        print(json.dumps({**sizes, "processes": options.processes, "stages": found}))
         return
-    output = folder / "aligned"
-    settings = settings_of(folder, output, options.stages[0], options.steps, options.length)
+    settings = settings_of(folder, options)
     if options.work == "prepare":
         from loram_ray.cluster import ray_session
         from loram_ray.corpus.prepare import prepare_corpus
