@@ -25,7 +25,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from loram_ray.alignment.deepspeed import read_users
 from loram_ray.alignment.estimate import GB, GPU_MEMORY, Cluster, Estimate, estimate
@@ -33,7 +32,7 @@ from loram_ray.alignment.shapes import ModelShapes, shapes_of
 from loram_ray.alignment.work import NVLINK
 from loram_ray.config.reading import load_run, section_of
 from loram_ray.errors import LoramError
-from loram_ray.manifest import read_config_file, read_model_config
+from loram_ray.planning.bases import base_config
 
 PARTS = (
     "weights",
@@ -47,25 +46,6 @@ PARTS = (
     "update",
     "host",
 )
-
-
-def base_config(base: str, file: Path | None) -> dict[str, Any]:
-    """Read the base's ``config.json``: of a file, a directory or, by itself, a hub model."""
-    place = file or Path(base)
-    if place.is_dir():
-        return read_model_config(place)
-    if file is not None:
-        return read_config_file(file)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return read_config_file(Path(hf_hub_download(base, "config.json")))
-    except (OSError, ValueError) as error:
-        raise LoramError(
-            f"prune.base {base} is no directory here and its config.json could not be had from the "
-            f"hub ({type(error).__name__}); check the name, the network and HF_TOKEN, or give "
-            "--base-config FILE"
-        ) from error
 
 
 def as_markdown(

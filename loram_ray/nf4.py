@@ -46,7 +46,14 @@ def linears_to_quantize(directory: Path) -> list[str]:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return linears_of(model)
+
+
+def linears_of(model: PreTrainedModel) -> list[str]:
+    """Paths of the linears of a model, on any device, that transformers would quantise."""
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model, None, list(model._keep_in_fp32_modules or ())
+    )
     return [
         name
         for name, module in model.named_modules()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loram_ray.alignment.engine import freeze
 from loram_ray.alignment.throughput import linear_weights
@@ -96,16 +96,29 @@ def shapes_of(
             f"prune.base must be a dense model for an estimate, got {family.model_type}: how many "
             "experts a token takes is not modelled; choose a dense family"
         )
-    base = _empty(base_config)
-    config = base_config
-    if prune.pattern == STRUCTURED:
-        plan = _random_plan(family, geometry, prune)
-        specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in base.named_parameters()}
-        config = pruned_config(base_config, plan, plan.linear_shapes(specs))
-    pruned = _empty(config)
+    base = empty_model(base_config)
+    pruned = empty_model(config_after(base_config, prune, base))
     freeze(pruned, frozen)
     base.requires_grad_(False)
     return model_shapes(pruned), model_shapes(base)
+
+
+def config_after(
+    base_config: dict[str, Any], prune: PruneConfig, base: nn.Module
+) -> dict[str, Any]:
+    """``config.json`` of the pruned model; masked weights have the base's shapes.
+
+    Args:
+        base_config: the base's ``config.json``.
+        prune: how it is pruned.
+        base: a model of that configuration, on any device.
+    """
+    if prune.pattern != STRUCTURED:
+        return base_config
+    family = architecture_of(base_config.get("model_type"))
+    plan = _random_plan(family, family.geometry(base_config), prune)
+    specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in base.named_parameters()}
+    return pruned_config(base_config, plan, plan.linear_shapes(specs))
 
 
 def model_shapes(model: Any) -> ModelShapes:
@@ -158,10 +171,14 @@ def _random_plan(family: Architecture, geometry: Geometry, prune: PruneConfig) -
     )
 
 
-def _empty(config: dict[str, Any]) -> nn.Module:
+def empty_model(
+    config: dict[str, Any], device: str = "meta", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal LM of a ``config.json``, stock or pruned; on the meta device, without weights."""
     register()
     settings = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **settings)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **settings), dtype=dtype
         )
+    return model

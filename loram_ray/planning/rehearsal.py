@@ -1,0 +1,238 @@
+"""Peak memory of a training step, by carrying it out on tensors that have shapes and no values.
+
+The model, PEFT's adapter, the loss and the backward pass are those that `train` runs; a linear in
+NF4 is one that makes its weight in bfloat16 whenever it is asked, as bitsandbytes does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from loram_ray.alignment.shapes import empty_model
+from loram_ray.architectures import Architecture
+from loram_ray.config import TrainConfig
+from loram_ray.finetuning.trainer import lora_config
+from loram_ray.losses import logits_of, output_head, sum_in_chunks
+from loram_ray.modeling import DTYPES
+from loram_ray.planning.sizes import sizes_of
+
+_BLOCK = 64
+_MOMENTS = 2
+_KINDS = ("activations", "logits", "workspace")
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a GPU at the largest moment of training.
+
+    Attributes:
+        weights: of the frozen model.
+        adapter: of the LoRA, float32.
+        optimiser: AdamW's two moments.
+        gradients: of the adapter.
+        activations: what the backward pass needs, and what is being computed.
+        logits: over the vocabulary, and their gradient.
+        workspace: weights that are made whole from NF4, and AdamW's own where that is more than a
+            step's activations.
+    """
+
+    weights: int
+    adapter: int
+    optimiser: int
+    gradients: int
+    activations: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+def training_memory(
+    model_config: dict[str, Any], family: Architecture, train: TrainConfig, quantized: bool
+) -> TrainingMemory:
+    """Rehearse one micro-batch of ``max_length`` tokens, each with a label.
+
+    Args:
+        model_config: ``config.json`` of the model that is trained on.
+        family: the base's.
+        train: the stage's configuration; its paths are not read.
+        quantized: whether the model's linears are in NF4.
+
+    Raises:
+        ValueError: targets that the model lacks.
+    """
+    dtype = DTYPES[train.precision]
+    model = empty_model(model_config, dtype=dtype)
+    sizes = sizes_of(model)
+    weights = sizes.nf4_loaded if quantized else dtype.itemsize * sizes.parameters
+    tracker = _Tracker(model.config.vocab_size)
+    if quantized:
+        _quantize(model, tracker)
+    adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
+    with FakeTensorMode():
+        _imagine(adapted)
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        with tracker, autocast:
+            _step(model, train.micro_batch_size, train.max_length)
+    adapter = sum(p.nbytes for p in trained)
+    parts = tracker.at_peak
+    update = _MOMENTS * adapter  # of torch's AdamW over all tensors at once: root and quotient
+    parts["workspace"] += max(0, update - sum(parts.values()))
+    return TrainingMemory(
+        weights=weights,
+        adapter=adapter,
+        optimiser=_MOMENTS * adapter,
+        gradients=adapter,
+        **parts,
+    )
+
+
+def _imagine(model: nn.Module) -> None:
+    """Put tensors on a CPU that are not there in place of those on the meta device."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = fake
+                held[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _step(model: PreTrainedModel, batch: int, length: int) -> None:
+    """Forward and backward as `LoraTrainer` does, where every token has a label."""
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0]
+    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    labels = ids[:, 1:].reshape(-1)
+
+    def loss(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits_of(model, states), labels, reduction="sum")
+
+    total, _ = sum_in_chunks(loss, (states, labels), len(labels), output_head(model))
+    (total / len(labels)).backward()
+
+
+class _Tracker(TorchDispatchMode):
+    """Follows the storages that operations make.
+
+    Attributes:
+        at_peak: bytes of each kind at the largest moment.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self._vocabulary = vocabulary
+        self._kind: str | None = None
+        self._now = dict.fromkeys(_KINDS, 0)
+        self._alive: set[int] = set()
+        self._peak = 0
+        self.at_peak = dict(self._now)
+
+    @contextmanager
+    def naming(self, kind: str) -> Iterator[None]:
+        """What is made inside is of that kind."""
+        self._kind = kind
+        try:
+            yield
+        finally:
+            self._kind = None
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        arguments: tuple[Any, ...] = (),
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Any:
+        known = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves(arguments)
+            if isinstance(leaf, torch.Tensor)
+        }
+        result = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        over_words = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+        kind = self._kind or ("logits" if over_words else "activations")
+        self._alive.add(key)
+        self._now[kind] += size
+        weakref.finalize(storage, self._drop, key, kind, size)
+        if sum(self._now.values()) > self._peak:
+            self._peak = sum(self._now.values())
+            self.at_peak = dict(self._now)
+
+    def _drop(self, key: int, kind: str, size: int) -> None:
+        self._alive.discard(key)
+        self._now[kind] -= size
+
+
+class _Nf4Linear(nn.Linear):
+    """A linear whose weight is made when it is needed; ``tracker`` is told."""
+
+    tracker: _Tracker
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _Product.apply(x.to(torch.bfloat16), self)
+        return found if self.bias is None else found + self.bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: _Nf4Linear) -> torch.Tensor:
+        ctx.linear = linear
+        return x @ _whole(linear).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ _whole(ctx.linear), None
+
+
+def _whole(linear: _Nf4Linear) -> torch.Tensor:
+    """A weight in bfloat16; the float32 scales that it is made with are gone after that."""
+    shape = linear.out_features, linear.in_features
+    with linear.tracker.naming("workspace"):
+        scales = torch.empty(shape[0] * shape[1] // _BLOCK)
+        weight = torch.empty(shape, dtype=torch.bfloat16)
+        del scales
+    return weight
+
+
+def _quantize(model: PreTrainedModel, tracker: _Tracker) -> None:
+    from loram_ray.nf4 import linears_of
+
+    for name in linears_of(model):
+        linear = model.get_submodule(name)
+        linear.__class__ = _Nf4Linear
+        linear.tracker = tracker  # type: ignore[assignment]
