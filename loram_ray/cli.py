@@ -29,7 +29,7 @@ app = typer.Typer(
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
         "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
-        "For publishers: quantize and publish."
+        "For publishers: quantize and publish. Before all of them: plan."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -153,6 +153,44 @@ def run_command(
     if result.rows:
         _print_comparison(result.rows)
     print(f"results: {result.output}")
+
+
+_PLAN_HELP = """What a recipe will need, from shapes alone, before anything is loaded or rented.
+
+loram plan --config jobs/configs/llama-3.1-70b.yaml
+
+loram plan --config jobs/configs/llama-3.1-70b.yaml --set prune.ratio=0.95
+
+Parameters and bytes of the base and of the pruned model, in bf16 and in NF4 (nominal: four bits a
+parameter, as the paper counts; stored: what quantize writes, with embeddings and lm_head in bf16);
+the memory of training a LoRA, by parts, and the GPUs that have it; what alignment needs. Only the
+base's config.json is read; the shapes of the Llama 2 and 3.1 models are known without. Where the
+config has no train section, training is as by default, with a LoRA on lm_head as in the paper.
+"""
+
+
+@app.command("plan", help=_PLAN_HELP)
+def plan_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    base_config: Annotated[
+        Path | None,
+        typer.Option("--base-config", help="The base's config.json, if it is nowhere else."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a recipe will need."""
+    from loram_ray.planning.forecast import forecast
+    from loram_ray.planning.tables import tables
+
+    found = forecast(config, overrides or (), base_config)
+    if as_json:
+        _print_json(found.as_json())
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for part in tables(found):
+        console.print(part)
 
 
 def _print_comparison(rows: list[dict[str, Any]]) -> None:

@@ -42,6 +42,9 @@ class TrainConfig(Section):
     )
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=1e-4, warmup_steps=10)
     precision: Precision = Field("bf16", description="of frozen weights and activations")
+    activation_checkpointing: bool = Field(
+        False, description="keep only layers' inputs, compute the rest again in the backward pass"
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="actor failures survived")
     cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE
@@ -147,6 +148,7 @@ def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSumm
         model = _with_adapter(
             frozen, lora_config(config.lora, family_of(config.model)), config.model
         )
+        save_memory(model, config)
         trainer = _trainer(model, table, end_of_text(tokenizer), config, work, device)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
@@ -161,6 +163,21 @@ def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSumm
             model_bytes=model_bytes,
             seconds=time.perf_counter() - started,
         )
+
+
+def save_memory(model: peft.PeftModel, config: TrainConfig) -> None:
+    """Have a model keep less for the backward pass.
+
+    PEFT turns the inputs of a LoRA into float32, the dtype of its weights, which autocast then
+    turns back: where autocast is on, that costs memory and changes nothing.
+    """
+    if config.precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    if config.activation_checkpointing:
+        base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+        base.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _with_adapter(

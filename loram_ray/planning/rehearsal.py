@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from loram_ray.alignment.shapes import empty_model
 from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
-from loram_ray.finetuning.trainer import lora_config
+from loram_ray.finetuning.trainer import lora_config, save_memory
 from loram_ray.losses import logits_of, output_head, sum_in_chunks
 from loram_ray.modeling import DTYPES
 from loram_ray.planning.sizes import sizes_of
@@ -66,7 +66,7 @@ class TrainingMemory:
 def training_memory(
     model_config: dict[str, Any], family: Architecture, train: TrainConfig, quantized: bool
 ) -> TrainingMemory:
-    """Rehearse one micro-batch of ``max_length`` tokens, each with a label.
+    """Rehearse one micro-batch of ``max_length`` tokens, each with a label, under a padding mask.
 
     Args:
         model_config: ``config.json`` of the model that is trained on.
@@ -85,6 +85,7 @@ def training_memory(
     if quantized:
         _quantize(model, tracker)
     adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
+    save_memory(adapted, train)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
     with FakeTensorMode():
         _imagine(adapted)
@@ -123,9 +124,10 @@ def _imagine(model: nn.Module) -> None:
 
 
 def _step(model: PreTrainedModel, batch: int, length: int) -> None:
-    """Forward and backward as `LoraTrainer` does, where every token has a label."""
+    """Forward and backward as `LoraTrainer` does; the mask's values are not known, so it is used."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0]
+    mask = torch.ones_like(ids)
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     labels = ids[:, 1:].reshape(-1)
 

@@ -1,0 +1,162 @@
+"""Plans of recipes against the paper's figures, written directories and measured training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import adapters
+import pytest
+import tiny
+import torch
+from allocations import Allocations
+from safetensors import safe_open
+from test_cli import loram
+from test_finetuning import config as training
+from test_recipes import CONFIGS, RECIPES
+
+import loram_ray as lr
+from loram_ray.architectures import architecture_of
+from loram_ray.finetuning.trainer import train_adapter
+from loram_ray.manifest import read_model_config
+from loram_ray.modeling import load_model
+from loram_ray.planning.bases import PUBLISHED, base_config
+from loram_ray.planning.forecast import forecast
+from loram_ray.planning.gpus import GPUS, fitting
+from loram_ray.planning.rehearsal import TrainingMemory, training_memory
+from loram_ray.planning.sizes import sizes_of
+
+# METHOD.md: recipe, ratio, parameters in billions, reduction in bf16 and of QLoRAM.
+PAPER = [
+    ("llama-2-70b", 0.65, "28.10", "2.45", "9.82"),
+    ("llama-2-70b", 0.75, "21.49", "3.21", "12.84"),
+    ("llama-2-70b", 0.85, "16.27", "4.24", "16.95"),
+    ("llama-2-70b", 0.95, "9.66", "7.14", "28.56"),
+    ("llama-3.1-70b", 0.85, "17.85", "3.95", "15.81"),
+    ("llama-2-13b", 0.65, "6.01", "2.17", "8.67"),
+]
+SMALL = ("train.max_length=16", "train.micro_batch_size=1")  # the rest does not depend on it
+
+
+def plan(recipe: str, *overrides: str) -> dict[str, Any]:
+    return forecast(CONFIGS / f"{recipe}.yaml", overrides).as_json()
+
+
+@pytest.mark.parametrize(("recipe", "ratio", "billions", "bf16", "nf4"), PAPER)
+def test_reductions_are_the_published_ones(
+    recipe: str, ratio: float, billions: str, bf16: str, nf4: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = TrainingMemory(*[0] * 7)
+    monkeypatch.setattr("loram_ray.planning.forecast.training_memory", lambda *_, **__: nothing)
+    found = plan(recipe, f"prune.ratio={ratio}")
+    assert f"{found['pruned_parameters'] / 1e9:.2f}" == billions
+    reduction = found["reduction"]
+    assert f"{reduction['bf16']:.2f}" == bf16
+    assert f"{reduction['nf4_nominal']:.2f}" == nf4
+    assert reduction["bf16"] < reduction["nf4_stored"] < reduction["nf4_nominal"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_known_shapes_are_those_that_publishers_describe(name: str) -> None:
+    run = lr.load_run(CONFIGS / f"{name}.yaml")
+    expected = RECIPES[name][0].to_dict()
+    assert {key: expected[key] for key in PUBLISHED[run.base]} == PUBLISHED[run.base]
+
+
+def test_the_headline_fits_as_the_paper_says() -> None:
+    """LLaMA-3.1-70B: its nominal bytes are the paper's 8.3 GiB, its stored ones about 11.5 GiB."""
+    found = plan("llama-3.1-70b", *SMALL)
+    assert found["pruned"]["nf4_nominal"] / 2**30 == pytest.approx(8.3, abs=0.05)
+    assert found["pruned"]["nf4_stored"] / 2**30 == pytest.approx(11.5, abs=0.05)
+    parts = dict(found["train"]["peak_bytes"])
+    assert parts.pop("total") == sum(parts.values())
+    assert {"RTX 4000 Ada", "RTX 3090, RTX 4090"} <= set(found["train"]["fits"])
+    assert found["align"]["gpus"] == 8
+
+
+def test_stored_bytes_are_those_of_the_written_tensors(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base", hidden=128, intermediate=448, dtype=torch.bfloat16)
+    settings = lr.PruneConfig(base=str(base), output=tmp_path / "pruned", ratio=0.5, layers=(1, 3))
+    pruned = lr.prune(settings).output
+    lr.quantize(lr.QuantizeConfig(model=pruned, output=tmp_path / "quantized"))
+    written = 0
+    for file in (tmp_path / "quantized").glob("model*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            written += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    found = sizes_of(load_model(pruned))
+    # the mean of a weight's scales is text of some length
+    assert found.nf4_stored == pytest.approx(written, abs=8 * len(adapters.LINEARS) * 4)
+    assert found.nf4_loaded < found.nf4_stored
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation_checkpointing": True},
+        {"precision": "fp32"},
+        {"lora": {"r": 4, "alpha": 8, "lm_head": True}},
+        {"lora": {"r": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}},
+    ],
+)
+def test_peaks_are_those_of_real_training(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Every tensor of a real training on this machine is followed, the model's among them."""
+    base = tiny.write_base(tmp_path / "base", hidden=128, intermediate=384, layers=6)
+    text = "a b c d e f g h " * 40  # longer than the longest example
+    rows = [{"prompt": "p", "completion": text[: 640 - 500 * (i == 0)]} for i in range(8)]
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    config = training(base, data, tmp_path, steps=2, batch_size=8, micro_batch_size=8)
+    config = lr.TrainConfig.model_validate(
+        {**config.model_dump(), "max_length": 256, "precision": "bf16", **changes}
+    )
+    expected = training_memory(
+        read_model_config(base), architecture_of("llama"), config, quantized=False
+    )
+    (tmp_path / "work").mkdir()
+    (tmp_path / "out").mkdir()
+    with Allocations() as allocations:
+        before = allocations.now
+        train_adapter(config, tmp_path / "work", tmp_path / "out")
+    assert allocations.peak - before == pytest.approx(expected.total, rel=0.1)
+
+
+def test_in_nf4_a_weight_is_made_whole_now_and_then() -> None:
+    config = training(Path("unread"), Path("unread"), Path("unwritten"), precision="bf16")
+    shapes = tiny.llama_config(hidden=256, intermediate=512).to_dict()
+    family = architecture_of("llama")
+    whole = training_memory(shapes, family, config, quantized=False)
+    found = training_memory(shapes, family, config, quantized=True)
+    assert found.weights < whole.weights / 2
+    assert whole.workspace == 0
+    assert found.workspace in (0, 2 * 256 * 512, 2 * 256 * 512 + 4 * 256 * 512 // 64)
+    assert found.activations == pytest.approx(whole.activations, rel=0.05)
+
+
+def test_gpus_are_named_from_the_smallest_that_fits() -> None:
+    assert [gpu.memory for gpu in GPUS] == sorted(gpu.memory for gpu in GPUS)
+    assert next(fitting(15.7e9)).name == "RTX 4060 Ti 16 GB"
+    assert next(fitting(15.8e9)).name == "RTX 4000 Ada"
+    assert list(fitting(1e12)) == []
+
+
+def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
+    line = ("plan", "--config", str(CONFIGS / "llama-2-13b.yaml"), "--set", "train.max_length=8")
+    line += ("--set", "train.micro_batch_size=1")
+    shown = loram(tmp_path, *line)
+    assert shown.returncode == 0, shown.stderr
+    for word in ("6.01 B", "2.17x", "8.67x", "activations", "smallest GPU", "Alignment on 4 GPUs"):
+        assert word in shown.stdout
+    found = json.loads(loram(tmp_path, *line, "--json").stdout)
+    assert f"{found['reduction']['nf4_nominal']:.2f}" == "8.67"
+    assert found["train"]["peak_bytes"]["total"] > found["pruned"]["nf4_loaded"]
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    file = CONFIGS / "llama-2-13b.yaml"
+    with pytest.raises(lr.LoramError, match=r"prune.base \S+ is no directory here and its config"):
+        base_config("nobody/no-such-model")
+    with pytest.raises(lr.LoramError, match="prune must be a section of the config"):
+        forecast(None, ("base=meta-llama/Llama-2-7b-hf", "output=out"))
+    with pytest.raises(lr.LoramError, match="train.lora.targets must name linears of the model"):
+        forecast(file, ("train.lora.targets=[nothing]", "train.lora.lm_head=false"))
