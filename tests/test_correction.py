@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import families
 import masked
 import numpy as np
 import peft
 import pytest
+import test_families
 import tiny
 import torch
 from adapters import LINEARS, logits_of, token_ids, train_randomly
@@ -233,6 +235,31 @@ def test_peft_puts_a_corrected_adapter_on_the_base(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(found, ids), logits_of(model, ids), rtol=1e-5, atol=1e-5)
     other = peft.PeftModel.from_pretrained(load_model(case.base, "fp32"), plain)
     assert (logits_of(found, ids) - logits_of(other, ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", sorted(families.FAMILIES))
+def test_an_adapter_of_full_rank_gives_the_base_all_that_was_trained(
+    tmp_path: Path, name: str
+) -> None:
+    """A sees every input then: the base with zeroed positions is the aligned model, exactly."""
+    base = families.write_base(tmp_path / "base", name)
+    pruned = test_families.prune(base, tmp_path / "pruned")
+    case = test_families.Case(name, base, pruned, PruningPlan.load(pruned))
+    model = move(
+        case.pruned, tmp_path / "aligned", 0.05, tuple(f"{t}.weight" for t in case.targets)
+    )
+    settings = {"target_modules": case.targets, "r": 40, "lora_alpha": 20}
+    trained, adapted = train_randomly(model, tmp_path / "trained", seed=5, **settings)
+    ids = test_families.IDS
+    expected = logits_of(adapted, ids)
+    differ = {}
+    for way in (True, False):
+        output = recover(
+            trained, base, tmp_path / f"{way}", correction=way, correction_lambda=EXACT
+        ).output
+        found = logits_of(peft.PeftModel.from_pretrained(case.zeroed(), output), ids)
+        differ[way] = float((found - expected).abs().max())
+    assert differ[True] < 1e-3 < 1e-1 < differ[False]
 
 
 def test_nothing_is_changed_where_the_adapter_was_trained_on_the_base_s_own_weights(
