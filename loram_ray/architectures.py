@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -167,6 +168,16 @@ class Architecture:
         for running, stored in self.renamed:
             name = name.replace(running, stored)
         return name
+
+    def weight_name(self, module: str, stored: Collection[str]) -> str | None:
+        """Name of the stored weight of a module; a tied output head has the embedding's.
+
+        None is returned where neither is stored.
+        """
+        for name in (module, self.embeddings if module == self.output_head else module):
+            if f"{name}.weight" in stored:
+                return f"{name}.weight"
+        return None
 
     def target_names(self) -> tuple[str, ...]:
         """Short names of the coupled linears, as PEFT's ``target_modules`` takes them."""

@@ -9,6 +9,7 @@ are the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -117,6 +118,17 @@ def quantize_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": torch.cat(packed), **parts}
 
 
+def dequantize_weight(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the weight ``[out, in]`` that training computes with, in the dtype that it had.
+
+    Args:
+        stored: its tensors; the names are those of `stored_specs`.
+    """
+    packed = stored[""]
+    parts = {part: tensor for part, tensor in stored.items() if part}
+    return _dequantized(packed, bnb.QuantState.from_dict(parts, packed.device))
+
+
 def mend_on_cpu(model: PreTrainedModel) -> list[str]:
     """Make a quantised model that is on the CPU compute, and pass gradients, as on a GPU.
 
@@ -142,16 +154,22 @@ def mend_on_cpu(model: PreTrainedModel) -> list[str]:
 
 def _whole(linear: Linear4bit, dtype: torch.dtype) -> torch.nn.Linear:
     """A linear of the same weight, not quantised any more."""
-    state = linear.weight.quant_state
-    shape = state.shape
-    # As one row, whose blocks are all full but the last: that the kernel reads rightly.
-    state.shape = torch.Size([math.prod(shape)])
-    weight = bnb.dequantize_4bit(linear.weight.data, state).reshape(shape)
+    weight = _dequantized(linear.weight.data, linear.weight.quant_state)
     with torch.device("meta"):
         whole = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     whole.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
     whole.bias = linear.bias
     return whole
+
+
+def _dequantized(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
+    """Dequantise a weight as one row, whose blocks are all full but the last.
+
+    That is what bitsandbytes' kernel for CPUs reads rightly; the state is spent.
+    """
+    shape = state.shape
+    state.shape = torch.Size([math.prod(shape)])
+    return bnb.dequantize_4bit(packed, state).reshape(shape)
 
 
 def _state(

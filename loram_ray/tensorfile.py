@@ -139,6 +139,26 @@ class TensorFile:
             self.read_bytes_into(memoryview(_bytes_of(tensor)), self._offsets[name])
         return tensor
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return some rows of one tensor in a buffer of their own.
+
+        Args:
+            name: of a tensor ``[out, ...]``.
+            rows: their indices, ascending, int64; those that follow one another are read together.
+        """
+        spec = self.specs[name]
+        part = TensorSpec((len(rows), *spec.shape[1:]), spec.dtype)
+        tensor = part.empty()
+        if part.nbytes:
+            buffer, size = memoryview(_bytes_of(tensor)), part.nbytes // len(rows)
+            breaks = (rows.diff() != 1).nonzero().flatten() + 1
+            done = 0
+            for end in (*breaks.tolist(), len(rows)):
+                place = self._offsets[name] + int(rows[done]) * size
+                self.read_bytes_into(buffer[done * size : end * size], place)
+                done = end
+        return tensor
+
     def read_bytes_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset`` bytes into the file."""
         done = 0
@@ -300,6 +320,10 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor."""
         return self.files[self.location[name]].read(name)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return some rows of one tensor, see `TensorFile.read_rows`."""
+        return self.files[self.location[name]].read_rows(name, rows)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every name and tensor, one tensor in memory at a time."""

@@ -403,7 +403,7 @@ def test_json_is_all_that_stands_on_standard_output_with_ray(folder: Path) -> No
     assert scores["examples"] == 3
 
 
-PURE = ["plan", "recovery", "tensorfile", "architectures", "pruning.random"]
+PURE = ["plan", "recovery", "correction", "tensorfile", "architectures", "pruning.random"]
 
 
 def test_the_mathematics_imports_no_ray_no_deepspeed_and_no_command(tmp_path: Path) -> None:

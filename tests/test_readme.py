@@ -159,6 +159,12 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
             "| 0.35",
             3,
         ),
+        (
+            "compare_correction",
+            ["--ratios", "0.35", "--steps", "2", "--lambdas", "1", "3"],
+            "| 0.35",
+            3,
+        ),
     ],
 )
 def test_a_comparison_is_made_by_its_command(
@@ -175,7 +181,7 @@ def test_a_comparison_is_made_by_its_command(
     assert done.returncode == 0, done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith(begins)]
     assert len(found) == rows and all("%" in line for line in found), done.stdout
-    if script == "compare_alignment":  # what was measured before is not measured again
+    if script != "compare_criteria":  # what was measured before is not measured again
         kept = ["--output", "runs/other", "--rows", f"runs/{script}/rows.json"]
         line = [sys.executable, path, *arguments, *chosen, *kept]
         again = subprocess.run(line, cwd=checkout, capture_output=True, text=True, check=True)

@@ -80,6 +80,21 @@ class RecoverConfig(Section):
     max_svd_error: float = Field(
         0.1, ge=0, description="relative error of the truncated SVD beyond which there is a warning"
     )
+    correction: bool = Field(
+        False,
+        description="shift the adapter by how far alignment and NF4 moved the weights that it was "
+        "trained on from the base's, after EMLoC; after structured pruning",
+    )
+    correction_lambda: float = Field(
+        3.0,
+        gt=0,
+        description="most that the correction may be of what was learnt, direction by direction",
+    )
+    model: Path | None = Field(
+        None,
+        description="directory of the model that the adapter was trained on, for the correction; "
+        "default: the one that the adapter names",
+    )
 
     @model_validator(mode="after")
     def _rank_of_an_svd(self) -> RecoverConfig:

@@ -77,10 +77,8 @@ def _require_base(change: Change, identity: str, base: str) -> None:
 
 def _stored_name(module: str, checkpoint: Checkpoint, family: Architecture) -> str:
     """Name of the tensor that a module's delta is added to, or that a tied head starts from."""
-    name = f"{module}.weight"
-    if name not in checkpoint.location and module == family.output_head:
-        name = f"{family.embeddings}.weight"
-    if name not in checkpoint.location:
+    name = family.weight_name(module, checkpoint.location)
+    if name is None:
         raise LoramError(f"merge.adapter adapts {module}, the base has no such module; check it")
     return name
 

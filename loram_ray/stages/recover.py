@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
+from loram_ray.stages.recover_corrected import Correction, trained_on
 from loram_ray.stages.recover_masked import write_delta, write_truncated
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
@@ -24,7 +27,8 @@ def recover(config: RecoverConfig) -> StageResult:
     """Carry a pruned adapter to the base; the result is a plain PEFT LoRA for it.
 
     After non-structured pruning that LoRA is the nearest of its rank, and ``form`` delta writes
-    exactly what was trained. The base's weights are not loaded: its fingerprint and shapes are.
+    exactly what was trained. The base's fingerprint and shapes are read, and its weights only for
+    ``correction``, a block of rows at a time.
 
     Raises:
         LoramError: an adapter that is not of this base, or that recovery cannot express.
@@ -38,22 +42,39 @@ def recover(config: RecoverConfig) -> StageResult:
             f"recover.{key} for a structured pruning, which {config.adapter} was trained under: "
             "it is recovered exactly; leave recover.form and recover.svd_rank out"
         )
+    if masked and config.correction:
+        raise LoramError(
+            f"recover.correction must be false for a {plan.pattern} pruning, which "
+            f"{config.adapter} was trained under: a masked product is no function of A x, on which "
+            "the correction rests"
+        )
     base = resolve_base(config.base, "recover.base")
-    with Checkpoint(base) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(base))
         plan.require_base(fingerprint(checkpoint), f"recover.base {config.base}")
         base_specs = checkpoint.specs
-    with Adapter(config.adapter, "recover.adapter") as adapter:
-        specs = {
-            name: _recovered_spec(adapter, name, spec, plan, base_specs)
-            for name, spec in adapter.file.specs.items()
-        }
+        adapter = stack.enter_context(Adapter(config.adapter, "recover.adapter"))
+        specs = {}
+        for name in (tensor_name(module, side) for module in adapter.modules for side in "AB"):
+            spec = adapter.file.specs[name]
+            specs[name] = _recovered_spec(adapter, name, spec, plan, base_specs)
         if config.form == "adapter":
             require_fusable_experts(adapter, plan.architecture, base_specs)
         shapes = {m: _shape_of(m, adapter, specs) for m in adapter.modules}
+        settings: dict[str, Any] = {}
+        parents = {"adapter": manifest.digest, "base": plan.base_fingerprint}
+        correction = None
+        if masked:
+            settings = {"form": config.form, "svd_rank": config.svd_rank}
+        elif config.correction:
+            settings = {"correction": True, "correction_lambda": config.correction_lambda}
+            parents["model"] = manifest.parents.get("model", "unknown")
+            model = stack.enter_context(Checkpoint(trained_on(config, adapter, manifest)))
+            correction = Correction(checkpoint, model, plan, config.correction_lambda)
 
         def write(target: StageDirectory) -> None:
             if not masked:
-                _write(target, adapter, plan, specs, config.base)
+                _write(target, adapter, plan, specs, config.base, correction)
             elif config.form == "delta":
                 write_delta(target, adapter, plan, shapes)
             else:
@@ -62,8 +83,8 @@ def recover(config: RecoverConfig) -> StageResult:
         return run_stage(
             config.output,
             "recover",
-            settings={"form": config.form, "svd_rank": config.svd_rank} if masked else {},
-            parents={"adapter": manifest.digest, "base": plan.base_fingerprint},
+            settings=settings,
+            parents=parents,
             base_fingerprint=plan.base_fingerprint,
             write=write,
         )
@@ -103,11 +124,12 @@ def _shape_of(module: str, adapter: Adapter, specs: dict[str, TensorSpec]) -> tu
 
 def _base_weight(module: str, plan: PruningPlan, base_specs: dict[str, TensorSpec]) -> TensorSpec:
     """The base's weight of a module; a tied output head has the embedding's."""
-    family = plan.architecture
-    for name in (module, family.embeddings if module == family.output_head else module):
-        if f"{name}.weight" in base_specs:
-            return base_specs[f"{name}.weight"]
-    raise LoramError(f"the adapter adapts {module}, the base has no such module; check the base")
+    name = plan.architecture.weight_name(module, base_specs)
+    if name is None:
+        raise LoramError(
+            f"the adapter adapts {module}, the base has no such module; check the base"
+        )
+    return base_specs[name]
 
 
 def _write(
@@ -116,6 +138,7 @@ def _write(
     plan: PruningPlan,
     specs: dict[str, TensorSpec],
     base: str,
+    correction: Correction | None,
 ) -> None:
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(target.path, nbytes)
@@ -123,12 +146,15 @@ def _write(
     scratch: dict[TensorSpec, torch.Tensor] = {}  # one per shape: memory once touched is fast
     try:
         with Reporter("recover", total=nbytes, unit="B") as reporter:
-            for name, spec in specs.items():
-                module, side = split_name(name, adapter.directory)
-                out = scratch.setdefault(spec, spec.empty())
-                tensor = adapter.file.read(name)
-                writer.write(name, recover_tensor(tensor, side, plan.kept(module), out))
-                reporter.advance(spec.nbytes)
+            for module in adapter.modules:
+                a, b = (adapter.file.read(tensor_name(module, side)) for side in "AB")
+                if correction is not None:
+                    a, b = correction.pair(module, a, b, adapter.scale(module))
+                for side, tensor in (("A", a), ("B", b)):
+                    name = tensor_name(module, side)
+                    out = scratch.setdefault(specs[name], specs[name].empty())
+                    writer.write(name, recover_tensor(tensor, side, plan.kept(module), out))
+                    reporter.advance(specs[name].nbytes)
         target.hashes[ADAPTER_FILE] = writer.finish()
     except BaseException:
         writer.abort()
@@ -146,4 +172,5 @@ def _write(
         parameters=sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values()),
         trained_parameters=sum(s.nbytes // s.dtype.itemsize for s in adapter.file.specs.values()),
         modules=len(adapter.modules),
+        **({} if correction is None else correction.details()),
     )

@@ -145,7 +145,11 @@ def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
     if config.align is not None:
         unaligned = {"model": config.prune.output, "output": root / "adapter_pruned_unaligned"}
         yield Step("train without alignment", config.train.model_copy(update=unaligned))
-        recovered = {"adapter": unaligned["output"], "output": root / "adapter_unaligned"}
+        recovered = {
+            "adapter": unaligned["output"],
+            "model": unaligned["model"],
+            "output": root / "adapter_unaligned",
+        }
         yield Step("recover without alignment", config.recover.model_copy(update=recovered))
         if recovers_delta(config.recover):
             merging = MergeConfig(

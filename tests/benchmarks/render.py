@@ -7,6 +7,7 @@ from typing import Any
 
 GB, MB = 1e9, 1e6
 DEPTHS = (8, 16, 32)
+CORRECTED = (4, 8)
 
 
 def as_markdown(results: dict[str, dict[str, object]]) -> str:
@@ -19,6 +20,7 @@ def as_markdown(results: dict[str, dict[str, object]]) -> str:
     ]
     for name, render in (
         ("recovery", _recovery),
+        ("correction", _correction),
         ("pruning", _pruning),
         ("alignment", _alignment),
         ("trainer", _trainer),
@@ -50,6 +52,28 @@ recovered file with a flush.
 Peak memory of the process: {found["peak_bytes"] / MB:.0f} MB, {found["peak_bytes"] / size:.2f} \
 times the file (target at most 2); of that {found["peak_before_bytes"] / MB:.0f} MB were there \
 before the first recovery (Python, torch, making the input)."""
+
+
+def _correction(found: dict[str, Any]) -> str:
+    names = {"whole": "bf16", "nf4": "NF4"}
+    rows = "\n".join(
+        f"| {names[kind]} | {layers} | {r['model_bytes'] / GB:.1f} GB | {r['corrected']} "
+        f"| {r['seconds']:.1f} s | {r['peak_bytes'] / MB:.0f} MB "
+        f"| **{r['peak_bytes'] / r['layer_bytes']:.2f}** |"
+        for kind, by_layers in found.items()
+        for layers, r in by_layers.items()
+    )
+    layer = next(iter(found["whole"].values()))["layer_bytes"]
+    return f"""## Recovery of a 70B adapter with the correction
+
+The first layers of LLaMA-3.1-70B's shapes, all but the first pruned at 0.85, r 8 on all seven
+linears and `lm_head`; the base is a sparse file of zeros, what was trained on has random weights.
+Peak memory beyond what the process had before, against one layer of the base in bf16 \
+({layer / GB:.2f} GB; target at most 1).
+
+| trained on | layers | its linears | corrected | recover | peak memory | of a layer |
+|---|---|---|---|---|---|---|
+{rows}"""
 
 
 def _pruning(found: dict[str, dict[str, float]]) -> str:

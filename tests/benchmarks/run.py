@@ -1,8 +1,8 @@
 """Run the benchmarks and write RESULTS.md beside this file.
 
     make bench
-    python tests/benchmarks/run.py [recovery] [pruning] [alignment] [calibration] [sparse]
-                                   [trainer] [partitions] [targets] [standstill]
+    python tests/benchmarks/run.py [recovery] [correction] [pruning] [alignment] [calibration]
+                                   [sparse] [trainer] [partitions] [targets] [standstill]
 
 Each measurement runs in a process of its own. Times are medians of rounds in which ours and the
 peer take turns; ratios are medians of the rounds' ratios.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from measure import in_fresh_process, machine
-from render import DEPTHS, as_markdown
+from render import CORRECTED, DEPTHS, as_markdown
 
 HERE = Path(__file__).parent
 SAVED = HERE / "results.json"
@@ -29,6 +29,21 @@ STREAMED = ("flap", "activation", "taylor", "wanda", "sparsegpt")
 
 def recovery(folder: Path) -> dict[str, object]:
     return in_fresh_process(HERE / "recovery.py", str(folder))
+
+
+def correction(folder: Path) -> dict[str, object]:
+    script = HERE / "correction.py"
+    found: dict[str, dict[str, object]] = {}
+    for kind in ("whole", "nf4"):
+        for layers in CORRECTED:
+            inner = folder / f"{kind}-{layers}"
+            inner.mkdir()
+            in_fresh_process(script, "write", str(inner), str(layers), kind)
+            found.setdefault(kind, {})[str(layers)] = in_fresh_process(
+                script, "recover", str(inner)
+            )
+            shutil.rmtree(inner)
+    return found
 
 
 def pruning(folder: Path) -> dict[str, object]:
@@ -103,6 +118,7 @@ def alone(name: str) -> Callable[[Path], dict[str, object]]:
 
 BENCHMARKS = {
     "recovery": recovery,
+    "correction": correction,
     "pruning": pruning,
     "alignment": alignment,
     "calibration": calibration,
