@@ -124,7 +124,7 @@ def _imagine(model: nn.Module) -> None:
 
 
 def _step(model: PreTrainedModel, batch: int, length: int) -> None:
-    """Forward and backward as `LoraTrainer` does; the mask's values are not known, so it is used."""
+    """Forward and backward as `LoraTrainer` does; the mask is used, its values being unknown."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
     mask = torch.ones_like(ids)
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
