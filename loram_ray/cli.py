@@ -165,7 +165,8 @@ Parameters and bytes of the base and of the pruned model, in bf16 and in NF4 (no
 parameter, as the paper counts; stored: what quantize writes, with embeddings and lm_head in bf16);
 the memory of training a LoRA, by parts, and the GPUs that have it; what alignment needs. Only the
 base's config.json is read; the shapes of the Llama 2 and 3.1 models are known without. Where the
-config has no train section, training is as by default, with a LoRA on lm_head as in the paper.
+config has no train section, training is as by default, with activations checkpointed and a LoRA on
+lm_head as in the paper.
 """
 
 

@@ -437,3 +437,30 @@ def test_defaults_that_the_paper_names_stand() -> None:
     assert align.frozen == ("lm_head",)
     train = TrainConfig(model="m", output="o", data="d.jsonl")  # type: ignore[arg-type]
     assert (train.lora.r, train.lora.alpha, train.lora.dropout) == (8, 16, 0.05)
+
+
+def test_a_preset_gives_defaults_that_keys_override() -> None:
+    paths = {"model": "m", "output": "o", "data": "d"}
+    paper = TrainConfig.model_validate({**paths, "preset": "paper"})
+    # METHOD.md: the settings of the reference
+    assert (paper.lora.r, paper.lora.alpha, paper.lora.dropout, paper.lora.lm_head) == (
+        8,
+        16,
+        0.05,
+        True,
+    )
+    assert (paper.batch_size, paper.max_length, paper.steps) == (128, 512, 400)
+    optimiser = paper.optimiser
+    assert (optimiser.learning_rate, optimiser.warmup_steps, optimiser.schedule) == (
+        1e-5,
+        100,
+        "cosine",
+    )
+    changed = TrainConfig.model_validate(
+        {**paths, "preset": "paper", "lora": {"r": 16}, "batch_size": 8}
+    )
+    assert changed.lora == paper.lora.model_copy(update={"r": 16})
+    assert changed.batch_size == 8
+    assert changed.optimiser == paper.optimiser
+    with pytest.raises(ValueError, match="preset"):
+        TrainConfig.model_validate({**paths, "preset": "magic"})

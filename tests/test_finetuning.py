@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import loram_ray as lr
+from loram_ray.adapter import ADAPTER_FILE
 from loram_ray.corpus.examples import Example, collate, load_examples
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.modeling import load_tokenizer
@@ -66,6 +67,18 @@ def run_directly(settings: lr.TrainConfig, folder: Path) -> Path:
     (folder / "adapter").mkdir()
     train_adapter(settings, folder / "work", folder / "adapter")
     return folder
+
+
+def test_checkpointed_activations_change_nothing(pruned: Path, data: Path, tmp_path: Path) -> None:
+    found = []
+    for name, checkpointing in (("kept", False), ("again", True)):
+        lora = {"r": 4, "alpha": 8, "dropout": 0.2}
+        settings = config(pruned, data, tmp_path, lora=lora, activation_checkpointing=checkpointing)
+        work = run_directly(settings, tmp_path / name)
+        found.append((metrics(work / "work", "loss"), load_file(work / "adapter" / ADAPTER_FILE)))
+    (losses, kept), (losses_again, again) = found
+    assert losses == losses_again
+    assert all(torch.equal(again[key], tensor) for key, tensor in kept.items())
 
 
 def test_losses_equal_a_loop_written_with_plain_transformers_and_peft(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,9 +27,53 @@ class LoraConfig(Section):
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.05, "lm_head": True},
+        "steps": 400,
+        "batch_size": 128,
+        "max_length": 512,
+        "optimiser": {"learning_rate": 1e-5, "warmup_steps": 100},
+        "activation_checkpointing": True,
+    },
+    "modern": {
+        "lora": {"r": 32, "alpha": 32, "dropout": 0.0},
+        "batch_size": 16,
+        "max_length": 1024,
+        "optimiser": {"learning_rate": 2e-4, "warmup_steps": 20},
+        "activation_checkpointing": True,
+    },
+}
+"""Settings under a name: those of LoRAM's reference, and what has become usual since then."""
+
+
+def under_preset(given: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and what the preset has besides; sections inside key by key."""
+    found = {**preset, **given}
+    for key, value in preset.items():
+        inner = given.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            found[key] = under_preset(inner, value)
+    return found
+
+
+def _described() -> str:
+    def said(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in settings.items():
+            if isinstance(value, Mapping):
+                yield from said(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key} {value}"
+
+    return "; ".join(f"{name}: {', '.join(said(keys))}" for name, keys in PRESETS.items())
+
+
 class TrainConfig(Section):
     """train: LoRA on a frozen pruned, aligned, quantised or base model, in one Ray actor."""
 
+    preset: Literal["paper", "modern"] | None = Field(
+        None, description=f"defaults of other keys, each of which may still be set. {_described()}"
+    )
     model: Path = Field(description="directory: pruned, aligned, quantised or base")
     output: Path = Field(description="directory to write")
     data: str = Field(description="JSON lines with 'messages' or 'prompt' and 'completion'")
@@ -49,6 +94,13 @@ class TrainConfig(Section):
     max_failures: int = Field(3, ge=0, description="actor failures survived")
     cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, order, dropout")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("preset") in PRESETS:
+            return under_preset(data, PRESETS[data["preset"]])
+        return data
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainConfig:

@@ -19,7 +19,11 @@ from loram_ray.planning.rehearsal import TrainingMemory, training_memory
 from loram_ray.planning.sizes import NF4_BY_NAME, Sizes, sizes_of
 
 _UNREAD = "train.data=unread"
-_AS_THE_PAPER = (_UNREAD, "train.lora.lm_head=true")
+_AS_THE_PAPER = (
+    _UNREAD,
+    "train.lora.lm_head=true",
+    "train.activation_checkpointing=true",
+)
 """How a user trains where the recipe, a publisher's, does not say it; the rest are defaults."""
 
 

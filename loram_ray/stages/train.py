@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
+
+import torch
 
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import RayConfig, TextSource, TrainConfig
@@ -15,7 +18,16 @@ from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 
-_NOT_IN_IDENTITY = {"model", "output", "data", "cpus", "max_failures", "checkpoint_every"}
+_NOT_IN_IDENTITY = {
+    "model",
+    "output",
+    "data",
+    "cpus",
+    "max_failures",
+    "checkpoint_every",
+    "activation_checkpointing",
+    "preset",  # what it says is in the other keys
+}
 
 
 def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResult:
@@ -25,7 +37,8 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
     holds the pruning plan too. Training continues from its last checkpoint.
 
     Raises:
-        LoramError: not a model, no usable example, a cluster too small, a loss that is not finite.
+        LoramError: not a model, no usable example, a cluster or a GPU too small, a loss that is not
+            finite.
     """
     family_of(config.model)
     files = list_files(config.data, "train.data")
@@ -52,7 +65,7 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
     with ray_session(ray_config, cpus), Reporter("train", config.steps, "step") as reporter:
         require_resources(1, cpus, gpus_per_worker(), "train.cpus")
         summary: TrainingSummary = run_in_actor(
-            train_adapter,
+            _train_where_it_fits,
             (absolute, target.work.resolve(), target.path.resolve()),
             cpus,
             config.max_failures,
@@ -62,3 +75,12 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
         PruningPlan.load(config.model).save(target.path)
     (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
     target.details.update(asdict(summary))
+
+
+def _train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+    """In the actor: refuse a training that its GPU cannot hold, or carry it out."""
+    if torch.cuda.is_available():
+        from loram_ray.planning.card import require_memory
+
+        require_memory(config, torch.cuda.mem_get_info()[0])
+    return train_adapter(config, work, output)
