@@ -115,11 +115,13 @@ Ray **{alone / plain:.2f}**."""
 
 
 def _trainer(found: dict[str, Any]) -> str:
+    named = {f"ZeRO-{stage}": r for stage, r in found["stages"].items()}
+    named["ZeRO-1, one process"] = found["one_process"]
     rows = "\n".join(
-        f"| ZeRO-{stage} | {r['ours']['tokens_per_s']:.0f} | {r['peer']['tokens_per_s']:.0f} "
+        f"| {name} | {r['ours']['tokens_per_s']:.0f} | {r['peer']['tokens_per_s']:.0f} "
         f"| **{r['ratio']:.2f}** | {r['ours']['seconds']:.0f} s | {r['peer']['seconds']:.0f} s "
         f"| {r['whole_ratio']:.2f} | {_difference(r):.4f} |"
-        for stage, r in found["stages"].items()
+        for name, r in named.items()
     )
     return f"""## Alignment against transformers' Trainer
 

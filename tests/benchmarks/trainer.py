@@ -3,8 +3,8 @@
     python tests/benchmarks/trainer.py FOLDER
     python tests/benchmarks/trainer.py FOLDER --quick
 
-Both train SmolLM2-135M pruned at 0.65 on two processes of one thread (``--processes 1`` leaves a
-core of a machine with two to all others), the Trainer's started by
+Both train SmolLM2-135M pruned at 0.65 on two processes of one thread and, at ZeRO-1, on one, which
+leaves a core of a machine with two to all that is not training, the Trainer's started by
 torch's launcher: the same packed sequences in the same order, batch, precision, AdamW, learning
 rate, clipping and DeepSpeed dictionary. In turns. A step's rate is that of the median step after
 the warm-up ones, by each one's own log of steps; whole seconds are of the command, from no process
@@ -220,8 +220,9 @@ def main() -> None:
         write_inputs(folder, options.quick)
         in_fresh_process(Path(__file__), str(folder), *sizes_of(options), "--work", "prepare")
         found = {str(stage): compare(folder, stage, options) for stage in options.stages}
+        one = argparse.Namespace(**{**vars(options), "processes": 1})
         sizes = {"steps": options.steps, "tokens_a_step": BATCH * options.length}
-        print(json.dumps({**sizes, "processes": options.processes, "stages": found}))
+        print(json.dumps({**sizes, "stages": found, "one_process": compare(folder, 1, one)}))
         return
     settings = settings_of(folder, options)
     if options.work == "prepare":
