@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -29,7 +29,7 @@ app = typer.Typer(
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
         "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
-        "For publishers: quantize and publish. Before all of them: plan."
+        "For publishers: quantize and publish. Before all of them: plan; after: chat."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -192,6 +192,65 @@ def plan_command(
     console = Console(width=None if sys.stdout.isatty() else 120)
     for part in tables(found):
         console.print(part)
+
+
+_CHAT_HELP = """Talk to a model, for a quick look at what was learnt; on a GPU where there is one.
+
+loram chat --model runs/demo/inputs/base --adapter runs/demo/adapter
+
+loram chat --model runs/demo/merged --prompt "What is 3 + 4?"
+
+The model is a base, pruned, aligned, quantised or merged one. On a terminal the conversation goes
+on until an empty line or Ctrl-D; with --prompt, or a question on standard input, there is one
+answer, which alone is printed on standard output.
+"""
+
+
+@app.command("chat", help=_CHAT_HELP)
+def chat_command(
+    model: Annotated[str, typer.Option("--model", help="Directory of a model, or a hub id.")],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Directory of an adapter to put on it.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="One question.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    template: Annotated[
+        Path | None, typer.Option("--chat-template", help="Jinja file, if the model has none.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws above temperature 0.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Answer one question, or several on a terminal."""
+    from loram_ray.chat import Sampling, open_chat
+
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    chat = open_chat(model, adapter, template, system, sampling)
+    for question in _questions(prompt):
+        chat.ask(question, lambda text: print(text, end="", flush=True))
+
+
+def _questions(prompt: str | None) -> Iterator[str]:
+    """The one that is given, or all of standard input, or line after line from a terminal."""
+    if prompt is not None or not sys.stdin.isatty():
+        question = (prompt if prompt is not None else sys.stdin.read()).strip()
+        if not question:
+            raise LoramError("--prompt must hold a question, got none; write one")
+        yield question
+        return
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
 
 
 def _print_comparison(rows: list[dict[str, Any]]) -> None:

@@ -13,12 +13,13 @@ import tiny
 import torch
 from allocations import Allocations
 from safetensors import safe_open
-from test_cli import loram
 from test_finetuning import config as training
 from test_recipes import CONFIGS, RECIPES
+from typer.testing import CliRunner
 
 import loram_ray as lr
 from loram_ray.architectures import architecture_of
+from loram_ray.cli import app
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.manifest import read_model_config
 from loram_ray.modeling import load_model
@@ -179,14 +180,14 @@ def test_gpus_are_named_from_the_smallest_that_fits() -> None:
     assert list(fitting(1e12)) == []
 
 
-def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
-    line = ("plan", "--config", str(CONFIGS / "llama-2-13b.yaml"), "--set", "train.max_length=8")
-    line += ("--set", "train.micro_batch_size=1")
-    shown = loram(tmp_path, *line)
-    assert shown.returncode == 0, shown.stderr
+def test_the_command_prints_tables_and_json() -> None:
+    line = ["plan", "--config", str(CONFIGS / "llama-2-13b.yaml"), "--set", "train.max_length=8"]
+    line += ["--set", "train.micro_batch_size=1"]
+    shown = CliRunner().invoke(app, line)
+    assert shown.exit_code == 0
     for word in ("6.01 B", "2.17x", "8.67x", "activations", "smallest GPU", "Alignment on 4 GPUs"):
         assert word in shown.stdout
-    found = json.loads(loram(tmp_path, *line, "--json").stdout)
+    found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert f"{found['reduction']['nf4_nominal']:.2f}" == "8.67"
     assert found["train"]["peak_bytes"]["total"] > found["pruned"]["nf4_loaded"]
 

@@ -31,7 +31,7 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         scores: dict[str, float | int] = {"model_parameters": count, "model_bytes": nbytes}
         causal_lm: Any = model
         if config.adapter is not None:
-            causal_lm = _with_adapter(model, config.model, config.adapter)
+            causal_lm = with_adapter(model, config.model, config.adapter, "evaluate.adapter")
         causal_lm.eval()
         log = _Progress(MetricsLog(work / METRICS_FILE))
         if config.data is not None:
@@ -41,7 +41,18 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
         return {**scores, "seconds": time.perf_counter() - started}
 
 
-def _with_adapter(model: Any, directory: str, adapter: Path) -> Any:
+def with_adapter(model: Any, directory: str, adapter: Path, key: str) -> Any:
+    """Put an adapter on a model; what comes back is a causal LM of transformers.
+
+    Args:
+        model: as it was loaded.
+        directory: where from.
+        adapter: directory of the adapter.
+        key: configuration key or option to name.
+
+    Raises:
+        LoramError: an adapter for another model.
+    """
     from loram_ray.finetuning.masked import put_adapter_on
 
     try:
@@ -49,7 +60,7 @@ def _with_adapter(model: Any, directory: str, adapter: Path) -> Any:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise LoramError(
-            f"evaluate.adapter {adapter} does not fit the model ({reason:.300}); "
+            f"{key} {adapter} does not fit the model ({reason:.300}); "
             "use the model that it was trained for"
         ) from error
 
