@@ -326,7 +326,9 @@ def test_unknown_options_are_bad_arguments(config_only: Path) -> None:
 
 def test_an_interrupted_command_says_how_to_go_on(config_only: Path) -> None:
     os.mkfifo(config_only / "pipe.yaml")
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # children keep "ignored"
     with start(config_only, "prune", "--config", "pipe.yaml") as process:
+        signal.signal(signal.SIGINT, was)
         with open(config_only / "pipe.yaml", "w"):  # opens when the command has begun to read
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
