@@ -18,6 +18,7 @@ from test_recipes import CONFIGS, RECIPES
 from typer.testing import CliRunner
 
 import loram_ray as lr
+from loram_ray.alignment.shapes import empty_model
 from loram_ray.architectures import architecture_of
 from loram_ray.cli import app
 from loram_ray.finetuning.trainer import train_adapter
@@ -27,7 +28,7 @@ from loram_ray.planning.bases import PUBLISHED, base_config
 from loram_ray.planning.card import require_memory
 from loram_ray.planning.forecast import forecast
 from loram_ray.planning.gpus import GAPS, GPUS, fitting
-from loram_ray.planning.rehearsal import TrainingMemory, training_memory
+from loram_ray.planning.rehearsal import TrainingMemory, training_memory, without_nf4
 from loram_ray.planning.sizes import sizes_of
 
 # METHOD.md: recipe, ratio, parameters in billions, reduction in bf16 and of QLoRAM.
@@ -94,6 +95,28 @@ def test_stored_bytes_are_those_of_the_written_tensors(tmp_path: Path) -> None:
     assert found.nf4_loaded < found.nf4_stored
 
 
+def expected_and_measured(
+    model: Path, folder: Path, changes: dict[str, Any], quantized: bool
+) -> tuple[TrainingMemory, int]:
+    """Plan a training, and follow every tensor of a real one, the model's among them."""
+    text = "a b c d e f g h " * 40  # longer than the longest example
+    rows = [{"prompt": "p", "completion": text[: 640 - 500 * (i == 0)]} for i in range(8)]
+    data = tiny.write_jsonl(folder / "data.jsonl", rows)
+    config = training(model, data, folder, steps=2, batch_size=8, micro_batch_size=8)
+    config = lr.TrainConfig.model_validate(
+        {**config.model_dump(), "max_length": 256, "precision": "bf16", **changes}
+    )
+    expected = training_memory(
+        read_model_config(model), architecture_of("llama"), config, quantized
+    )
+    (folder / "work").mkdir()
+    (folder / "out").mkdir()
+    with Allocations() as allocations:
+        before = allocations.now
+        train_adapter(config, folder / "work", folder / "out")
+    return expected, allocations.peak - before
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,24 +128,36 @@ def test_stored_bytes_are_those_of_the_written_tensors(tmp_path: Path) -> None:
     ],
 )
 def test_peaks_are_those_of_real_training(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Every tensor of a real training on this machine is followed, the model's among them."""
     base = tiny.write_base(tmp_path / "base", hidden=128, intermediate=384, layers=6)
-    text = "a b c d e f g h " * 40  # longer than the longest example
-    rows = [{"prompt": "p", "completion": text[: 640 - 500 * (i == 0)]} for i in range(8)]
-    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
-    config = training(base, data, tmp_path, steps=2, batch_size=8, micro_batch_size=8)
-    config = lr.TrainConfig.model_validate(
-        {**config.model_dump(), "max_length": 256, "precision": "bf16", **changes}
-    )
-    expected = training_memory(
-        read_model_config(base), architecture_of("llama"), config, quantized=False
-    )
-    (tmp_path / "work").mkdir()
-    (tmp_path / "out").mkdir()
-    with Allocations() as allocations:
-        before = allocations.now
-        train_adapter(config, tmp_path / "work", tmp_path / "out")
-    assert allocations.peak - before == pytest.approx(expected.total, rel=0.1)
+    expected, measured = expected_and_measured(base, tmp_path, changes, quantized=False)
+    assert measured == pytest.approx(expected.total, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model in NF4; bitsandbytes computes each of its linears on CPUs."""
+    folder = tmp_path_factory.mktemp("quantized")
+    sizes = {"hidden": 256, "intermediate": 1024, "head_dim": 32, "layers": 4}
+    base = tiny.write_base(folder / "base", dtype=torch.bfloat16, **sizes)
+    settings = lr.PruneConfig(base=str(base), output=folder / "pruned", ratio=0.5, layers=(1, 3))
+    pruned = lr.prune(settings).output
+    return lr.quantize(lr.QuantizeConfig(model=pruned, output=folder / "quantized")).output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_checkpointing": True},
+        {"precision": "fp32"},
+        {"lora": {"r": 8, "alpha": 16, "dropout": 0.05, "lm_head": True}},
+        {"max_length": 32, "micro_batch_size": 1, "lora": {"r": 64, "alpha": 16}},
+    ],
+)
+def test_peaks_in_nf4_are_those_of_real_training(
+    quantized: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    expected, measured = expected_and_measured(quantized, tmp_path, changes, quantized=True)
+    assert measured == pytest.approx(expected.total, rel=0.1)
 
 
 def test_in_nf4_a_weight_is_made_whole_now_and_then() -> None:
@@ -180,16 +215,44 @@ def test_gpus_are_named_from_the_smallest_that_fits() -> None:
     assert list(fitting(1e12)) == []
 
 
-def test_the_command_prints_tables_and_json() -> None:
+def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     line = ["plan", "--config", str(CONFIGS / "llama-2-13b.yaml"), "--set", "train.max_length=8"]
     line += ["--set", "train.micro_batch_size=1"]
     shown = CliRunner().invoke(app, line)
     assert shown.exit_code == 0
     for word in ("6.01 B", "2.17x", "8.67x", "activations", "smallest GPU", "Alignment on 4 GPUs"):
         assert word in shown.stdout
-    found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
-    assert f"{found['reduction']['nf4_nominal']:.2f}" == "8.67"
-    assert found["train"]["peak_bytes"]["total"] > found["pruned"]["nf4_loaded"]
+    assert "Warning" not in shown.stderr
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny.llama_config(layers=40).to_dict()))
+    line += ["--base-config", str(file), "--set", "train.precision=fp32", "--json"]
+    found = json.loads(CliRunner().invoke(app, line).stdout)
+    assert (
+        found["base_parameters"] == sizes_of(empty_model(json.loads(file.read_text()))).parameters
+    )
+    assert found["reduction"]["nf4_nominal"] == 4 * found["reduction"]["bf16"]
+    assert found["train"]["peak_bytes"]["weights"] == found["pruned"]["nf4_loaded"]
+    assert found["train"]["fp32"]["peak_bytes"]["weights"] == 4 * found["pruned_parameters"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("length", [8, 256])  # AdamW's bytes are the most; a step's are
+def test_what_whole_weights_need_follows_from_nf4(precision: str, length: int) -> None:
+    changes = {"precision": precision, "max_length": length, "micro_batch_size": 1}
+    config = training(Path("unread"), Path("unread"), Path("unwritten"), **changes)
+    shapes = tiny.llama_config(hidden=256, intermediate=512).to_dict()
+    family = architecture_of("llama")
+    whole = training_memory(shapes, family, config, quantized=False)
+    nf4 = training_memory(shapes, family, config, quantized=True)
+    assert without_nf4(nf4, whole.weights).total == pytest.approx(whole.total, rel=0.05)
+
+
+@pytest.mark.parametrize("family", families.MIXTURES)
+def test_mixtures_of_experts_are_refused_in_one_line(tmp_path: Path, family: str) -> None:
+    base = families.write_base(tmp_path / "base", family)
+    line = ("--set", f"base={base}", "--set", "output=out", "--set", "prune.ratio=0.5")
+    with pytest.raises(lr.LoramError, match="prune.base must be a dense model for an estimate"):
+        forecast(None, line[1::2])
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -89,18 +89,25 @@ def shapes_of(
         LoramError: a family that is not supported, a mixture of experts, or layers or a ratio that
             the model does not have.
     """
-    family = architecture_of(base_config.get("model_type"))
-    geometry = family.geometry(base_config)
-    if geometry.num_experts:
-        raise LoramError(
-            f"prune.base must be a dense model for an estimate, got {family.model_type}: how many "
-            "experts a token takes is not modelled; choose a dense family"
-        )
+    require_dense(architecture_of(base_config.get("model_type")), base_config)
     base = empty_model(base_config)
     pruned = empty_model(config_after(base_config, prune, base))
     freeze(pruned, frozen)
     base.requires_grad_(False)
     return model_shapes(pruned), model_shapes(base)
+
+
+def require_dense(family: Architecture, base_config: dict[str, Any]) -> None:
+    """Refuse a mixture of experts, whose activations depend on values.
+
+    Raises:
+        LoramError: it is one.
+    """
+    if family.geometry(base_config).num_experts:
+        raise LoramError(
+            f"prune.base must be a dense model for an estimate, got {family.model_type}: how many "
+            "experts a token takes is not modelled; choose a dense family"
+        )
 
 
 def config_after(

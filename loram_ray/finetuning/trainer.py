@@ -177,7 +177,7 @@ def save_memory(model: peft.PeftModel, config: TrainConfig) -> None:
                 module.cast_input_dtype_enabled = False  # type: ignore[assignment]
     if config.activation_checkpointing:
         base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _with_adapter(

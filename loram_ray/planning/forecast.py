@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.deepspeed import read_users
 from loram_ray.alignment.estimate import Cluster, Estimate, estimate
-from loram_ray.alignment.shapes import config_after, empty_model, shapes_of
+from loram_ray.alignment.shapes import config_after, empty_model, require_dense, shapes_of
 from loram_ray.architectures import architecture_of
 from loram_ray.config import AlignConfig, PruneConfig, TrainConfig, load_run, section_of
 from loram_ray.errors import LoramError
+from loram_ray.modeling import DTYPES
 from loram_ray.planning.bases import base_config
 from loram_ray.planning.gpus import fitting
-from loram_ray.planning.rehearsal import TrainingMemory, training_memory
+from loram_ray.planning.rehearsal import TrainingMemory, training_memory, without_nf4
 from loram_ray.planning.sizes import NF4_BY_NAME, Sizes, sizes_of
 
 _UNREAD = "train.data=unread"
@@ -37,7 +38,7 @@ class Forecast:
         base: size of the base.
         pruned: size of what pruning leaves; of masked weights all are stored.
         nf4: memory of training on the pruned model in NF4.
-        bf16: memory of training on it in bfloat16.
+        whole: memory of training on it in ``train.precision``.
         alignment: what the publisher's alignment needs on its workers; None without one.
     """
 
@@ -46,7 +47,7 @@ class Forecast:
     base: Sizes
     pruned: Sizes
     nf4: TrainingMemory
-    bf16: TrainingMemory
+    whole: TrainingMemory
     alignment: Estimate | None
 
     def reductions(self) -> dict[str, float]:
@@ -71,7 +72,10 @@ class Forecast:
                 "max_length": self.train.max_length,
                 "peak_bytes": _parts(self.nf4),
                 "fits": _names(self.nf4),
-                "bf16": {"peak_bytes": _parts(self.bf16), "fits": _names(self.bf16)},
+                self.train.precision: {
+                    "peak_bytes": _parts(self.whole),
+                    "fits": _names(self.whole),
+                },
             },
             "align": None if self.alignment is None else asdict(self.alignment),
         }
@@ -88,8 +92,8 @@ def forecast(
         config_of_base: the base's ``config.json`` or its directory, instead of the base's own.
 
     Raises:
-        LoramError: the run file is wrong, the base's shapes are not known, or its family is not
-            supported.
+        LoramError: the run file is wrong, the base's shapes are not known, its family is not
+            supported, or it is a mixture of experts.
     """
     says = config is not None and load_run(config).train is not None
     run = load_run(config, ((_UNREAD,) if says else _AS_THE_PAPER) + tuple(overrides))
@@ -97,6 +101,7 @@ def forecast(
     train: TrainConfig = section_of(run, "train")
     shapes = base_config(prune.base, config_of_base)
     family = architecture_of(shapes.get("model_type"))
+    require_dense(family, shapes)
     base = empty_model(shapes)
     pruned = config_after(shapes, prune, base)
     alignment = None if run.align is None else _alignment(shapes, prune, run.align)
@@ -114,8 +119,7 @@ def forecast(
         base=sizes_of(base),
         pruned=sizes,
         nf4=nf4,
-        # The same step, but that weights are there: what makes them whole is not.
-        bf16=replace(nf4, weights=sizes.bf16, workspace=0),
+        whole=without_nf4(nf4, DTYPES[train.precision].itemsize * sizes.parameters),
         alignment=alignment,
     )
 

@@ -1,15 +1,17 @@
 """Peak memory of a training step, by carrying it out on tensors that have shapes and no values.
 
 The model, PEFT's adapter, the loss and the backward pass are those that `train` runs; a linear in
-NF4 is one that makes its weight in bfloat16 whenever it is asked, as bitsandbytes does.
+NF4 is one that makes its weight in bfloat16 whenever it is asked, as bitsandbytes does. AdamW is
+fused, the Trainer's default, and makes no tensor of its own but its moments.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import peft
@@ -45,8 +47,7 @@ class TrainingMemory:
         gradients: of the adapter.
         activations: what the backward pass needs, and what is being computed.
         logits: over the vocabulary, and their gradient.
-        workspace: weights that are made whole from NF4, and AdamW's own where that is more than a
-            step's activations.
+        workspace: weights that are made whole from NF4.
     """
 
     weights: int
@@ -84,7 +85,9 @@ def training_memory(
     tracker = _Tracker(model.config.vocab_size)
     if quantized:
         _quantize(model, tracker)
-    adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
+    with warnings.catch_warnings():  # PEFT asks for a property of transformers by its former name
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
     save_memory(adapted, train)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
     with FakeTensorMode():
@@ -95,16 +98,25 @@ def training_memory(
         with tracker, autocast:
             _step(model, train.micro_batch_size, train.max_length)
     adapter = sum(p.nbytes for p in trained)
-    parts = tracker.at_peak
-    update = _MOMENTS * adapter  # of torch's AdamW over all tensors at once: root and quotient
-    parts["workspace"] += max(0, update - sum(parts.values()))
     return TrainingMemory(
         weights=weights,
         adapter=adapter,
         optimiser=_MOMENTS * adapter,
         gradients=adapter,
-        **parts,
+        **tracker.at_peak,
     )
+
+
+def without_nf4(memory: TrainingMemory, weights: int) -> TrainingMemory:
+    """The same training on weights that are there whole.
+
+    Too little by at most the workspace in NF4, where another moment of the step is the largest.
+
+    Args:
+        memory: of training in NF4.
+        weights: bytes of the whole weights.
+    """
+    return replace(memory, weights=weights, workspace=0)
 
 
 def _imagine(model: nn.Module) -> None:
@@ -201,13 +213,18 @@ class _Tracker(TorchDispatchMode):
 
 
 class _Nf4Linear(nn.Linear):
-    """A linear whose weight is made when it is needed; ``tracker`` is told."""
+    """A linear whose weight is made when it is needed; ``tracker`` is told.
+
+    It computes in bfloat16 and returns the dtype that it is given (bitsandbytes: ``Linear4bit``).
+    """
 
     tracker: _Tracker
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = _Product.apply(x.to(torch.bfloat16), self)
-        return found if self.bias is None else found + self.bias
+        if self.bias is not None:
+            found = found + self.bias.to(found.dtype)
+        return found.to(x.dtype)
 
 
 class _Product(torch.autograd.Function):

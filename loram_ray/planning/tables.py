@@ -61,9 +61,9 @@ def _training(found: Forecast) -> Table:
         f"{train.micro_batch_size} x {train.max_length} tokens at a time"
     )
     table.add_column("GB of a GPU")
-    for column in ("in NF4", "in bf16"):
+    for column in ("in NF4", f"in {train.precision}"):
         table.add_column(column, justify="right")
-    columns = (found.nf4, found.bf16)
+    columns = (found.nf4, found.whole)
     for field in fields(TrainingMemory):
         amounts = (f"{getattr(memory, field.name) / _GB:.2f}" for memory in columns)
         table.add_row(_TRAINING[field.name], *amounts)
