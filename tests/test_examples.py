@@ -11,14 +11,13 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from loram_ray.corpus.conversations import Conversation, Document, conversations
 from loram_ray.corpus.examples import (
-    Conversation,
     Example,
     ExampleTable,
     collate,
-    conversations,
     load_examples,
-    tokenise_conversation,
+    tokenise_row,
 )
 from loram_ray.corpus.read import BadRow
 from loram_ray.errors import LoramError
@@ -43,7 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def read(
     path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int = 512, share: float = 0.0
-) -> list[tuple[Conversation, Example]]:
+) -> list[tuple[Conversation | Document, Example]]:
     return list(load_examples(tokenizer, str(path), max_length, share, "train"))
 
 
@@ -69,12 +68,12 @@ def labelled(tokenizer: PreTrainedTokenizerFast, example: Example, tmp_path: Pat
             "<|im_start|>assistant\nParis.<|im_end|>\n"
             "<|im_start|>user\nAnd of Peru, ¿cómo?<|im_end|>\n"
             "<|im_start|>assistant\n",
-            "Lima — naturally.<|im_end|>\n",
+            "Paris.<|im_end|>\nLima — naturally.<|im_end|>\n",
         ),
     ],
     ids=["prompt and completion", "system and several turns"],
 )
-def test_the_loss_is_on_the_last_answer_and_its_end_alone(
+def test_the_loss_is_on_the_answers_and_their_ends_alone(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     row: dict[str, object],
@@ -83,7 +82,7 @@ def test_the_loss_is_on_the_last_answer_and_its_end_alone(
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [row])
     [(_, example)] = read(path, tokenizer)
-    assert tokenizer.decode(example.input_ids) == prompt + answer
+    assert tokenizer.decode(example.input_ids) == prompt + answer.removeprefix("Paris.<|im_end|>\n")
     assert labelled(tokenizer, example, tmp_path) == answer
     # the end token must be learnt, or the model never stops
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in example.input_ids[-2:]
@@ -109,7 +108,7 @@ def test_messages_and_prompt_with_completion_are_the_same_example(
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [PAIR, {"messages": messages}])
     (_, first), (_, second) = read(path, tokenizer)
     assert first.input_ids == second.input_ids
-    assert first.prompt_length == second.prompt_length
+    assert first.learnt[0][0] == second.learnt[0][0]
 
 
 def test_a_long_example_is_cut_on_the_right(
@@ -118,9 +117,9 @@ def test_a_long_example_is_cut_on_the_right(
     row = {"prompt": "count", "completion": "one two three four five"}
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [row])
     [(_, whole)] = read(path, tokenizer)
-    [(_, cut)] = read(path, tokenizer, max_length=whole.prompt_length + 7)
-    assert cut.input_ids == whole.input_ids[: whole.prompt_length + 7]
-    assert cut.prompt_length == whole.prompt_length
+    [(_, cut)] = read(path, tokenizer, max_length=whole.learnt[0][0] + 7)
+    assert cut.input_ids == whole.input_ids[: whole.learnt[0][0] + 7]
+    assert cut.learnt[0][0] == whole.learnt[0][0]
     assert labelled(tokenizer, cut, tmp_path) == "one two"
 
 
@@ -129,19 +128,19 @@ def test_an_example_whose_answer_is_cut_away_is_bad(
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [PAIR])
     [(_, whole)] = read(path, tokenizer)
-    [(_, one)] = read(path, tokenizer, max_length=whole.prompt_length + 1)
+    [(_, one)] = read(path, tokenizer, max_length=whole.learnt[0][0] + 1)
     assert labelled(tokenizer, one, tmp_path) == "5"
     with pytest.raises(LoramError, match=r"data.jsonl:1: no answer token is left in max_length"):
-        read(path, tokenizer, max_length=whole.prompt_length)
+        read(path, tokenizer, max_length=whole.learnt[0][0])
 
 
 GOOD = json.dumps(PAIR)
 BAD_LINES = {
     "cut in the middle": (GOOD[:20], "not JSON"),
     "not an object": ("[1, 2]", "not a JSON object"),
-    "no known field": ('{"text": "x"}', "neither 'messages' nor 'prompt' and 'completion'"),
-    "completion missing": ('{"prompt": "x"}', "neither 'messages' nor 'prompt'"),
-    "completion no text": ('{"prompt": "x", "completion": 5}', "neither 'messages' nor 'prompt'"),
+    "no known field": ('{"words": "x"}', "it must have text in 'messages'"),
+    "completion missing": ('{"prompt": "x"}', "it must have text in 'messages'"),
+    "completion no text": ('{"prompt": "x", "completion": 5}', "it must have text in 'messages'"),
     "empty completion": ('{"prompt": "x", "completion": " "}', "no answer"),
     "messages no list": ('{"messages": "hello"}', "'messages' must be a list"),
     "one message": (
@@ -257,7 +256,7 @@ def test_missing_data_and_other_kinds_of_files_are_refused(
 ) -> None:
     with pytest.raises(LoramError, match=r"train.data must name files .*absent.jsonl has none"):
         read(tmp_path / "absent.jsonl", tokenizer)
-    for name in ("data.txt", "data.csv"):
+    for name in ("data.doc", "data.xlsx"):
         (tmp_path / name).write_text("x")
         with pytest.raises(LoramError, match=f"train.data must name .*{name}; convert it"):
             read(tmp_path / name, tokenizer)
@@ -316,8 +315,10 @@ def test_a_template_that_does_not_begin_the_answer_with_its_prompt_is_told(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<answer>{% endif %}"
     )
-    conversation = Conversation("file:8", [{"role": "user", "content": "x"}], "y")
-    bad = tokenise_conversation(tokenizer, conversation, 512)
+    conversation = Conversation(
+        "file:8", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    )
+    bad = tokenise_row(tokenizer, conversation, 512)
     assert isinstance(bad, BadRow)
     assert str(bad) == "file:8: the chat template's prompt is not a prefix of prompt and answer"
 
@@ -325,7 +326,11 @@ def test_a_template_that_does_not_begin_the_answer_with_its_prompt_is_told(
 def test_a_table_gives_back_the_examples_and_labels_nothing_else(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     examples = [
-        Example(f"f:{i}", torch.randint(3, 300, (4 + i % 9,), generator=generator).tolist(), i % 4)
+        Example(
+            f"f:{i}",
+            torch.randint(3, 300, (4 + i % 9,), generator=generator).tolist(),
+            ((i % 4, 9),),
+        )
         for i in range(2500)  # more than two batches of the file
     ]
 
@@ -338,17 +343,18 @@ def test_a_table_gives_back_the_examples_and_labels_nothing_else(tmp_path: Path)
         for index in (0, 1, 1023, 1024, 2047, 2499):
             example, row = examples[index], opened[index]
             assert row["input_ids"] == example.input_ids
-            assert row["labels"][: example.prompt_length] == [IGNORED] * example.prompt_length
-            assert (
-                row["labels"][example.prompt_length :] == example.input_ids[example.prompt_length :]
-            )
+            [(begin, end)] = example.learnt
+            assert row["labels"] == [
+                token if begin <= place < end else IGNORED
+                for place, token in enumerate(example.input_ids)
+            ]
 
 
 def test_a_table_is_read_from_disk_and_not_held_in_memory(tmp_path: Path) -> None:
     import pyarrow as pa
 
     before = pa.total_allocated_bytes()
-    examples = (Example("f", [7] * 1000, 1) for _ in range(2000))
+    examples = (Example("f", [7] * 1000, ((1, 1000),)) for _ in range(2000))
     table = ExampleTable.write(examples, tmp_path / "examples.arrow")
     assert (tmp_path / "examples.arrow").stat().st_size > 8_000_000
     assert table[1999]["input_ids"] == [7] * 1000
@@ -376,3 +382,98 @@ def test_padding_equal_to_a_real_token_hides_no_label() -> None:
     batch = collate([{"input_ids": [4, 99], "labels": [IGNORED, 99]}], padding=99)
     assert batch["labels"].tolist() == [[IGNORED, 99]]
     assert batch["attention_mask"].tolist() == [[1, 1]]
+
+
+ALPACA = {"instruction": "Add.", "input": "2+3", "output": "5"}
+
+
+def test_alpaca_s_input_follows_the_instruction(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pair = {"prompt": "Add.\n\n2+3", "completion": "5"}
+    path = tiny.write_jsonl(tmp_path / "data.jsonl", [ALPACA, pair])
+    (_, first), (_, second) = read(path, tokenizer)
+    assert (first.input_ids, first.learnt) == (second.input_ids, second.learnt)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "tsv", "parquet", "arrow"])
+def test_every_kind_of_file_gives_the_same_examples(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+) -> None:
+    import csv
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [ALPACA, {"instruction": 'Say "é,\nso".', "input": "", "output": "é,\tso"}] * 300
+    expected = read(tiny.write_jsonl(tmp_path / "data.jsonl", rows), tokenizer)
+    path = tmp_path / f"other.{kind}"
+    table = pa.Table.from_pylist(rows)
+    if kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        with path.open("w", newline="") as file:
+            delimiter = "," if kind == "csv" else "\t"
+            writer_of_rows = csv.DictWriter(file, list(ALPACA), delimiter=delimiter)
+            writer_of_rows.writeheader()
+            writer_of_rows.writerows(rows)
+    found = read(path, tokenizer)
+    assert [e.input_ids for _, e in found] == [e.input_ids for _, e in expected]
+    assert [e.learnt for _, e in found] == [e.learnt for _, e in expected]
+
+
+def test_messages_in_parquet_are_those_of_json_lines(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    [(_, expected)] = read(tiny.write_jsonl(tmp_path / "data.jsonl", [CHAT]), tokenizer)
+    pq.write_table(pa.Table.from_pylist([CHAT]), tmp_path / "data.parquet")
+    [(_, found)] = read(tmp_path / "data.parquet", tokenizer)
+    assert found.input_ids == expected.input_ids and found.learnt == expected.learnt
+
+
+def test_a_text_is_cut_into_pieces_that_hold_all_of_it(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    text = "one two three four five six seven eight nine"
+    path = tiny.write_jsonl(tmp_path / "data.jsonl", [{"text": text}])
+    tokenizer.chat_template = None  # which a text needs not
+    examples = [example for _, example in read(path, tokenizer, max_length=8)]
+    ids = [token for example in examples for token in example.input_ids]
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == [*expected, tokenizer.eos_token_id][: len(ids)] and len(ids) >= len(expected)
+    assert all(e.learnt == ((1, len(e.input_ids)),) for e in examples)
+
+
+def test_a_template_that_renders_the_last_answer_otherwise_ends_the_others_at_their_mark(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    thought = "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + thought + "{{ m['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    [example] = tokenise_row(tokenizer, Conversation("f:1", CHAT["messages"]), 512)  # type: ignore
+    learnt = [tokenizer.decode(example.input_ids[a:b]) for a, b in example.learnt]
+    assert learnt == ["Paris.<|im_end|>", "<think></think>Lima — naturally.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "wrong"),
+    [("uua", "message 2 is the user's"), ("aua", "message 1 is"), ("susa", "message 3 is")],
+)
+def test_roles_out_of_order_are_told(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, roles: str, wrong: str
+) -> None:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": "x"} for role in roles]
+    path = tiny.write_jsonl(tmp_path / "data.jsonl", [{"messages": messages}])
+    with pytest.raises(LoramError, match=rf"data.jsonl:1: roles out of order: .*{wrong}"):
+        read(path, tokenizer)

@@ -119,8 +119,7 @@ def test_losses_equal_a_loop_written_with_plain_transformers_and_peft(
 
 
 def as_row(example: Example) -> dict[str, list[int]]:
-    answer = example.input_ids[example.prompt_length :]
-    return {"input_ids": example.input_ids, "labels": [-100] * example.prompt_length + answer}
+    return {"input_ids": example.input_ids, "labels": example.labels}
 
 
 def test_the_adapter_is_a_standard_peft_directory_that_trains_only_lora(

@@ -241,7 +241,7 @@ def test_training_equals_a_plain_loop_over_products_formed_naively(
     rows = [
         {
             "input_ids": e.input_ids,
-            "labels": [-100] * e.prompt_length + e.input_ids[e.prompt_length :],
+            "labels": e.labels,
         }
         for e in examples
     ]

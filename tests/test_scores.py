@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loram_ray.config import EvaluateConfig
-from loram_ray.corpus.examples import Conversation, Example, prompt_ids
+from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.examples import Example, prompt_ids
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scores import (
     Likelihood,
@@ -24,6 +25,10 @@ from loram_ray.evaluation.scoring import score
 from loram_ray.modeling import load_model
 
 PADDING = 0
+
+
+def answered(place: str, asked: list[dict[str, str]], answer: str) -> Conversation:
+    return Conversation(place, [*asked, {"role": "assistant", "content": answer}])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def examples() -> list[Example]:
         Example(
             f"file:{i}",
             torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist(),
-            prompt,
+            ((prompt, length),),
         )
         for i, (prompt, length) in enumerate(sizes)
     ]
@@ -74,8 +79,8 @@ def examples() -> list[Example]:
 def test_answer_likelihood_is_that_of_a_loop_over_tokens(
     model: LlamaForCausalLM, batch_size: int
 ) -> None:
-    expected = sum(naive_nll(model, e.input_ids, e.prompt_length) for e in examples())
-    tokens = sum(len(e.input_ids) - e.prompt_length for e in examples())
+    expected = sum(naive_nll(model, e.input_ids, e.learnt[0][0]) for e in examples())
+    tokens = sum(len(e.input_ids) - e.learnt[0][0] for e in examples())
     done: list[int] = []
     found = answer_likelihood(model, examples(), PADDING, batch_size, done.append)
     assert found.tokens == tokens
@@ -147,13 +152,13 @@ def test_exact_matches_are_those_of_one_question_at_a_time(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
     answers = [
-        naive_answer(model, tokenizer, prompt_ids(tokenizer, Conversation("", asked, "")), 6)
+        naive_answer(model, tokenizer, prompt_ids(tokenizer, answered("", asked, "")), 6)
         for asked in questions()
     ]
     assert len(set(answers)) > 1, "the answers must tell the questions apart"
     # every second reference is right; space around it must not matter
     conversations = [
-        Conversation(f"file:{i}", asked, f" {answer}\n" if i % 2 else f"{answer} and more")
+        answered(f"file:{i}", asked, f" {answer}\n" if i % 2 else f"{answer} and more")
         for i, (asked, answer) in enumerate(zip(questions(), answers, strict=True))
     ]
     done: list[int] = []
@@ -181,8 +186,8 @@ def test_an_answer_ends_where_the_model_or_the_chat_template_ends_it(
         model.lm_head.weight[letter, 0] = 1.0
         model.lm_head.weight[tokenizer.convert_tokens_to_ids(end), 1] = 1.0
         model.lm_head.weight[letter, 2] = 1.0
-    right = Conversation("a:1", [{"role": "user", "content": "3+4="}], "7")
-    wrong = Conversation("a:2", [{"role": "user", "content": "3+5="}], "8")
+    right = answered("a:1", [{"role": "user", "content": "3+4="}], "7")
+    wrong = answered("a:2", [{"role": "user", "content": "3+5="}], "8")
     assert exact_matches(model, tokenizer, [right, wrong, right], 2, 9, nothing) == 2
 
 
@@ -191,7 +196,7 @@ def test_scoring_leaves_the_model_as_it_was(
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     answer_likelihood(model, examples(), PADDING, 4, nothing)
-    exact_matches(model, tokenizer, [Conversation("a:1", questions()[0], "x")], 4, 3, nothing)
+    exact_matches(model, tokenizer, [answered("a:1", questions()[0], "x")], 4, 3, nothing)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())

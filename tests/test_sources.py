@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerFast
 
 from loram_ray.config import CorpusConfig, FilterConfig, SourceConfig, TextSource, validate
 from loram_ray.corpus import duplicates, pack, read
+from loram_ray.corpus.conversations import conversations
 from loram_ray.corpus.duplicates import (
     count_parts,
     duplicates_of,
     find_duplicates,
     write_hashes,
 )
-from loram_ray.corpus.examples import conversations
 from loram_ray.corpus.files import list_files
 from loram_ray.corpus.prepare import QUARANTINE_FILE, prepare_corpus, prepare_unit
 from loram_ray.corpus.read import BadRow, documents, list_units

@@ -76,7 +76,10 @@ class TrainConfig(Section):
     )
     model: Path = Field(description="directory: pruned, aligned, quantised or base")
     output: Path = Field(description="directory to write")
-    data: str = Field(description="JSON lines with 'messages' or 'prompt' and 'completion'")
+    data: str = Field(
+        description="JSON lines, JSON, CSV, Parquet or a saved or hub data set, with 'messages', "
+        "'prompt' and 'completion', 'instruction' and 'output', or 'text'"
+    )
     lora: LoraConfig = LoraConfig()
     steps: int = Field(400, ge=1, description="optimiser steps")
     batch_size: int = Field(16, ge=1, description="examples in a step")
@@ -175,9 +178,7 @@ class EvaluateConfig(Section):
     )
     output: Path = Field(description="directory to write")
     adapter: Path | None = Field(None, description="adapter to put on the model")
-    data: str | None = Field(
-        None, description="JSON lines as train takes: perplexity of the answers"
-    )
+    data: str | None = Field(None, description="rows as train takes: perplexity of the answers")
     text: TextConfig | None = Field(None, description="plain text: perplexity of all of it")
     limit: int | None = Field(None, ge=1, description="use the first rows only")
     max_length: int = Field(512, ge=8, description="longer examples are cut on the right")

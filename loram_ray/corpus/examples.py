@@ -1,8 +1,8 @@
-"""Fine-tuning examples: chat or prompt and completion, with loss on the answer alone."""
+"""Tokens of fine-tuning examples, with loss on the answers alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,129 +11,124 @@ import pyarrow as pa
 import torch
 from jinja2 import TemplateError
 
-from loram_ray.corpus.files import list_files, read_lines
-from loram_ray.corpus.read import BadRow, parse_object, refuse_bad_rows
+from loram_ray.corpus.conversations import Conversation, Document, conversations
+from loram_ray.corpus.pack import tokenise_batch
+from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED
 
-_ROLES = ("system", "user", "assistant")
 _ROWS_PER_BATCH = 1024
 
+Spans = tuple[tuple[int, int], ...]
+"""First token and the one past the last of each stretch that carries loss."""
 
-@dataclass(frozen=True)
-class Conversation:
-    """A prompt and the answer to learn.
 
-    Attributes:
-        place: ``file:line``.
-        prompt: messages before the answer, in OpenAI's form.
-        answer: text of the last assistant message.
-    """
-
-    place: str
-    prompt: list[dict[str, str]]
-    answer: str
+class NoTemplate(Exception):
+    """There is a conversation and the tokenizer has no chat template."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised conversation.
+    """A tokenised conversation or text.
 
     Attributes:
         place: ``file:line``.
-        input_ids: prompt and answer.
-        prompt_length: tokens of the prompt, which carry no loss.
+        input_ids: all tokens.
+        learnt: those that carry loss.
     """
 
     place: str
     input_ids: list[int]
-    prompt_length: int
+    learnt: Spans
+
+    @property
+    def labels(self) -> list[int]:
+        """Token ids that are learnt, and `IGNORED` for others; not shifted."""
+        return labels_of(self.input_ids, self.learnt)
 
 
-def conversations(data: str, key: str, limit: int | None = None) -> Iterator[Conversation | BadRow]:
-    """Yield the conversations of JSON-lines files, and the rows that hold none.
+def labels_of(input_ids: list[int], learnt: Iterable[tuple[int, int]]) -> list[int]:
+    """Copy the tokens of some stretches, all others are `IGNORED`."""
+    labels = [IGNORED] * len(input_ids)
+    for begin, end in learnt:
+        labels[begin:end] = input_ids[begin:end]
+    return labels
 
-    Args:
-        data: a file, a directory or a glob.
-        key: configuration key, for messages.
-        limit: rows read at most.
+
+def tokenise_row(
+    tokenizer: Any, row: Conversation | Document, max_length: int
+) -> list[Example] | BadRow:
+    """Turn a conversation into an example, or a text into one for each piece.
+
+    Conversations longer than ``max_length`` are cut on the right; one of which no answer's token is
+    left is a bad row. A text, closed by the end-of-text token, is cut into pieces.
+
+    Raises:
+        NoTemplate: a conversation, and no chat template.
     """
-    read = 0
-    for file in list_files(data, key):
-        if file.form.kind != ".jsonl":
-            raise LoramError(f"{key} must name JSON lines (.jsonl), got {file.path}; convert it")
-        for line, raw in enumerate(read_lines(file.path), start=1):
-            if not raw.strip():
-                continue
-            if limit is not None and read >= limit:
-                return
-            read += 1
-            yield parse_conversation(raw, f"{file.path}:{line}")
-
-
-def parse_conversation(raw: bytes, place: str) -> Conversation | BadRow:
-    """Read ``messages`` or ``prompt`` and ``completion`` from one JSON line."""
-    row = parse_object(raw, place)
-    if isinstance(row, BadRow):
-        return row
-    messages = row.get("messages")
-    if messages is None:
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            return BadRow(place, "neither 'messages' nor 'prompt' and 'completion'")
-        messages = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": completion},
-        ]
-    problem = _problem_with(messages)
-    if problem:
-        return BadRow(place, problem)
-    assert isinstance(messages, list)
-    return Conversation(place, messages[:-1], messages[-1]["content"])
-
-
-def _problem_with(messages: object) -> str | None:
-    if not isinstance(messages, list) or len(messages) < 2:
-        return "'messages' must be a list of at least a user's and an assistant's message"
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            return f"a message's role must be one of {', '.join(_ROLES)}"
-        if not isinstance(message.get("content"), str):
-            return "a message's content must be text"
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        return "no answer: the last message must be the assistant's, with text"
-    return None
-
-
-def tokenise_conversation(
-    tokenizer: Any, conversation: Conversation, max_length: int
-) -> Example | BadRow:
-    """Apply the chat template; the answer's tokens are those after the generation prompt.
-
-    Examples longer than ``max_length`` are cut on the right; one whose whole answer is cut away is
-    a bad row.
-    """
-    answer = {"role": "assistant", "content": conversation.answer}
+    if isinstance(row, Document):
+        [ids] = tokenise_batch(tokenizer, [row.text])
+        pieces = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
+        # of a piece the first token is not predicted
+        return [Example(row.place, p, ((1, len(p)),)) for p in pieces if len(p) > 1]
+    if tokenizer.chat_template is None:
+        raise NoTemplate
     try:
-        prompt = prompt_ids(tokenizer, conversation)
-        whole = _template(tokenizer, [*conversation.prompt, answer], add_generation_prompt=False)
-    except TemplateError as error:
-        return BadRow(conversation.place, f"the chat template refuses it ({error})")
-    if whole[: len(prompt)] != prompt:
+        ids, answers = _tokenise(tokenizer, row.messages)
+    except _TemplateFault as error:
+        return BadRow(row.place, str(error))
+    learnt = tuple((begin, min(end, max_length)) for begin, end in answers if begin < max_length)
+    if not learnt:
         return BadRow(
-            conversation.place,
-            "the chat template's prompt is not a prefix of prompt and answer",
+            row.place,
+            f"no answer token is left in max_length = {max_length} (the prompt has "
+            f"{answers[0][0]})",
         )
-    if len(prompt) >= min(len(whole), max_length):
-        return BadRow(
-            conversation.place,
-            f"no answer token is left in max_length = {max_length} (the prompt has {len(prompt)})",
+    return [Example(row.place, ids[:max_length], learnt)]
+
+
+class _TemplateFault(ValueError):
+    """The chat template does not do what is needed of it."""
+
+
+def _tokenise(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], Spans]:
+    """Apply the chat template; an answer's tokens are those after its generation prompt.
+
+    They go on to where the conversation up to here would end, or, where the template renders
+    earlier answers otherwise than the last (Qwen 3), through the token that closes an answer.
+    """
+    whole = _template(tokenizer, messages, add_generation_prompt=False)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _template(tokenizer, messages[:number], add_generation_prompt=True)
+        begin, end = len(prompt), len(whole)
+        if whole[:begin] != prompt or begin == end:
+            raise _TemplateFault("the chat template's prompt is not a prefix of prompt and answer")
+        if number < len(messages) - 1:
+            through = _template(tokenizer, messages[: number + 1], add_generation_prompt=False)
+            end = (
+                len(through)
+                if whole[: len(through)] == through
+                else _closed(tokenizer, whole, begin)
+            )
+        spans.append((begin, end))
+    return whole, tuple(spans)
+
+
+def _closed(tokenizer: Any, ids: list[int], begin: int) -> int:
+    closing = end_of_answer(tokenizer)
+    if closing is None or closing not in ids[begin:]:
+        raise _TemplateFault(
+            "the chat template renders an earlier answer otherwise than the last, and closes none "
+            "by a special token"
         )
-    return Example(conversation.place, whole[:max_length], len(prompt))
+    return ids.index(closing, begin) + 1
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """Token ids of the prompt up to where the answer begins."""
+    """Token ids of the prompt up to where the last answer begins."""
     return _template(tokenizer, conversation.prompt, add_generation_prompt=True)
 
 
@@ -150,11 +145,14 @@ def end_of_answer(tokenizer: Any) -> int | None:
 
 
 def _template(
-    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool
+    tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool
 ) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise _TemplateFault(f"the chat template refuses it ({error})") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -166,32 +164,51 @@ def load_examples(
     max_bad_share: float,
     stage: str,
     limit: int | None = None,
-) -> Iterator[tuple[Conversation, Example]]:
+    name: str = "data",
+) -> Iterator[tuple[Conversation | Document, Example]]:
     """Yield usable examples; when all are read, refuse if too many were not.
+
+    Args:
+        tokenizer: of the model.
+        data: a file, a directory, an address or a glob.
+        max_length: of an example, in tokens.
+        max_bad_share: share of the rows that may be unusable.
+        stage: whose configuration is named in messages.
+        limit: rows read at most.
+        name: the configuration key of ``data`` in its section.
 
     Raises:
         LoramError: no chat template, no usable example, or too many bad rows.
     """
-    if tokenizer.chat_template is None:
-        raise LoramError(
-            f"{stage} needs a chat template and the model's tokenizer has none; add "
-            "chat_template.jinja to the model's directory"
-        )
     bad: list[BadRow] = []
     good = 0
-    for conversation in conversations(data, f"{stage}.data", limit):
-        if isinstance(conversation, BadRow):
-            bad.append(conversation)
+    for row in conversations(data, f"{stage}.{name}", limit):
+        found = row if isinstance(row, BadRow) else _usable(tokenizer, row, max_length, stage)
+        if isinstance(found, BadRow):
+            bad.append(found)
             continue
-        example = tokenise_conversation(tokenizer, conversation, max_length)
-        if isinstance(example, BadRow):
-            bad.append(example)
-            continue
+        assert not isinstance(row, BadRow)
         good += 1
-        yield conversation, example
+        for example in found:
+            yield row, example
     refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{stage}.max_bad_share")
     if good == 0:
-        raise LoramError(f"{stage}.data must hold examples, {data} has none that can be used")
+        raise LoramError(
+            f"{stage}.{name} must hold examples, {data} has none that can be used; give rows with "
+            "something to learn"
+        )
+
+
+def _usable(
+    tokenizer: Any, row: Conversation | Document, max_length: int, stage: str
+) -> list[Example] | BadRow:
+    try:
+        return tokenise_row(tokenizer, row, max_length)
+    except NoTemplate:
+        raise LoramError(
+            f"{stage} needs a chat template for {row.place} and the model's tokenizer has none; "
+            "add chat_template.jinja to the model's directory"
+        ) from None
 
 
 class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -204,13 +221,12 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
     @classmethod
     def write(cls, examples: Iterator[Example], path: Path) -> ExampleTable:
         """Write examples batch by batch and open them."""
-        schema = pa.schema({"input_ids": pa.list_(pa.int32()), "prompt_length": pa.int32()})
+        schema = pa.schema({"input_ids": pa.list_(pa.int32()), "learnt": pa.list_(pa.int32())})
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             batch: list[dict[str, object]] = []
             for example in examples:
-                batch.append(
-                    {"input_ids": example.input_ids, "prompt_length": example.prompt_length}
-                )
+                bounds = [bound for span in example.learnt for bound in span]
+                batch.append({"input_ids": example.input_ids, "learnt": bounds})
                 if len(batch) == _ROWS_PER_BATCH:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                     batch = []
@@ -224,14 +240,9 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         """Return ``input_ids`` and ``labels`` of one example."""
         input_ids = self._table["input_ids"][index].as_py()
-        prompt = self._table["prompt_length"][index].as_py()
-        return labelled(input_ids, prompt)
-
-
-def labelled(input_ids: list[int], prompt_length: int) -> dict[str, list[int]]:
-    """Return ``input_ids`` and ``labels``, which ignore the prompt: a row as `collate` takes it."""
-    labels = [IGNORED] * prompt_length + input_ids[prompt_length:]
-    return {"input_ids": input_ids, "labels": labels}
+        bounds = self._table["learnt"][index].as_py()
+        learnt = zip(bounds[::2], bounds[1::2], strict=True)
+        return {"input_ids": input_ids, "labels": labels_of(input_ids, learnt)}
 
 
 def collate(rows: list[dict[str, list[int]]], padding: int) -> dict[str, torch.Tensor]:

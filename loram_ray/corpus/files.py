@@ -23,9 +23,9 @@ from pyarrow import CompressedInputStream, NativeFile, fs
 
 from loram_ray.errors import LoramError
 
-READ = ".jsonl, .txt (both also .gz, .zst), .json.gz, .json.zst, .parquet, .arrow"
 _STORES = ("s3", "gs", "hf", "file")
 _LINES, _COLUMNS = (".jsonl", ".txt"), (".parquet", ".arrow")
+_SMALL = (".csv", ".tsv", ".json")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER = 2**20
 _RETRY_SECONDS = 60
@@ -34,11 +34,33 @@ _HASHED_ENDS = 2**20
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """Kinds of files that somebody reads.
+
+    Attributes:
+        names: endings, those of compression excepted.
+        said: how a message lists them.
+    """
+
+    names: tuple[str, ...]
+    said: str
+
+
+TEXT = Kinds(
+    _LINES + _COLUMNS,
+    ".jsonl, .txt (both also .gz, .zst), .json.gz, .json.zst, .parquet, .arrow",
+)
+"""What a corpus is made of."""
+EXAMPLES = Kinds(TEXT.names + _SMALL, f"{TEXT.said}, .json, .csv, .tsv")
+"""What examples to learn from are kept in."""
+
+
+@dataclass(frozen=True)
 class Form:
     """How a file is read.
 
     Attributes:
-        kind: ``.jsonl``, ``.txt``, ``.parquet`` or ``.arrow``.
+        kind: ``.jsonl``, ``.txt``, ``.parquet``, ``.arrow``, ``.csv``, ``.tsv`` or ``.json``.
         codec: ``gzip`` or ``zstd`` of a file that can only be read from its beginning.
     """
 
@@ -69,22 +91,24 @@ def form_of(path: str) -> Form | None:
     """Return how a file is read, by its name, or None where it is not."""
     stem, suffix = posixpath.splitext(_Place(path).inner)
     if suffix not in _CODECS:
-        return Form(suffix) if suffix in _LINES + _COLUMNS else None
+        return Form(suffix) if suffix in EXAMPLES.names else None
     kind = posixpath.splitext(stem)[1]
     if kind == ".json":  # so C4 and others name JSON lines
         kind = ".jsonl"
     return Form(kind, _CODECS[suffix]) if kind in _LINES else None
 
 
-def list_files(path: str, key: str) -> list[DataFile]:
+def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
     """Return the files that a path, an address or a glob names, sorted.
 
-    Of a directory that is every file of a kind that is read, at any depth, hidden ones excepted;
-    of one saved by ``datasets`` the files that its ``state.json`` names.
+    Of a directory that is every file of a kind that is read, at any depth, hidden ones and
+    ``.json`` excepted, which there is rarely data; of one saved by ``datasets`` the files that its
+    ``state.json`` names.
 
     Args:
         path: what a source names.
         key: its configuration key, for messages.
+        kinds: what is read.
 
     Raises:
         LoramError: there are none, a kind of file that is not read, or no such file system.
@@ -95,19 +119,19 @@ def list_files(path: str, key: str) -> list[DataFile]:
         if found.type == fs.FileType.File:
             infos = [found]
         elif found.type == fs.FileType.Directory:
-            infos = _in_directory(place, key)
+            infos = _in_directory(place, key, kinds)
         else:
             infos = _matching(place)
     files = []
     for info in sorted(infos, key=lambda info: info.path):
         name = place.name_of(info.path)
         form = form_of(name)
-        if form is None:
-            raise LoramError(f"{key} must name files of {READ}, got {name}; convert it")
+        if form is None or form.kind not in kinds.names:
+            raise LoramError(f"{key} must name files of {kinds.said}, got {name}; convert it")
         files.append(DataFile(name, info.base_name, form, info.size, info.mtime_ns))
     if not files:
         remedy = "check it" if "://" in path else "check it (of the hub: hf://datasets/org/name)"
-        raise LoramError(f"{key} must name files of {READ}, {path} has none; {remedy}")
+        raise LoramError(f"{key} must name files of {kinds.said}, {path} has none; {remedy}")
     return files
 
 
@@ -220,7 +244,7 @@ def _store(scheme: str, authority: str, query: str) -> fs.FileSystem:
     return fs.FileSystem.from_uri(f"{scheme}://{authority}{query}")[0]
 
 
-def _in_directory(place: _Place, key: str) -> list[fs.FileInfo]:
+def _in_directory(place: _Place, key: str, kinds: Kinds) -> list[fs.FileInfo]:
     infos = _walk(place, place.inner)
     by_path = {info.path: info for info in infos}
     for path in by_path:
@@ -245,7 +269,9 @@ def _in_directory(place: _Place, key: str) -> list[fs.FileInfo]:
     for path, info in by_path.items():
         folder = posixpath.dirname(path)
         is_cache = path.endswith(".arrow") and folder in saved and path not in saved[folder]
-        if form_of(path) is not None and not is_cache:
+        form = form_of(path)
+        is_read = form is not None and form.kind in kinds.names and form.kind != ".json"
+        if is_read and not is_cache:
             kept.append(info)
     return kept
 

@@ -129,6 +129,12 @@ def documents(unit: Unit) -> Iterator[str | BadRow]:
             yield from _json_documents(unit)
 
 
+def documents_of(file: DataFile) -> Iterator[str | BadRow]:
+    """Yield the documents of one file, as `documents` does; its text field is ``text``."""
+    for start, end in _spans(file):
+        yield from documents(Unit(0, file.path, "text", start, end))
+
+
 def lines_of(unit: Unit) -> Iterator[bytes]:
     """Yield each line that starts in the unit."""
     form = form_of(unit.path)
@@ -260,10 +266,8 @@ def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
 
 def _arrow_documents(unit: Unit) -> Iterator[str | BadRow]:
     with open_random(unit.path) as file:
-        magic = file.read(len(_ARROW_FILE))
-        file.seek(0)
         try:
-            yield from _column_documents(_batches(file, magic), unit.field, unit.path)
+            yield from _column_documents(arrow_batches(file), unit.field, unit.path)
         except (ArrowException, OSError) as error:
             raise LoramError(
                 f"{unit.path} is cut or damaged ({' '.join(str(error).split())}); get the file "
@@ -271,7 +275,10 @@ def _arrow_documents(unit: Unit) -> Iterator[str | BadRow]:
             ) from error
 
 
-def _batches(file: pa.NativeFile, magic: bytes) -> Iterator[pa.RecordBatch]:
+def arrow_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file or stream."""
+    magic = file.read(len(_ARROW_FILE))
+    file.seek(0)
     if magic != _ARROW_FILE:
         yield from pa.ipc.open_stream(file)
         return

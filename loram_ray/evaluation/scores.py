@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loram_ray.corpus.examples import (
-    Conversation,
-    Example,
-    collate,
-    end_of_answer,
-    labelled,
-    prompt_ids,
-)
+from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.examples import Example, collate, end_of_answer, prompt_ids
 from loram_ray.losses import IGNORED, summed_loss
 
 
@@ -62,7 +56,7 @@ def answer_likelihood(
     """
     total = Likelihood(0.0, 0)
     for batch in _by_length(examples, lambda e: len(e.input_ids), batch_size):
-        rows = [labelled(e.input_ids, e.prompt_length) for e in batch]
+        rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in batch]
         total += _likelihood(model, collate(rows, padding))
         advance(len(batch))
     return total

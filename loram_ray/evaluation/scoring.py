@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loram_ray.config import EvaluateConfig, TextConfig
+from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.examples import load_examples
 from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
@@ -103,7 +104,12 @@ def _score_answers(
         "examples": len(rows),
     }
     if config.exact_match:
-        asked = [conversation for conversation, _ in rows]
+        asked = [row for row, _ in rows if isinstance(row, Conversation)]
+        if len(asked) < len(rows):
+            raise LoramError(
+                "evaluate.exact_match needs questions with answers, "
+                f"{config.data} holds plain text; set it to false or give other data"
+            )
         matches = exact_matches(
             model, tokenizer, asked, config.batch_size, config.max_new_tokens, log.advance
         )

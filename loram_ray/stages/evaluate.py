@@ -10,7 +10,7 @@ from loram_ray.adapter import CONFIG_FILE
 from loram_ray.changes import is_delta
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import EvaluateConfig, RayConfig, TextSource
-from loram_ray.corpus.files import hash_content, list_files
+from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scoring import score
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
 def _data_digest(config: EvaluateConfig) -> str:
     parts: list[Any] = []
     if config.data is not None:
-        files = list_files(config.data, "evaluate.data")
+        files = list_files(config.data, "evaluate.data", EXAMPLES)
         parts += [hash_content(file.path) for file in files]
     if config.text is not None:
         parts += [

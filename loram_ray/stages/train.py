@@ -10,7 +10,7 @@ import torch
 
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import RayConfig, TextSource, TrainConfig
-from loram_ray.corpus.files import hash_content, list_files
+from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
 from loram_ray.manifest import digest_of, identify_model
 from loram_ray.modeling import family_of
@@ -41,7 +41,7 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
             finite.
     """
     family_of(config.model)
-    files = list_files(config.data, "train.data")
+    files = list_files(config.data, "train.data", EXAMPLES)
     data_digest = digest_of([hash_content(file.path) for file in files])
     model_digest, base_fingerprint = identify_model(config.model, "train.model")
     return run_stage(
