@@ -108,7 +108,7 @@ def test_messages_and_prompt_with_completion_are_the_same_example(
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [PAIR, {"messages": messages}])
     (_, first), (_, second) = read(path, tokenizer)
     assert first.input_ids == second.input_ids
-    assert first.learnt[0][0] == second.learnt[0][0]
+    assert first.learnt == second.learnt
 
 
 def test_a_long_example_is_cut_on_the_right(
@@ -329,7 +329,7 @@ def test_a_table_gives_back_the_examples_and_labels_nothing_else(tmp_path: Path)
         Example(
             f"f:{i}",
             torch.randint(3, 300, (4 + i % 9,), generator=generator).tolist(),
-            ((i % 4, 9),),
+            ((i % 4, 4 + i % 9),),
         )
         for i in range(2500)  # more than two batches of the file
     ]
@@ -448,7 +448,8 @@ def test_a_text_is_cut_into_pieces_that_hold_all_of_it(
     examples = [example for _, example in read(path, tokenizer, max_length=8)]
     ids = [token for example in examples for token in example.input_ids]
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids == [*expected, tokenizer.eos_token_id][: len(ids)] and len(ids) >= len(expected)
+    assert ids == [*expected, tokenizer.eos_token_id]
+    assert len(examples) == -(-len(ids) // 8)
     assert all(e.learnt == ((1, len(e.input_ids)),) for e in examples)
 
 
@@ -477,3 +478,43 @@ def test_roles_out_of_order_are_told(
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [{"messages": messages}])
     with pytest.raises(LoramError, match=rf"data.jsonl:1: roles out of order: .*{wrong}"):
         read(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"prompt,completion\na,b\nc\n", ":3: it has not the header's 2 columns"),
+        (b"prompt,completion\na,b,c\n", ":2: it has not the header's 2 columns"),
+        (b'prompt,completion\n"a\n\nb",c\nd,\xff\n', ":5: not UTF-8"),
+        (b"question,answer\na,b\n", ":2: it must have text in 'messages'"),
+    ],
+    ids=["too few", "too many", "not text, after lines in quotes", "other columns"],
+)
+def test_a_bad_row_of_a_csv_file_is_told_with_its_line(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    with pytest.raises(LoramError) as caught:
+        read(path, tokenizer)
+    assert f"{path}{reason}" in str(caught.value)
+
+
+def test_parquet_without_a_known_column_is_told(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"question": ["x"] * 9}), tmp_path / "data.parquet")
+    with pytest.raises(LoramError, match=r"data.parquet: it has no column of messages, prompt, "):
+        read(tmp_path / "data.parquet", tokenizer)
+
+
+def test_a_folder_s_json_is_no_data_and_a_json_file_is(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tiny.write_jsonl(tmp_path / "data.jsonl", [PAIR])
+    (tmp_path / "config.json").write_text(json.dumps([PAIR, PAIR]))
+    assert len(read(tmp_path, tokenizer)) == 1
+    assert len(read(tmp_path / "config.json", tokenizer)) == 2

@@ -119,7 +119,11 @@ def test_losses_equal_a_loop_written_with_plain_transformers_and_peft(
 
 
 def as_row(example: Example) -> dict[str, list[int]]:
-    return {"input_ids": example.input_ids, "labels": example.labels}
+    [(begin, _)] = example.learnt
+    return {
+        "input_ids": example.input_ids,
+        "labels": [-100] * begin + example.input_ids[begin:],
+    }
 
 
 def test_the_adapter_is_a_standard_peft_directory_that_trains_only_lora(

@@ -264,6 +264,13 @@ def test_an_adapter_changes_the_scores_and_a_foreign_one_is_refused(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_answers_of_plain_text_cannot_be_matched(base: Path, tmp_path: Path) -> None:
+    data = str(tiny.write_jsonl(tmp_path / "data.jsonl", [*tiny.questions(2), {"text": "a b"}]))
+    assert evaluation(base, tmp_path, data=data)["examples"] == 3
+    with pytest.raises(LoramError, match=r"evaluate.exact_match needs questions with answers"):
+        evaluation(base, tmp_path, data=data, exact_match=True)
+
+
 def test_nothing_to_score_is_refused(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("\n")

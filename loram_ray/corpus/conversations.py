@@ -10,7 +10,7 @@ from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.read import BadRow
 from loram_ray.corpus.rows import read_rows
 
-FORMS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'"
+_FORMS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'"
 _COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
 _ROLES = ("system", "user", "assistant")
 
@@ -75,27 +75,33 @@ def parse_row(place: str, row: dict[str, Any]) -> Conversation | Document | BadR
 
     Where a row could be several of these, the first counts.
     """
-    if row.get("messages") is not None:
-        messages = _without_nothing(row["messages"])
-        problem = _problem_with(messages)
-        return BadRow(place, problem) if problem else Conversation(place, messages)
+    messages = row.get("messages")
+    if messages is None:
+        question, answer = _question_and_answer(row)
+        text = row.get("text")
+        if isinstance(question, str) and isinstance(answer, str):
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        elif question is None and answer is None and isinstance(text, str) and text.strip():
+            return Document(place, text)
+        else:
+            return BadRow(place, f"it must have text in {_FORMS}")
+    messages = _without_nothing(messages)
+    problem = _problem_with(messages)
+    return BadRow(place, problem) if problem else Conversation(place, messages)
+
+
+def _question_and_answer(row: dict[str, Any]) -> tuple[Any, Any]:
+    """A row's pair, Alpaca's input after its instruction; None for what is not there."""
     question, answer = row.get("prompt"), row.get("completion")
-    if question is None and answer is None:
-        question, answer = row.get("instruction"), row.get("output")
-        if isinstance(question, str) and isinstance(row.get("input"), str) and row["input"].strip():
-            question = f"{question}\n\n{row['input']}"
-    if isinstance(question, str) and isinstance(answer, str):
-        messages = [_message("user", question), _message("assistant", answer)]
-        problem = _problem_with(messages)
-        return BadRow(place, problem) if problem else Conversation(place, messages)
-    text = row.get("text")
-    if isinstance(text, str) and text.strip() and question is None and answer is None:
-        return Document(place, text)
-    return BadRow(place, f"it must have text in {FORMS}")
-
-
-def _message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
+    if question is not None or answer is not None:
+        return question, answer
+    question, context = row.get("instruction"), row.get("input")
+    if isinstance(question, str) and isinstance(context, str) and context.strip():
+        question = f"{question}\n\n{context}"
+    return question, row.get("output")
 
 
 def _without_nothing(messages: object) -> Any:

@@ -23,10 +23,6 @@ Spans = tuple[tuple[int, int], ...]
 """First token and the one past the last of each stretch that carries loss."""
 
 
-class NoTemplate(Exception):
-    """There is a conversation and the tokenizer has no chat template."""
-
-
 @dataclass(frozen=True)
 class Example:
     """A tokenised conversation or text.
@@ -63,16 +59,16 @@ def tokenise_row(
     Conversations longer than ``max_length`` are cut on the right; one of which no answer's token is
     left is a bad row. A text, closed by the end-of-text token, is cut into pieces.
 
-    Raises:
-        NoTemplate: a conversation, and no chat template.
+    Args:
+        tokenizer: of the model; with a chat template, for conversations.
+        row: what to learn.
+        max_length: of an example, in tokens.
     """
     if isinstance(row, Document):
         [ids] = tokenise_batch(tokenizer, [row.text])
         pieces = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
         # of a piece the first token is not predicted
         return [Example(row.place, p, ((1, len(p)),)) for p in pieces if len(p) > 1]
-    if tokenizer.chat_template is None:
-        raise NoTemplate
     try:
         ids, answers = _tokenise(tokenizer, row.messages)
     except _TemplateFault as error:
@@ -108,11 +104,9 @@ def _tokenise(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int]
             raise _TemplateFault("the chat template's prompt is not a prefix of prompt and answer")
         if number < len(messages) - 1:
             through = _template(tokenizer, messages[: number + 1], add_generation_prompt=False)
-            end = (
-                len(through)
-                if whole[: len(through)] == through
-                else _closed(tokenizer, whole, begin)
-            )
+            end = len(through)
+            if whole[:end] != through:
+                end = _closed(tokenizer, whole, begin)
         spans.append((begin, end))
     return whole, tuple(spans)
 
@@ -164,7 +158,6 @@ def load_examples(
     max_bad_share: float,
     stage: str,
     limit: int | None = None,
-    name: str = "data",
 ) -> Iterator[tuple[Conversation | Document, Example]]:
     """Yield usable examples; when all are read, refuse if too many were not.
 
@@ -175,40 +168,34 @@ def load_examples(
         max_bad_share: share of the rows that may be unusable.
         stage: whose configuration is named in messages.
         limit: rows read at most.
-        name: the configuration key of ``data`` in its section.
 
     Raises:
         LoramError: no chat template, no usable example, or too many bad rows.
     """
     bad: list[BadRow] = []
     good = 0
-    for row in conversations(data, f"{stage}.{name}", limit):
-        found = row if isinstance(row, BadRow) else _usable(tokenizer, row, max_length, stage)
+    for row in conversations(data, f"{stage}.data", limit):
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        if isinstance(row, Conversation) and tokenizer.chat_template is None:
+            raise LoramError(
+                f"{stage} needs a chat template for {row.place} and the model's tokenizer has "
+                "none; add chat_template.jinja to the model's directory"
+            )
+        found = tokenise_row(tokenizer, row, max_length)
         if isinstance(found, BadRow):
             bad.append(found)
             continue
-        assert not isinstance(row, BadRow)
         good += 1
         for example in found:
             yield row, example
     refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{stage}.max_bad_share")
     if good == 0:
         raise LoramError(
-            f"{stage}.{name} must hold examples, {data} has none that can be used; give rows with "
+            f"{stage}.data must hold examples, {data} has none that can be used; give rows with "
             "something to learn"
         )
-
-
-def _usable(
-    tokenizer: Any, row: Conversation | Document, max_length: int, stage: str
-) -> list[Example] | BadRow:
-    try:
-        return tokenise_row(tokenizer, row, max_length)
-    except NoTemplate:
-        raise LoramError(
-            f"{stage} needs a chat template for {row.place} and the model's tokenizer has none; "
-            "add chat_template.jinja to the model's directory"
-        ) from None
 
 
 class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]

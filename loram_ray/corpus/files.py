@@ -25,7 +25,7 @@ from loram_ray.errors import LoramError
 
 _STORES = ("s3", "gs", "hf", "file")
 _LINES, _COLUMNS = (".jsonl", ".txt"), (".parquet", ".arrow")
-_SMALL = (".csv", ".tsv", ".json")
+_TABLES = (".csv", ".tsv", ".json")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER = 2**20
 _RETRY_SECONDS = 60
@@ -51,7 +51,7 @@ TEXT = Kinds(
     ".jsonl, .txt (both also .gz, .zst), .json.gz, .json.zst, .parquet, .arrow",
 )
 """What a corpus is made of."""
-EXAMPLES = Kinds(TEXT.names + _SMALL, f"{TEXT.said}, .json, .csv, .tsv")
+EXAMPLES = Kinds(TEXT.names + _TABLES, f"{TEXT.said}, .json, .csv, .tsv")
 """What examples to learn from are kept in."""
 
 
@@ -101,8 +101,8 @@ def form_of(path: str) -> Form | None:
 def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
     """Return the files that a path, an address or a glob names, sorted.
 
-    Of a directory that is every file of a kind that is read, at any depth, hidden ones and
-    ``.json`` excepted, which there is rarely data; of one saved by ``datasets`` the files that its
+    Of a directory that is every file of a kind that is read, at any depth, hidden ones excepted,
+    and ``.json``, which rarely is data there; of one saved by ``datasets`` the files that its
     ``state.json`` names.
 
     Args:

@@ -83,14 +83,19 @@ def _separated(file: DataFile) -> Iterator[Row | BadRow]:
         place, begins = f"{file.path}:{begins}", reader.line_num + 1
         if None in row or None in row.values():
             yield BadRow(place, f"it has not the header's {len(reader.fieldnames or ())} columns")
-        elif any(_undecoded(value) for value in row.values()):
+        elif not _is_text("".join(row.values())):
             yield BadRow(place, "not UTF-8")
         else:
             yield place, dict(row)
 
 
-def _undecoded(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def _is_text(found: str) -> bool:
+    """Whether bytes that were decoded with ``surrogateescape`` were UTF-8."""
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _columns(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]:
@@ -122,4 +127,4 @@ def _batches(
         return
     parquet = pq.ParquetFile(stream, buffer_size=2**20)
     wanted = [name for name in parquet.schema_arrow.names if name in columns]
-    yield from parquet.iter_batches(_ROWS_AT_ONCE, columns=wanted or None)
+    yield from parquet.iter_batches(_ROWS_AT_ONCE, columns=wanted)

@@ -93,6 +93,12 @@ def _score_answers(
             config.limit,
         )
     )
+    asked = [row for row, _ in rows if isinstance(row, Conversation)]
+    if config.exact_match and len(asked) < len(rows):
+        raise LoramError(
+            "evaluate.exact_match needs questions with answers, "
+            f"{config.data} holds plain text; set it to false or give other data"
+        )
     log.total += len(rows) * (2 if config.exact_match else 1)
     examples = [example for _, example in rows]
     likelihood = answer_likelihood(
@@ -104,12 +110,6 @@ def _score_answers(
         "examples": len(rows),
     }
     if config.exact_match:
-        asked = [row for row, _ in rows if isinstance(row, Conversation)]
-        if len(asked) < len(rows):
-            raise LoramError(
-                "evaluate.exact_match needs questions with answers, "
-                f"{config.data} holds plain text; set it to false or give other data"
-            )
         matches = exact_matches(
             model, tokenizer, asked, config.batch_size, config.max_new_tokens, log.advance
         )
