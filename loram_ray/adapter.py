@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from loram_ray.tensorfile import TensorFile
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 _PREFIX = "base_model.model."
 _KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -93,6 +95,19 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def own_template(directory: Path | None) -> Path | None:
+    """The chat template that an adapter was trained with, if that was not its model's."""
+    path = None if directory is None else directory / TEMPLATE_FILE
+    return path if path is not None and path.is_file() else None
+
+
+def copy_template(source: Path, target: Path) -> None:
+    """Copy an adapter's own chat template, if it has one."""
+    template = own_template(source)
+    if template is not None:
+        shutil.copyfile(template, target / TEMPLATE_FILE)
 
 
 def tensor_name(module: str, side: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from loram_ray.adapter import own_template
 from loram_ray.corpus.examples import end_of_answer
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scoring import with_adapter
@@ -107,7 +108,7 @@ def open_chat(
     Args:
         model: directory of any stage's model, or a hub id.
         adapter: directory of an adapter to put on it.
-        template: file with a chat template, instead of the tokenizer's own.
+        template: file with a chat template; default: the adapter's own, or else the tokenizer's.
         system: a system message.
         sampling: how answers are generated.
         precision: ``bf16`` or ``fp32``.
@@ -116,9 +117,7 @@ def open_chat(
         LoramError: no such model, an adapter of other shapes, or no chat template.
     """
     directory = resolve_base(model, "--model")
-    tokenizer: Any = load_tokenizer(directory)
-    if template is not None:
-        tokenizer.chat_template = _read(template)
+    tokenizer = load_tokenizer(directory, template or own_template(adapter), "--chat-template")
     if not tokenizer.chat_template:
         raise LoramError(
             f"--model {model} must have a chat template, its tokenizer has none; give one with "
@@ -130,12 +129,3 @@ def open_chat(
         loaded = with_adapter(loaded, str(directory), adapter, "--adapter")
     messages = [{"role": "system", "content": system}] if system else []
     return Chat(loaded.eval(), tokenizer, sampling or Sampling(), messages)
-
-
-def _read(template: Path) -> str:
-    try:
-        return template.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoramError(
-            f"--chat-template {template} cannot be read ({error}); check the path"
-        ) from error

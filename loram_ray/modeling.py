@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from loram_ray import configuration_pruned, modeling_pruned
@@ -134,7 +135,10 @@ def write_model_files(
 
 
 def load_model(
-    directory: Path | str, precision: str = "bf16", device: str | torch.device = "cpu"
+    directory: Path | str,
+    precision: str = "bf16",
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a base, pruned, aligned, quantised or merged model directory.
 
@@ -145,10 +149,25 @@ def load_model(
         directory: the model.
         precision: ``bf16`` or ``fp32``.
         device: where its weights go.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None is transformers' choice.
+
+    Raises:
+        LoramError: an attention that the family or the machine does not have.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=DTYPES[precision], device_map={"": device}
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[precision],
+            device_map={"": device},
+            attn_implementation=attention,
+        )
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise
+        raise LoramError(
+            f"attention = {attention} cannot be used for {directory} "
+            f"({' '.join(str(error).split()):.300}); install what it needs or leave it out"
+        ) from error
     if getattr(model, "is_loaded_in_4bit", False):
         from loram_ray.nf4 import mend_on_cpu
 
@@ -185,17 +204,48 @@ def load_pruned(directory: Path | str, precision: str = "bf16") -> PreTrainedMod
     return load_model(directory, precision)
 
 
-def load_tokenizer(directory: Path | str) -> Any:
+def load_tokenizer(
+    directory: Path | str, chat_template: Path | None = None, key: str = "chat_template"
+) -> Any:
     """Load the tokenizer of a model directory.
 
+    Args:
+        directory: the model.
+        chat_template: Jinja file, instead of the tokenizer's own chat template.
+        key: configuration key or option of that file, for messages.
+
     Raises:
-        LoramError: there is none that transformers can read.
+        LoramError: there is none that transformers can read, or the file cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoramError(
             f"{directory} has no tokenizer that transformers can load ({reason}); copy the base's "
             "tokenizer files into it"
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template, key)
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise LoramError(
+                f"{key} {chat_template} is no chat template: {error} in line {error.lineno}; "
+                "mend it"
+            ) from error
+        except TemplateError:  # it refuses this conversation, and says so of others when they come
+            pass
+    return tokenizer
+
+
+def read_template(path: Path, key: str) -> str:
+    """Read a file with a chat template.
+
+    Raises:
+        LoramError: it cannot be read as text.
+    """
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoramError(f"{key} {path} cannot be read ({error}); check the path") from error

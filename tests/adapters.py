@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loram_ray.architectures import Architecture, Geometry
-from loram_ray.finetuning.trainer import save_adapter
+from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.manifest import identify_model
 from loram_ray.modeling import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan

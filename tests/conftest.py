@@ -21,11 +21,27 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
+import loram_ray as lr  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with grouped-query attention: 8 query heads on 4 KV heads, 4 layers."""
     return tiny.write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with half of the heads and neurons of its two middle layers."""
+    output = tmp_path_factory.mktemp("finetuning") / "pruned"
+    lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
+    return output
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small sums as prompts and completions."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", tiny.questions())
 
 
 @pytest.fixture(scope="session")

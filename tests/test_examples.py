@@ -11,11 +11,11 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from loram_ray.corpus.batches import padded
 from loram_ray.corpus.conversations import Conversation, Document, conversations
 from loram_ray.corpus.examples import (
     Example,
     ExampleTable,
-    collate,
     load_examples,
     tokenise_row,
 )
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def read(
     path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int = 512, share: float = 0.0
 ) -> list[tuple[Conversation | Document, Example]]:
-    return list(load_examples(tokenizer, str(path), max_length, share, "train"))
+    return list(load_examples(tokenizer, str(path), max_length, share, "train.data"))
 
 
 def labelled(tokenizer: PreTrainedTokenizerFast, example: Example, tmp_path: Path) -> str:
@@ -282,7 +282,7 @@ def test_a_limit_takes_the_first_rows_and_looks_at_no_other(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{GOOD}\n\n{GOOD}\n" + "{\n" * 5)
-    rows = list(load_examples(tokenizer, str(path), 512, 0.0, "evaluate", limit=2))
+    rows = list(load_examples(tokenizer, str(path), 512, 0.0, "evaluate.data", limit=2))
     assert [conversation.place for conversation, _ in rows] == [f"{path}:1", f"{path}:3"]
     assert len(list(conversations(str(path), "evaluate.data", limit=3))) == 3
 
@@ -292,7 +292,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [PAIR])
     tokenizer.chat_template = None
-    with pytest.raises(LoramError, match=r"train needs a chat template .*; add chat_template"):
+    with pytest.raises(LoramError, match=r"train needs a chat template .* as train.chat_template"):
         read(path, tokenizer)
 
 
@@ -361,25 +361,25 @@ def test_a_table_is_read_from_disk_and_not_held_in_memory(tmp_path: Path) -> Non
     assert pa.total_allocated_bytes() - before < 1_000_000
 
 
-def test_collate_pads_on_the_right_and_masks_the_padding() -> None:
+def test_padding_is_on_the_right_and_under_the_mask() -> None:
     rows = [
         {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
         {"input_ids": [8], "labels": [8]},
         {"input_ids": [9, 10], "labels": [IGNORED, 10]},
     ]
-    batch = collate(rows, padding=99)
+    batch = padded(rows, padding=99)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 99, 99], [9, 10, 99]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert batch["labels"].tolist() == [
         [IGNORED, 6, 7],
-        [8, IGNORED, IGNORED],
+        [IGNORED, IGNORED, IGNORED],  # nothing predicts a first token
         [IGNORED, 10, IGNORED],
     ]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_padding_equal_to_a_real_token_hides_no_label() -> None:
-    batch = collate([{"input_ids": [4, 99], "labels": [IGNORED, 99]}], padding=99)
+    batch = padded([{"input_ids": [4, 99], "labels": [IGNORED, 99]}], padding=99)
     assert batch["labels"].tolist() == [[IGNORED, 99]]
     assert batch["attention_mask"].tolist() == [[1, 1]]
 

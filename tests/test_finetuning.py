@@ -17,25 +17,14 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.adapter import ADAPTER_FILE
-from loram_ray.corpus.examples import Example, collate, load_examples
+from loram_ray.corpus.batches import padded
+from loram_ray.corpus.examples import Example, load_examples
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.modeling import load_tokenizer
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE
 
 STEPS, BATCH, LR = 6, 4, 5e-3
-
-
-@pytest.fixture(scope="module")
-def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("finetuning") / "pruned"
-    lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
-    return output
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", tiny.questions())
 
 
 def config(model: Path, data: Path, output: Path, **changes: object) -> lr.TrainConfig:
@@ -91,8 +80,8 @@ def test_losses_equal_a_loop_written_with_plain_transformers_and_peft(
     ours = run_directly(settings, tmp_path / "ours")
 
     tokenizer = load_tokenizer(pruned)
-    examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train")]
-    batch = collate([as_row(e) for e in examples], tokenizer.eos_token_id)
+    examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train.data")]
+    batch = padded([as_row(e) for e in examples], tokenizer.eos_token_id)
     torch.manual_seed(settings.seed)
     model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

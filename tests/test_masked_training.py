@@ -27,7 +27,8 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
-from loram_ray.corpus.examples import collate, load_examples
+from loram_ray.corpus.batches import padded
+from loram_ray.corpus.examples import load_examples
 from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.evaluation.scoring import score
 from loram_ray.finetuning.masked import (
@@ -237,7 +238,7 @@ def test_training_equals_a_plain_loop_over_products_formed_naively(
     ours = run_directly(settings, tmp_path / "ours")
 
     tokenizer = load_tokenizer(case.pruned)
-    examples = [e for _, e in load_examples(tokenizer, str(data), 64, 0.0, "train")]
+    examples = [e for _, e in load_examples(tokenizer, str(data), 64, 0.0, "train.data")]
     rows = [
         {
             "input_ids": e.input_ids,
@@ -253,7 +254,7 @@ def test_training_equals_a_plain_loop_over_products_formed_naively(
     schedule = get_cosine_schedule_with_warmup(optimiser, 1, STEPS)
     expected = []
     for _ in range(STEPS):
-        loss = naive(**collate(rows, tokenizer.eos_token_id))
+        loss = naive(**padded(rows, tokenizer.eos_token_id))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -28,6 +28,7 @@ from loram_ray.planning.bases import PUBLISHED, base_config
 from loram_ray.planning.card import require_memory
 from loram_ray.planning.forecast import forecast
 from loram_ray.planning.gpus import GAPS, GPUS, fitting
+from loram_ray.planning.moments import moments_bytes
 from loram_ray.planning.rehearsal import TrainingMemory, training_memory, without_nf4
 from loram_ray.planning.sizes import sizes_of
 
@@ -125,6 +126,7 @@ def expected_and_measured(
         {"precision": "fp32"},
         {"lora": {"r": 4, "alpha": 8, "lm_head": True}},
         {"lora": {"r": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}},
+        {"lora": {"r": 64, "alpha": 8, "dtype": "bf16"}, "optimiser": {"name": "adamw_8bit"}},
     ],
 )
 def test_peaks_are_those_of_real_training(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -158,6 +160,32 @@ def test_peaks_in_nf4_are_those_of_real_training(
 ) -> None:
     expected, measured = expected_and_measured(quantized, tmp_path, changes, quantized=True)
     assert measured == pytest.approx(expected.total, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_moments_are_those_that_the_optimiser_keeps(name: str, dtype: torch.dtype) -> None:
+    from bitsandbytes import optim
+
+    kinds = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW32bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
+    shapes = (8, 300), (8, 1000), (257, 65)
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    optimiser = kinds[name](parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    kept = sum(
+        value.nbytes
+        for parameter in parameters
+        for key, value in optimiser.state[parameter].items()
+        if isinstance(value, torch.Tensor) and value.dim() and "qmap" not in key  # all share those
+    )
+    assert moments_bytes(parameters, name) == kept
 
 
 def test_in_nf4_a_weight_is_made_whole_now_and_then() -> None:

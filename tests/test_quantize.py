@@ -448,12 +448,13 @@ def test_training_on_it_is_plain_peft_s(quantized: Path, tmp_path: Path) -> None
     from test_finetuning import LR, STEPS, as_row
     from transformers import get_cosine_schedule_with_warmup
 
-    from loram_ray.corpus.examples import collate, load_examples
+    from loram_ray.corpus.batches import padded
+    from loram_ray.corpus.examples import load_examples
     from loram_ray.modeling import load_tokenizer
 
     tokenizer = load_tokenizer(quantized)
-    examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train")]
-    batch = collate([as_row(e) for e in examples], tokenizer.eos_token_id)
+    examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train.data")]
+    batch = padded([as_row(e) for e in examples], tokenizer.eos_token_id)
     torch.manual_seed(settings.seed)
     frozen = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32)
     lora = peft.LoraConfig(

@@ -7,18 +7,13 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 
 from loram_ray.config.align import AlignConfig, DistillationConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
-from loram_ray.config.finetune import (
-    EvaluateConfig,
-    LoraConfig,
-    MergeConfig,
-    RecoverConfig,
-    TrainConfig,
-)
+from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
 from loram_ray.config.publish import PublishConfig, QuantizeConfig
 from loram_ray.config.reading import load_run, section_of, validate
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.section import OptimiserConfig, Precision, RayConfig, Section, section_type
+from loram_ray.config.train import LoraConfig, TrainConfig
 
 __all__ = [
     "AlignConfig",

@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from loram_ray.config.align import AlignConfig
-from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig, TrainConfig
+from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import PruneConfig
 from loram_ray.config.publish import PublishConfig, QuantizeConfig
 from loram_ray.config.section import RayConfig, Section
+from loram_ray.config.train import TrainConfig
 
 STAGES: dict[str, type[Section]] = {
     "prune": PruneConfig,
@@ -72,6 +73,10 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     loram: dict[str, Any] = {"model": base, "adapter": adapter}
     if filled.get("merge") is not None and recovers_delta(filled.get("recover")):
         loram = {"model": str(merged)}  # a delta is no adapter
+    train = filled.get("train")
+    template = dict(train).get("chat_template") if isinstance(train, Section | Mapping) else None
+    if template is not None:
+        loram["chat_template"] = template
     derived: dict[str, dict[str, Any]] = {
         "prune": {"base": base, "output": pruned},
         "align": {"base": base, "pruned": pruned, "output": aligned},

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jinja2 import TemplateError
 
 from loram_ray.corpus.conversations import Conversation, Document, conversations
 from loram_ray.corpus.pack import tokenise_batch
 from loram_ray.corpus.read import BadRow, refuse_bad_rows
+from loram_ray.corpus.selection import below_share
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED
 
@@ -156,7 +159,7 @@ def load_examples(
     data: str,
     max_length: int,
     max_bad_share: float,
-    stage: str,
+    key: str,
     limit: int | None = None,
 ) -> Iterator[tuple[Conversation | Document, Example]]:
     """Yield usable examples; when all are read, refuse if too many were not.
@@ -166,22 +169,23 @@ def load_examples(
         data: a file, a directory, an address or a glob.
         max_length: of an example, in tokens.
         max_bad_share: share of the rows that may be unusable.
-        stage: whose configuration is named in messages.
+        key: configuration key of the data, such as ``train.data``.
         limit: rows read at most.
 
     Raises:
         LoramError: no chat template, no usable example, or too many bad rows.
     """
+    stage = key.partition(".")[0]
     bad: list[BadRow] = []
     good = 0
-    for row in conversations(data, f"{stage}.data", limit):
+    for row in conversations(data, key, limit):
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         if isinstance(row, Conversation) and tokenizer.chat_template is None:
             raise LoramError(
                 f"{stage} needs a chat template for {row.place} and the model's tokenizer has "
-                "none; add chat_template.jinja to the model's directory"
+                f"none; give a file with one as {stage}.chat_template"
             )
         found = tokenise_row(tokenizer, row, max_length)
         if isinstance(found, BadRow):
@@ -193,9 +197,44 @@ def load_examples(
     refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{stage}.max_bad_share")
     if good == 0:
         raise LoramError(
-            f"{stage}.data must hold examples, {data} has none that can be used; give rows with "
+            f"{key} must hold examples, {data} has none that can be used; give rows with "
             "something to learn"
         )
+
+
+def is_held_out(row: Conversation | Document, share: float, seed: int) -> bool:
+    """Whether a row is one of the share that is held out; equal rows are on the same side."""
+    content = row.text if isinstance(row, Document) else json.dumps(row.messages, sort_keys=True)
+    return below_share(content, share, seed)
+
+
+_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "learnt": pa.list_(pa.int32())})
+
+
+class _Writer:
+    """Writes examples to an Arrow file, batch by batch."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pa.ipc.new_file(str(path), _SCHEMA)
+        self._batch: list[dict[str, object]] = []
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write_batch()
+        self._file.close()
+
+    def write(self, example: Example) -> None:
+        bounds = [bound for span in example.learnt for bound in span]
+        self._batch.append({"input_ids": example.input_ids, "learnt": bounds})
+        if len(self._batch) == _ROWS_PER_BATCH:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        if self._batch:
+            self._file.write_batch(pa.RecordBatch.from_pylist(self._batch, _SCHEMA))
+            self._batch = []
 
 
 class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -206,20 +245,34 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
     @classmethod
-    def write(cls, examples: Iterator[Example], path: Path) -> ExampleTable:
-        """Write examples batch by batch and open them."""
-        schema = pa.schema({"input_ids": pa.list_(pa.int32()), "learnt": pa.list_(pa.int32())})
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            batch: list[dict[str, object]] = []
+    def write(cls, examples: Iterable[Example], path: Path) -> ExampleTable:
+        """Write examples and open them."""
+        with _Writer(path) as writer:
             for example in examples:
-                bounds = [bound for span in example.learnt for bound in span]
-                batch.append({"input_ids": example.input_ids, "learnt": bounds})
-                if len(batch) == _ROWS_PER_BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                    batch = []
-            if batch:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                writer.write(example)
         return cls(path)
+
+    @classmethod
+    def split(
+        cls, examples: Iterable[tuple[bool, Example]], path: Path, path_of_true: Path
+    ) -> tuple[ExampleTable, ExampleTable]:
+        """Write examples to two files, those that come with True to the second, and open both."""
+        with _Writer(path) as writer, _Writer(path_of_true) as writer_of_true:
+            for chosen, example in examples:
+                (writer_of_true if chosen else writer).write(example)
+        return cls(path), cls(path_of_true)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all examples."""
+        return len(self._table["input_ids"].combine_chunks().flatten())
+
+    def longest_first(self) -> list[int]:
+        """Numbers of the examples in the order in which batches need the least padding."""
+        lengths = pc.list_value_length(self._table["input_ids"])
+        order = pc.sort_indices(lengths, sort_keys=[("", "descending")])
+        found: list[int] = order.to_pylist()
+        return found
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -230,21 +283,3 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
         bounds = self._table["learnt"][index].as_py()
         learnt = zip(bounds[::2], bounds[1::2], strict=True)
         return {"input_ids": input_ids, "labels": labels_of(input_ids, learnt)}
-
-
-def collate(rows: list[dict[str, list[int]]], padding: int) -> dict[str, torch.Tensor]:
-    """Pad examples on the right.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[batch, longest]``.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (longest - len(values))
-
-    return {
-        "input_ids": torch.tensor([padded(row["input_ids"], padding) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(r["input_ids"]), 0) for r in rows]),
-        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
-    }

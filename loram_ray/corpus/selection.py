@@ -37,13 +37,8 @@ class Selection:
         return cls(chosen.filters, chosen.held_out, config.seed)
 
     def holds_out(self, text: str) -> bool:
-        """Whether a document is held out: its hash with the seed is below the share."""
-        if self.held_out == 0.0:
-            return False
-        keyed = hashlib.blake2b(
-            content_hash(text), digest_size=8, key=self.seed.to_bytes(8, "little")
-        )
-        return int.from_bytes(keyed.digest(), "little") < self.held_out * 2.0**64
+        """Whether a document is held out."""
+        return below_share(text, self.held_out, self.seed)
 
     def documents(self, unit: Unit) -> Iterator[str | BadRow | None]:
         """Yield a unit's documents and bad rows, and None for each that does not pass the filters.
@@ -61,3 +56,11 @@ class Selection:
 def content_hash(text: str) -> bytes:
     """128-bit BLAKE2b of a document's UTF-8, by which documents are told apart."""
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
+
+
+def below_share(text: str, share: float, seed: int) -> bool:
+    """Whether a text's hash with a seed is among the lowest share of all hashes."""
+    if share == 0.0:
+        return False
+    keyed = hashlib.blake2b(content_hash(text), digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(keyed.digest(), "little") < share * 2.0**64

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from loram_ray.corpus.batches import padded
 from loram_ray.corpus.conversations import Conversation
-from loram_ray.corpus.examples import Example, collate, end_of_answer, prompt_ids
+from loram_ray.corpus.examples import Example, end_of_answer, prompt_ids
 from loram_ray.losses import IGNORED, summed_loss
 
 
@@ -57,7 +58,7 @@ def answer_likelihood(
     total = Likelihood(0.0, 0)
     for batch in _by_length(examples, lambda e: len(e.input_ids), batch_size):
         rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in batch]
-        total += _likelihood(model, collate(rows, padding))
+        total += _likelihood(model, padded(rows, padding))
         advance(len(batch))
     return total
 
@@ -81,11 +82,11 @@ def text_likelihood(
     """
     total = Likelihood(0.0, 0)
     padding = torch.arange(sequences.shape[1]) >= lengths[:, None]
-    for ids, padded in zip(sequences.split(batch_size), padding.split(batch_size), strict=True):
+    for ids, filled in zip(sequences.split(batch_size), padding.split(batch_size), strict=True):
         rows = {
             "input_ids": ids,
-            "attention_mask": (~padded).long(),
-            "labels": ids.masked_fill(padded, IGNORED),
+            "attention_mask": (~filled).long(),
+            "labels": ids.masked_fill(filled, IGNORED),
         }
         total += _likelihood(model, rows)
         advance(len(ids))

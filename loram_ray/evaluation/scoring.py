@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loram_ray.adapter import own_template
 from loram_ray.config import EvaluateConfig, TextConfig
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.examples import load_examples
@@ -26,7 +27,8 @@ def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
     with alone(work), torch.inference_mode():
         started = time.perf_counter()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = load_tokenizer(config.model)
+        template = config.chat_template or own_template(config.adapter)
+        tokenizer = load_tokenizer(config.model, template, "evaluate.chat_template")
         model = load_model(config.model, config.precision, device)
         count, nbytes = parameters_and_bytes(model.parameters())
         scores: dict[str, float | int] = {"model_parameters": count, "model_bytes": nbytes}
@@ -89,7 +91,7 @@ def _score_answers(
             config.data,
             config.max_length,
             config.max_bad_share,
-            "evaluate",
+            "evaluate.data",
             config.limit,
         )
     )

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from peft.optimizers import create_loraplus_optimizer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE
-from loram_ray.architectures import Architecture
-from loram_ray.config import LoraConfig, TrainConfig
-from loram_ray.corpus.examples import ExampleTable, collate, load_examples
+from loram_ray.config import TrainConfig
+from loram_ray.corpus.batches import packed, padded
+from loram_ray.corpus.examples import ExampleTable
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.masked import put_adapter_on
+from loram_ray.finetuning.adapters import new_adapter, save_adapter, save_memory
+from loram_ray.finetuning.data import tables
 from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import family_of, load_model, load_tokenizer, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
-from loram_ray.tensorfile import TensorSpec, TensorWriter
 from loram_ray.waiting import alone
 
+_OPTIMISERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 _COMPLETE = "complete"
 
 
@@ -37,12 +42,16 @@ class TrainingSummary:
     """What a training was.
 
     Attributes:
-        examples: examples in the data.
+        examples: examples learnt from.
         tokens: tokens trained on, prompts included.
         trained_parameters: of the adapter.
         model_parameters: of the frozen model.
         model_bytes: of the frozen model's weights.
         seconds: of this attempt.
+        steps: optimiser steps until the end, or until patience ended it.
+        held_out: examples that were judged by.
+        best_step: whose adapter was kept; None without held-out examples.
+        eval_loss: of that adapter, in nats a label.
     """
 
     examples: int
@@ -51,14 +60,21 @@ class TrainingSummary:
     model_parameters: int
     model_bytes: int
     seconds: float
+    steps: int
+    held_out: int = 0
+    best_step: int | None = None
+    eval_loss: float | None = None
 
 
 class LoraTrainer(Trainer):
     """Trainer whose loss applies the output head only where a label is."""
 
-    def __init__(self, *args: Any, autocast: torch.dtype | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, autocast: torch.dtype | None, b_learning_rate_ratio: float, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._autocast = autocast
+        self._b_learning_rate_ratio = b_learning_rate_ratio
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole batch
 
     def compute_loss(  # type: ignore[override]
@@ -69,11 +85,57 @@ class LoraTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Mean loss over the labels of the whole accumulated batch."""
+        total, count = self._summed_loss(model, inputs)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         device = inputs["input_ids"].device.type
         with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
             causal_lm = self.accelerator.unwrap_model(model).get_base_model()
-            total, count = summed_loss(causal_lm, **inputs)
-        return total / (count if num_items_in_batch is None else num_items_in_batch)
+            return summed_loss(causal_lm, **{"attention_mask": None, **inputs})
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+        """Mean loss over the labels of the held-out examples, without their logits.
+
+        No random number is drawn: training goes on as it would without.
+        """
+        model: Any = self.model
+        examples: Any = self.eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        model.eval()
+        total = count = 0.0
+        with torch.no_grad():
+            for numbers in _batches(examples.longest_first(), batch_size):
+                batch = self.data_collator([examples[number] for number in numbers])
+                loss, labels = self._summed_loss(model, self._prepare_inputs(batch))
+                total += float(loss)
+                count += float(labels)
+        model.train()
+        metrics = {"eval_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW as the arguments name it, with another learning rate for B where one is set."""
+        if self.optimizer is None and self._b_learning_rate_ratio != 1:
+            adapted: Any = self.model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+            self.optimizer = create_loraplus_optimizer(
+                adapted,
+                kind,
+                loraplus_lr_ratio=self._b_learning_rate_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **settings,
+            )
+        return super().create_optimizer(model)
+
+
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
 
 
 class _Watch(TrainerCallback):
@@ -85,14 +147,19 @@ class _Watch(TrainerCallback):
         self._last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
-        if not math.isfinite(logs["loss"]):
+        kind = "loss" if "loss" in logs else "eval_loss"
+        if not math.isfinite(logs[kind]):
             raise LoramError(
-                f"train: the loss is {logs['loss']} at step {state.global_step}; lower "
+                f"train: the {kind} is {logs[kind]} at step {state.global_step}; lower "
                 "train.optimiser.learning_rate or look at the examples"
             )
         now = time.perf_counter()
+        if kind == "eval_loss":
+            self._log.write(state.global_step, eval_loss=logs[kind])
+            self._last = now
+            return
         self._log.write(
             state.global_step,
             loss=logs["loss"],
@@ -108,113 +175,81 @@ class _Watch(TrainerCallback):
         (folder / _COMPLETE).touch()
 
 
-def lora_config(config: LoraConfig, family: Architecture) -> peft.LoraConfig:
-    """PEFT's configuration of an adapter; targets default to the family's pruned linears."""
-    targets = list(config.targets or family.target_names())
-    if config.lm_head:
-        targets.append(family.output_head)
-    return peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),  # type: ignore[arg-type]
-        use_rslora=config.use_rslora,
-        task_type="CAUSAL_LM",
-    )
-
-
 def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
     """Train an adapter, continuing from the last whole checkpoint in ``work``.
 
     Args:
         config: the stage's configuration.
         work: checkpoints and metrics; survives an interruption.
-        output: directory that gets the adapter.
+        output: directory that gets the adapter: the best by held-out loss where there is one.
 
     Raises:
         LoramError: no usable example, or a target that the model does not have.
     """
     with alone(work):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = load_tokenizer(config.model)
-        rows = load_examples(
-            tokenizer, config.data, config.max_length, config.max_bad_share, "train"
-        )
-        table = ExampleTable.write((example for _, example in rows), work / "examples.arrow")
+        tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
+        learnt, held_out = tables(config, tokenizer, work)
         torch.manual_seed(config.seed)
-        frozen = load_model(config.model, config.precision, device)
-        model = _with_adapter(
-            frozen, lora_config(config.lora, family_of(config.model)), config.model
-        )
+        family = family_of(config.model)
+        frozen = load_model(config.model, config.precision, device, config.attention)
+        model = new_adapter(frozen, config.lora, family, config.model)
         save_memory(model, config)
-        trainer = _trainer(model, table, end_of_text(tokenizer), config, work, device)
+        if config.compile:
+            for layer in model.get_base_model().get_submodule(family.layers).children():
+                layer.compile()
+        trainer = _trainer(model, learnt, held_out, end_of_text(tokenizer), config, work, device)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_checkpoint(work))
         save_adapter(model, output)
         base = (p for n, p in model.named_parameters() if "lora_" not in n)
         model_parameters, model_bytes = parameters_and_bytes(base)
+        steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
         return TrainingSummary(
-            examples=len(table),
-            tokens=_tokens_seen(table, config),
+            examples=len(learnt),
+            tokens=round(learnt.tokens / len(learnt) * config.batch_size * steps),
             trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             model_parameters=model_parameters,
             model_bytes=model_bytes,
             seconds=time.perf_counter() - started,
+            steps=steps,
+            held_out=0 if held_out is None else len(held_out),
+            best_step=None if best is None else _step_of(best),
+            eval_loss=trainer.state.best_metric,
         )
-
-
-def save_memory(model: peft.PeftModel, config: TrainConfig) -> None:
-    """Have a model keep less for the backward pass.
-
-    PEFT turns the inputs of a LoRA into float32, the dtype of its weights, which autocast then
-    turns back: where autocast is on, that costs memory and changes nothing.
-    """
-    if config.precision == "bf16":
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-    if config.activation_checkpointing:
-        base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
-        base.activation_checkpointing_enable({"use_reentrant": False})
-
-
-def _with_adapter(
-    frozen: PreTrainedModel, config: peft.LoraConfig, directory: Path
-) -> peft.PeftModel:
-    """Put a new adapter on a model, under the masks of its plan where it has some."""
-    try:
-        return put_adapter_on(frozen, directory, config)
-    except ValueError as error:
-        raise LoramError(
-            f"train.lora.targets must name linears of the model, got {config.target_modules} "
-            f"({error}); see the model's modules"
-        ) from error
 
 
 def _trainer(
     model: peft.PeftModel,
-    table: ExampleTable,
+    learnt: ExampleTable,
+    held_out: ExampleTable | None,
     padding: int,
     config: TrainConfig,
     work: Path,
     device: str,
 ) -> LoraTrainer:
     optimiser = config.optimiser
+    save_every = config.checkpoint_every if held_out is None else config.eval_every
     arguments = TrainingArguments(
         output_dir=str(work / "checkpoints"),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        optim=_OPTIMISERS[optimiser.name],
         learning_rate=optimiser.learning_rate,
         weight_decay=optimiser.weight_decay,
         max_grad_norm=optimiser.max_grad_norm,
         warmup_steps=optimiser.warmup_steps,
         lr_scheduler_type=("cosine" if optimiser.schedule == "cosine" else "constant_with_warmup"),
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=config.eval_every,
         save_strategy="steps",
-        save_steps=config.checkpoint_every,
+        save_steps=save_every,
         save_total_limit=2,
+        load_best_model_at_end=held_out is not None,
+        metric_for_best_model="eval_loss",
+        restore_callback_states_from_checkpoint=config.patience is not None,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
@@ -224,17 +259,27 @@ def _trainer(
         data_seed=config.seed,
         remove_unused_columns=False,
     )
-    resume_at = _step_of(_last_checkpoint(work))
-    log = MetricsLog(work / METRICS_FILE, resume_at)
-    trainer = LoraTrainer(
+    log = MetricsLog(work / METRICS_FILE, _step_of(_last_checkpoint(work)))
+    callbacks: list[TrainerCallback] = [_Watch(log, config.batch_size)]
+    if config.patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.patience))
+    return LoraTrainer(
         model=model,
         args=arguments,
-        train_dataset=table,
-        data_collator=functools.partial(collate, padding=padding),
-        callbacks=[_Watch(log, config.batch_size)],
+        train_dataset=learnt,
+        eval_dataset=held_out,
+        data_collator=_collator(config, padding),
+        callbacks=callbacks,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        b_learning_rate_ratio=optimiser.b_learning_rate_ratio,
     )
-    return trainer
+
+
+def _collator(config: TrainConfig, padding: int) -> Callable[..., dict[str, torch.Tensor]]:
+    if not config.packing:
+        return functools.partial(padded, padding=padding)
+    in_one = config.attention == "flash_attention_2"
+    return functools.partial(packed, padding=padding, in_one=in_one)
 
 
 def _last_checkpoint(work: Path) -> str | None:
@@ -248,29 +293,3 @@ def _step_of(path: Path | str | None) -> int:
         return 0
     folder = Path(path).parent if Path(path).name == _COMPLETE else Path(path)
     return int(folder.name.removeprefix("checkpoint-"))
-
-
-def _tokens_seen(table: ExampleTable, config: TrainConfig) -> int:
-    mean = sum(len(table[i]["input_ids"]) for i in range(len(table))) / len(table)
-    return round(mean * config.batch_size * config.steps)
-
-
-def save_adapter(model: peft.PeftModel, output: Path) -> None:
-    """Write PEFT's two files: ``adapter_model.safetensors`` and ``adapter_config.json``."""
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
-    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in state.items()}
-    writer = TensorWriter(output / ADAPTER_FILE, specs)
-    for name, tensor in state.items():
-        writer.write(name, tensor)
-    writer.finish()
-    config = model.peft_config["default"]
-    saved = {**config.to_dict(), "inference_mode": True, "auto_mapping": None}
-    text = json.dumps(saved, indent=2, sort_keys=True, default=_jsonable)
-    (output / CONFIG_FILE).write_text(text + "\n")
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, set):
-        return sorted(value)
-    return str(value)

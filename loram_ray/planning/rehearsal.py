@@ -2,7 +2,7 @@
 
 The model, PEFT's adapter, the loss and the backward pass are those that `train` runs; a linear in
 NF4 is one that makes its weight in bfloat16 whenever it is asked, as bitsandbytes does. AdamW is
-fused, the Trainer's default, and makes no tensor of its own but its moments.
+fused, and makes no tensor of its own but its moments.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 from loram_ray.alignment.shapes import empty_model
 from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
-from loram_ray.finetuning.trainer import lora_config, save_memory
+from loram_ray.finetuning.adapters import lora_config, save_memory, set_dtype
 from loram_ray.losses import logits_of, output_head, sum_in_chunks
 from loram_ray.modeling import DTYPES
+from loram_ray.planning.moments import moments_bytes
 from loram_ray.planning.sizes import sizes_of
 
 _BLOCK = 64
-_MOMENTS = 2
 _KINDS = ("activations", "logits", "workspace")
 
 
@@ -42,7 +42,7 @@ class TrainingMemory:
 
     Attributes:
         weights: of the frozen model.
-        adapter: of the LoRA, float32.
+        adapter: of the LoRA.
         optimiser: AdamW's two moments.
         gradients: of the adapter.
         activations: what the backward pass needs, and what is being computed.
@@ -88,6 +88,7 @@ def training_memory(
     with warnings.catch_warnings():  # PEFT asks for a property of transformers by its former name
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
+    set_dtype(adapted, train.lora)
     save_memory(adapted, train)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
     with FakeTensorMode():
@@ -101,7 +102,7 @@ def training_memory(
     return TrainingMemory(
         weights=weights,
         adapter=adapter,
-        optimiser=_MOMENTS * adapter,
+        optimiser=moments_bytes(trained, train.optimiser.name),
         gradients=adapter,
         **tracker.at_peak,
     )

@@ -22,13 +22,22 @@ from loram_ray.manifest import (
     require_stage,
     write_json,
 )
-from loram_ray.modeling import resolve_base
+from loram_ray.modeling import read_template, resolve_base
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 SCORES_FILE = "scores.json"
-_NOT_IN_IDENTITY = {"model", "adapter", "output", "data", "text", "cpus", "max_failures"}
+_NOT_IN_IDENTITY = {
+    "model",
+    "adapter",
+    "output",
+    "data",
+    "chat_template",
+    "text",
+    "cpus",
+    "max_failures",
+}
 
 
 def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> StageResult:
@@ -45,6 +54,9 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
     parents = {"model": model_digest, "data": _data_digest(config)}
     if config.adapter is not None:
         parents["adapter"] = _adapter_digest(config.adapter, model, model_digest, base_fingerprint)
+    if config.chat_template is not None:
+        template = read_template(config.chat_template, "evaluate.chat_template")
+        parents["chat_template"] = digest_of(template)
     return run_stage(
         config.output,
         "evaluate",
@@ -109,6 +121,7 @@ def _write(
             "model": str(model.resolve()),
             "adapter": config.adapter.resolve() if config.adapter else None,
             "data": TextSource(path=config.data).resolved().path if config.data else None,
+            "chat_template": config.chat_template and config.chat_template.resolve(),
             "text": config.text.resolved() if config.text else None,
         }
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from loram_ray.adapter import copy_template
 from loram_ray.architectures import Architecture
 from loram_ray.changes import Change, open_change
 from loram_ray.config import MergeConfig
@@ -112,6 +113,7 @@ def _write(
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(target.path, nbytes)
     write_model_files(checkpoint.directory, target.path, config, plan=None)
+    copy_template(change.directory, target.path)
     with (
         Reporter("merge", total=nbytes, unit="B") as reporter,
         CheckpointWriter(target.path, specs, max_shard_bytes) as writer,

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, split_name, tensor_name
+from loram_ray.adapter import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    Adapter,
+    copy_template,
+    split_name,
+    tensor_name,
+)
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.experts import adapted_experts, require_fusable_experts
@@ -79,6 +86,7 @@ def recover(config: RecoverConfig) -> StageResult:
                 write_delta(target, adapter, plan, shapes)
             else:
                 write_truncated(target, adapter, plan, shapes, config)
+            copy_template(adapter.directory, target.path)
 
         return run_stage(
             config.output,

@@ -8,20 +8,24 @@ from pathlib import Path
 
 import torch
 
+from loram_ray.adapter import TEMPLATE_FILE
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
 from loram_ray.manifest import digest_of, identify_model
-from loram_ray.modeling import family_of
+from loram_ray.modeling import family_of, read_template
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 
+_OF_EVALUATION = {"eval_every", "patience"}
 _NOT_IN_IDENTITY = {
     "model",
     "output",
     "data",
+    "eval_data",
+    "chat_template",
     "cpus",
     "max_failures",
     "checkpoint_every",
@@ -41,17 +45,26 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
             finite.
     """
     family_of(config.model)
-    files = list_files(config.data, "train.data", EXAMPLES)
-    data_digest = digest_of([hash_content(file.path) for file in files])
     model_digest, base_fingerprint = identify_model(config.model, "train.model")
+    parents = {"model": model_digest, "data": _digest(config.data, "train.data")}
+    if config.eval_data is not None:
+        parents["eval_data"] = _digest(config.eval_data, "train.eval_data")
+    if config.chat_template is not None:
+        template = read_template(config.chat_template, "train.chat_template")
+        parents["chat_template"] = digest_of(template)
+    left_out = _NOT_IN_IDENTITY | (set() if config.evaluates else _OF_EVALUATION)
     return run_stage(
         config.output,
         "train",
-        settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
-        parents={"model": model_digest, "data": data_digest},
+        settings=config.model_dump(mode="json", exclude=left_out),
+        parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, ray_config or RayConfig()),
     )
+
+
+def _digest(data: str, key: str) -> str:
+    return digest_of([hash_content(file.path) for file in list_files(data, key, EXAMPLES)])
 
 
 def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -> None:
@@ -60,6 +73,8 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
         update={
             "model": config.model.resolve(),
             "data": TextSource(path=config.data).resolved().path,
+            "eval_data": config.eval_data and TextSource(path=config.eval_data).resolved().path,
+            "chat_template": config.chat_template and config.chat_template.resolve(),
         }
     )
     with ray_session(ray_config, cpus), Reporter("train", config.steps, "step") as reporter:
@@ -73,6 +88,9 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
         )
     if (config.model / PLAN_FILE).exists():
         PruningPlan.load(config.model).save(target.path)
+    if config.chat_template is not None:
+        template = read_template(config.chat_template, "train.chat_template")
+        (target.path / TEMPLATE_FILE).write_text(template)
     (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
     target.details.update(asdict(summary))
 
