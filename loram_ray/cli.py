@@ -70,6 +70,8 @@ def _help(stage: str) -> str:
     keys = "\n\n".join(_keys(model, f"{stage}."))
     title = inspect.cleandoc(model.__doc__ or "").removeprefix(f"{stage}: ")
     example = f"loram {stage} --config jobs/configs/demo.yaml"
+    if stage == "train":
+        example += f"\n\n{example} --preview 3"
     intro = "Keys of the config's section (paths default to the run's):"
     return f"{title}\n\n{example}\n\n{intro}\n\n{keys}"
 
@@ -93,21 +95,24 @@ def _stage_command(stage: str) -> Callable[..., None]:
         as_json: AsJson = False,
         debug: Debug = False,
     ) -> None:
-        settings = load_run(config, overrides or ())
-        section = section_of(settings, stage)
-        function = getattr(loram_ray, stage)
-        takes_ray = stage in ("prune", "align", "train", "evaluate")
-        result = function(section, settings.ray) if takes_ray else function(section)
-        if as_json:
-            _print_json({"output": str(result.output), **asdict(result.manifest)})
-            return
-        state = "complete before, skipped" if result.skipped else "done"
-        print(f"{stage}: {state}: {result.output}")
-        for key, value in result.manifest.details.items():
-            shown = _spread(value) if isinstance(value, dict) and value else value
-            print(f"  {key}: {shown}")
+        _run_stage(stage, load_run(config, overrides or ()), as_json)
 
     return command
+
+
+def _run_stage(stage: str, settings: RunConfig, as_json: bool) -> None:
+    section = section_of(settings, stage)
+    function = getattr(loram_ray, stage)
+    takes_ray = stage in ("prune", "align", "train", "evaluate")
+    result = function(section, settings.ray) if takes_ray else function(section)
+    if as_json:
+        _print_json({"output": str(result.output), **asdict(result.manifest)})
+        return
+    state = "complete before, skipped" if result.skipped else "done"
+    print(f"{stage}: {state}: {result.output}")
+    for key, value in result.manifest.details.items():
+        shown = _spread(value) if isinstance(value, dict) and value else value
+        print(f"  {key}: {shown}")
 
 
 def _spread(values: dict[str, float]) -> str:
@@ -116,9 +121,51 @@ def _spread(values: dict[str, float]) -> str:
     return f"{least:.3g} to {most:.3g}, one for each of {len(values)} in manifest.json"
 
 
+def train_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            "--preview",
+            min=1,
+            help="Show the tokens of so many examples, and which carry loss; do not train.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train a LoRA, or show what it would be trained on."""
+    settings: RunConfig = load_run(config, overrides or ())
+    if examples is None:
+        _run_stage("train", settings, as_json)
+        return
+    from loram_ray.finetuning.preview import Preview, preview
+
+    section = section_of(settings, "train")
+    shown = []
+    for row in preview(section, examples):
+        if isinstance(row, Preview):
+            shown.append(row)
+        else:
+            print(f"loram: cannot be used: {row}", file=sys.stderr)
+    if not shown:
+        raise LoramError(
+            f"train.data must hold examples, {section.data} has none that can be used; give rows "
+            "with something to learn"
+        )
+    if as_json:
+        _print_json([row.as_json() for row in shown])
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for row in shown:
+        console.print(row.as_text(), soft_wrap=not sys.stdout.isatty())
+
+
 for _name in STAGES:
     if _name != "publish":  # which writes no directory
-        app.command(_name, help=_help(_name))(_stage_command(_name))
+        function = train_command if _name == "train" else _stage_command(_name)
+        app.command(_name, help=_help(_name))(function)
 
 
 @app.command("publish", help=_help("publish"))

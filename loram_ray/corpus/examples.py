@@ -154,6 +154,35 @@ def _template(
     return ids
 
 
+def each_row(
+    tokenizer: Any, data: str, max_length: int, key: str, limit: int | None = None
+) -> Iterator[tuple[Conversation | Document, list[Example]] | BadRow]:
+    """Yield each row with its examples, or why it cannot be used.
+
+    Args:
+        tokenizer: of the model.
+        data: a file, a directory, an address or a glob.
+        max_length: of an example, in tokens.
+        key: configuration key of the data, such as ``train.data``.
+        limit: rows read at most.
+
+    Raises:
+        LoramError: no chat template.
+    """
+    stage = key.partition(".")[0]
+    for row in conversations(data, key, limit):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        if isinstance(row, Conversation) and tokenizer.chat_template is None:
+            raise LoramError(
+                f"{stage} needs a chat template for {row.place} and the model's tokenizer has "
+                f"none; give a file with one as {stage}.chat_template"
+            )
+        found = tokenise_row(tokenizer, row, max_length)
+        yield found if isinstance(found, BadRow) else (row, found)
+
+
 def load_examples(
     tokenizer: Any,
     data: str,
@@ -175,26 +204,17 @@ def load_examples(
     Raises:
         LoramError: no chat template, no usable example, or too many bad rows.
     """
-    stage = key.partition(".")[0]
     bad: list[BadRow] = []
     good = 0
-    for row in conversations(data, key, limit):
-        if isinstance(row, BadRow):
-            bad.append(row)
-            continue
-        if isinstance(row, Conversation) and tokenizer.chat_template is None:
-            raise LoramError(
-                f"{stage} needs a chat template for {row.place} and the model's tokenizer has "
-                f"none; give a file with one as {stage}.chat_template"
-            )
-        found = tokenise_row(tokenizer, row, max_length)
+    for found in each_row(tokenizer, data, max_length, key, limit):
         if isinstance(found, BadRow):
             bad.append(found)
             continue
         good += 1
-        for example in found:
+        row, examples = found
+        for example in examples:
             yield row, example
-    refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{stage}.max_bad_share")
+    refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{key.partition('.')[0]}.max_bad_share")
     if good == 0:
         raise LoramError(
             f"{key} must hold examples, {data} has none that can be used; give rows with "

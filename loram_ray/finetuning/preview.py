@@ -1,0 +1,102 @@
+"""The first examples of a training, token by token, before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+from loram_ray.config import TrainConfig
+from loram_ray.corpus.examples import Example, each_row
+from loram_ray.corpus.read import BadRow
+from loram_ray.modeling import load_tokenizer
+
+_BETWEEN = "·"
+_WRITTEN_OUT = {ord("\\"): "\\\\", ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An example as it will be trained on.
+
+    Attributes:
+        example: its tokens and which of them carry loss.
+        pieces: the text of each token.
+    """
+
+    example: Example
+    pieces: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Its place, and of each token the id, the text and whether it carries loss."""
+        carries = self._carries_loss()
+        return {
+            "place": self.example.place,
+            "tokens": [
+                {"id": token, "text": piece, "loss": loss}
+                for token, piece, loss in zip(
+                    self.example.input_ids, self.pieces, carries, strict=True
+                )
+            ],
+        }
+
+    def as_text(self) -> Text:
+        """Runs of tokens with loss and without, each on a line of its own that says which it is.
+
+        Tokens are parted by dots and line ends are written out, so that nothing is hidden.
+        """
+        count, learnt = len(self.pieces), sum(self._carries_loss())
+        text = Text(f"{self.example.place}: {count} tokens, {learnt} with loss\n", style="bold")
+        for loss, run in itertools.groupby(
+            zip(self._carries_loss(), self.pieces, strict=True), key=lambda pair: pair[0]
+        ):
+            shown = _BETWEEN.join(_visible(piece) for _, piece in run)
+            text.append("loss  " if loss else "      ", style="green" if loss else "dim")
+            text.append(f"{shown}\n", style="green" if loss else "dim")
+        return text
+
+    def _carries_loss(self) -> list[bool]:
+        spans = self.example.learnt
+        return [
+            any(begin <= i < end for begin, end in spans)
+            for i in range(len(self.example.input_ids))
+        ]
+
+
+def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
+    """Tokenise the first examples of a training; the model itself is not read.
+
+    Args:
+        config: the stage's configuration.
+        count: examples.
+
+    Yields:
+        The examples, and each row before the last of them that cannot be used.
+
+    Raises:
+        LoramError: no tokenizer, no chat template, or no row.
+    """
+    tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
+    shown = 0
+    for found in each_row(tokenizer, config.data, config.max_length, "train.data"):
+        if isinstance(found, BadRow):
+            yield found
+            continue
+        for example in found[1]:
+            if shown == count:
+                return
+            shown += 1
+            yield Preview(example, [_text_of(tokenizer, token) for token in example.input_ids])
+
+
+def _text_of(tokenizer: Any, token: int) -> str:
+    """Text of one token, with the space that SentencePiece drops when it decodes one alone."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    return piece.replace("▁", " ") if piece.startswith("▁") else str(tokenizer.decode([token]))
+
+
+def _visible(piece: str) -> str:
+    return piece.translate(_WRITTEN_OUT)
