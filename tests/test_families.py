@@ -183,9 +183,11 @@ def test_a_recovered_adapter_is_exact_and_merges(case: Case, tmp_path: Path) -> 
     found = logits_of(peft.PeftModel.from_pretrained(case.zeroed(), recovered), IDS)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
-    merged = lr.merge(
+    result = lr.merge(
         lr.MergeConfig(adapter=recovered, base=str(case.base), output=tmp_path / "merged")
-    ).output
+    )
+    assert 0 < result.manifest.details["parity_relative_error"] < 1e-4
+    merged = result.output
     on_base = peft.PeftModel.from_pretrained(load_model(case.base, "fp32"), recovered)
     found, expected = logits_of(load_model(merged, "fp32"), IDS), logits_of(on_base, IDS)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

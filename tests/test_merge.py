@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import peft
@@ -20,12 +21,18 @@ from adapters import (
     write_trained,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram_ray as lr
 from loram_ray.adapter import Adapter
+from loram_ray.architectures import architecture_of
+from loram_ray.changes import open_change
+from loram_ray.layerwise.parity import parity_of
 from loram_ray.modeling import load_model
 from loram_ray.plan import PruningPlan
+from loram_ray.recovery import merged_weight
+from loram_ray.stage import StageResult
 
 IDS = token_ids(tiny.VOCABULARY)
 PREFIX = "base_model.model."
@@ -57,8 +64,12 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def merge(base: Path, adapter: Path, output: Path, **settings: object) -> Path:
+    return merging(base, adapter, output, **settings).output
+
+
+def merging(base: Path, adapter: Path, output: Path, **settings: object) -> StageResult:
     config = lr.MergeConfig(base=str(base), adapter=adapter, output=output, **settings)
-    return lr.merge(config).output
+    return lr.merge(config)
 
 
 def saved_adapter(
@@ -79,7 +90,9 @@ def test_merged_weights_and_logits_are_peft_s(
     base = tiny.write_base(tmp_path / "base", seed=6, **sizes)
     adapter, adapted = saved_adapter(base, tmp_path / "adapter", **settings)
     expected_logits = logits_of(adapted, IDS)
-    merged = merge(base, adapter, tmp_path / "merged", max_shard_bytes=max_shard_bytes)
+    result = merging(base, adapter, tmp_path / "merged", max_shard_bytes=max_shard_bytes)
+    merged = result.output
+    assert 0 < result.manifest.details["parity_relative_error"] < 1e-5
     assert (len(list(merged.glob("model*.safetensors"))) > 1) == (max_shard_bytes == 30_000)
 
     found, before = weights(merged), weights(base)
@@ -348,3 +361,65 @@ def test_adapters_that_are_none_are_refused_and_nothing_written(base: Path, tmp_
         with pytest.raises(lr.LoramError, match=message):
             merge(base, refused, tmp_path / "merged")
     assert tiny.tree(tmp_path) == before
+
+
+# Parity of logits
+
+
+def test_parity_is_that_of_whole_models(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter, adapted = saved_adapter(base, tmp_path / "adapter", target_modules=WITH_HEAD)
+    merged = merge(base, adapter, tmp_path / "merged")
+    with closing(open_change(adapter, "merge.adapter")) as change:
+        found = parity_of(base, change, merged, architecture_of("llama"), "cpu")
+    ids = torch.randint(tiny.VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(0))
+    of_both = logits_of(adapted, ids)
+    with adapted.disable_adapter():
+        of_base = logits_of(adapted, ids)
+    of_merged = logits_of(load_model(merged, "fp32"), ids)
+    expected = {
+        "effect": (of_both - of_base).square().mean().sqrt(),
+        "error": (of_merged - of_both).square().mean().sqrt(),
+        "kl": functional.kl_div(
+            of_merged.log_softmax(-1), of_both.log_softmax(-1), log_target=True, reduction="none"
+        )
+        .sum(-1)
+        .mean(),
+        "agreement": (of_both.argmax(-1) == of_merged.argmax(-1)).float().mean(),
+    }
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(float(value), rel=1e-2, abs=1e-7), name
+    assert found.modules == 4 * 7 + 1
+    assert 0 < found.relative_error < 0.1
+
+
+@pytest.mark.parametrize("fault", ["scale", "order", "one is left out"])
+def test_a_merge_gone_wrong_is_refused(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        if fault == "one is left out" and weight.shape == (96, 64):
+            return weight
+        if fault == "order":
+            a = a.flip(0)
+        return merged_weight(weight, a, b, scale * (2 if fault == "scale" else 1))
+
+    base = tiny.write_base(tmp_path / "base")
+    adapter, _ = saved_adapter(base, tmp_path / "adapter")
+    monkeypatch.setattr("loram_ray.changes.merged_weight", wrong)
+    with pytest.raises(lr.LoramError, match="away from those of base and adapter"):
+        merge(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    unchecked = merging(base, adapter, tmp_path / "merged", parity=False)
+    assert "parity_kl" not in unchecked.manifest.details
+
+
+def test_a_change_too_small_for_bfloat16_is_refused(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter, adapted = saved_adapter(base, tmp_path / "adapter")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e-3
+    adapted.save_pretrained(adapter, save_embedding_layers=False)
+    with pytest.raises(lr.LoramError, match="dtype cannot hold so small a change"):
+        merge(base, adapter, tmp_path / "merged")

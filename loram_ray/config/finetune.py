@@ -64,6 +64,11 @@ class MergeConfig(Section):
     adapter: Path = Field(description="directory of a PEFT LoRA or a delta for the base")
     output: Path = Field(description="directory to write")
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+    parity: bool = Field(
+        True,
+        description="compare the merged model's logits with those of base and adapter, one layer "
+        "in memory at a time, and refuse a merged model that is another",
+    )
 
 
 class EvaluateConfig(Section):

@@ -74,14 +74,18 @@ class LayerStream:
         output = layer(hidden, *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
+    def all_linears(self, index: int, layer: nn.Module) -> dict[str, nn.Linear]:
+        """The linears of a layer by their full paths, as on disk."""
+        return {
+            self._family.name_on_disk(f"{self._family.layers}.{index}.{name}"): module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
     def linears(self, index: int, layer: nn.Module) -> dict[str, nn.Linear]:
-        """The coupled linears of a layer by their full paths, as on disk."""
-        found = {}
-        for name, module in layer.named_modules():
-            path = self._family.name_on_disk(f"{self._family.layers}.{index}.{name}")
-            if isinstance(module, nn.Linear) and self._family.locate(path):
-                found[path] = module
-        return found
+        """The coupled ones of a layer's linears."""
+        found = self.all_linears(index, layer)
+        return {path: module for path, module in found.items() if self._family.locate(path)}
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor of the base by its full name.
@@ -125,6 +129,22 @@ class LayerStream:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of outputs of the last layer, float32 ``[n, vocabulary]``, within `head`."""
         return logits_of(self._model, self._norm(hidden))
+
+    def close(self) -> None:
+        """Close the base's files."""
+        self.checkpoint.close()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return int(self._model.config.vocab_size)
+
+    @property
+    def output_head(self) -> nn.Linear:
+        """The linear from hidden states to the vocabulary, without weights outside `head`."""
+        head = self._model.get_submodule(self._family.output_head)
+        assert isinstance(head, nn.Linear)
+        return head
 
     @property
     def num_layers(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
+
+import torch
 
 from loram_ray.adapter import copy_template
 from loram_ray.architectures import Architecture
 from loram_ray.changes import Change, open_change
 from loram_ray.config import MergeConfig
 from loram_ray.errors import LoramError
+from loram_ray.layerwise.parity import parity_of
 from loram_ray.manifest import (
     fingerprint,
     read_manifest,
@@ -17,9 +21,15 @@ from loram_ray.manifest import (
 )
 from loram_ray.modeling import family_of, resolve_base, write_model_files
 from loram_ray.plan import PLAN_FILE
-from loram_ray.progress import Reporter
+from loram_ray.progress import Reporter, say
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+
+_EXACT = 1e-3
+_MORE_THAN_ROUNDING = 10
+_FELT, _LOST = 0.1, 0.5
+"""Errors of merged logits, as shares of what the adapter changes in them: what float32 may do, how
+many times the share that rounding takes of a weight's change, what is worth a line, too much."""
 
 
 def merge(config: MergeConfig) -> StageResult:
@@ -47,15 +57,19 @@ def merge(config: MergeConfig) -> StageResult:
         targets = {_stored_name(m, checkpoint, family): m for m in change.modules}
         for name, module in targets.items():
             _require_shapes(change, module, checkpoint.specs[name])
+
+        def write(target: StageDirectory) -> None:
+            rounded = _write(target, checkpoint, change, targets, family, config.max_shard_bytes)
+            if config.parity:
+                _require_parity(target, base, change, family, rounded)
+
         return run_stage(
             config.output,
             "merge",
             settings={"max_shard_bytes": config.max_shard_bytes},
             parents={"base": identity, "adapter": change.digest},
             base_fingerprint=identity,
-            write=lambda target: _write(
-                target, checkpoint, change, targets, family, config.max_shard_bytes
-            ),
+            write=write,
         )
 
 
@@ -100,7 +114,8 @@ def _write(
     targets: dict[str, str],
     family: Architecture,
     max_shard_bytes: int,
-) -> None:
+) -> float:
+    """Write the model; return the largest share of a weight's change that rounding took or gave."""
     specs = checkpoint.specs
     config = read_model_config(checkpoint.directory)
     head, embeddings = f"{family.output_head}.weight", f"{family.embeddings}.weight"
@@ -114,6 +129,7 @@ def _write(
     require_space(target.path, nbytes)
     write_model_files(checkpoint.directory, target.path, config, plan=None)
     copy_template(change.directory, target.path)
+    rounded = 0.0
     with (
         Reporter("merge", total=nbytes, unit="B") as reporter,
         CheckpointWriter(target.path, specs, max_shard_bytes) as writer,
@@ -122,8 +138,50 @@ def _write(
             tensor = checkpoint.read(embeddings if untied and name == head else name)
             module = targets.get(name)
             if module is not None:
-                tensor = change.added_to(tensor, module)
+                exact = change.added_to(tensor.float(), module)
+                rounded = max(rounded, _share_rounded(tensor, exact))
+                tensor = exact.to(tensor.dtype)
             writer.write(name, tensor)
             reporter.advance(spec.nbytes)
     target.hashes.update(writer.hashes)
     target.details.update(merged_modules=len(targets), bytes=nbytes)
+    return rounded
+
+
+def _share_rounded(weight: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of what rounding a changed weight to its dtype does, over that of the change."""
+    change = torch.linalg.vector_norm(exact - weight.float())
+    rounding = torch.linalg.vector_norm(exact - exact.to(weight.dtype).float())
+    return float(rounding / change) if change else 0.0
+
+
+def _require_parity(
+    target: StageDirectory, base: Path, change: Change, family: Architecture, rounded: float
+) -> None:
+    """Refuse a merged model that is not base and adapter, and say where rounding is felt."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = parity_of(base, change, target.path, family, device)
+    if found.modules < len(change.modules):
+        other = len(change.modules) - found.modules
+        say("merge", f"parity was not checked: {other} changed modules are no linears of a layer")
+        return
+    share = found.relative_error
+    measured = (
+        f"the merged model's logits are {found.error:.3g} away from those of base and adapter, "
+        f"whose own change of the base's is {found.effect:.3g}"
+    )
+    if share > max(_EXACT, _MORE_THAN_ROUNDING * rounded):
+        raise LoramError(
+            f"merge: {measured}, and rounding does not explain it; check memory and disk, and "
+            "report it with the adapter's adapter_config.json"
+        )
+    if share > _LOST:
+        raise LoramError(
+            f"merge: {measured}; the weights' dtype cannot hold so small a change, use the adapter "
+            "unmerged or train it longer"
+        )
+    if share > _FELT:
+        say("merge", f"{measured}: rounding to the weights' dtype is felt")
+    target.details.update(
+        parity_relative_error=share, parity_kl=found.kl, parity_agreement=found.agreement
+    )
