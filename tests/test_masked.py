@@ -142,7 +142,8 @@ def test_merging_a_delta_is_the_sum_bit_for_bit(
         base=str(base), adapter=recovered, output=tmp_path / "merged", max_shard_bytes=60_000
     )
     result = lr.merge(merging)
-    assert result.manifest.details["parity_relative_error"] < 1e-4
+    exact = 1e-4 if dtype == torch.float32 else 0.05
+    assert result.manifest.details["parity_relative_error"] < exact
     merged, before = weights(result.output), weights(base)
     if tied:
         before["lm_head.weight"] = before["model.embed_tokens.weight"]

@@ -24,6 +24,7 @@ from loram_ray.modeling import resolve_base
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
+from loram_ray.serving import serving_note
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.stages.recover_corrected import Correction, trained_on
 from loram_ray.stages.recover_masked import write_delta, write_truncated
@@ -87,6 +88,9 @@ def recover(config: RecoverConfig) -> StageResult:
             else:
                 write_truncated(target, adapter, plan, shapes, config)
             copy_template(adapter.directory, target.path)
+            if config.form == "adapter" or not masked:
+                with Adapter(target.path, "recover.output") as recovered:
+                    target.details["vllm"] = serving_note(recovered, plan.architecture)
 
         return run_stage(
             config.output,
