@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         AlignConfig,
         CalibrationConfig,
         EvaluateConfig,
+        ExportConfig,
         MergeConfig,
         PruneConfig,
         PublishConfig,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from loram_ray.plan import PruningPlan
     from loram_ray.stages.align import align
     from loram_ray.stages.evaluate import evaluate
+    from loram_ray.stages.export import export
     from loram_ray.stages.merge import merge
     from loram_ray.stages.prune import prune
     from loram_ray.stages.publish import publish
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "AlignConfig": "config",
     "CalibrationConfig": "config",
     "EvaluateConfig": "config",
+    "ExportConfig": "config",
     "MergeConfig": "config",
     "PruneConfig": "config",
     "PruningPlan": "plan",
@@ -54,6 +57,7 @@ _MODULE_OF = {
     "TrainConfig": "config",
     "align": "stages.align",
     "evaluate": "stages.evaluate",
+    "export": "stages.export",
     "load_pruned": "modeling",
     "load_run": "config",
     "merge": "stages.merge",
@@ -69,6 +73,7 @@ __all__ = [
     "AlignConfig",
     "CalibrationConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "LoramError",
     "MergeConfig",
     "PruneConfig",
@@ -81,6 +86,7 @@ __all__ = [
     "TrainConfig",
     "align",
     "evaluate",
+    "export",
     "load_pruned",
     "load_run",
     "merge",

@@ -29,7 +29,7 @@ app = typer.Typer(
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
         "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
-        "For publishers: quantize and publish. Before all of them: plan; after: chat."
+        "For publishers: quantize and publish. Before all of them: plan; after: chat and export."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,

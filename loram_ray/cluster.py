@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CPUS_FOR_DATA = 2
+_ROUNDING = 1e-9
 _WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
 
 
@@ -65,20 +66,20 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
         ray.shutdown()
 
 
-def gpus_per_worker() -> int:
-    """One where the cluster has GPUs, none where it has not."""
+def gpus_per_worker(share: float = 1) -> float:
+    """A GPU, or the share of one, where the cluster has GPUs; none where it has not."""
     import ray
 
-    return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return share if ray.cluster_resources().get("GPU", 0) >= 1 else 0
 
 
-def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
+def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
     """Refuse at once what the cluster can never place.
 
     Args:
         workers: number of workers.
         cpus: CPUs of each; Ray Data needs one more for the whole.
-        gpus: GPUs of each.
+        gpus: GPUs of each, or the share of one.
         key: configuration key to name.
 
     Raises:
@@ -91,19 +92,25 @@ def require_resources(workers: int, cpus: int, gpus: int, key: str) -> None:
         have = sum(node.get(kind, 0) for node in nodes)
         if have < wanted:
             raise LoramError(
-                f"{key} needs {wanted} {kind}s in the Ray cluster, it has {math.floor(have)}; "
+                f"{key} needs {wanted:g} {kind}s in the Ray cluster, it has {math.floor(have)}; "
                 "lower it or add nodes"
             )
     places = sum(
-        min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)
-        for node in nodes
+        min(node.get("CPU", 0) // cpus, _places_of(node.get("GPU", 0), gpus)) for node in nodes
     )
     if places < workers:
-        each = f"{cpus} CPUs" + (f" and {gpus} GPU" if gpus else "")
+        each = f"{cpus} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
         raise LoramError(
             f"{key} needs {workers} places of {each}, each on one node, the Ray cluster's nodes "
             f"have {math.floor(places)}; lower it or add larger nodes"
         )
+
+
+def _places_of(have: float, gpus: float) -> float:
+    """How many fit into the GPUs of a node; a share of less than one lies on one of them."""
+    if not gpus:
+        return math.inf
+    return have // gpus if gpus >= 1 else have * math.floor(1 / gpus + _ROUNDING)
 
 
 def require_shared(folder: Path, key: str) -> None:
@@ -153,6 +160,7 @@ def run_in_actor(
     cpus: int,
     max_failures: int,
     wait: Callable[[Callable[[float], bool]], None],
+    gpus: float = 1,
 ) -> Any:
     """Run a function in one Ray actor with a GPU where there is one, and return its result.
 
@@ -164,6 +172,7 @@ def run_in_actor(
         cpus: logical CPUs, and threads, of the actor.
         max_failures: deaths survived.
         wait: called with a function that waits some seconds and tells whether the work is done.
+        gpus: share of a GPU, where there is one.
 
     Raises:
         LoramError: the function raised it, or the actor died too often.
@@ -171,10 +180,9 @@ def run_in_actor(
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    gpus = gpus_per_worker()
     actor_class = ray.remote(_Caller).options(
         num_cpus=cpus,
-        num_gpus=gpus,
+        num_gpus=gpus_per_worker(gpus),
         max_restarts=max_failures,
         max_task_retries=max_failures,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}},

@@ -219,3 +219,52 @@ def test_same_seed_gives_the_same_adapter(
     first = run_directly(settings, tmp_path / "first") / "adapter" / "adapter_model.safetensors"
     second = run_directly(settings, tmp_path / "second") / "adapter" / "adapter_model.safetensors"
     assert first.read_bytes() == second.read_bytes()
+
+
+SHARING = """
+import os, sys, threading, time
+from pathlib import Path
+
+import ray
+from loram_ray.cluster import gpus_per_worker, require_resources, run_in_actor
+
+def meet(folder, number, others):
+    (folder / str(number)).touch()
+    deadline = time.monotonic() + 60
+    while not all((folder / str(other)).exists() for other in range(others)):
+        assert time.monotonic() < deadline, "the others do not run at the same time"
+        time.sleep(0.05)
+    return ray.get_runtime_context().get_assigned_resources()["GPU"]
+
+def wait(finished):
+    while not finished(1):
+        pass
+
+ray.init(num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
+folder, found = Path(sys.argv[1]), {}
+
+def run(number):
+    found[number] = run_in_actor(meet, (folder, number, 3), 1, 0, wait, gpus=0.3)
+
+require_resources(3, 1, gpus_per_worker(0.3), "batch.actors")
+threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(sorted(found.values()))
+try:
+    require_resources(4, 1, gpus_per_worker(0.3), "batch.actors")
+except Exception as error:
+    print(error)
+ray.shutdown()
+"""
+
+
+def test_actors_share_a_gpu(tmp_path: Path) -> None:
+    """Ray is told of a GPU; what it places where does not depend on there being one."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARING, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    shares, refusal = done.stdout.splitlines()
+    assert shares == "[0.3, 0.3, 0.3]"
+    assert "batch.actors needs 1.2 GPUs in the Ray cluster, it has 1" in refusal

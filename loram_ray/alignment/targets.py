@@ -66,7 +66,7 @@ def prepare_targets(
     distillation = config.distillation
 
     def write(target: StageDirectory) -> None:
-        gpus = gpus_per_worker() and distillation.gpus_per_worker
+        gpus = distillation.gpus_per_worker if gpus_per_worker() else 0
         cpus = config.cpus_per_worker
         require_resources(distillation.workers, cpus, gpus, "align.distillation.workers")
         teaching = Teaching(

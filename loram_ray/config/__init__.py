@@ -9,7 +9,7 @@ from loram_ray.config.align import AlignConfig, DistillationConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
 from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
-from loram_ray.config.publish import PublishConfig, QuantizeConfig
+from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.reading import load_run, section_of, validate
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.section import OptimiserConfig, Precision, RayConfig, Section, section_type
@@ -21,6 +21,7 @@ __all__ = [
     "CorpusConfig",
     "DistillationConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FilterConfig",
     "LoraConfig",
     "MASKING_METHODS",

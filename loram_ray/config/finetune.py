@@ -93,6 +93,9 @@ class EvaluateConfig(Section):
     precision: Precision = Field("bf16", description="of weights and activations")
     max_failures: int = Field(3, ge=0, description="actor failures survived")
     cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
+    gpus: float = Field(
+        1.0, gt=0, le=1, description="share of a GPU, where there is one; others may use the rest"
+    )
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> EvaluateConfig:

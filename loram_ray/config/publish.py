@@ -1,9 +1,10 @@
-"""Settings of what a publisher does with a finished directory: quantisation, and the upload."""
+"""Settings of what is done with a finished directory: quantisation, GGUF, the upload."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -20,6 +21,19 @@ class QuantizeConfig(Section):
     output: Path = Field(description="directory to write")
     base: str | None = Field(None, description="base model, named in the card if it is a hub id")
     max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+
+
+class ExportConfig(Section):
+    """export: a base or merged model becomes one GGUF file, for llama.cpp."""
+
+    model: str = Field(description="base or merged model: a directory or a hub id")
+    output: Path = Field(description="directory to write")
+    type: Literal["f32", "bf16", "f16", "q8_0"] = Field(
+        "bf16", description="of matrices; vectors are in float32"
+    )
+    pre_tokenizer: str | None = Field(
+        None, description="llama.cpp's name of the pre-tokenisation; default: recognised"
+    )
 
 
 class PublishConfig(Section):

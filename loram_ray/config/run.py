@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from loram_ray.config.align import AlignConfig
 from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import PruneConfig
-from loram_ray.config.publish import PublishConfig, QuantizeConfig
+from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.section import RayConfig, Section
 from loram_ray.config.train import TrainConfig
 
@@ -22,6 +22,7 @@ STAGES: dict[str, type[Section]] = {
     "recover": RecoverConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "quantize": QuantizeConfig,
     "publish": PublishConfig,
 }
@@ -39,6 +40,7 @@ class RunConfig(Section):
     recover: RecoverConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
+    export: ExportConfig | None = None
     quantize: QuantizeConfig | None = None
     publish: PublishConfig | None = None
     compare: bool = Field(
@@ -84,6 +86,7 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
         "merge": {"base": base, "adapter": adapter, "output": merged},
         "evaluate": {**loram, "output": root / "evaluation" / "loram"},
+        "export": {"model": str(merged), "output": root / "gguf"},
         "quantize": {"model": small, "output": quantized, "base": base},
         "publish": {
             "directory": small if filled.get("quantize") is None else quantized,

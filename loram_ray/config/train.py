@@ -205,6 +205,9 @@ class TrainConfig(Section):
     )
     max_failures: int = Field(3, ge=0, description="actor failures survived")
     cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
+    gpus: float = Field(
+        1.0, gt=0, le=1, description="share of a GPU, where there is one; others may use the rest"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, order, dropout")
 
     @property

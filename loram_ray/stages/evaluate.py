@@ -36,6 +36,7 @@ _NOT_IN_IDENTITY = {
     "chat_template",
     "text",
     "cpus",
+    "gpus",
     "max_failures",
 }
 
@@ -126,13 +127,14 @@ def _write(
         }
     )
     with ray_session(ray_config, cpus), Reporter("evaluate", 0, "row") as reporter:
-        require_resources(1, cpus, gpus_per_worker(), "evaluate.cpus")
+        require_resources(1, cpus, gpus_per_worker(config.gpus), "evaluate.cpus")
         scores = run_in_actor(
             score,
             (absolute, target.work.resolve()),
             cpus,
             config.max_failures,
             wait=lambda finished: follow(reporter, target.work / METRICS_FILE, finished),
+            gpus=config.gpus,
         )
     write_json(target.path / SCORES_FILE, scores)
     target.details.update(scores)

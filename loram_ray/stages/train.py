@@ -27,6 +27,7 @@ _NOT_IN_IDENTITY = {
     "eval_data",
     "chat_template",
     "cpus",
+    "gpus",
     "max_failures",
     "checkpoint_every",
     "activation_checkpointing",
@@ -78,13 +79,14 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
         }
     )
     with ray_session(ray_config, cpus), Reporter("train", config.steps, "step") as reporter:
-        require_resources(1, cpus, gpus_per_worker(), "train.cpus")
+        require_resources(1, cpus, gpus_per_worker(config.gpus), "train.cpus")
         summary: TrainingSummary = run_in_actor(
             _train_where_it_fits,
             (absolute, target.work.resolve(), target.path.resolve()),
             cpus,
             config.max_failures,
             wait=lambda finished: follow(reporter, target.work / METRICS_FILE, finished),
+            gpus=config.gpus,
         )
     if (config.model / PLAN_FILE).exists():
         PruningPlan.load(config.model).save(target.path)
@@ -100,5 +102,8 @@ def _train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> Train
     if torch.cuda.is_available():
         from loram_ray.planning.card import require_memory
 
-        require_memory(config, torch.cuda.mem_get_info()[0])
+        free, whole = torch.cuda.mem_get_info()
+        if config.gpus < 1:  # a training that wants more fails itself, and not its neighbour
+            torch.cuda.set_per_process_memory_fraction(config.gpus)
+        require_memory(config, min(free, int(config.gpus * whole)))
     return train_adapter(config, work, output)

@@ -1,0 +1,52 @@
+"""The export stage: a base or merged model in, one GGUF file out."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from loram_ray.config import ExportConfig
+from loram_ray.errors import LoramError
+from loram_ray.gguf_file import architecture_of, size_of, write_gguf
+from loram_ray.manifest import identify_model, read_model_config
+from loram_ray.modeling import resolve_base
+from loram_ray.progress import Reporter
+from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
+
+
+def export(config: ExportConfig) -> StageResult:
+    """Write a model as GGUF, for llama.cpp and what is built on it, one tensor in memory at a time.
+
+    Raises:
+        LoramError: a pruned or quantised model, a family or a tokenizer that is not written, or no
+            gguf package.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise LoramError("export needs the gguf package; pip install 'loram-ray[gguf]'")
+    model = resolve_base(config.model, "export.model")
+    settings = read_model_config(model)
+    for key, what in (("pruned_linears", "pruned"), ("quantization_config", "quantised")):
+        if settings.get(key) is not None:
+            raise LoramError(
+                f"export.model must be a base or a merged model, {model} is {what}; run loram "
+                "merge and give its output"
+            )
+    architecture_of(settings["model_type"])
+    digest, base_fingerprint = identify_model(model, "export.model")
+    return run_stage(
+        config.output,
+        "export",
+        settings={"type": config.type, "pre_tokenizer": config.pre_tokenizer},
+        parents={"model": digest},
+        base_fingerprint=base_fingerprint,
+        write=lambda target: _write(target, config, model),
+    )
+
+
+def _write(target: StageDirectory, config: ExportConfig, model: Path) -> None:
+    nbytes = size_of(model, config.type)
+    require_space(target.path, nbytes)
+    path = target.path / f"model-{config.type}.gguf"
+    with Reporter("export", total=nbytes, unit="B") as reporter:
+        write_gguf(model, path, config.type, config.pre_tokenizer, reporter.advance)
+    target.details.update(file=path.name, bytes=path.stat().st_size)
