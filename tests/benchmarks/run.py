@@ -2,7 +2,11 @@
 
     make bench
     python tests/benchmarks/run.py [recovery] [correction] [pruning] [alignment] [calibration]
-                                   [sparse] [trainer] [partitions] [targets] [standstill]
+                                   [sparse] [trainer] [finetuning] [partitions] [targets]
+                                   [standstill]
+
+PEER and TRL in the environment name the Python of environments that have the peers of sparse and
+finetuning. gpu.py, which needs a GPU, is a command of its own.
 
 Each measurement runs in a process of its own. Times are medians of rounds in which ours and the
 peer take turns; ratios are medians of the rounds' ratios.
@@ -111,6 +115,11 @@ def sparse(folder: Path) -> dict[str, object]:
     return in_fresh_process(HERE / "sparse.py", str(folder), *peer)
 
 
+def finetuning(folder: Path) -> dict[str, object]:
+    trl = ["--trl", os.environ["TRL"]] if "TRL" in os.environ else []
+    return in_fresh_process(HERE / "finetuning.py", str(folder), *trl)
+
+
 def alone(name: str) -> Callable[[Path], dict[str, object]]:
     """A benchmark that makes its own inputs."""
     return lambda folder: in_fresh_process(HERE / f"{name}.py", str(folder))
@@ -123,6 +132,7 @@ BENCHMARKS = {
     "alignment": alignment,
     "calibration": calibration,
     "sparse": sparse,
+    "finetuning": finetuning,
     **{name: alone(name) for name in ("trainer", "partitions", "targets", "standstill")},
 }
 
