@@ -13,8 +13,10 @@ from loram_ray.errors import LoramError
 from loram_ray.registration import register_on_first_use
 
 if TYPE_CHECKING:
+    from loram_ray.batching.run import batch
     from loram_ray.config import (
         AlignConfig,
+        BatchConfig,
         CalibrationConfig,
         EvaluateConfig,
         ExportConfig,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "AlignConfig": "config",
+    "BatchConfig": "config",
     "CalibrationConfig": "config",
     "EvaluateConfig": "config",
     "ExportConfig": "config",
@@ -56,6 +59,7 @@ _MODULE_OF = {
     "RunConfig": "config",
     "TrainConfig": "config",
     "align": "stages.align",
+    "batch": "batching.run",
     "evaluate": "stages.evaluate",
     "export": "stages.export",
     "load_pruned": "modeling",
@@ -71,6 +75,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AlignConfig",
+    "BatchConfig",
     "CalibrationConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -85,6 +90,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "align",
+    "batch",
     "evaluate",
     "export",
     "load_pruned",

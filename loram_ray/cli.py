@@ -163,9 +163,48 @@ def train_command(
 
 
 for _name in STAGES:
-    if _name != "publish":  # which writes no directory
+    if _name not in ("batch", "publish"):  # which write no directory of one stage
         function = train_command if _name == "train" else _stage_command(_name)
         app.command(_name, help=_help(_name))(function)
+
+
+@app.command("batch", help=_help("batch"))
+def batch_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter for each of many tasks."""
+    settings: RunConfig = load_run(config, overrides or ())
+    result = loram_ray.batch(section_of(settings, "batch"), settings.ray)
+    if as_json:
+        _print_json(result.rows)
+    else:
+        _print_tasks(result.rows)
+        print(f"results: {result.output}")
+    if result.failed:
+        print(f"loram: batch: {result.failed} of {len(result.rows)} tasks failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _print_tasks(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Tasks")
+    for key in ("name", "state", "steps", "loss", "held-out loss", "seconds"):
+        table.add_column(key, justify="left" if key in ("name", "state") else "right")
+    table.add_column("adapter, or why not", overflow="fold")
+    for row in rows:
+        loss, held_out, seconds = (row[key] for key in ("loss", "eval_loss", "seconds"))
+        table.add_row(
+            row["name"],
+            row["state"],
+            "" if row["steps"] is None else str(row["steps"]),
+            "" if loss is None else f"{loss:.3f}",
+            "" if held_out is None else f"{held_out:.3f}",
+            "" if seconds is None else f"{seconds:.0f}",
+            row["adapter"] or row["reason"],
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 @app.command("publish", help=_help("publish"))

@@ -180,14 +180,7 @@ def run_in_actor(
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    actor_class = ray.remote(_Caller).options(
-        num_cpus=cpus,
-        num_gpus=gpus_per_worker(gpus),
-        max_restarts=max_failures,
-        max_task_retries=max_failures,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}},
-    )
-    actor = actor_class.remote()
+    actor = actor_of(_Caller, cpus, gpus, max_failures).remote()
     result = actor.call.remote(function, arguments)
 
     def finished(seconds: float) -> bool:
@@ -197,9 +190,7 @@ def run_in_actor(
         wait(finished)
         return ray.get(result)
     except RayTaskError as error:
-        if isinstance(error.cause, LoramError | OSError):  # the cause itself, with its errno
-            raise error.cause from error
-        raise
+        raise cause_of(error) from error
     except RayActorError as error:
         raise LoramError(
             f"the worker died more than max_failures = {max_failures} times ({error}); "
@@ -207,6 +198,25 @@ def run_in_actor(
         ) from error
     finally:
         ray.kill(actor)
+
+
+def actor_of(kind: type, cpus: int, gpus: float, max_failures: int) -> Any:
+    """A class of actors of so many logical CPUs, and threads, with a share of a GPU, if any."""
+    import ray
+
+    return ray.remote(kind).options(
+        num_cpus=cpus,
+        num_gpus=gpus_per_worker(gpus),
+        max_restarts=max_failures,
+        max_task_retries=max_failures,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}},
+    )
+
+
+def cause_of(error: Any) -> BaseException:
+    """What was raised in a worker: our errors and the system's as they are, with their errno."""
+    found: BaseException = error
+    return error.cause if isinstance(error.cause, LoramError | OSError) else found
 
 
 class _Caller:

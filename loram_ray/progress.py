@@ -162,8 +162,14 @@ def follow(
 
 def last_step(path: Path) -> int:
     """The newest step in ``metrics.jsonl``, 0 without one."""
+    line = last_line(path)
+    return int(line["step"]) if line else 0
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The newest line of ``metrics.jsonl``, None without one."""
     lines = _read_lines(path)
-    return int(lines[-1]["step"]) if lines else 0
+    return lines[-1] if lines else None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

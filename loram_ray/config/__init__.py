@@ -6,6 +6,7 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 """
 
 from loram_ray.config.align import AlignConfig, DistillationConfig
+from loram_ray.config.batch import BatchConfig, TaskConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
 from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
@@ -17,6 +18,7 @@ from loram_ray.config.train import LoraConfig, TrainConfig
 
 __all__ = [
     "AlignConfig",
+    "BatchConfig",
     "CalibrationConfig",
     "CorpusConfig",
     "DistillationConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "STAGES",
     "Section",
     "SourceConfig",
+    "TaskConfig",
     "TextConfig",
     "TextSource",
     "TrainConfig",

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from loram_ray.config.align import AlignConfig
+from loram_ray.config.batch import BatchConfig
 from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
@@ -19,6 +20,7 @@ STAGES: dict[str, type[Section]] = {
     "prune": PruneConfig,
     "align": AlignConfig,
     "train": TrainConfig,
+    "batch": BatchConfig,
     "recover": RecoverConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
@@ -37,6 +39,7 @@ class RunConfig(Section):
     prune: PruneConfig | None = None
     align: AlignConfig | None = None
     train: TrainConfig | None = None
+    batch: BatchConfig | None = None
     recover: RecoverConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
@@ -83,6 +86,7 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         "prune": {"base": base, "output": pruned},
         "align": {"base": base, "pruned": pruned, "output": aligned},
         "train": {"model": small, "output": pruned_adapter},
+        "batch": {"model": small, "base": base, "output": root / "batch"},
         "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
         "merge": {"base": base, "adapter": adapter, "output": merged},
         "evaluate": {**loram, "output": root / "evaluation" / "loram"},

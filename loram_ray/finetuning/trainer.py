@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,15 @@ from typing import Any
 import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
 from loram_ray.corpus.batches import packed, padded
 from loram_ray.corpus.examples import ExampleTable
@@ -170,53 +179,108 @@ class _Watch(TrainerCallback):
         )
         self._last = now
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.load_best_model_at_end and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # what was learnt since the last evaluation counts too
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / _COMPLETE).touch()
 
 
-def train_adapter(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+@dataclass(frozen=True)
+class FrozenModel:
+    """A loaded model on which trainings put their adapters, one after another.
+
+    Attributes:
+        model: as `load_model` returns it.
+        directory: where from.
+        family: its family.
+        device: where it is.
+        kind: precision and attention that it was loaded with.
+    """
+
+    model: PreTrainedModel
+    directory: Path
+    family: Architecture
+    device: str
+    kind: tuple[str, str | None]
+
+    @classmethod
+    def load(cls, config: TrainConfig) -> FrozenModel:
+        """Load the model of a training, on a GPU where there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(config.model, config.precision, device, config.attention)
+        kind = config.precision, config.attention
+        return cls(model, config.model, family_of(config.model), device, kind)
+
+    def serves(self, config: TrainConfig) -> bool:
+        """Whether a training asks for this model, loaded as it is."""
+        asked = config.model, (config.precision, config.attention)
+        return (self.directory, self.kind) == asked
+
+    @contextmanager
+    def adapted(self, config: TrainConfig) -> Iterator[peft.PeftModel]:
+        """Have a new adapter on the model inside the block; after it nothing of that is left."""
+        torch.manual_seed(config.seed)
+        model = new_adapter(self.model, config.lora, self.family, self.directory)
+        layers = list(self.model.get_submodule(self.family.layers).children())
+        try:
+            save_memory(model, config)
+            if config.compile:
+                for layer in layers:
+                    layer.compile()
+            yield model
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
+            self.model.activation_checkpointing_disable()
+            model.unload()
+            del model
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def train_adapter(
+    config: TrainConfig, work: Path, output: Path, frozen: FrozenModel | None = None
+) -> TrainingSummary:
     """Train an adapter, continuing from the last whole checkpoint in ``work``.
 
     Args:
         config: the stage's configuration.
         work: checkpoints and metrics; survives an interruption.
         output: directory that gets the adapter: the best by held-out loss where there is one.
+        frozen: the model, if it is loaded already; it is as before afterwards.
 
     Raises:
         LoramError: no usable example, or a target that the model does not have.
     """
     with alone(work):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
         learnt, held_out = tables(config, tokenizer, work)
-        torch.manual_seed(config.seed)
-        family = family_of(config.model)
-        frozen = load_model(config.model, config.precision, device, config.attention)
-        model = new_adapter(frozen, config.lora, family, config.model)
-        save_memory(model, config)
-        if config.compile:
-            for layer in model.get_base_model().get_submodule(family.layers).children():
-                layer.compile()
-        trainer = _trainer(model, learnt, held_out, end_of_text(tokenizer), config, work, device)
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-        save_adapter(model, output)
-        base = (p for n, p in model.named_parameters() if "lora_" not in n)
-        model_parameters, model_bytes = parameters_and_bytes(base)
-        steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
-        return TrainingSummary(
-            examples=len(learnt),
-            tokens=round(learnt.tokens / len(learnt) * config.batch_size * steps),
-            trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            model_parameters=model_parameters,
-            model_bytes=model_bytes,
-            seconds=time.perf_counter() - started,
-            steps=steps,
-            held_out=0 if held_out is None else len(held_out),
-            best_step=None if best is None else _step_of(best),
-            eval_loss=trainer.state.best_metric,
-        )
+        frozen = frozen or FrozenModel.load(config)
+        model_parameters, model_bytes = parameters_and_bytes(frozen.model.parameters())
+        with frozen.adapted(config) as model:
+            trainer = _trainer(
+                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen.device
+            )
+            started = time.perf_counter()
+            trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+            save_adapter(model, output)
+            steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
+            return TrainingSummary(
+                examples=len(learnt),
+                tokens=round(learnt.tokens / len(learnt) * config.batch_size * steps),
+                trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                model_parameters=model_parameters,
+                model_bytes=model_bytes,
+                seconds=time.perf_counter() - started,
+                steps=steps,
+                held_out=0 if held_out is None else len(held_out),
+                best_step=None if best is None else _step_of(best),
+                eval_loss=trainer.state.best_metric,
+            )
 
 
 def _trainer(

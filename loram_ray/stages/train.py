@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +36,10 @@ _NOT_IN_IDENTITY = {
 }
 
 
+Training = Callable[[TrainConfig, Path, Path], TrainingSummary]
+"""Trains by a configuration with absolute paths, given a work directory and an output."""
+
+
 def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Train a LoRA on a frozen model (LoRAM, step 3), in a Ray actor with a GPU where there is one.
 
@@ -45,8 +50,42 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
         LoramError: not a model, no usable example, a cluster or a GPU too small, a loss that is not
             finite.
     """
+    cpus = config.cpus or os.cpu_count() or 1
+
+    def in_an_actor(settings: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        with (
+            ray_session(ray_config or RayConfig(), cpus),
+            Reporter("train", config.steps, "step") as reporter,
+        ):
+            require_resources(1, cpus, gpus_per_worker(config.gpus), "train.cpus")
+            summary: TrainingSummary = run_in_actor(
+                train_where_it_fits,
+                (settings, work, output),
+                cpus,
+                config.max_failures,
+                wait=lambda finished: follow(reporter, work / METRICS_FILE, finished),
+                gpus=config.gpus,
+            )
+            return summary
+
+    return train_by(config, in_an_actor)
+
+
+def train_by(
+    config: TrainConfig, training: Training, identity: tuple[str, str] | None = None
+) -> StageResult:
+    """The stage around a training that someone carries out.
+
+    Args:
+        config: of the stage.
+        training: called unless the output is complete.
+        identity: the model's digest and its base's fingerprint, if they are known.
+
+    Raises:
+        LoramError: as `train` does.
+    """
     family_of(config.model)
-    model_digest, base_fingerprint = identify_model(config.model, "train.model")
+    model_digest, base_fingerprint = identity or identify_model(config.model, "train.model")
     parents = {"model": model_digest, "data": _digest(config.data, "train.data")}
     if config.eval_data is not None:
         parents["eval_data"] = _digest(config.eval_data, "train.eval_data")
@@ -60,7 +99,7 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
         settings=config.model_dump(mode="json", exclude=left_out),
         parents=parents,
         base_fingerprint=base_fingerprint,
-        write=lambda target: _write(target, config, ray_config or RayConfig()),
+        write=lambda target: _write(target, config, training),
     )
 
 
@@ -68,8 +107,7 @@ def _digest(data: str, key: str) -> str:
     return digest_of([hash_content(file.path) for file in list_files(data, key, EXAMPLES)])
 
 
-def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -> None:
-    cpus = config.cpus or os.cpu_count() or 1
+def _write(target: StageDirectory, config: TrainConfig, training: Training) -> None:
     absolute = config.model_copy(
         update={
             "model": config.model.resolve(),
@@ -78,16 +116,7 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
             "chat_template": config.chat_template and config.chat_template.resolve(),
         }
     )
-    with ray_session(ray_config, cpus), Reporter("train", config.steps, "step") as reporter:
-        require_resources(1, cpus, gpus_per_worker(config.gpus), "train.cpus")
-        summary: TrainingSummary = run_in_actor(
-            _train_where_it_fits,
-            (absolute, target.work.resolve(), target.path.resolve()),
-            cpus,
-            config.max_failures,
-            wait=lambda finished: follow(reporter, target.work / METRICS_FILE, finished),
-            gpus=config.gpus,
-        )
+    summary = training(absolute, target.work.resolve(), target.path.resolve())
     if (config.model / PLAN_FILE).exists():
         PruningPlan.load(config.model).save(target.path)
     if config.chat_template is not None:
@@ -97,8 +126,18 @@ def _write(target: StageDirectory, config: TrainConfig, ray_config: RayConfig) -
     target.details.update(asdict(summary))
 
 
-def _train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+def train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
     """In the actor: refuse a training that its GPU cannot hold, or carry it out."""
+    require_room(config)
+    return train_adapter(config, work, output)
+
+
+def require_room(config: TrainConfig) -> None:
+    """Refuse a training that needs more memory than the share of this process's GPU.
+
+    Raises:
+        LoramError: it does; the message says what would fit.
+    """
     if torch.cuda.is_available():
         from loram_ray.planning.card import require_memory
 
@@ -106,4 +145,3 @@ def _train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> Train
         if config.gpus < 1:  # a training that wants more fails itself, and not its neighbour
             torch.cuda.set_per_process_memory_fraction(config.gpus)
         require_memory(config, min(free, int(config.gpus * whole)))
-    return train_adapter(config, work, output)

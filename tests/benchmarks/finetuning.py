@@ -6,14 +6,15 @@
 
 All train the same LoRA on SmolLM2-135M pruned at 0.65, on CPU, in processes of their own and in
 turns: the same conversations (word problems with their solutions, sums, family relations) in the
-same order, batch, autocast, AdamW, learning rate and clipping, loss on the answers alone. The
+same order, batch, precision, AdamW, learning rate and clipping, loss on the answers alone. The
 Trainer with PEFT pads each micro-batch and computes all logits, as its default loss does; TRL's
 SFTTrainer, of the environment whose Python is given, does what it does by default, but for
 activation checkpointing, which is off for all. Ours runs as its actor does, without Ray.
 
 A token of text is one that is no padding. A rate is that of all steps after the warm-up ones; peaks
 are of the whole process (VmHWM), model and imports included, and above what was resident before the
-first step. The losses say that all learn the same.
+first step. The losses say that all learn the same. ``--precision fp32`` is for processors that are
+slow in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from measure import in_fresh_process, median, peak_memory, reset_peak_memory
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loram_ray as lr
+from loram_ray.modeling import DTYPES
 
 TASKS = ("gsm_symbolic", "chain_sum", "family_relationships")
 EXAMPLES, STEPS, BATCH, MICRO_BATCH, LENGTH, WARM, ROUNDS = 600, 12, 16, 8, 512, 3, 3
@@ -118,6 +120,7 @@ def settings_of(folder: Path, options: argparse.Namespace) -> lr.TrainConfig:
             "max_length": LENGTH,
             "optimiser": {"learning_rate": LEARNING_RATE, "warmup_steps": WARMUP_STEPS},
             "packing": True,
+            "precision": options.precision,
             "checkpoint_every": options.steps,
         }
     )
@@ -135,7 +138,7 @@ def arguments_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "bf16": True,
+        "bf16": options.precision == "bf16",
         "use_cpu": True,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -194,7 +197,7 @@ def trainer_with_peft(folder: Path, options: argparse.Namespace) -> dict[str, An
     rows = load_examples(tokenizer, settings.data, LENGTH, 0.0, "train.data")
     table = ExampleTable.write((example for _, example in rows), folder / "peer.arrow")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=DTYPES[options.precision])
     trainer = Trainer(
         model=peft.get_peft_model(model, lora_of_peers()),
         args=TrainingArguments(**arguments_of(folder, options), remove_unused_columns=False),
@@ -216,7 +219,9 @@ def trl(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows = [json.loads(line) for line in lines]
     torch.manual_seed(0)
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "pruned", dtype=torch.bfloat16),
+        model=AutoModelForCausalLM.from_pretrained(
+            folder / "pruned", dtype=DTYPES[options.precision]
+        ),
         args=SFTConfig(
             **arguments_of(folder, options),
             max_length=LENGTH,
@@ -244,7 +249,8 @@ WORKS = {"ours": ours, "peft": trainer_with_peft, "trl": trl}
 def run_one(who: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     for name in ("work", "out", "peer"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    arguments = [str(folder), "--steps", str(options.steps), "--work", who]
+    arguments = [str(folder), "--steps", str(options.steps)]
+    arguments += ["--precision", options.precision, "--work", who]
     if who != "trl":
         return in_fresh_process(Path(__file__), *arguments)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -260,6 +266,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--trl", help="Python of an environment that has TRL")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
     parser.add_argument("--work", choices=WORKS)

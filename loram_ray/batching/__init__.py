@@ -1,0 +1,1 @@
+"""Many fine-tuning tasks over one model."""

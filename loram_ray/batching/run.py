@@ -1,0 +1,231 @@
+"""The batch: tasks on actors that keep the model, and the table of what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loram_ray.batching.schedule import Outcome, WorkerDied, run_tasks
+from loram_ray.batching.tasks import Task, tasks_of
+from loram_ray.cluster import (
+    actor_of,
+    cause_of,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+)
+from loram_ray.config import BatchConfig, RayConfig, TrainConfig
+from loram_ray.finetuning.trainer import TrainingSummary
+from loram_ray.manifest import identify_model, write_json
+from loram_ray.modeling import family_of
+from loram_ray.progress import METRICS_FILE, Reporter, last_line
+from loram_ray.stage import StageDirectory
+from loram_ray.stages.recover import recover
+from loram_ray.stages.train import train_by
+
+RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
+_COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "eval_loss", "loss")
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch made.
+
+    Attributes:
+        output: its directory.
+        rows: one for each task, in the order in which they begin.
+    """
+
+    output: Path
+    rows: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> int:
+        """Tasks that failed."""
+        return sum(row["state"] == "failed" for row in self.rows)
+
+
+def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResult:
+    """Train an adapter for each task on one model, several at a time, and recover it.
+
+    An actor loads the model once and takes task after task. A task that fails, or whose actor dies
+    too often, is told with its reason and harms no other. A second call runs what is not complete,
+    from its last checkpoint.
+
+    Raises:
+        LoramError: no task, settings that train does not take, not a model, or a cluster that
+            cannot place the actors. What a task raises is in its row.
+    """
+    tasks = {task.name: task for task in tasks_of(config)}
+    family_of(config.model)
+    identity = identify_model(config.model, "batch.model")
+    config.output.mkdir(parents=True, exist_ok=True)
+    workers = min(config.actors, len(tasks))
+    cpus = workers * config.cpus
+    with (
+        ray_session(ray_config or RayConfig(), cpus),
+        Reporter("batch", len(tasks), "task") as reporter,
+    ):
+        require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
+        state = _Progress(reporter, tasks)
+        actors = _Actors(config)
+        try:
+            outcomes = run_tasks(
+                list(tasks),
+                workers,
+                lambda number, name: _do(tasks[name], actors, number, identity, state),
+                state.ended,
+                config.max_failures,
+                actors.replace,
+                state.show,
+            )
+        finally:
+            actors.stop()
+    rows = [_row(tasks[outcome.name], outcome) for outcome in outcomes]
+    _write_table(config.output, rows)
+    return BatchResult(config.output, rows)
+
+
+class TaskActor:
+    """Keeps a model and trains on it, task after task."""
+
+    def __init__(self) -> None:
+        self._frozen: Any = None
+
+    def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        """Train one task; the model is loaded if another or none is there."""
+        from loram_ray.finetuning.trainer import FrozenModel, train_adapter
+        from loram_ray.stages.train import require_room
+
+        if self._frozen is None or not self._frozen.serves(config):
+            self._frozen = None
+            require_room(config)
+            self._frozen = FrozenModel.load(config)
+        return train_adapter(config, work, output, self._frozen)
+
+
+class _Actors:
+    """An actor for each worker's number, made when it is first asked for."""
+
+    def __init__(self, config: BatchConfig) -> None:
+        self._class = actor_of(TaskActor, config.cpus, config.gpus, max_failures=0)
+        self._made: dict[int, Any] = {}
+
+    def train(self, number: int, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        if number not in self._made:
+            self._made[number] = self._class.remote()
+        try:
+            summary: TrainingSummary = ray.get(
+                self._made[number].train.remote(config, work, output)
+            )
+        except RayTaskError as error:
+            raise cause_of(error) from error
+        except RayActorError as error:
+            raise WorkerDied(" ".join(str(error).split())[:200]) from error
+        return summary
+
+    def replace(self, number: int) -> None:
+        self._made.pop(number, None)
+
+    def stop(self) -> None:
+        import ray
+
+        for actor in self._made.values():
+            ray.kill(actor)
+
+
+class _Progress:
+    """What is shown: how many tasks have ended, and how far those are that run."""
+
+    def __init__(self, reporter: Reporter, tasks: dict[str, Task]) -> None:
+        self._reporter, self._tasks = reporter, tasks
+        self._running: set[str] = set()
+        self._lock = threading.Lock()
+        self._ended = self._failed = 0
+
+    def begun(self, name: str) -> None:
+        with self._lock:
+            self._running.add(name)
+
+    def ended(self, outcome: Outcome) -> None:
+        with self._lock:
+            self._running.discard(outcome.name)
+            self._ended += 1
+            self._failed += outcome.state == "failed"
+        self.show()
+
+    def show(self) -> None:
+        with self._lock:
+            shown: dict[str, Any] = {"failed": self._failed} if self._failed else {}
+            for name in sorted(self._running):
+                shown[name] = self._how_far(self._tasks[name].train)
+            self._reporter.update(self._ended, shown)
+
+    def _how_far(self, config: TrainConfig) -> str:
+        line = last_line(StageDirectory(config.output).work / METRICS_FILE) or {"step": 0}
+        loss = f" loss {line['loss']:.3f}" if "loss" in line else ""
+        return f"{line['step']}/{config.steps}{loss}"
+
+
+def _do(
+    task: Task, actors: _Actors, number: int, identity: tuple[str, str], state: _Progress
+) -> Outcome:
+    """Train and recover one task; called again if its actor dies."""
+    started = time.perf_counter()
+    state.begun(task.name)
+
+    def training(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        return actors.train(number, config, work, output)
+
+    trained = train_by(task.train, training, identity)
+    recovered = None if task.recover is None else recover(task.recover)
+    skipped = trained.skipped and (recovered is None or recovered.skipped)
+    lines = (trained.output / METRICS_FILE).read_text().splitlines()
+    learnt = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    details = {
+        **{key: trained.manifest.details.get(key) for key in _COLUMNS},
+        "loss": learnt[-1],
+        "seconds": 0.0 if skipped else time.perf_counter() - started,
+    }
+    return Outcome(task.name, "skipped" if skipped else "done", details=details)
+
+
+def _row(task: Task, outcome: Outcome) -> dict[str, Any]:
+    empty: dict[str, Any] = dict.fromkeys((*_COLUMNS, "seconds"))
+    return {
+        "name": task.name,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "deaths": outcome.deaths,
+        "data": task.train.data,
+        "adapter": None if outcome.state == "failed" else str(task.adapter),
+        **empty,
+        **outcome.details,
+    }
+
+
+def _write_table(output: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON and as Parquet, each whole or not at all."""
+    write_json(output / RESULTS_FILE, rows)
+    partial = output / f".{TABLE_FILE}.{os.getpid()}"
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), partial)
+    partial.replace(output / TABLE_FILE)
+
+
+def _schema() -> pa.Schema:
+    text = ("name", "state", "reason", "data", "adapter")
+    whole = ("deaths", "steps", "examples", "tokens", "trained_parameters", "best_step")
+    real = ("eval_loss", "loss", "seconds")
+    kinds = ((text, pa.string()), (whole, pa.int64()), (real, pa.float64()))
+    return pa.schema([pa.field(name, kind) for names, kind in kinds for name in names])

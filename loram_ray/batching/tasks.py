@@ -1,0 +1,120 @@
+"""From a batch's configuration to its tasks: globs, grids, names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from loram_ray.config import BatchConfig, RecoverConfig, TaskConfig, TrainConfig, validate
+from loram_ray.errors import LoramError
+from loram_ray.plan import PLAN_FILE
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training, and the recovery that follows it.
+
+    Attributes:
+        name: of its directory.
+        train: its training.
+        recover: its recovery; None where the adapter stays as it is.
+        priority: a task of a higher one begins first.
+    """
+
+    name: str
+    train: TrainConfig
+    recover: RecoverConfig | None
+    priority: int
+
+    @property
+    def adapter(self) -> Path:
+        """Directory of what the task makes."""
+        return self.train.output if self.recover is None else self.recover.output
+
+
+def tasks_of(config: BatchConfig) -> list[Task]:
+    """The tasks of a batch, those that begin first in front.
+
+    Raises:
+        LoramError: none, two of one name, or settings that train does not take.
+    """
+    found = [
+        task for number, one in enumerate(config.tasks) for task in _expand(config, number, one)
+    ]
+    if not found:
+        raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
+    seen: set[str] = set()
+    for task in found:
+        if task.name in seen:
+            raise LoramError(
+                f"batch.tasks must have names of their own, two are {task.name}; give them a name"
+            )
+        seen.add(task.name)
+    return sorted(found, key=lambda task: -task.priority)
+
+
+def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task]:
+    key = f"batch.tasks.{number}"
+    files = sorted(glob(task.data, recursive=True)) if has_magic(task.data) else [task.data]
+    if not files:
+        raise LoramError(f"{key}.data matches no file, got {task.data}; check the path")
+    for file in files:
+        for values in itertools.product(*task.grid.values()):
+            settings = dict(zip(task.grid, values, strict=True))
+            name = task.name or _stem(file)
+            if task.name and len(files) > 1:
+                name = f"{task.name}-{_stem(file)}"
+            for dotted, value in settings.items():
+                name += f"-{dotted.rpartition('.')[2]}={value}"
+            name = _NOT_IN_NAMES.sub("_", name)
+            yield _task(config, task, name, file, settings, key)
+
+
+def _stem(file: str) -> str:
+    return Path(file).name.partition(".")[0]
+
+
+def _task(
+    config: BatchConfig, task: TaskConfig, name: str, file: str, grid: dict[str, Any], key: str
+) -> Task:
+    folder = config.output / name
+    settings = _over(config.train, task.train)
+    for dotted, value in grid.items():
+        *parents, last = dotted.split(".")
+        inner: dict[str, Any] = {last: value}
+        for parent in reversed(parents):
+            inner = {parent: inner}
+        settings = _over(settings, inner)
+    if task.seed is not None:
+        settings["seed"] = task.seed
+    recovers = config.base is not None and (config.model / PLAN_FILE).exists()
+    trained = folder / ("adapter_pruned" if recovers else "adapter")
+    settings.update(
+        model=config.model,
+        output=trained,
+        data=file,
+        cpus=config.cpus,
+        gpus=config.gpus,
+        max_failures=config.max_failures,
+    )
+    train: TrainConfig = validate(TrainConfig, settings, f"{key} ({name})")
+    recover = None
+    if recovers:
+        recover = RecoverConfig(adapter=trained, base=config.base, output=folder / "adapter")
+    return Task(name, train, recover, task.priority)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Settings and others over them, sections inside key by key."""
+    found = {**below, **above}
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            found[key] = _over(below[key], value)
+    return found

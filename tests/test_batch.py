@@ -1,0 +1,312 @@
+"""Many tasks on few actors: each as if it were alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_finetuning import config as training
+from test_finetuning import run_directly, wait_for_steps
+
+import loram_ray as lr
+from loram_ray.adapter import ADAPTER_FILE
+from loram_ray.batching.schedule import Outcome, WorkerDied, run_tasks
+from loram_ray.batching.tasks import tasks_of
+from loram_ray.config import load_run, validate
+from loram_ray.finetuning.trainer import FrozenModel, train_adapter
+from loram_ray.progress import METRICS_FILE
+
+TRAIN: dict[str, Any] = {
+    "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+    "steps": 6,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "max_length": 64,
+    "optimiser": {"learning_rate": 5e-3, "warmup_steps": 2},
+    "precision": "fp32",
+    "checkpoint_every": 2,
+}
+
+
+def write_tasks(folder: Path, count: int) -> Path:
+    """As many files of small sums, each of its own."""
+    folder.mkdir()
+    for number in range(count):
+        rows = [
+            {"prompt": f"{a}+{b}+{number}=", "completion": str(a + b + number)}
+            for a in range(4)
+            for b in range(3)
+        ]
+        tiny.write_jsonl(folder / f"task{number}.jsonl", rows)
+    return folder
+
+
+def settings_of(model: Path, data: Path, output: Path, **changes: object) -> lr.BatchConfig:
+    settings = {
+        "model": model,
+        "output": output,
+        "tasks": [{"data": f"{data}/*.jsonl"}],
+        "train": TRAIN,
+        "actors": 2,
+        **changes,
+    }
+    return lr.BatchConfig.model_validate(settings)
+
+
+def same(left: Path, right: Path) -> bool:
+    found, expected = load_file(left / ADAPTER_FILE), load_file(right / ADAPTER_FILE)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
+def alone(task: Any, folder: Path) -> Path:
+    """The task's training in this process, with nothing before it."""
+    return run_directly(task.train, folder) / "adapter"
+
+
+# One model, training after training
+
+
+@pytest.mark.parametrize("kind", ["pruned", "quantized"])
+def test_a_model_is_as_before_after_each_training(
+    kind: str, pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    model = pruned
+    if kind == "quantized":
+        model = lr.quantize(lr.QuantizeConfig(model=pruned, output=tmp_path / "quantized")).output
+    changes: list[dict[str, Any]] = [
+        {"lora": {"r": 4, "dropout": 0.1}},
+        {"lora": {"r": 2, "lm_head": True}, "activation_checkpointing": True},
+        {"lora": {"r": 4, "dropout": 0.1}, "eval_data": str(data), "eval_every": 2},
+        {"optimiser": {"learning_rate": 1e38, "warmup_steps": 0}, "steps": 10},  # it diverges
+        {"lora": {"r": 4, "dropout": 0.1}},
+    ]
+    settings = [training(model, data, tmp_path, **change) for change in changes]
+    frozen = FrozenModel.load(settings[0])
+    before = {name: tensor.clone() for name, tensor in frozen.model.state_dict().items()}
+    folders = []
+    for number, one in enumerate(settings):
+        folder = tmp_path / f"one-{number}"
+        (folder / "work").mkdir(parents=True)
+        (folder / "adapter").mkdir()
+        folders.append(folder)
+        if number == 3:
+            with pytest.raises(lr.LoramError, match="the loss is"):
+                train_adapter(one, folder / "work", folder / "adapter", frozen)
+            continue
+        train_adapter(one, folder / "work", folder / "adapter", frozen)
+    after = frozen.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    for number in (0, 1, 2):
+        expected = run_directly(settings[number], tmp_path / f"alone-{number}")
+        assert same(folders[number] / "adapter", expected / "adapter")
+    assert same(folders[4] / "adapter", folders[0] / "adapter")
+
+
+def test_the_last_step_is_judged_too(pruned: Path, data: Path, tmp_path: Path) -> None:
+    settings = training(pruned, data, tmp_path, eval_data=str(data), eval_every=4)
+    folder = run_directly(settings, tmp_path / "run")
+    rows = [json.loads(x) for x in (folder / "work" / METRICS_FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 6]
+
+
+# Configuration
+
+
+def test_globs_and_grids_become_tasks(tmp_path: Path) -> None:
+    data = write_tasks(tmp_path / "data", 2)
+    one = tiny.write_jsonl(tmp_path / "other.jsonl", tiny.questions(4))
+    config = settings_of(
+        tmp_path / "model",
+        data,
+        tmp_path / "out",
+        tasks=[
+            {"data": f"{data}/*.jsonl", "grid": {"lora.r": [2, 4], "steps": [3]}, "seed": 7},
+            {"data": str(one), "name": "urgent", "priority": 1, "train": {"lora": {"alpha": 3}}},
+        ],
+    )
+    tasks = tasks_of(config)
+    assert [task.name for task in tasks] == [
+        "urgent",
+        "task0-r=2-steps=3",
+        "task0-r=4-steps=3",
+        "task1-r=2-steps=3",
+        "task1-r=4-steps=3",
+    ]
+    urgent, first = tasks[0].train, tasks[1].train
+    assert (urgent.lora.r, urgent.lora.alpha, urgent.lora.dropout, urgent.steps) == (4, 3, 0.1, 6)
+    assert (first.lora.r, first.steps, first.seed, first.lora.alpha) == (2, 3, 7, 8)
+    assert first.output == tmp_path / "out" / "task0-r=2-steps=3" / "adapter"
+    assert urgent.data == str(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": []}, "batch.tasks must hold tasks"),
+        ({"tasks": [{"data": "none/*.jsonl"}]}, "batch.tasks.0.data matches no file"),
+        ({"tasks": [{"data": "a.jsonl"}, {"data": "b/a.jsonl"}]}, "two are a"),
+        ({"tasks": [{"data": "a.jsonl", "train": {"step": 3}}]}, "step is not a known key"),
+        ({"tasks": [{"data": "a.jsonl", "grid": {"lora.r": [0]}}]}, "lora.r must be greater"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_one_line(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(lr.LoramError) as caught:
+        tasks_of(settings_of(tmp_path, tmp_path, tmp_path / "out", **changes))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_the_batch_s(tmp_path: Path) -> None:
+    with pytest.raises(lr.LoramError, match=r"tasks.0.train must leave model to the batch"):
+        validate(
+            lr.BatchConfig,
+            {"model": "m", "output": "o", "tasks": [{"data": "d", "train": {"model": "x"}}]},
+            "batch.yaml",
+        )
+    found = load_run(None, ["base=b", "output=o", "batch.tasks=[{data: d.jsonl}]"]).batch
+    assert found is not None
+    assert (found.model, found.base, found.output) == (Path("o/pruned"), "b", Path("o/batch"))
+
+
+# The schedule
+
+
+def test_what_a_task_raises_harms_no_other() -> None:
+    deaths: dict[str, int] = {}
+    replaced: list[int] = []
+    order: list[str] = []
+
+    def work(worker: int, name: str) -> Outcome:
+        order.append(name)
+        if name == "poison":
+            raise WorkerDied("it is gone")
+        if name == "unlucky" and deaths.setdefault(name, 0) < 2:
+            deaths[name] += 1
+            raise WorkerDied("it is gone")
+        if name == "wrong":
+            raise lr.LoramError("train.data must hold examples")
+        if name == "broken":
+            raise OSError(28, "No space left on device")
+        return Outcome(name, "done")
+
+    names = ["a", "poison", "unlucky", "wrong", "broken", "b"]
+    found = run_tasks(names, 1, work, lambda outcome: None, 2, replaced.append)
+    assert [outcome.state for outcome in found] == [
+        "done",
+        "failed",
+        "done",
+        "failed",
+        "failed",
+        "done",
+    ]
+    assert [outcome.deaths for outcome in found] == [0, 3, 2, 0, 0, 0]
+    assert found[1].reason == "its worker died 3 times (it is gone)"
+    assert found[3].reason == "train.data must hold examples"
+    assert found[4].reason.startswith("OSError: ") and "No space left" in found[4].reason
+    assert len(replaced) == 5
+    assert order == ["a", *["poison"] * 3, *["unlucky"] * 3, "wrong", "broken", "b"]
+
+
+def test_as_many_tasks_run_at_a_time_as_there_are_workers() -> None:
+    lock, running, most = threading.Lock(), set[str](), [0]
+
+    def work(worker: int, name: str) -> Outcome:
+        with lock:
+            running.add(name)
+            most[0] = max(most[0], len(running))
+        time.sleep(0.01)
+        with lock:
+            running.discard(name)
+        return Outcome(name, "done")
+
+    names = [str(number) for number in range(200)]
+    ended: list[str] = []
+    found = run_tasks(names, 7, work, lambda o: ended.append(o.name), 0, lambda worker: None)
+    assert [outcome.name for outcome in found] == names
+    assert sorted(ended) == sorted(names)
+    assert most[0] == 7
+
+
+# Batches
+
+
+def test_each_adapter_is_the_one_trained_alone(
+    base: Path, pruned: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    data = write_tasks(tmp_path / "data", 3)
+    tiny.write_jsonl(data / "bad.jsonl", [{"prompt": "no answer"}])
+    config = settings_of(pruned, data, tmp_path / "out", base=str(base))
+    result = lr.batch(config)
+    assert [row["state"] for row in result.rows] == ["failed", "done", "done", "done"]
+    assert "bad.jsonl:1" in result.rows[0]["reason"]
+    for task, row in list(zip(tasks_of(config), result.rows, strict=True))[1:]:
+        assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
+        assert row["steps"] == 6 and row["examples"] == 12 and row["loss"] > 0
+        recovered = lr.recover(
+            lr.RecoverConfig(
+                adapter=task.train.output, base=str(base), output=tmp_path / f"by-{task.name}"
+            )
+        )
+        assert same(Path(row["adapter"]), recovered.output)
+    assert json.loads((config.output / "results.json").read_text()) == result.rows
+    assert pq.read_table(config.output / "results.parquet").to_pylist() == result.rows
+
+    tiny.write_jsonl(data / "bad.jsonl", tiny.questions(8))  # mended: only it is trained
+    written = {row["name"]: Path(row["adapter"]).stat().st_mtime_ns for row in result.rows[1:]}
+    again = lr.batch(config)
+    assert [row["state"] for row in again.rows] == ["done", "skipped", "skipped", "skipped"]
+    assert written == {
+        row["name"]: Path(row["adapter"]).stat().st_mtime_ns for row in again.rows[1:]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_killed_actors_and_a_killed_driver_change_nothing(pruned: Path, tmp_path: Path) -> None:
+    data = write_tasks(tmp_path / "data", 4)
+    changes = {"train": {**TRAIN, "steps": 40, "checkpoint_every": 5}}
+    config = settings_of(pruned, data, tmp_path / "out", **changes)
+    file = tmp_path / "batch.json"
+    file.write_text(config.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; import loram_ray as lr;"
+        "config = lr.BatchConfig.model_validate_json(Path(sys.argv[1]).read_text());"
+        "print([row['deaths'] for row in lr.batch(config).rows])"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    first = subprocess.Popen(command)
+    wait_for_steps(tmp_path / "out" / "task0" / ".adapter.work" / METRICS_FILE, 12)
+    children = psutil.Process(first.pid).children(recursive=True)
+    actors = [p for p in children if "TaskActor" in " ".join(p.cmdline())]
+    assert actors
+    os.kill(actors[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "out").glob("*/adapter")):
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    for process in psutil.wait_procs(children, timeout=30)[1]:
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    for task in tasks_of(config):
+        assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
