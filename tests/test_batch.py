@@ -17,14 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_finetuning import config as training
 from test_finetuning import run_directly, wait_for_steps
+from typer.testing import CliRunner
 
 import loram_ray as lr
 from loram_ray.adapter import ADAPTER_FILE
-from loram_ray.batching.schedule import Outcome, WorkerDied, run_tasks
+from loram_ray.batching.schedule import Outcome, Schedule, WorkerDied, run_tasks
 from loram_ray.batching.tasks import tasks_of
+from loram_ray.cli import app
 from loram_ray.config import load_run, validate
 from loram_ray.finetuning.trainer import FrozenModel, train_adapter
 from loram_ray.progress import METRICS_FILE
@@ -81,7 +84,7 @@ def alone(task: Any, folder: Path) -> Path:
 # One model, training after training
 
 
-@pytest.mark.parametrize("kind", ["pruned", "quantized"])
+@pytest.mark.parametrize("kind", ["pruned", pytest.param("quantized", marks=pytest.mark.slow)])
 def test_a_model_is_as_before_after_each_training(
     kind: str, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -208,7 +211,9 @@ def test_what_a_task_raises_harms_no_other() -> None:
         return Outcome(name, "done")
 
     names = ["a", "poison", "unlucky", "wrong", "broken", "b"]
-    found = run_tasks(names, 1, work, lambda outcome: None, 2, replaced.append)
+    schedule = Schedule(names, 2)
+    run_tasks(schedule, 1, work, lambda outcome: None, replaced.append)
+    found = schedule.outcomes
     assert [outcome.state for outcome in found] == [
         "done",
         "failed",
@@ -239,8 +244,9 @@ def test_as_many_tasks_run_at_a_time_as_there_are_workers() -> None:
 
     names = [str(number) for number in range(200)]
     ended: list[str] = []
-    found = run_tasks(names, 7, work, lambda o: ended.append(o.name), 0, lambda worker: None)
-    assert [outcome.name for outcome in found] == names
+    schedule = Schedule(names, 0)
+    run_tasks(schedule, 7, work, lambda o: ended.append(o.name), lambda worker: None)
+    assert [outcome.name for outcome in schedule.outcomes] == names
     assert sorted(ended) == sorted(names)
     assert most[0] == 7
 
@@ -251,13 +257,19 @@ def test_as_many_tasks_run_at_a_time_as_there_are_workers() -> None:
 def test_each_adapter_is_the_one_trained_alone(
     base: Path, pruned: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
-    data = write_tasks(tmp_path / "data", 3)
+    data = write_tasks(tmp_path / "data", 2)
     tiny.write_jsonl(data / "bad.jsonl", [{"prompt": "no answer"}])
-    config = settings_of(pruned, data, tmp_path / "out", base=str(base))
-    result = lr.batch(config)
-    assert [row["state"] for row in result.rows] == ["failed", "done", "done", "done"]
-    assert "bad.jsonl:1" in result.rows[0]["reason"]
-    for task, row in list(zip(tasks_of(config), result.rows, strict=True))[1:]:
+    config = settings_of(pruned, data, tmp_path / "out", base=str(base), actors=1)
+    file = tmp_path / "batch.yaml"
+    section = config.model_dump(mode="json")
+    file.write_text(yaml.safe_dump({"base": str(base), "output": "unused", "batch": section}))
+    called = CliRunner().invoke(app, ["batch", "--config", str(file), "--json"])
+    assert called.exit_code == 1
+    assert "batch: 1 of 3 tasks failed" in called.stderr
+    rows = json.loads(called.stdout)
+    assert [row["state"] for row in rows] == ["failed", "done", "done"]
+    assert "bad.jsonl:1" in rows[0]["reason"]
+    for task, row in list(zip(tasks_of(config), rows, strict=True))[1:]:
         assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
         assert row["steps"] == 6 and row["examples"] == 12 and row["loss"] > 0
         recovered = lr.recover(
@@ -266,13 +278,13 @@ def test_each_adapter_is_the_one_trained_alone(
             )
         )
         assert same(Path(row["adapter"]), recovered.output)
-    assert json.loads((config.output / "results.json").read_text()) == result.rows
-    assert pq.read_table(config.output / "results.parquet").to_pylist() == result.rows
+    assert json.loads((config.output / "results.json").read_text()) == rows
+    assert pq.read_table(config.output / "results.parquet").to_pylist() == rows
 
     tiny.write_jsonl(data / "bad.jsonl", tiny.questions(8))  # mended: only it is trained
-    written = {row["name"]: Path(row["adapter"]).stat().st_mtime_ns for row in result.rows[1:]}
+    written = {row["name"]: Path(row["adapter"]).stat().st_mtime_ns for row in rows[1:]}
     again = lr.batch(config)
-    assert [row["state"] for row in again.rows] == ["done", "skipped", "skipped", "skipped"]
+    assert [row["state"] for row in again.rows] == ["done", "skipped", "skipped"]
     assert written == {
         row["name"]: Path(row["adapter"]).stat().st_mtime_ns for row in again.rows[1:]
     }

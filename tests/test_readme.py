@@ -48,12 +48,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if shipped["base"] != "runs/demo/inputs/base":  # a large model's, of which only plan runs
             shutil.copy(path, folder / "jobs" / "configs")
             continue
-        shipped["compare"] = False  # test_run compares; here it would only take longer
-        shipped["align"].update(steps=2, checkpoint_every=1)
-        shipped["train"].update(steps=2)
-        shipped["evaluate"].update(max_new_tokens=2)
-        if "calibration" in shipped["prune"]:
-            shipped["prune"]["calibration"].update(samples=4, sequence_length=32)
+        if "batch" in shipped:
+            shipped["batch"]["train"].update(steps=2)
+        else:
+            shipped["compare"] = False  # test_run compares; here it would only take longer
+            shipped["align"].update(steps=2, checkpoint_every=1)
+            shipped["train"].update(steps=2)
+            shipped["evaluate"].update(max_new_tokens=2)
+            if "calibration" in shipped["prune"]:
+                shipped["prune"]["calibration"].update(samples=4, sequence_length=32)
         (folder / "jobs" / "configs" / path.name).write_text(yaml.safe_dump(shipped))
     return folder
 
@@ -80,6 +83,9 @@ def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
     assert "pruning_plan.safetensors" in server.repositories["owner/name"].files()
     table = json.loads((checkout / "runs" / "demo" / "results.json").read_text())["rows"]
     assert [row["name"] for row in table] == ["LoRAM"]
+    tasks = json.loads((checkout / "runs" / "demo" / "batch" / "results.json").read_text())
+    assert [task["state"] for task in tasks] == ["done"] * 3
+    assert all((checkout / task["adapter"] / "adapter_config.json").exists() for task in tasks)
     for code in blocks("python"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=200
@@ -112,7 +118,8 @@ def test_links_of_the_readme_lead_to_files() -> None:
 def test_every_shipped_config_is_valid_and_opens_with_its_command(path: Path) -> None:
     load_run(path)
     comment = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    assert f"loram run --config jobs/configs/{path.name}" in comment
+    command = "batch" if path.stem == "batch" else "run"
+    assert f"loram {command} --config jobs/configs/{path.name}" in comment
 
 
 @pytest.mark.slow

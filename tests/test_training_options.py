@@ -29,10 +29,12 @@ from loram_ray.cli import app
 from loram_ray.config import validate
 from loram_ray.corpus.batches import first_fit_decreasing, packed, padded
 from loram_ray.corpus.examples import ExampleTable
+from loram_ray.evaluation.scoring import score
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.losses import IGNORED, summed_loss
 from loram_ray.modeling import load_tokenizer
 from loram_ray.progress import METRICS_FILE
+from loram_ray.stages.train import train_by
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,7 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_training(
     assert any(not torch.equal(later[name], tensor) for name, tensor in kept.items())
 
 
+@pytest.mark.slow
 def test_a_killed_training_with_evaluation_ends_bit_equal(
     pruned: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -408,16 +411,12 @@ def test_an_attention_that_the_machine_lacks_is_one_line(
     ],
 )
 def test_what_is_learnt_under_an_option_is_recovered_exactly(
-    options: dict[str, Any],
-    base: Path,
-    pruned: Path,
-    data: Path,
-    tmp_path: Path,
-    embedded_ray: None,
+    options: dict[str, Any], base: Path, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
     """The recovered adapter on the base whose pruned rows and columns are zero, against PEFT's."""
     lora = {"r": 4, "alpha": 8, "dropout": 0.0, **options}
-    trained = lr.train(config(pruned, data, tmp_path / "trained", lora=lora, steps=2)).output
+    settings = config(pruned, data, tmp_path / "trained", lora=lora, steps=2)
+    trained = train_by(settings, train_adapter).output
     recovered = lr.recover(
         lr.RecoverConfig(adapter=trained, base=str(base), output=tmp_path / "recovered")
     ).output
@@ -505,13 +504,13 @@ def template(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_given_chat_template_is_trained_with_and_goes_with_the_adapter(
-    base: Path, pruned: Path, data: Path, template: Path, tmp_path: Path, embedded_ray: None
+    base: Path, pruned: Path, data: Path, template: Path, tmp_path: Path
 ) -> None:
     settings = config(pruned, data, tmp_path / "trained", chat_template=template, steps=1)
     table = ExampleTable(run_directly(settings, tmp_path / "run") / "work" / "examples.arrow")
     text = load_tokenizer(pruned).decode(table[0]["input_ids"])
     assert text == "[user]0+0=<|im_end|>[assistant]0<|im_end|>"
-    trained = lr.train(settings).output
+    trained = train_by(settings, train_adapter).output
     recovered = lr.recover(
         lr.RecoverConfig(adapter=trained, base=str(base), output=tmp_path / "recovered")
     ).output
@@ -521,11 +520,10 @@ def test_a_given_chat_template_is_trained_with_and_goes_with_the_adapter(
     for directory in (trained, recovered, merged):
         assert (directory / TEMPLATE_FILE).read_text() == TEMPLATE
     assert load_tokenizer(merged).chat_template == TEMPLATE
-    scores = lr.evaluate(
-        lr.EvaluateConfig(
-            model=str(base), adapter=recovered, data=str(data), output=tmp_path / "scores"
-        )
-    ).manifest.details
+    evaluation = lr.EvaluateConfig(
+        model=str(base), adapter=recovered, data=str(data), output=tmp_path / "unwritten"
+    )
+    scores = score(evaluation, tmp_path)
     assert scores["answer_tokens"] == sum(len(row["completion"]) + 1 for row in tiny.questions())
 
 

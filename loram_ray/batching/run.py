@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loram_ray.batching.schedule import Outcome, WorkerDied, run_tasks
+from loram_ray.batching.schedule import Outcome, Schedule, WorkerDied, run_tasks
 from loram_ray.batching.tasks import Task, tasks_of
 from loram_ray.cluster import (
     actor_of,
@@ -77,19 +77,19 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
         require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
         state = _Progress(reporter, tasks)
         actors = _Actors(config)
+        schedule = Schedule(list(tasks), config.max_failures)
         try:
-            outcomes = run_tasks(
-                list(tasks),
+            run_tasks(
+                schedule,
                 workers,
                 lambda number, name: _do(tasks[name], actors, number, identity, state),
                 state.ended,
-                config.max_failures,
                 actors.replace,
                 state.show,
             )
         finally:
             actors.stop()
-    rows = [_row(tasks[outcome.name], outcome) for outcome in outcomes]
+    rows = [_row(tasks[outcome.name], outcome) for outcome in schedule.outcomes]
     _write_table(config.output, rows)
     return BatchResult(config.output, rows)
 

@@ -1,9 +1,9 @@
-"""Which task runs next, and which is given up: the rules, without Ray."""
+"""Which task runs next, and which is given up: the rules, without Ray and without a clock."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,59 +34,101 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def run_tasks(
-    names: Sequence[str],
-    workers: int,
-    work: Callable[[int, str], Outcome],
-    ended: Callable[[Outcome], None],
-    max_deaths: int,
-    replace: Callable[[int], None],
-    tick: Callable[[], None] = lambda: None,
-) -> list[Outcome]:
-    """Work through tasks, several at a time; one that fails harms no other.
+class Schedule:
+    """Tasks that wait, and what became of the others; not to be used by two threads at a time.
 
     Args:
         names: of the tasks, those that begin first in front.
+        max_deaths: deaths of its worker that a task survives.
+    """
+
+    def __init__(self, names: Sequence[str], max_deaths: int) -> None:
+        self._names, self._max_deaths = list(names), max_deaths
+        self._waiting = deque(names)
+        self._deaths: Counter[str] = Counter()
+        self._outcomes: dict[str, Outcome] = {}
+
+    def take(self) -> str | None:
+        """The task that begins next, or None where none waits."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def died(self, name: str, reason: str) -> Outcome | None:
+        """A task's worker is gone: the task is next again, or given up, which is its outcome."""
+        self._deaths[name] += 1
+        if self._deaths[name] <= self._max_deaths:
+            self._waiting.appendleft(name)
+            return None
+        times = self._deaths[name]
+        return self.ended(Outcome(name, "failed", f"its worker died {times} times ({reason})"))
+
+    def ended(self, outcome: Outcome) -> Outcome:
+        """Keep what became of a task."""
+        outcome.deaths = self._deaths[outcome.name]
+        self._outcomes[outcome.name] = outcome
+        return outcome
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Of all tasks that have ended, in the order of their names."""
+        return [self._outcomes[name] for name in self._names if name in self._outcomes]
+
+
+def run_tasks(
+    schedule: Schedule,
+    workers: int,
+    work: Callable[[int, str], Outcome],
+    ended: Callable[[Outcome], None],
+    replace: Callable[[int], None],
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Work through a schedule, several tasks at a time; one that fails harms no other.
+
+    Args:
+        schedule: of the tasks.
         workers: tasks at a time.
         work: does one, given a worker's number and the task's name; called in threads. It raises
             `WorkerDied` where the task may be tried again, and anything else where it failed.
         ended: told each outcome, one after another.
-        max_deaths: deaths of its worker that a task survives.
         replace: makes a new worker of this number.
         tick: called now and then while there is work.
-
-    Returns:
-        Outcomes in the order of the names.
     """
-    waiting = deque(names)
-    outcomes: dict[str, Outcome] = {}
     lock = threading.Lock()
     stopped = threading.Event()
     broken: list[BaseException] = []
 
-    def next_name() -> str | None:
+    def one(worker: int, name: str) -> None:
+        try:
+            outcome = work(worker, name)
+        except WorkerDied as error:
+            if stopped.is_set():
+                return
+            replace(worker)
+            with lock:
+                given_up = schedule.died(name, str(error))
+                if given_up is not None:
+                    ended(given_up)
+            return
+        except Exception as error:
+            if stopped.is_set():
+                return
+            kind = "" if isinstance(error, LoramError) else f"{type(error).__name__}: "
+            outcome = Outcome(name, "failed", f"{kind}{error}")
         with lock:
-            return waiting.popleft() if waiting and not stopped.is_set() else None
-
-    def keep(outcome: Outcome) -> None:
-        with lock:
-            outcomes[outcome.name] = outcome
-            ended(outcome)
+            ended(schedule.ended(outcome))
 
     def loop(worker: int) -> None:
         try:
-            while (name := next_name()) is not None:
-                outcome = _until_it_ends(worker, name, work, max_deaths, replace, stopped)
-                if outcome is not None:
-                    keep(outcome)
+            while not stopped.is_set():
+                with lock:
+                    name = schedule.take()
+                if name is None:
+                    return
+                one(worker, name)
         except BaseException as error:  # not of a task: of the schedule itself
             broken.append(error)
             stopped.set()
 
-    threads = [
-        threading.Thread(target=loop, args=(number,), daemon=True)
-        for number in range(min(workers, len(names)))
-    ]
+    threads = [threading.Thread(target=loop, args=(n,), daemon=True) for n in range(workers)]
     for thread in threads:
         thread.start()
     try:
@@ -99,33 +141,3 @@ def run_tasks(
         raise
     if broken:
         raise broken[0]
-    return [outcomes[name] for name in names]
-
-
-def _until_it_ends(
-    worker: int,
-    name: str,
-    work: Callable[[int, str], Outcome],
-    max_deaths: int,
-    replace: Callable[[int], None],
-    stopped: threading.Event,
-) -> Outcome | None:
-    deaths = 0
-    while True:
-        try:
-            outcome = work(worker, name)
-            outcome.deaths = deaths
-            return outcome
-        except WorkerDied as error:
-            if stopped.is_set():
-                return None
-            deaths += 1
-            replace(worker)
-            if deaths > max_deaths:
-                reason = f"its worker died {deaths} times ({error})"
-                return Outcome(name, "failed", reason, deaths)
-        except Exception as error:
-            if stopped.is_set():
-                return None
-            kind = "" if isinstance(error, LoramError) else f"{type(error).__name__}: "
-            return Outcome(name, "failed", f"{kind}{error}", deaths)
