@@ -293,8 +293,8 @@ def test_each_adapter_is_the_one_trained_alone(
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_killed_actors_and_a_killed_driver_change_nothing(pruned: Path, tmp_path: Path) -> None:
-    data = write_tasks(tmp_path / "data", 4)
-    changes = {"train": {**TRAIN, "steps": 40, "checkpoint_every": 5}}
+    data = write_tasks(tmp_path / "data", 3)
+    changes = {"train": {**TRAIN, "steps": 24, "checkpoint_every": 5}}
     config = settings_of(pruned, data, tmp_path / "out", **changes)
     file = tmp_path / "batch.json"
     file.write_text(config.model_dump_json())

@@ -251,9 +251,6 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     for word in ("6.01 B", "2.17x", "8.67x", "activations", "smallest GPU", "Alignment on 4 GPUs"):
         assert word in shown.stdout
     assert "Warning" not in shown.stderr
-    found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
-    assert f"{found['reduction']['nf4_nominal']:.2f}" == "8.67"
-    assert found["train"]["peak_bytes"]["total"] > found["pruned"]["nf4_loaded"]
     file = tmp_path / "config.json"
     file.write_text(json.dumps(tiny.llama_config(layers=40).to_dict()))
     line += ["--base-config", str(file), "--set", "train.precision=fp32", "--json"]
@@ -262,6 +259,7 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
         found["base_parameters"] == sizes_of(empty_model(json.loads(file.read_text()))).parameters
     )
     assert found["reduction"]["nf4_nominal"] == 4 * found["reduction"]["bf16"]
+    assert found["train"]["peak_bytes"]["total"] > found["pruned"]["nf4_loaded"]
     assert found["train"]["peak_bytes"]["weights"] == found["pruned"]["nf4_loaded"]
     assert found["train"]["fp32"]["peak_bytes"]["weights"] == 4 * found["pruned_parameters"]
 
