@@ -19,6 +19,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_finetuning import LR, STEPS, config, run_directly, wait_for_steps
+from torch._dynamo import utils as dynamo
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from typer.testing import CliRunner
@@ -388,7 +389,9 @@ def test_the_same_losses_another_way(
     changes: dict[str, object], pruned: Path, data: Path, tmp_path: Path
 ) -> None:
     as_usual = run_directly(config(pruned, data, tmp_path, steps=3), tmp_path / "usual")
+    graphs = dynamo.counters["stats"]["unique_graphs"]
     found = run_directly(config(pruned, data, tmp_path, steps=3, **changes), tmp_path / "other")
+    assert (dynamo.counters["stats"]["unique_graphs"] > graphs) == ("compile" in changes)
     assert losses(found) == pytest.approx(losses(as_usual), rel=1e-4)
 
 

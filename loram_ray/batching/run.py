@@ -23,6 +23,7 @@ from loram_ray.cluster import (
     require_resources,
 )
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
+from loram_ray.errors import LoramError
 from loram_ray.finetuning.trainer import TrainingSummary
 from loram_ray.manifest import identify_model, write_json
 from loram_ray.modeling import family_of
@@ -32,6 +33,7 @@ from loram_ray.stages.recover import recover
 from loram_ray.stages.train import train_by
 
 RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
+_SHOWN = 4
 _COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "eval_loss", "loss")
 
 
@@ -130,7 +132,10 @@ class _Actors:
                 self._made[number].train.remote(config, work, output)
             )
         except RayTaskError as error:
-            raise cause_of(error) from error
+            cause = cause_of(error)
+            if not isinstance(cause, LoramError | OSError):  # who knows what state it is in
+                ray.kill(self._made.pop(number))
+            raise cause from error
         except RayActorError as error:
             raise WorkerDied(" ".join(str(error).split())[:200]) from error
         return summary
@@ -168,7 +173,7 @@ class _Progress:
     def show(self) -> None:
         with self._lock:
             shown: dict[str, Any] = {"failed": self._failed} if self._failed else {}
-            for name in sorted(self._running):
+            for name in sorted(self._running)[:_SHOWN]:
                 shown[name] = self._how_far(self._tasks[name].train)
             self._reporter.update(self._ended, shown)
 

@@ -287,7 +287,7 @@ def main() -> None:
         for who, of_one in runs.items():
             of_one.append(run_one(who, folder, options))
             print(who, of_one[-1], file=sys.stderr, flush=True)
-    print(json.dumps(summary(runs)))
+    print(json.dumps({"precision": options.precision, "trained": summary(runs)}))
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -144,12 +144,13 @@ def _difference(found: dict[str, Any]) -> float:
 
 def _finetuning(found: dict[str, Any]) -> str:
     names = {"ours": "ours", "peft": "Trainer with PEFT", "trl": "TRL's SFTTrainer"}
+    trained = found["trained"]
     rows = []
-    for who, of_one in found.items():
+    for who, of_one in trained.items():
         ratios = of_one.get("ratios")
         compared = ("", "", "", "")
         if ratios is not None:
-            differ = _difference({"ours": found["ours"], "peer": of_one})
+            differ = _difference({"ours": trained["ours"], "peer": of_one})
             keys = ("tokens_per_s", "peak_gb", "step_gb")
             compared = (*(f"**{ratios[key]:.2f}**" for key in keys), f"{differ:.4f}")
         cells = (
@@ -163,8 +164,8 @@ def _finetuning(found: dict[str, Any]) -> str:
     table = "\n".join(rows)
     return f"""## Fine-tuning against Trainer with PEFT, and TRL
 
-SmolLM2-135M pruned at 0.65, LoRA r 8 on all seven linears, bf16, {len(found["ours"]["losses"])}
-steps of 16 conversations (gsm_symbolic with its solutions, chain_sum, family_relationships), 8 in a
+SmolLM2-135M pruned at 0.65, LoRA r 8 on all seven linears, {found["precision"]},
+{len(trained["ours"]["losses"])} steps of 16 conversations (gsm_symbolic with its solutions, chain_sum, family_relationships), 8 in a
 forward, in the same order, without checkpointed activations; ours packs them. Medians of rounds in
 turns. A token is one that is no padding; peaks are of the process, and above what was resident
 before the first step. Ratios are ours to the peer's (targets: at least 1.2 of the tokens, at most
