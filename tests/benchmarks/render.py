@@ -165,11 +165,11 @@ def _finetuning(found: dict[str, Any]) -> str:
     return f"""## Fine-tuning against Trainer with PEFT, and TRL
 
 SmolLM2-135M pruned at 0.65, LoRA r 8 on all seven linears, {found["precision"]},
-{len(trained["ours"]["losses"])} steps of 16 conversations (gsm_symbolic with its solutions, chain_sum, family_relationships), 8 in a
-forward, in the same order, without checkpointed activations; ours packs them. Medians of rounds in
-turns. A token is one that is no padding; peaks are of the process, and above what was resident
-before the first step. Ratios are ours to the peer's (targets: at least 1.2 of the tokens, at most
-0.9 of the memory).
+{len(trained["ours"]["losses"])} steps of 16 conversations (gsm_symbolic with its solutions,
+chain_sum, family_relationships), 8 in a forward, in the same order, without checkpointed
+activations; ours packs them. Medians of rounds in turns. A token is one that is no padding; peaks
+are of the process, and above what was resident before the first step. Ratios are ours to the
+peer's (targets: at least 1.2 of the tokens, at most 0.9 of the memory).
 
 | | tokens/s | peak | of it in steps | ours: tokens/s | peak | in steps \
 | losses differ by at most |
