@@ -150,14 +150,7 @@ def test_a_training_killed_and_resumed_ends_bit_equal(
     (folder / "work").mkdir(parents=True)
     (folder / "adapter").mkdir()
     settings = config(pruned, data, tmp_path, **changes)
-    code = (
-        "import sys; from pathlib import Path; import loram_ray as lr;"
-        "from loram_ray.finetuning.trainer import train_adapter;"
-        "config = lr.TrainConfig.model_validate_json(sys.argv[1]);"
-        "train_adapter(config, Path(sys.argv[2]), Path(sys.argv[3]))"
-    )
-    arguments = [settings.model_dump_json(), str(folder / "work"), str(folder / "adapter")]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments])
+    process = started(settings, folder)
     wait_for_steps(folder / "work" / METRICS_FILE, 5)
     process.kill()
     process.wait()
@@ -194,6 +187,18 @@ def test_a_killed_actor_is_replaced_and_the_training_ends_bit_equal(
     expected = load_file(untouched / "adapter_model.safetensors")
     found = load_file(output / "adapter_model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def started(settings: lr.TrainConfig, folder: Path) -> subprocess.Popen[bytes]:
+    """Begin a training in a process of its own, in ``work`` and ``adapter`` of a folder."""
+    code = (
+        "import sys; from pathlib import Path; import loram_ray as lr;"
+        "from loram_ray.finetuning.trainer import train_adapter;"
+        "config = lr.TrainConfig.model_validate_json(sys.argv[1]);"
+        "train_adapter(config, Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    arguments = [settings.model_dump_json(), str(folder / "work"), str(folder / "adapter")]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments])
 
 
 def wait_for_steps(path: Path, steps: int) -> None:

@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_finetuning import LR, STEPS, config, run_directly, wait_for_steps
+from test_finetuning import LR, STEPS, config, run_directly, started, wait_for_steps
 from torch._dynamo import utils as dynamo
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
@@ -227,14 +225,7 @@ def test_a_killed_training_with_evaluation_ends_bit_equal(
     folder = tmp_path / "killed"
     (folder / "work").mkdir(parents=True)
     (folder / "adapter").mkdir()
-    code = (
-        "import sys; from pathlib import Path; import loram_ray as lr;"
-        "from loram_ray.finetuning.trainer import train_adapter;"
-        "config = lr.TrainConfig.model_validate_json(sys.argv[1]);"
-        "train_adapter(config, Path(sys.argv[2]), Path(sys.argv[3]))"
-    )
-    arguments = [settings.model_dump_json(), str(folder / "work"), str(folder / "adapter")]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments])
+    process = started(settings, folder)
     best = min(lines(untouched, "eval_loss"), key=lambda row: row[1])[0]
     wait_for_steps(folder / "work" / METRICS_FILE, (best + 4) * 3 // 2)
     process.send_signal(signal.SIGKILL)
