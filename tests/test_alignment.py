@@ -115,7 +115,12 @@ def plain_training(pruned: Path, prepared: Path, steps: int) -> Training:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    ("zero_stage", "workers"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2), (3, 2)]
+    ("zero_stage", "workers"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        (3, 2),
+    ],
 )
 def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
     zero_stage: int,

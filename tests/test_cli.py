@@ -290,6 +290,7 @@ def test_an_empty_corpus_is_one_line(folder: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_json_lines_cut_in_the_middle_are_one_line(folder: Path) -> None:
     path = folder / "text.jsonl"
     path.write_text(path.read_text()[:-30])

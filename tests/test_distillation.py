@@ -489,7 +489,11 @@ def plain(
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("targets", "zero_stage", "workers"),
-    [("cached", 1, 1), pytest.param("live", 2, 1, marks=pytest.mark.slow), ("live", 3, 2)],
+    [
+        ("cached", 1, 1),
+        pytest.param("live", 2, 1, marks=pytest.mark.slow),
+        pytest.param("live", 3, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_distilled_alignment_equals_a_plain_pytorch_loop(
     targets: str,
