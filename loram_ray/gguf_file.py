@@ -59,7 +59,7 @@ def write_gguf(
     kind: str,
     pre_tokenizer: str | None,
     advance: Callable[[int], None],
-) -> int:
+) -> None:
     """Write a base or merged model; one tensor is in memory at a time.
 
     Args:
@@ -68,9 +68,6 @@ def write_gguf(
         kind: ``f32``, ``bf16``, ``f16`` or ``q8_0``, of matrices; vectors are in float32.
         pre_tokenizer: llama.cpp's name of the tokenizer's pre-tokenisation; None recognises it.
         advance: told the bytes of each tensor that was written.
-
-    Returns:
-        Bytes of all tensors.
 
     Raises:
         LoramError: a family, a tokenizer or a scaling of rotary embeddings that cannot be written.
@@ -98,7 +95,6 @@ def write_gguf(
                 advance(values.nbytes)
         finally:
             writer.close()
-    return size_of(directory, kind)
 
 
 def size_of(directory: Path, kind: str) -> int:

@@ -24,13 +24,13 @@ from loram_ray.cluster import (
 )
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.trainer import TrainingSummary
+from loram_ray.finetuning.trainer import FrozenModel, TrainingSummary, train_adapter
 from loram_ray.manifest import identify_model, write_json
 from loram_ray.modeling import family_of
 from loram_ray.progress import METRICS_FILE, Reporter, last_line
 from loram_ray.stage import StageDirectory
 from loram_ray.stages.recover import recover
-from loram_ray.stages.train import train_by
+from loram_ray.stages.train import require_room, train_by
 
 RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
 _SHOWN = 4
@@ -100,13 +100,10 @@ class TaskActor:
     """Keeps a model and trains on it, task after task."""
 
     def __init__(self) -> None:
-        self._frozen: Any = None
+        self._frozen: FrozenModel | None = None
 
     def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         """Train one task; the model is loaded if another or none is there."""
-        from loram_ray.finetuning.trainer import FrozenModel, train_adapter
-        from loram_ray.stages.train import require_room
-
         if self._frozen is None or not self._frozen.serves(config):
             self._frozen = None
             require_room(config)

@@ -10,7 +10,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from loram_ray.config import BatchConfig, RecoverConfig, TaskConfig, TrainConfig, validate
+from loram_ray.config import BatchConfig, RecoverConfig, TaskConfig, TrainConfig, over, validate
 from loram_ray.errors import LoramError
 from loram_ray.plan import PLAN_FILE
 
@@ -85,13 +85,13 @@ def _task(
     config: BatchConfig, task: TaskConfig, name: str, file: str, grid: dict[str, Any], key: str
 ) -> Task:
     folder = config.output / name
-    settings = _over(config.train, task.train)
+    settings = over(config.train, task.train)
     for dotted, value in grid.items():
         *parents, last = dotted.split(".")
         inner: dict[str, Any] = {last: value}
         for parent in reversed(parents):
             inner = {parent: inner}
-        settings = _over(settings, inner)
+        settings = over(settings, inner)
     if task.seed is not None:
         settings["seed"] = task.seed
     recovers = config.base is not None and (config.model / PLAN_FILE).exists()
@@ -109,12 +109,3 @@ def _task(
     if recovers:
         recover = RecoverConfig(adapter=trained, base=config.base, output=folder / "adapter")
     return Task(name, train, recover, task.priority)
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Settings and others over them, sections inside key by key."""
-    found = {**below, **above}
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            found[key] = _over(below[key], value)
-    return found

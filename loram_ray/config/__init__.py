@@ -13,7 +13,14 @@ from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConf
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.reading import load_run, section_of, validate
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
-from loram_ray.config.section import OptimiserConfig, Precision, RayConfig, Section, section_type
+from loram_ray.config.section import (
+    OptimiserConfig,
+    Precision,
+    RayConfig,
+    Section,
+    over,
+    section_type,
+)
 from loram_ray.config.train import LoraConfig, TrainConfig
 
 __all__ = [
@@ -45,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "fill_paths",
     "load_run",
+    "over",
     "recovers_delta",
     "section_of",
     "section_type",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +35,16 @@ class OptimiserConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+
+
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and others over them, sections inside key by key."""
+    found = {**below, **above}
+    for key, value in below.items():
+        inner = above.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            found[key] = over(value, inner)
+    return found
 
 
 def section_type(annotation: Any) -> type[Section] | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.section import OptimiserConfig, Precision, Section
+from loram_ray.config.section import OptimiserConfig, Precision, Section, over
 
 _NOT_RECOVERED = {
     "use_dora": "DoRA's magnitudes belong to the pruned weights' norms",
@@ -130,16 +130,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings under a name: those of LoRAM's reference, and what has become usual since then."""
 
 
-def under_preset(given: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, and what the preset has besides; sections inside key by key."""
-    found = {**preset, **given}
-    for key, value in preset.items():
-        inner = given.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, Mapping):
-            found[key] = under_preset(inner, value)
-    return found
-
-
 def _described() -> str:
     def said(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         for key, value in settings.items():
@@ -219,7 +209,7 @@ class TrainConfig(Section):
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("preset") in PRESETS:
-            return under_preset(data, PRESETS[data["preset"]])
+            return over(PRESETS[data["preset"]], data)
         return data
 
     @model_validator(mode="after")

@@ -7,13 +7,15 @@ the step that it is part of are too; only padding is saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
 from loram_ray.losses import IGNORED
 
 Row = dict[str, list[int]]
+T = TypeVar("T")
 
 
 def padded(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
@@ -88,3 +90,16 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
         bins[place].append(index)
         room[place] -= lengths[index]
     return bins
+
+
+def longest_first(items: Sequence[T], length: Callable[[T], int], size: int) -> Iterator[list[T]]:
+    """Yield batches of items of about the same length, which need the least padding.
+
+    Args:
+        items: to share out.
+        length: of an item.
+        size: of a batch.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

@@ -215,6 +215,15 @@ def load_examples(
         for example in examples:
             yield row, example
     refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{key.partition('.')[0]}.max_bad_share")
+    require_some(good, data, key)
+
+
+def require_some(good: int, data: str, key: str) -> None:
+    """Refuse data without a usable example.
+
+    Raises:
+        LoramError: ``good`` is zero.
+    """
     if good == 0:
         raise LoramError(
             f"{key} must hold examples, {data} has none that can be used; give rows with "
@@ -287,11 +296,10 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """Tokens of all examples."""
         return len(self._table["input_ids"].combine_chunks().flatten())
 
-    def longest_first(self) -> list[int]:
-        """Numbers of the examples in the order in which batches need the least padding."""
-        lengths = pc.list_value_length(self._table["input_ids"])
-        order = pc.sort_indices(lengths, sort_keys=[("", "descending")])
-        found: list[int] = order.to_pylist()
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        found: list[int] = pc.list_value_length(self._table["input_ids"]).to_pylist()
         return found
 
     def __len__(self) -> int:

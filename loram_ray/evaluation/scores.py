@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from loram_ray.corpus.batches import padded
+from loram_ray.corpus.batches import longest_first, padded
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.examples import Example, end_of_answer, prompt_ids
 from loram_ray.losses import IGNORED, summed_loss
@@ -56,7 +56,7 @@ def answer_likelihood(
         advance: told how many examples were done.
     """
     total = Likelihood(0.0, 0)
-    for batch in _by_length(examples, lambda e: len(e.input_ids), batch_size):
+    for batch in longest_first(examples, lambda e: len(e.input_ids), batch_size):
         rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in batch]
         total += _likelihood(model, padded(rows, padding))
         advance(len(batch))
@@ -117,7 +117,7 @@ def exact_matches(
     prompts = [(prompt_ids(tokenizer, c), c.answer) for c in conversations]
     stops = _stop_tokens(model, tokenizer)
     matches = 0
-    for batch in _by_length(prompts, lambda p: len(p[0]), batch_size):
+    for batch in longest_first(prompts, lambda p: len(p[0]), batch_size):
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([[padding] * (longest - len(p)) + p for p, _ in batch], device=device)
         mask = torch.tensor(
@@ -152,11 +152,3 @@ def _likelihood(model: nn.Module, rows: dict[str, torch.Tensor]) -> Likelihood:
     ids, mask, labels = (rows[k].to(device) for k in ("input_ids", "attention_mask", "labels"))
     total, count = summed_loss(model, ids, mask, labels)
     return Likelihood(float(total), int(count))
-
-
-def _by_length(
-    items: Sequence[Any], length: Callable[[Any], int], batch_size: int
-) -> Iterator[list[Any]]:
-    ordered = sorted(items, key=length, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]

@@ -10,8 +10,9 @@ from typing import Any
 from rich.text import Text
 
 from loram_ray.config import TrainConfig
-from loram_ray.corpus.examples import Example, each_row
+from loram_ray.corpus.examples import Example, each_row, require_some
 from loram_ray.corpus.read import BadRow
+from loram_ray.losses import IGNORED
 from loram_ray.modeling import load_tokenizer
 
 _BETWEEN = "·"
@@ -59,11 +60,7 @@ class Preview:
         return text
 
     def _carries_loss(self) -> list[bool]:
-        spans = self.example.learnt
-        return [
-            any(begin <= i < end for begin, end in spans)
-            for i in range(len(self.example.input_ids))
-        ]
+        return [label != IGNORED for label in self.example.labels]
 
 
 def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
@@ -77,7 +74,7 @@ def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
         The examples, and each row before the last of them that cannot be used.
 
     Raises:
-        LoramError: no tokenizer, no chat template, or no row.
+        LoramError: no tokenizer, no chat template, or no usable example.
     """
     tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
     shown = 0
@@ -90,6 +87,7 @@ def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
                 return
             shown += 1
             yield Preview(example, [_text_of(tokenizer, token) for token in example.input_ids])
+    require_some(shown, config.data, "train.data")
 
 
 def _text_of(tokenizer: Any, token: int) -> str:

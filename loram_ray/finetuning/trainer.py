@@ -6,7 +6,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import (
 
 from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
-from loram_ray.corpus.batches import packed, padded
+from loram_ray.corpus.batches import longest_first, packed, padded
 from loram_ray.corpus.examples import ExampleTable
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.errors import LoramError
@@ -110,11 +110,11 @@ class LoraTrainer(Trainer):
         """
         model: Any = self.model
         examples: Any = self.eval_dataset
-        batch_size = self.args.per_device_eval_batch_size
+        lengths, size = examples.lengths, self.args.per_device_eval_batch_size
         model.eval()
         total = count = 0.0
         with torch.no_grad():
-            for numbers in _batches(examples.longest_first(), batch_size):
+            for numbers in longest_first(range(len(lengths)), lengths.__getitem__, size):
                 batch = self.data_collator([examples[number] for number in numbers])
                 loss, labels = self._summed_loss(model, self._prepare_inputs(batch))
                 total += float(loss)
@@ -140,11 +140,6 @@ class LoraTrainer(Trainer):
                 **settings,
             )
         return super().create_optimizer(model)
-
-
-def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]
 
 
 class _Watch(TrainerCallback):
