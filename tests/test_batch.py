@@ -29,7 +29,8 @@ from loram_ray.batching.schedule import Outcome, Schedule, WorkerDied, run_tasks
 from loram_ray.batching.tasks import tasks_of
 from loram_ray.cli import app
 from loram_ray.config import load_run, validate
-from loram_ray.finetuning.trainer import FrozenModel, train_adapter
+from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.progress import METRICS_FILE
 
 TRAIN: dict[str, Any] = {

@@ -24,7 +24,8 @@ from loram_ray.cluster import (
 )
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.trainer import FrozenModel, TrainingSummary, train_adapter
+from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
 from loram_ray.manifest import identify_model, write_json
 from loram_ray.modeling import family_of
 from loram_ray.progress import METRICS_FILE, Reporter, last_line

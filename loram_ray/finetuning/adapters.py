@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -42,9 +43,20 @@ def lora_config(config: LoraConfig, family: Architecture) -> peft.LoraConfig:
 
 
 def new_adapter(
-    frozen: PreTrainedModel, config: LoraConfig, family: Architecture, directory: Path
+    frozen: PreTrainedModel,
+    config: LoraConfig,
+    family: Architecture,
+    directory: Path,
+    masks: dict[str, torch.Tensor],
 ) -> peft.PeftModel:
     """Put a new adapter on a model, under the masks of its plan where it has some.
+
+    Args:
+        frozen: the model.
+        config: the adapter's.
+        family: of the model.
+        directory: where the model was loaded from.
+        masks: those that other adapters use, by module; it gets what it lacks.
 
     Raises:
         LoramError: targets that the model lacks, or an initialisation that it cannot have.
@@ -56,7 +68,7 @@ def new_adapter(
         )
     settings = lora_config(config, family)
     try:
-        model = put_adapter_on(frozen, directory, settings)
+        model = put_adapter_on(frozen, directory, settings, masks)
     except ValueError as error:
         raise LoramError(
             f"train.lora.targets must name linears of the model, got {config.targets} "

@@ -161,24 +161,30 @@ class MaskedLoraLinear(lora.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if len(active) == 1 and not (self.training and self._dropout_of(active[0])):
             base: Any = self.get_base_layer()
-            product = self._masked(x, active[0], base.weight)
+            product = self.masked_product(x, active[0], base.weight)
             return product if base.bias is None else product + base.bias.to(product.dtype)
         result = self.base_layer(x, *args, **kwargs)
         for name in active:
-            result = result + self._masked(self.lora_dropout[name](x), name, None)
+            result = result + self.masked_product(self.lora_dropout[name](x), name)
         return result
+
+    def masked_product(
+        self, x: torch.Tensor, adapter: str, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x (W + s * (B A) * M)^T``, or without W where none is given."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return MaskedProduct.apply(x, a, b, self.packed_mask, self.scaling[adapter], weight)
 
     def _dropout_of(self, adapter: str) -> float:
         dropout = self.lora_dropout[adapter]
         return float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
 
-    def _masked(self, x: torch.Tensor, adapter: str, weight: torch.Tensor | None) -> torch.Tensor:
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return MaskedProduct.apply(x, a, b, self.packed_mask, self.scaling[adapter], weight)
-
 
 def put_adapter_on(
-    model: PreTrainedModel, directory: Path | str, adapter: peft.LoraConfig | Path
+    model: PreTrainedModel,
+    directory: Path | str,
+    adapter: peft.LoraConfig | Path,
+    in_use: dict[str, torch.Tensor] | None = None,
 ) -> peft.PeftModel:
     """Put a LoRA on a model: under the masks of the model's plan, if that has masks.
 
@@ -186,6 +192,7 @@ def put_adapter_on(
         model: base, pruned, aligned or merged.
         directory: where it was loaded from.
         adapter: the settings of a new adapter, or the directory of one that is there.
+        in_use: packed masks by module that other adapters use, too; it gets what it lacks.
 
     Raises:
         ValueError: targets that the model lacks, or that cannot be masked.
@@ -195,14 +202,21 @@ def put_adapter_on(
     config: Any = adapter if new else peft.PeftConfig.from_pretrained(str(adapter))
     plan = PruningPlan.load(directory) if (Path(directory) / PLAN_FILE).exists() else None
     if plan is not None and plan.masks is not None:
-        config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks)})
+        in_use = {} if in_use is None else in_use
+        config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks, in_use)})
     if new:
         return peft.get_peft_model(model, config)  # type: ignore[return-value]
     return peft.PeftModel.from_pretrained(model, str(adapter), config=config)
 
 
 def _masked_linear(
-    masks: Masks, target: nn.Module, adapter_name: str, *, target_name: str, **kwargs: Any
+    masks: Masks,
+    in_use: dict[str, torch.Tensor],
+    target: nn.Module,
+    adapter_name: str,
+    *,
+    target_name: str,
+    **kwargs: Any,
 ) -> MaskedLoraLinear | None:
     """PEFT's question which layer to put in the place of a linear; None where it has no mask.
 
@@ -210,5 +224,7 @@ def _masked_linear(
     """
     if target_name not in masks.shapes:
         return None
-    packed = masks.packed(target_name)
+    if target_name not in in_use:
+        in_use[target_name] = masks.packed(target_name).to(next(target.parameters()).device)
+    packed = in_use[target_name]
     return MaskedLoraLinear(target, adapter_name, packed, target_name=target_name, **kwargs)

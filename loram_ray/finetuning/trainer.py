@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
 from loram_ray.corpus.batches import longest_first, packed, padded
 from loram_ray.corpus.examples import ExampleTable
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.adapters import new_adapter, save_adapter, save_memory
+from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.data import tables
+from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.together import Seat, Together
 from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
-from loram_ray.modeling import family_of, load_model, load_tokenizer, parameters_and_bytes
+from loram_ray.modeling import load_tokenizer, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
@@ -79,9 +79,15 @@ class LoraTrainer(Trainer):
     """Trainer whose loss applies the output head only where a label is."""
 
     def __init__(
-        self, *args: Any, autocast: torch.dtype | None, b_learning_rate_ratio: float, **kwargs: Any
+        self,
+        *args: Any,
+        autocast: torch.dtype | None,
+        b_learning_rate_ratio: float,
+        seat: Seat | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._seat = seat
         self._autocast = autocast
         self._b_learning_rate_ratio = b_learning_rate_ratio
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole batch
@@ -94,13 +100,16 @@ class LoraTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Mean loss over the labels of the whole accumulated batch."""
-        total, count = self._summed_loss(model, inputs)
+        causal_lm = self.accelerator.unwrap_model(model).get_base_model()
+        summed = self._summed_loss if self._seat is None else self._seat.summed_loss
+        total, count = summed(causal_lm, inputs)
         return total / (count if num_items_in_batch is None else num_items_in_batch)
 
-    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _summed_loss(
+        self, causal_lm: PreTrainedModel, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = inputs["input_ids"].device.type
         with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
-            causal_lm = self.accelerator.unwrap_model(model).get_base_model()
             return summed_loss(causal_lm, **{"attention_mask": None, **inputs})
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
@@ -111,12 +120,13 @@ class LoraTrainer(Trainer):
         model: Any = self.model
         examples: Any = self.eval_dataset
         lengths, size = examples.lengths, self.args.per_device_eval_batch_size
+        causal_lm = model.get_base_model()
         model.eval()
         total = count = 0.0
         with torch.no_grad():
             for numbers in longest_first(range(len(lengths)), lengths.__getitem__, size):
                 batch = self.data_collator([examples[number] for number in numbers])
-                loss, labels = self._summed_loss(model, self._prepare_inputs(batch))
+                loss, labels = self._summed_loss(causal_lm, self._prepare_inputs(batch))
                 total += float(loss)
                 count += float(labels)
         model.train()
@@ -183,62 +193,12 @@ class _Watch(TrainerCallback):
         (folder / _COMPLETE).touch()
 
 
-@dataclass(frozen=True)
-class FrozenModel:
-    """A loaded model on which trainings put their adapters, one after another.
-
-    Attributes:
-        model: as `load_model` returns it.
-        directory: where from.
-        family: its family.
-        device: where it is.
-        kind: precision and attention that it was loaded with.
-    """
-
-    model: PreTrainedModel
-    directory: Path
-    family: Architecture
-    device: str
-    kind: tuple[str, str | None]
-
-    @classmethod
-    def load(cls, config: TrainConfig) -> FrozenModel:
-        """Load the model of a training, on a GPU where there is one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(config.model, config.precision, device, config.attention)
-        kind = config.precision, config.attention
-        return cls(model, config.model, family_of(config.model), device, kind)
-
-    def serves(self, config: TrainConfig) -> bool:
-        """Whether a training asks for this model, loaded as it is."""
-        asked = config.model, (config.precision, config.attention)
-        return (self.directory, self.kind) == asked
-
-    @contextmanager
-    def adapted(self, config: TrainConfig) -> Iterator[peft.PeftModel]:
-        """Have a new adapter on the model inside the block; after it nothing of that is left."""
-        torch.manual_seed(config.seed)
-        model = new_adapter(self.model, config.lora, self.family, self.directory)
-        layers = list(self.model.get_submodule(self.family.layers).children())
-        try:
-            save_memory(model, config)
-            if config.compile:
-                for layer in layers:
-                    layer.compile()
-            yield model
-        finally:
-            for layer in layers:
-                layer._compiled_call_impl = None
-            self.model.activation_checkpointing_disable()
-            model.unload()
-            del model
-            gc.collect()
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
-
-
 def train_adapter(
-    config: TrainConfig, work: Path, output: Path, frozen: FrozenModel | None = None
+    config: TrainConfig,
+    work: Path,
+    output: Path,
+    frozen: FrozenModel | None = None,
+    together: Together | None = None,
 ) -> TrainingSummary:
     """Train an adapter, continuing from the last whole checkpoint in ``work``.
 
@@ -246,7 +206,8 @@ def train_adapter(
         config: the stage's configuration.
         work: checkpoints and metrics; survives an interruption.
         output: directory that gets the adapter: the best by held-out loss where there is one.
-        frozen: the model, if it is loaded already; it is as before afterwards.
+        frozen: the model, if it is loaded already; it is not changed.
+        together: trainings on that model, in threads of their own, to take part in.
 
     Raises:
         LoramError: no usable example, or a target that the model does not have.
@@ -256,9 +217,10 @@ def train_adapter(
         learnt, held_out = tables(config, tokenizer, work)
         frozen = frozen or FrozenModel.load(config)
         model_parameters, model_bytes = parameters_and_bytes(frozen.model.parameters())
-        with frozen.adapted(config) as model:
+        place = contextlib.nullcontext() if together is None else together.seat()
+        with place as seat, frozen.adapted(config) as model:
             trainer = _trainer(
-                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen.device
+                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen.device, seat
             )
             started = time.perf_counter()
             trainer.train(resume_from_checkpoint=_last_checkpoint(work))
@@ -286,6 +248,7 @@ def _trainer(
     config: TrainConfig,
     work: Path,
     device: str,
+    seat: Seat | None,
 ) -> LoraTrainer:
     optimiser = config.optimiser
     save_every = config.checkpoint_every if held_out is None else config.eval_every
@@ -331,6 +294,7 @@ def _trainer(
         callbacks=callbacks,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         b_learning_rate_ratio=optimiser.b_learning_rate_ratio,
+        seat=seat,
     )
 
 

@@ -1,0 +1,216 @@
+"""Several trainings with one forward: each is the one that it would be alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import families
+import masked
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_finetuning import config as training
+from test_finetuning import run_directly
+
+import loram_ray as lr
+from loram_ray.adapter import ADAPTER_FILE
+from loram_ray.finetuning import joint
+from loram_ray.finetuning.frozen import FrozenModel, shell_of
+from loram_ray.finetuning.joint import JointForward, below_each_other
+from loram_ray.finetuning.together import Together
+from loram_ray.finetuning.trainer import train_adapter
+from loram_ray.modeling import load_model
+from loram_ray.progress import METRICS_FILE
+
+DROPOUT = {"r": 4, "alpha": 8, "dropout": 0.3}
+DIFFERENT: list[dict[str, Any]] = [
+    {"lora": DROPOUT},
+    {"lora": {"r": 2, "alpha": 3, "dropout": 0.0, "layers": [1, 2]}, "steps": 4, "seed": 5},
+    {"lora": {**DROPOUT, "targets": ["q_proj", "down_proj"]}, "micro_batch_size": 4},
+    {"lora": {"r": 8, "dropout": 0.1, "lm_head": True}, "micro_batch_size": 1, "seed": 1},
+    {"lora": DROPOUT, "optimiser": {"learning_rate": 1e-3, "b_learning_rate_ratio": 4.0}},
+    {"lora": DROPOUT, "eval_share": 0.3, "eval_every": 2, "steps": 7},
+]
+
+
+class Watched(JointForward):
+    """Keeps how many adapters each pass was for."""
+
+    sizes: list[int]
+
+    def _together(self, members: Any) -> Any:
+        self.sizes.append(len(members))
+        return super()._together(members)
+
+
+def run_together(
+    settings: list[lr.TrainConfig], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Path], list[int], dict[int, BaseException]]:
+    """Train all at once; return their folders, the sizes of the passes and what was raised."""
+    monkeypatch.setattr("loram_ray.finetuning.together.JointForward", Watched)
+    monkeypatch.setattr(Watched, "sizes", [], raising=False)
+    frozen = FrozenModel.load(settings[0])
+    together = Together(frozen)
+    ready = threading.Barrier(len(settings))
+    raised: dict[int, BaseException] = {}
+    folders = [folder / str(number) for number in range(len(settings))]
+
+    def train(number: int) -> None:
+        target = folders[number]
+        (target / "work").mkdir(parents=True)
+        (target / "adapter").mkdir()
+        ready.wait()
+        try:
+            train_adapter(settings[number], target / "work", target / "adapter", frozen, together)
+        except BaseException as error:
+            raised[number] = error
+
+    threads = [threading.Thread(target=train, args=(n,)) for n in range(len(settings))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return folders, Watched.sizes, raised
+
+
+def difference(found: Path, expected: Path) -> float:
+    """Norm of two adapters' difference, as a share of the norm of what was learnt in B."""
+    left, right = load_file(found / ADAPTER_FILE), load_file(expected / ADAPTER_FILE)
+    assert left.keys() == right.keys()
+    learnt = sum(float(right[name].square().sum()) for name in right if "lora_B" in name)
+    return (sum(float((left[n] - right[n]).square().sum()) for n in right) / learnt) ** 0.5
+
+
+def assert_as_alone(
+    folder: Path, settings: lr.TrainConfig, scratch: Path, rounding: float = 1e-4
+) -> None:
+    """The same losses up to rounding, and the same adapter up to what Adam makes of that."""
+    expected = run_directly(settings, scratch)
+    found, wanted = (
+        [json.loads(line) for line in (path / "work" / METRICS_FILE).read_text().splitlines()]
+        for path in (folder, expected)
+    )
+    for key in ("step", "loss", "eval_loss", "lr"):
+        assert [row.get(key, 0.0) for row in found] == pytest.approx(
+            [row.get(key, 0.0) for row in wanted], rel=rounding
+        )
+    assert difference(folder / "adapter", expected / "adapter") < (1e-3 if rounding < 1e-3 else 0.06)
+
+
+@pytest.mark.parametrize("packing", ["none", "some"])
+def test_each_training_is_the_one_that_it_is_alone(
+    packing: str, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [
+        training(
+            pruned,
+            data,
+            tmp_path,
+            **{"packing": packing == "some" and n % 2 == 0, **one},
+        )
+        for n, one in enumerate(DIFFERENT)
+    ]
+    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    assert not raised
+    assert sizes[0] == 6 and len(sizes) == 14  # then one is left
+    for number, one in enumerate(settings):
+        assert_as_alone(folders[number], one, tmp_path / f"alone-{number}")
+
+
+def test_one_that_diverges_harms_no_other(
+    pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [
+        training(pruned, data, tmp_path, lora=DROPOUT),
+        training(pruned, data, tmp_path, optimiser={"learning_rate": 1e38, "warmup_steps": 0}),
+    ]
+    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    assert list(raised) == [1] and "the loss is" in str(raised[1])
+    assert sizes
+    assert_as_alone(folders[0], settings[0], tmp_path / "alone")
+
+
+def test_a_pass_that_fails_is_done_one_by_one(
+    pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all of them together need more memory than there is."""
+    settings = [training(pruned, data, tmp_path, lora=DROPOUT, seed=seed) for seed in (1, 2)]
+    with_gradients = joint._with_gradients
+
+    def fails(found: Any, members: Any) -> Any:
+        if len(members) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return with_gradients(found, members)
+
+    monkeypatch.setattr(joint, "_with_gradients", fails)
+    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    assert sizes == [2] * 12 and not raised
+    for number, one in enumerate(settings):
+        expected = run_directly(one, tmp_path / f"alone-{number}")
+        assert (
+            difference(folders[number] / "adapter", expected / "adapter") < 1e-4
+        )  # and no draw twice
+
+
+def test_what_cannot_join_takes_turns(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = families.write_base(tmp_path / "moe", "mixtral")
+    lora = {"r": 2, "dropout": 0.0}
+    settings = [training(moe, data, tmp_path, lora=lora, steps=3, seed=seed) for seed in (1, 2)]
+    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    assert not sizes and not raised
+    for number, one in enumerate(settings):
+        expected = run_directly(one, tmp_path / f"alone-{number}")
+        assert difference(folders[number] / "adapter", expected / "adapter") < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "bf16", "masked", "quantized"])
+def test_on_every_kind_of_model(
+    kind: str, base: Path, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, changes = pruned, dict[str, Any]()
+    if kind == "checkpointed":
+        changes = {"activation_checkpointing": True}
+    elif kind == "bf16":
+        changes = {"precision": "bf16"}
+    elif kind == "masked":
+        model = masked.prune(base, tmp_path / "masked", "unstructured", ratio=0.5)
+    else:
+        model = lr.quantize(lr.QuantizeConfig(model=pruned, output=tmp_path / "quantized")).output
+    settings = [
+        training(model, data, tmp_path, lora=lora, seed=seed, **changes)
+        for seed, lora in enumerate((DROPOUT, {"r": 2, "dropout": 0.0}))
+    ]
+    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    assert sizes == [2] * 12 and not raised
+    rounding = 1e-3 if kind in ("bf16", "quantized") else 1e-4  # NF4's products are in bf16
+    for number, one in enumerate(settings):
+        assert_as_alone(folders[number], one, tmp_path / f"alone-{number}", rounding)
+
+
+def test_a_shell_has_the_model_s_tensors_and_modules_of_its_own(base: Path) -> None:
+    model = load_model(base, "fp32")
+    shell = shell_of(model)
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    others = dict(shell.named_parameters(remove_duplicate=False)) | dict(shell.named_buffers())
+    assert tensors.keys() == others.keys()
+    assert all(others[name] is tensor for name, tensor in tensors.items())
+    assert not set(model.modules()) & set(shell.modules())
+    shell.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+    shell.eval()
+    assert isinstance(model.model.layers[0].self_attn.q_proj, torch.nn.Linear)
+
+
+def test_batches_below_each_other_are_filled_with_what_is_not_seen() -> None:
+    one = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    two = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "attention_mask": torch.ones(1, 4).long()}
+    whole = below_each_other([one, two])
+    assert whole["input_ids"].tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
+    assert whole["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    packed = {"input_ids": torch.tensor([[8, 9]]), "positions": torch.tensor([[0, 0]])}
+    whole = below_each_other([one, packed, two])
+    assert whole["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 2, 3]]
