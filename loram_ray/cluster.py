@@ -200,7 +200,9 @@ def run_in_actor(
         ray.kill(actor)
 
 
-def actor_of(kind: type, cpus: int, gpus: float, max_failures: int) -> Any:
+def actor_of(
+    kind: type, cpus: int, gpus: float, max_failures: int, calls_at_a_time: int = 1
+) -> Any:
     """A class of actors of so many logical CPUs, and threads, with a share of a GPU, if any."""
     import ray
 
@@ -209,6 +211,7 @@ def actor_of(kind: type, cpus: int, gpus: float, max_failures: int) -> Any:
         num_gpus=gpus_per_worker(gpus),
         max_restarts=max_failures,
         max_task_retries=max_failures,
+        max_concurrency=calls_at_a_time,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}},
     )
 

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 from test_finetuning import config as training
 from test_finetuning import run_directly, wait_for_steps
+from test_together import difference
 from typer.testing import CliRunner
 
 import loram_ray as lr
@@ -195,7 +196,6 @@ def test_paths_are_the_batch_s(tmp_path: Path) -> None:
 
 def test_what_a_task_raises_harms_no_other() -> None:
     deaths: dict[str, int] = {}
-    replaced: list[int] = []
     order: list[str] = []
 
     def work(worker: int, name: str) -> Outcome:
@@ -213,7 +213,7 @@ def test_what_a_task_raises_harms_no_other() -> None:
 
     names = ["a", "poison", "unlucky", "wrong", "broken", "b"]
     schedule = Schedule(names, 2)
-    run_tasks(schedule, 1, work, lambda outcome: None, replaced.append)
+    run_tasks(schedule, 1, work, lambda outcome: None)
     found = schedule.outcomes
     assert [outcome.state for outcome in found] == [
         "done",
@@ -227,7 +227,6 @@ def test_what_a_task_raises_harms_no_other() -> None:
     assert found[1].reason == "its worker died 3 times (it is gone)"
     assert found[3].reason == "train.data must hold examples"
     assert found[4].reason.startswith("OSError: ") and "No space left" in found[4].reason
-    assert len(replaced) == 5
     assert order == ["a", *["poison"] * 3, *["unlucky"] * 3, "wrong", "broken", "b"]
 
 
@@ -246,10 +245,53 @@ def test_as_many_tasks_run_at_a_time_as_there_are_workers() -> None:
     names = [str(number) for number in range(200)]
     ended: list[str] = []
     schedule = Schedule(names, 0)
-    run_tasks(schedule, 7, work, lambda o: ended.append(o.name), lambda worker: None)
+    run_tasks(schedule, 7, work, lambda o: ended.append(o.name))
     assert [outcome.name for outcome in schedule.outcomes] == names
     assert sorted(ended) == sorted(names)
     assert most[0] == 7
+
+
+def test_a_death_among_several_is_held_against_none_of_them() -> None:
+    """A poison task among innocent ones in one process, which dies with all that are in it."""
+    lock, inside, most = threading.Lock(), dict[int, set[str]](), [0]
+    dead: dict[str, int] = {}
+
+    def work(worker: int, name: str) -> Outcome:
+        mine = threading.Event()
+        with lock:
+            here = inside.setdefault(worker, set())
+            here.add(name)
+            most[0] = max(most[0], len(here))
+        try:
+            for _ in range(20):
+                mine.wait(0.002)
+                with lock:
+                    if name == "poison":
+                        for other in here:
+                            dead[other] = dead.get(other, 0) + 1
+                    if dead.get(name):
+                        dead[name] -= 1
+                        raise WorkerDied("it is gone")
+            return Outcome(name, "done")
+        finally:
+            with lock:
+                here.discard(name)
+                dead.pop(name, None)
+
+    names = ["a", "poison", *"bcdefgh"]
+    schedule = Schedule(names, 2)
+    run_tasks(schedule, 2, work, lambda outcome: None, tasks_per_worker=4)
+    found = {outcome.name: outcome for outcome in schedule.outcomes}
+    assert most[0] == 4
+    assert found.pop("poison").reason == "its worker died 3 times (it is gone)"
+    assert {(outcome.state, outcome.deaths) for outcome in found.values()} == {("done", 0)}
+
+
+def test_tasks_that_share_a_model_want_it_loaded_alike(tmp_path: Path) -> None:
+    tasks = [{"data": "a.jsonl"}, {"data": "b.jsonl", "train": {"precision": "bf16"}}]
+    config = settings_of(tmp_path, tmp_path, tmp_path, tasks=tasks, adapters_per_actor=2)
+    with pytest.raises(lr.LoramError, match="needs tasks of one precision"):
+        tasks_of(config)
 
 
 # Batches
@@ -281,6 +323,14 @@ def test_each_adapter_is_the_one_trained_alone(
         assert same(Path(row["adapter"]), recovered.output)
     assert json.loads((config.output / "results.json").read_text()) == rows
     assert pq.read_table(config.output / "results.parquet").to_pylist() == rows
+
+    both = settings_of(pruned, data, tmp_path / "both", base=str(base), actors=1)
+    shared = lr.batch(both.model_copy(update={"adapters_per_actor": 3}))
+    assert [row["state"] for row in shared.rows] == ["failed", "done", "done"]
+    assert shared.rows[0]["reason"] == rows[0]["reason"]
+    for found, wanted in zip(shared.rows[1:], rows[1:], strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert difference(Path(found["adapter"]), Path(wanted["adapter"])) < 1e-3
 
     tiny.write_jsonl(data / "bad.jsonl", tiny.questions(8))  # mended: only it is trained
     written = {row["name"]: Path(row["adapter"]).stat().st_mtime_ns for row in rows[1:]}

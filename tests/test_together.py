@@ -97,7 +97,8 @@ def assert_as_alone(
         assert [row.get(key, 0.0) for row in found] == pytest.approx(
             [row.get(key, 0.0) for row in wanted], rel=rounding
         )
-    assert difference(folder / "adapter", expected / "adapter") < (1e-3 if rounding < 1e-3 else 0.06)
+    most = 1e-3 if rounding < 1e-3 else 0.06
+    assert difference(folder / "adapter", expected / "adapter") < most
 
 
 @pytest.mark.parametrize("packing", ["none", "some"])

@@ -25,6 +25,7 @@ from loram_ray.cluster import (
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.together import Together
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
 from loram_ray.manifest import identify_model, write_json
 from loram_ray.modeling import family_of
@@ -71,7 +72,8 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
     family_of(config.model)
     identity = identify_model(config.model, "batch.model")
     config.output.mkdir(parents=True, exist_ok=True)
-    workers = min(config.actors, len(tasks))
+    each = config.adapters_per_actor
+    workers = min(config.actors, -(-len(tasks) // each))
     cpus = workers * config.cpus
     with (
         ray_session(ray_config or RayConfig(), cpus),
@@ -87,8 +89,8 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
                 workers,
                 lambda number, name: _do(tasks[name], actors, number, identity, state),
                 state.ended,
-                actors.replace,
                 state.show,
+                each,
             )
         finally:
             actors.stop()
@@ -98,48 +100,67 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
 
 
 class TaskActor:
-    """Keeps a model and trains on it, task after task."""
+    """Keeps a model and trains on it, task after task, or several at a time.
 
-    def __init__(self) -> None:
+    Args:
+        adapters: tasks at a time.
+    """
+
+    def __init__(self, adapters: int) -> None:
+        self._adapters = adapters
         self._frozen: FrozenModel | None = None
+        self._together: Together | None = None
+        self._loading = threading.Lock()
 
     def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         """Train one task; the model is loaded if another or none is there."""
-        if self._frozen is None or not self._frozen.serves(config):
-            self._frozen = None
-            require_room(config)
-            self._frozen = FrozenModel.load(config)
-        return train_adapter(config, work, output, self._frozen)
+        with self._loading:
+            if self._frozen is None or not self._frozen.serves(config):
+                self._frozen = self._together = None
+                require_room(config, self._adapters)
+                self._frozen = FrozenModel.load(config)
+                if self._adapters > 1:
+                    self._together = Together(self._frozen)
+            frozen, together = self._frozen, self._together
+        return train_adapter(config, work, output, frozen, together)
 
 
 class _Actors:
     """An actor for each worker's number, made when it is first asked for."""
 
     def __init__(self, config: BatchConfig) -> None:
-        self._class = actor_of(TaskActor, config.cpus, config.gpus, max_failures=0)
+        self._adapters = config.adapters_per_actor
+        self._class = actor_of(
+            TaskActor, config.cpus, config.gpus, max_failures=0, calls_at_a_time=self._adapters
+        )
         self._made: dict[int, Any] = {}
+        self._changing = threading.Lock()
 
     def train(self, number: int, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        if number not in self._made:
-            self._made[number] = self._class.remote()
+        with self._changing:
+            if number not in self._made:
+                self._made[number] = self._class.remote(self._adapters)
+            actor = self._made[number]
         try:
-            summary: TrainingSummary = ray.get(
-                self._made[number].train.remote(config, work, output)
-            )
+            summary: TrainingSummary = ray.get(actor.train.remote(config, work, output))
         except RayTaskError as error:
             cause = cause_of(error)
             if not isinstance(cause, LoramError | OSError):  # who knows what state it is in
-                ray.kill(self._made.pop(number))
+                self._forget(number, actor)
+                ray.kill(actor)
             raise cause from error
         except RayActorError as error:
+            self._forget(number, actor)
             raise WorkerDied(" ".join(str(error).split())[:200]) from error
         return summary
 
-    def replace(self, number: int) -> None:
-        self._made.pop(number, None)
+    def _forget(self, number: int, actor: Any) -> None:
+        with self._changing:
+            if self._made.get(number) is actor:  # and no other thread was here before
+                del self._made[number]
 
     def stop(self) -> None:
         import ray

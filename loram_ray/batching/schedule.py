@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class Outcome:
         name: the task's.
         state: ``done``, ``skipped`` (complete before) or ``failed``.
         reason: why it failed.
-        deaths: workers that died of it.
+        deaths: workers that died of it and of nothing else.
         details: results.
     """
 
@@ -37,6 +38,9 @@ class Outcome:
 class Schedule:
     """Tasks that wait, and what became of the others; not to be used by two threads at a time.
 
+    Of tasks that share a process when it dies, none is known to be to blame: each then has a
+    process to itself until its end, and only deaths of such a one count against it.
+
     Args:
         names: of the tasks, those that begin first in front.
         max_deaths: deaths of its worker that a task survives.
@@ -46,15 +50,27 @@ class Schedule:
         self._names, self._max_deaths = list(names), max_deaths
         self._waiting = deque(names)
         self._deaths: Counter[str] = Counter()
+        self._suspects: set[str] = set()
         self._outcomes: dict[str, Outcome] = {}
 
     def take(self) -> str | None:
         """The task that begins next, or None where none waits."""
         return self._waiting.popleft() if self._waiting else None
 
-    def died(self, name: str, reason: str) -> Outcome | None:
-        """A task's worker is gone: the task is next again, or given up, which is its outcome."""
-        self._deaths[name] += 1
+    def is_suspect(self, name: str) -> bool:
+        """Whether a task must be alone in its process."""
+        return name in self._suspects
+
+    def died(self, name: str, reason: str, alone: bool = True) -> Outcome | None:
+        """A task's worker is gone: the task is next again, or given up, which is its outcome.
+
+        Args:
+            name: of the task.
+            reason: of the death.
+            alone: whether no other task was in that process.
+        """
+        self._suspects.add(name)
+        self._deaths[name] += alone
         if self._deaths[name] <= self._max_deaths:
             self._waiting.appendleft(name)
             return None
@@ -73,38 +89,72 @@ class Schedule:
         return [self._outcomes[name] for name in self._names if name in self._outcomes]
 
 
+class _Process:
+    """Who is in a worker's process; one that must be alone waits until all others have left."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside = self._waiting = 0
+        self._taken = False
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def entered(self, alone: bool) -> Iterator[bool]:
+        """Be inside; tells whether no other can be."""
+        with self._changed:
+            self._waiting += alone
+            while self._taken or (self._inside if alone else self._waiting):
+                self._changed.wait()
+            self._waiting -= alone
+            self._inside += 1
+            self._taken = alone
+        try:
+            yield alone or self._most == 1
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._taken = False
+                self._changed.notify_all()
+
+
 def run_tasks(
     schedule: Schedule,
     workers: int,
     work: Callable[[int, str], Outcome],
     ended: Callable[[Outcome], None],
-    replace: Callable[[int], None],
     tick: Callable[[], None] = lambda: None,
+    tasks_per_worker: int = 1,
 ) -> None:
     """Work through a schedule, several tasks at a time; one that fails harms no other.
 
     Args:
         schedule: of the tasks.
-        workers: tasks at a time.
+        workers: processes.
         work: does one, given a worker's number and the task's name; called in threads. It raises
             `WorkerDied` where the task may be tried again, and anything else where it failed.
         ended: told each outcome, one after another.
-        replace: makes a new worker of this number.
         tick: called now and then while there is work.
+        tasks_per_worker: tasks at a time in a worker.
     """
     lock = threading.Lock()
     stopped = threading.Event()
     broken: list[BaseException] = []
+    processes = [_Process(tasks_per_worker) for _ in range(workers)]
 
     def one(worker: int, name: str) -> None:
+        with lock:
+            suspect = schedule.is_suspect(name)
+        with processes[worker].entered(suspect) as alone:
+            in_process(worker, name, alone)
+
+    def in_process(worker: int, name: str, alone: bool) -> None:
         try:
             outcome = work(worker, name)
         except WorkerDied as error:
             if stopped.is_set():
                 return
-            replace(worker)
             with lock:
-                given_up = schedule.died(name, str(error))
+                given_up = schedule.died(name, str(error), alone)
                 if given_up is not None:
                     ended(given_up)
             return
@@ -128,7 +178,11 @@ def run_tasks(
             broken.append(error)
             stopped.set()
 
-    threads = [threading.Thread(target=loop, args=(n,), daemon=True) for n in range(workers)]
+    threads = [
+        threading.Thread(target=loop, args=(worker,), daemon=True)
+        for _ in range(tasks_per_worker)
+        for worker in range(workers)
+    ]
     for thread in threads:
         thread.start()
     try:

@@ -57,7 +57,19 @@ def tasks_of(config: BatchConfig) -> list[Task]:
                 f"batch.tasks must have names of their own, two are {task.name}; give them a name"
             )
         seen.add(task.name)
+    _require_one_model(config, found)
     return sorted(found, key=lambda task: -task.priority)
+
+
+def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
+    """Tasks that share a copy of the model want it loaded alike."""
+    kinds = {(task.train.precision, task.train.attention) for task in tasks}
+    if config.adapters_per_actor > 1 and len(kinds) > 1:
+        raise LoramError(
+            "batch.adapters_per_actor above 1 needs tasks of one precision and attention, got "
+            f"{', '.join(f'{precision} with {attention}' for precision, attention in kinds)}; "
+            "set them in batch.train or make it 1"
+        )
 
 
 def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task]:

@@ -38,6 +38,12 @@ class BatchConfig(Section):
     tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
     train: dict[str, Any] = Field({}, description="keys of the train section that all tasks share")
     actors: int = Field(1, ge=1, description="tasks at a time, each in an actor that keeps a model")
+    adapters_per_actor: int = Field(
+        1,
+        ge=1,
+        description="tasks at a time in each actor, on one copy of the model and in one forward; "
+        "equal to those trained alone up to rounding",
+    )
     cpus: int = Field(1, ge=1, description="threads of an actor")
     gpus: float = Field(
         1.0, gt=0, le=1, description="share of a GPU of an actor, where there is one"

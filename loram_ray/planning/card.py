@@ -16,7 +16,7 @@ _GB = 1e9
 _SHORTEST = 128
 
 
-def require_memory(config: TrainConfig, free: int) -> None:
+def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
     """Refuse a training that needs more memory than a GPU has free.
 
     Mixtures of experts are not judged: which experts a token takes depends on values.
@@ -24,6 +24,7 @@ def require_memory(config: TrainConfig, free: int) -> None:
     Args:
         config: the stage's configuration.
         free: bytes.
+        adapters: such trainings at a time, on one copy of the model.
 
     Raises:
         LoramError: the memory does not suffice; the message says what would.
@@ -35,7 +36,8 @@ def require_memory(config: TrainConfig, free: int) -> None:
     usable = free * (1 - GAPS)
 
     def needed(config: TrainConfig) -> int:
-        return training_memory(settings, family, config, quantized).total
+        one = training_memory(settings, family, config, quantized)
+        return one.total + (adapters - 1) * (one.total - one.weights)
 
     asked = needed(config)
     if asked <= usable:
@@ -44,6 +46,8 @@ def require_memory(config: TrainConfig, free: int) -> None:
         (_said(changes) for changes, changed in _smaller(config) if needed(changed) <= usable),
         "take a larger GPU" if quantized else "quantize the model or take a larger GPU",
     )
+    if adapters > 1:
+        remedy = f"lower batch.adapters_per_actor = {adapters}, or {remedy}"
     raise LoramError(
         f"train needs {asked / _GB:.1f} GB of GPU memory for {config.model}, {usable / _GB:.1f} GB "
         f"are free; {remedy}"

@@ -132,8 +132,12 @@ def train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> Traini
     return train_adapter(config, work, output)
 
 
-def require_room(config: TrainConfig) -> None:
+def require_room(config: TrainConfig, adapters: int = 1) -> None:
     """Refuse a training that needs more memory than the share of this process's GPU.
+
+    Args:
+        config: the stage's configuration.
+        adapters: such trainings at a time, on one copy of the model.
 
     Raises:
         LoramError: it does; the message says what would fit.
@@ -144,4 +148,4 @@ def require_room(config: TrainConfig) -> None:
         free, whole = torch.cuda.mem_get_info()
         if config.gpus < 1:  # a training that wants more fails itself, and not its neighbour
             torch.cuda.set_per_process_memory_fraction(config.gpus)
-        require_memory(config, min(free, int(config.gpus * whole)))
+        require_memory(config, min(free, int(config.gpus * whole)), adapters)
