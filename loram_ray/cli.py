@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import loram_ray
+from loram_ray import cli_jobs
 from loram_ray.config import STAGES, RunConfig, load_run, section_of, section_type
 from loram_ray.errors import LoramError
 
@@ -29,7 +30,8 @@ app = typer.Typer(
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
         "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
-        "For publishers: quantize and publish. Before all of them: plan; after: chat and export."
+        "For publishers: quantize and publish. Before all of them: plan; after: chat and export. "
+        "On a cluster: submit, with any of these, and jobs."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -233,6 +235,10 @@ def run_command(
     if result.rows:
         _print_comparison(result.rows)
     print(f"results: {result.output}")
+
+
+app.command("submit", help=cli_jobs.SUBMIT_HELP)(cli_jobs.submit_command)
+app.add_typer(cli_jobs.app, name="jobs")
 
 
 _PLAN_HELP = """What a recipe will need, from shapes alone, before anything is loaded or rented.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _CPUS_FOR_DATA = 2
 _ROUNDING = 1e-9
+_autoscaling: ContextVar[str] = ContextVar("autoscaling", default="off")
 _WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
 
 
@@ -44,9 +47,12 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():
-        yield
+        with _growing(config.autoscaling):
+            yield
         return
     environment = {k: os.environ[k] for k in _WORKER_ENVIRONMENT if k in os.environ}
+    for name in _job_variables():  # which workers have anyway, and Ray refuses to be told twice
+        environment.pop(name, None)
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False}
     if config.address == "local":
         count = config.num_cpus or max(os.cpu_count() or 1, cpus + _CPUS_FOR_DATA)
@@ -61,20 +67,38 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
             "start one or use 'local'"
         ) from error
     try:
-        yield
+        with _growing(config.autoscaling):
+            yield
     finally:
         ray.shutdown()
 
 
+@contextmanager
+def _growing(autoscaling: str) -> Iterator[None]:
+    before = _autoscaling.set(autoscaling)
+    try:
+        yield
+    finally:
+        _autoscaling.reset(before)
+
+
+def _job_variables() -> set[str]:
+    """Names of the environment variables that the Ray Job gives which this process is of."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set(job.get("runtime_env", {}).get("env_vars", {}))
+
+
 def gpus_per_worker(share: float = 1) -> float:
-    """A GPU, or the share of one, where the cluster has GPUs; none where it has not."""
+    """A GPU, or the share of one, where the cluster has or gets GPUs; none where it has not."""
     import ray
 
+    if _autoscaling.get() == "gpu":
+        return share
     return share if ray.cluster_resources().get("GPU", 0) >= 1 else 0
 
 
 def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
-    """Refuse at once what the cluster can never place.
+    """Refuse at once what the cluster can never place, unless it grows.
 
     Args:
         workers: number of workers.
@@ -87,13 +111,15 @@ def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
     """
     import ray
 
+    if _autoscaling.get() != "off":
+        return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, wanted in (("CPU", workers * cpus + 1), ("GPU", workers * gpus)):
         have = sum(node.get(kind, 0) for node in nodes)
         if have < wanted:
             raise LoramError(
                 f"{key} needs {wanted:g} {kind}s in the Ray cluster, it has {math.floor(have)}; "
-                "lower it or add nodes"
+                "lower it, add nodes, or set ray.autoscaling where an autoscaler does"
             )
     places = sum(
         min(node.get("CPU", 0) // cpus, _places_of(node.get("GPU", 0), gpus)) for node in nodes

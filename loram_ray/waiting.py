@@ -1,4 +1,4 @@
-"""Waiting for a worker that outlives its killed driver."""
+"""Waiting: for a worker that outlives its killed driver, and for what may answer again."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ def alone(work: Path) -> Iterator[None]:
     with open(work / "worker.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def backing_off(most: float, first: float = 1.0, longest: float = 60.0) -> Iterator[float]:
+    """Yield pauses in seconds, each twice the one before, until their sum is ``most``.
+
+    Args:
+        most: of all pauses.
+        first: the first one.
+        longest: of any.
+    """
+    waited, pause = 0.0, first
+    while waited < most:
+        yield pause
+        waited += pause
+        pause = min(2 * pause, longest)

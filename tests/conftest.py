@@ -16,7 +16,8 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # seconds; a checkpoint
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+for _folder in ("jobs", "cluster"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / _folder))
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402

@@ -244,8 +244,10 @@ def test_as_many_tasks_run_at_a_time_as_there_are_workers() -> None:
 
     names = [str(number) for number in range(200)]
     ended: list[str] = []
+    idle: list[int] = []
     schedule = Schedule(names, 0)
-    run_tasks(schedule, 7, work, lambda o: ended.append(o.name))
+    run_tasks(schedule, 7, work, lambda o: ended.append(o.name), idle=idle.append)
+    assert sorted(idle) == list(range(7))
     assert [outcome.name for outcome in schedule.outcomes] == names
     assert sorted(ended) == sorted(names)
     assert most[0] == 7

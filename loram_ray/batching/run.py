@@ -91,6 +91,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
                 state.ended,
                 state.show,
                 each,
+                actors.release,
             )
         finally:
             actors.stop()
@@ -162,11 +163,18 @@ class _Actors:
             if self._made.get(number) is actor:  # and no other thread was here before
                 del self._made[number]
 
-    def stop(self) -> None:
+    def release(self, number: int) -> None:
+        """Give back what an actor holds: another may wait for it, or the cluster shrinks."""
         import ray
 
-        for actor in self._made.values():
+        with self._changing:
+            actor = self._made.pop(number, None)
+        if actor is not None:
             ray.kill(actor)
+
+    def stop(self) -> None:
+        for number in list(self._made):
+            self.release(number)
 
 
 class _Progress:

@@ -124,6 +124,7 @@ def run_tasks(
     ended: Callable[[Outcome], None],
     tick: Callable[[], None] = lambda: None,
     tasks_per_worker: int = 1,
+    idle: Callable[[int], None] = lambda worker: None,
 ) -> None:
     """Work through a schedule, several tasks at a time; one that fails harms no other.
 
@@ -135,11 +136,13 @@ def run_tasks(
         ended: told each outcome, one after another.
         tick: called now and then while there is work.
         tasks_per_worker: tasks at a time in a worker.
+        idle: told the number of a worker that gets no more task.
     """
     lock = threading.Lock()
     stopped = threading.Event()
     broken: list[BaseException] = []
     processes = [_Process(tasks_per_worker) for _ in range(workers)]
+    working = [tasks_per_worker] * workers
 
     def one(worker: int, name: str) -> None:
         with lock:
@@ -171,7 +174,11 @@ def run_tasks(
             while not stopped.is_set():
                 with lock:
                     name = schedule.take()
+                    working[worker] -= name is None
+                    last = not working[worker]
                 if name is None:
+                    if last:
+                        idle(worker)
                     return
                 one(worker, name)
         except BaseException as error:  # not of a task: of the schedule itself

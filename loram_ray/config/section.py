@@ -25,6 +25,11 @@ class RayConfig(Section):
     num_cpus: int | None = Field(
         None, ge=1, description="logical CPUs of an embedded Ray; default: enough for the stage"
     )
+    autoscaling: Literal["off", "cpu", "gpu"] = Field(
+        "off",
+        description="cpu or gpu: an autoscaler brings such nodes when work waits, so wait for what "
+        "is not there; off: refuse it at once",
+    )
 
 
 class OptimiserConfig(Section):

@@ -1,0 +1,245 @@
+"""A Ray cluster of several nodes on this machine, on loopback, with a token: to try things out.
+
+    python cluster/local_cluster.py
+    python cluster/local_cluster.py --workers 3 --cpus 2
+    python cluster/local_cluster.py --autoscale 3
+
+It prints what other terminals have to set, and runs until Ctrl-C, which ends its nodes and no other
+Ray. Nodes are processes: they share the machine's cores, and a "GPU" of theirs is only a number,
+there for trying out how work is placed (--gpus). With --autoscale, worker nodes come when work
+waits for them and go when they are idle, as in a cloud.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+HOST = "127.0.0.1"
+_RAY = Path(sys.executable).with_name("ray")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A running cluster.
+
+    Attributes:
+        folder: of its session and its token.
+        port: of the head node.
+        dashboard: its address.
+        environment: what its users set.
+    """
+
+    folder: Path
+    port: int
+    dashboard: str
+    environment: dict[str, str]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return int(found.getsockname()[1])
+
+
+@contextlib.contextmanager
+def cluster(
+    folder: Path,
+    workers: int = 2,
+    cpus: int = 1,
+    gpus: int = 0,
+    autoscale: int = 0,
+    head_cpus: int = 1,
+    port: int | None = None,
+    dashboard_port: int | None = None,
+    idle_minutes: float = 1.0,
+) -> Iterator[Local]:
+    """Have a cluster inside the block.
+
+    Args:
+        folder: for its session; a path of at most about 50 characters, for sockets are in it.
+        workers: nodes beside the head.
+        cpus: logical CPUs of each.
+        gpus: numbers of GPUs that each says it has.
+        autoscale: workers that may come beside those, when work waits.
+        head_cpus: logical CPUs of the head.
+        port: of the head; default: a free one.
+        dashboard_port: default: a free one.
+        idle_minutes: after which a worker that came goes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / "token"
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    port = port or free_port()
+    dashboard_port = dashboard_port or free_port()
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
+    started = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        **environment,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    }
+    session = ["--temp-dir", str(folder / "ray"), "--node-ip-address", HOST]
+    head = ["--head", "--port", str(port), "--dashboard-host", HOST, "--num-cpus", str(head_cpus)]
+    head += ["--dashboard-port", str(dashboard_port), "--num-gpus", "0", *session]
+    head += ["--ray-client-server-port", str(free_port())]
+    if autoscale:
+        config = folder / "autoscaling.yaml"
+        config.write_text(
+            yaml.safe_dump(_autoscaling(head_cpus, cpus, gpus, autoscale, idle_minutes))
+        )
+        head += ["--autoscaling-config", str(config)]
+        started |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    nodes = []
+    try:
+        nodes.append(_start(head, started, folder / "head.log"))
+        _wait_for(port, nodes[0], folder / "head.log")
+        for number in range(workers):
+            worker = ["--address", f"{HOST}:{port}", "--num-cpus", str(cpus)]
+            worker += ["--num-gpus", str(gpus), "--node-ip-address", HOST]
+            nodes.append(_start(worker, started, folder / f"worker-{number}.log"))
+        _wait_for(dashboard_port, nodes[0], folder / "head.log")
+        yield Local(folder, port, f"http://{HOST}:{dashboard_port}", environment)
+    finally:
+        _end(nodes, folder)
+
+
+def _autoscaling(
+    port: int, head_cpus: int, cpus: int, gpus: int, most: int, idle_minutes: float
+) -> dict[str, object]:
+    """The configuration of Ray's autoscaler for nodes that are processes."""
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
+    return {
+        "cluster_name": "loram-local",
+        "provider": {"type": "fake_multinode", "gcs_address": f"{HOST}:{port}"},
+        "auth": {},
+        "max_workers": most,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": idle_minutes,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            },
+        },
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "worker_start_ray_commands": [],
+        **{f"{name}_commands": [] for name in commands},
+    }
+
+
+def _start(
+    arguments: Sequence[str], environment: dict[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """Start a node with ports of its own."""
+    ports = (
+        "dashboard-agent-listen",
+        "dashboard-agent-grpc",
+        "runtime-env-agent",
+        "metrics-export",
+    )
+    line = [str(_RAY), "start", *arguments, "--block", "--disable-usage-stats"]
+    line += [f"--{name}-port={free_port()}" for name in ports]
+    line += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            line, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def _wait_for(port: int, node: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if node.poll() is not None:
+            break
+        with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise SystemExit(f"the head node did not start; see {log}:\n{log.read_text()[-2000:]}")
+
+
+def _end(nodes: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+    """End the nodes with all that they started, and no other process."""
+    ours = {}
+    for node in nodes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(node.pid)
+            ours.update({p.pid: p for p in (tree, *tree.children(recursive=True))})
+    mark = str(folder / "ray")
+    for process in psutil.process_iter():  # nodes that the autoscaler started
+        with contextlib.suppress(psutil.Error):
+            if any(mark in part for part in process.cmdline()) and process.pid != os.getpid():
+                ours[process.pid] = process
+    for node in nodes:
+        node.terminate()
+    _, left = psutil.wait_procs(list(ours.values()), timeout=10)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+def main() -> None:
+    """Run a cluster until Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=None, help="nodes beside the head (2)")
+    parser.add_argument("--cpus", type=int, default=1, help="logical CPUs of a worker")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that a worker says it has")
+    parser.add_argument("--autoscale", type=int, default=0, help="workers that may come (0)")
+    parser.add_argument("--port", type=int, help="of the head node")
+    parser.add_argument("--dashboard-port", type=int, default=8265)
+    parser.add_argument("--folder", type=Path, help="of the session; default: a temporary one")
+    options = parser.parse_args()
+    workers = options.workers if options.workers is not None else 0 if options.autoscale else 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory("-loram")))
+        local = stack.enter_context(
+            cluster(
+                folder,
+                workers,
+                options.cpus,
+                options.gpus,
+                options.autoscale,
+                port=options.port,
+                dashboard_port=options.dashboard_port,
+            )
+        )
+        print("A cluster runs until Ctrl-C. In other terminals:\n")
+        print(f"    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={local.folder / 'token'}")
+        print(
+            f"    export RAY_ADDRESS={HOST}:{local.port} RAY_API_SERVER_ADDRESS={local.dashboard}"
+        )
+        print("    loram jobs list", flush=True)
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()
