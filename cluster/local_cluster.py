@@ -101,12 +101,15 @@ def cluster(
     head += ["--dashboard-port", str(dashboard_port), "--num-gpus", "0", *session]
     head += ["--ray-client-server-port", str(free_port())]
     if autoscale:
-        config = folder / "autoscaling.yaml"
-        config.write_text(
-            yaml.safe_dump(_autoscaling(head_cpus, cpus, gpus, autoscale, idle_minutes))
-        )
-        head += ["--autoscaling-config", str(config)]
-        started |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        config = _autoscaling(port, head_cpus, cpus, gpus, autoscale, idle_minutes)
+        file = folder / "autoscaling.yaml"
+        file.write_text(yaml.safe_dump(config))
+        head += ["--autoscaling-config", str(file)]
+        started |= {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5",
+        }
     nodes = []
     try:
         nodes.append(_start(head, started, folder / "head.log"))
@@ -128,7 +131,11 @@ def _autoscaling(
     commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
     return {
         "cluster_name": "loram-local",
-        "provider": {"type": "fake_multinode", "gcs_address": f"{HOST}:{port}"},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"{HOST}:{port}",
+            "disable_node_updaters": True,  # a lost node is replaced, for there is no SSH to mend it
+        },
         "auth": {},
         "max_workers": most,
         "upscaling_speed": 1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import local_cluster
 import psutil
 import pytest
@@ -44,9 +46,9 @@ def workers_of(local: local_cluster.Local) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             line = process.cmdline()
-            if line and line[0].endswith("raylet") and any(str(local.folder) in p for p in line):
-                if "--head" not in line:
-                    found.append(process)
+            ours = any(str(local.folder) in part for part in line)
+            if line and line[0].endswith("raylet") and ours and "--head" not in line:
+                found.append(process)
     return found
 
 
@@ -100,3 +102,169 @@ def test_a_batch_has_the_cluster_grow_and_shrink_and_survives_a_lost_node(
     assert config is not None
     for task in tasks_of(config):
         assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
+
+
+# Files
+
+CLUSTER = Path(__file__).parents[1] / "cluster"
+LAUNCHER = ("aws", "gcp", "azure")
+# Fields of KubeRay's v1 types that the files use; checked by hand against the schemas in the
+# CRDs of KubeRay 1.7.0, in which both files are valid, pods included.
+_GROUP = {"rayStartParams": dict, "template": dict}
+_CLUSTER: dict[str, Any] = {
+    "rayVersion": str,
+    "authOptions": {"mode": str},
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {
+        "version": str,
+        "idleTimeoutSeconds": int,
+        "upscalingMode": str,
+        "resources": dict,
+    },
+    "headGroupSpec": {"serviceType": str, **_GROUP},
+    "workerGroupSpecs": [
+        {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, **_GROUP}
+    ],
+}
+KUBERAY: dict[str, dict[str, Any]] = {
+    "RayCluster": _CLUSTER,
+    "RayJob": {
+        "entrypoint": str,
+        "backoffLimit": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "rayClusterSpec": _CLUSTER,
+    },
+}
+
+
+def assert_of(value: Any, kind: Any, path: str) -> None:
+    if isinstance(kind, type):
+        assert isinstance(value, kind), path
+    elif isinstance(kind, list):
+        for one in value:
+            assert_of(one, kind[0], f"{path}[]")
+    else:
+        assert value.keys() == kind.keys(), path
+        for name, one in value.items():
+            assert_of(one, kind[name], f"{path}.{name}")
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / f"{name}.yaml").read_text()))
+
+
+def pod_of(group: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+
+
+def pinned(name: str) -> str:
+    lines = (CLUSTER.parent / "constraints.txt").read_text().splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith(f"{name}=="))
+
+
+@pytest.mark.parametrize("cloud", LAUNCHER)
+def test_a_launcher_file_is_valid_and_costs_nothing_while_idle(cloud: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    (config,) = documents(cloud)
+    validate_config(prepare_config(config))
+    nodes = config["available_node_types"]
+    assert config["provider"]["type"] == cloud
+    assert nodes.keys() == {"head", "user", "publisher"}
+    assert nodes["head"]["resources"] == {"CPU": 0}
+    assert (nodes["user"]["resources"]["GPU"], nodes["publisher"]["resources"]["GPU"]) == (1, 8)
+    assert nodes["user"]["min_workers"] == nodes["publisher"]["min_workers"] == 0
+    assert config["max_workers"] == sum(nodes[n]["max_workers"] for n in ("user", "publisher"))
+    assert config["idle_timeout_minutes"] == 5
+    spot = {kind: "spot" in str(node["node_config"]).lower() for kind, node in nodes.items()}
+    assert spot == {"head": False, "user": True, "publisher": False}
+
+
+@pytest.mark.parametrize("cloud", LAUNCHER)
+def test_a_launched_cluster_asks_for_a_token_and_shows_no_dashboard(cloud: str) -> None:
+    (config,) = documents(cloud)
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert "/home/ray/.ray/auth_token" in config["file_mounts"]
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    text = str(config)
+    assert "0.0.0.0" not in text and "--ray-client-server" not in text
+
+
+def test_only_the_head_may_do_anything_in_the_account() -> None:
+    (config,) = documents("aws")
+    nodes = config["available_node_types"]
+    with_profile = [k for k, n in nodes.items() if "IamInstanceProfile" in n["node_config"]]
+    assert with_profile == ["head"]
+    policy = json.loads((CLUSTER / "aws-head-policy.json").read_text())
+    name = config["cluster_name"]
+    for statement in policy["Statement"]:
+        actions = statement["Action"]
+        for action in [actions] if isinstance(actions, str) else actions:
+            assert "*" not in action
+            if action == "ec2:TerminateInstances":
+                tags = statement["Condition"]["StringEquals"]
+                assert tags == {"aws:ResourceTag/ray-cluster-name": name}
+    for node in nodes.values():
+        assert node["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_kubernetes_files_are_of_the_published_types(name: str) -> None:
+    for document in documents(name):
+        if document["kind"] not in KUBERAY:
+            kubernetes_validate.validate(document, "1.33", strict=True)
+            continue
+        assert document["apiVersion"] == "ray.io/v1"
+        assert_of(document["spec"], KUBERAY[document["kind"]], document["kind"])
+        spec = document["spec"].get("rayClusterSpec", document["spec"])
+        assert spec["rayVersion"] == pinned("ray")
+        assert spec["authOptions"] == {"mode": "token"}
+        assert spec["autoscalerOptions"]["version"] == "v2"
+        assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            pod = {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": "x"},
+                **group["template"],
+            }
+            kubernetes_validate.validate(pod, "1.33", strict=True)
+            assert pod["spec"]["securityContext"]["runAsNonRoot"]
+            assert group.get("minReplicas", 0) == group.get("replicas", 0) == 0
+        workers = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+        assert workers.keys() == {"user", "publisher"}
+        assert all(
+            not w["template"]["spec"]["automountServiceAccountToken"] for w in workers.values()
+        )
+
+
+def test_a_fault_in_a_kubernetes_file_is_seen() -> None:
+    pod = documents("raycluster")[-1]["spec"]["headGroupSpec"]["template"]
+    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **pod}
+    whole["spec"]["containers"][0]["imag"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(whole, "1.33", strict=True)
+    with pytest.raises(AssertionError):
+        assert_of(
+            {**documents("raycluster")[-1]["spec"], "rayVersions": "2"}, _CLUSTER, "RayCluster"
+        )
+
+
+def test_the_image_has_this_version_of_ray_and_files_that_exist() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text().splitlines()
+    assert f"FROM rayproject/ray:{pinned('ray')}-py311-gpu" in lines
+    assert "USER ray" in lines
+    for line in lines:
+        if line.startswith("COPY"):
+            for source in line.split()[2:-1]:
+                assert (CLUSTER.parent / source).exists(), source
+
+
+def test_what_a_job_on_kubernetes_runs_is_a_command() -> None:
+    (job,) = documents("rayjob")
+    line = job["spec"]["entrypoint"].partition("&& ")[2].split()
+    assert line[:2] == ["loram", "batch"]
+    overrides = [line[n + 1] for n, part in enumerate(line) if part == "--set"]
+    found = load_run(None, ["base=b", "output=o", *overrides])
+    assert (found.ray.address, found.ray.autoscaling) == ("auto", "gpu")
