@@ -1,5 +1,6 @@
 # make demo   the whole of LoRAM on a real model, on CPU, in about ten minutes
-# make test   the tests
+# make test   the tests; make slow and make thorough: those that take minutes
+# make cluster  a Ray cluster of several processes on this machine, until Ctrl-C
 # make lint   ruff and mypy
 # make bench  the benchmarks; results go to tests/benchmarks/RESULTS.md
 #
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INPUTS := runs/demo/inputs
 
-.PHONY: demo test slow lint bench venv clean
+.PHONY: demo test slow thorough lint bench cluster venv clean
 
 venv: $(INSTALLED)
 
@@ -33,7 +34,13 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not thorough"
+
+thorough: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and thorough"
+
+cluster: $(INSTALLED)
+	$(BIN)/python cluster/local_cluster.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ import psutil
 import yaml
 
 HOST = "127.0.0.1"
+_HEAD = "ray.head.default"  # as Ray's provider of such nodes calls it
 _RAY = Path(sys.executable).with_name("ray")
 
 
@@ -134,15 +135,16 @@ def _autoscaling(
         "provider": {
             "type": "fake_multinode",
             "gcs_address": f"{HOST}:{port}",
-            "disable_node_updaters": True,  # a lost node is replaced, for there is no SSH to mend it
+            "use_node_id_as_ip": True,  # all nodes have one address
+            "disable_node_updaters": True,  # a lost node is replaced: no SSH could mend it
         },
         "auth": {},
         "max_workers": most,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": idle_minutes,
-        "head_node_type": "head",
+        "head_node_type": _HEAD,
         "available_node_types": {
-            "head": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+            _HEAD: {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})},
                 "node_config": {},

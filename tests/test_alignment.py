@@ -117,7 +117,7 @@ def plain_training(pruned: Path, prepared: Path, steps: int) -> Training:
 @pytest.mark.parametrize(
     ("zero_stage", "workers"),
     [
-        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.thorough]),
         pytest.param(2, 2, marks=pytest.mark.slow),
         (3, 2),
     ],
@@ -172,7 +172,7 @@ def test_workers_killed_mid_run_continue_from_the_last_checkpoint_bit_equal(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(("zero_stage", "before", "after"), [(2, 2, 1), (3, 1, 3)])
+@pytest.mark.parametrize(("zero_stage", "before", "after"), tiny.first_of([(2, 2, 1), (3, 1, 3)]))
 def test_a_run_that_was_cut_goes_on_with_another_number_of_workers(
     zero_stage: int,
     before: int,
@@ -221,6 +221,7 @@ def kill_workers_at_step(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_same_seed_gives_the_same_weights_and_another_seed_others(
     pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
@@ -464,7 +465,7 @@ def test_when_the_time_is_up_what_was_learnt_is_kept(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize("where", ["output", "staging"])
+@pytest.mark.parametrize("where", tiny.first_of(["output", "staging"]))
 def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
     where: str, pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
 ) -> None:

@@ -56,7 +56,7 @@ def workers_of(local: local_cluster.Local) -> list[psutil.Process]:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_batch_has_the_cluster_grow_and_shrink_and_survives_a_lost_node(
-    pruned: Path, tmp_path: Path
+    pruned: Path, tmp_path: Path, until_the_end: contextlib.ExitStack
 ) -> None:
     data = write_tasks(tmp_path / "data", 3)
     settings: dict[str, Any] = {
@@ -87,8 +87,9 @@ def test_a_batch_has_the_cluster_grow_and_shrink_and_survives_a_lost_node(
             driver = subprocess.Popen(
                 [LORAM, "batch", "--config", file], env=environment, stdout=log, stderr=log
             )
+        until_the_end.callback(driver.kill)
         work = tmp_path / "out" / "batch" / "task0" / ".adapter.work"
-        wait_for_steps(work / METRICS_FILE, 20)
+        wait_for_steps(work / METRICS_FILE, 20, seconds=300)
         grown = gpus_of(local)
         victim = max(workers_of(local), key=lambda process: process.create_time())
         victim.kill()

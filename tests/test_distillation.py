@@ -491,7 +491,7 @@ def plain(
     ("targets", "zero_stage", "workers"),
     [
         ("cached", 1, 1),
-        pytest.param("live", 2, 1, marks=pytest.mark.slow),
+        pytest.param("live", 2, 1, marks=[pytest.mark.slow, pytest.mark.thorough]),
         pytest.param("live", 3, 2, marks=pytest.mark.slow),
     ],
 )

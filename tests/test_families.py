@@ -388,7 +388,7 @@ def test_plain_transformers_loads_pruned_models_where_loram_ray_is_not_installed
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize("family", ["mixtral", "olmo2", "phi3"])
+@pytest.mark.parametrize("family", tiny.first_of(["mixtral", "olmo2", "phi3"]))
 def test_alignment_over_partitioned_weights_and_training_reach_a_merged_model(
     family: str, tmp_path: Path, embedded_ray: None
 ) -> None:

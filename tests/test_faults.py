@@ -161,7 +161,7 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", tiny.first_of(range(3)))
 def test_a_killed_worker(folder: Path, untouched: Path, nodes: Nodes, seed: int) -> None:
     chance = random.Random(seed)
     output = folder / f"worker-{seed}"
@@ -174,7 +174,7 @@ def test_a_killed_worker(folder: Path, untouched: Path, nodes: Nodes, seed: int)
     assert_nothing_lost(output, untouched)
 
 
-@pytest.mark.parametrize("seed", range(4, 7))
+@pytest.mark.parametrize("seed", tiny.first_of(range(4, 7)))
 def test_a_killed_driver(folder: Path, untouched: Path, nodes: Nodes, seed: int) -> None:
     output = folder / f"driver-{seed}"
     run = Run(folder, output, nodes.cluster.address)
@@ -187,7 +187,7 @@ def test_a_killed_driver(folder: Path, untouched: Path, nodes: Nodes, seed: int)
     assert_nothing_lost(output, untouched)
 
 
-@pytest.mark.parametrize("seed", range(7, 9))
+@pytest.mark.parametrize("seed", tiny.first_of(range(7, 9)))
 def test_a_removed_node(folder: Path, untouched: Path, nodes: Nodes, seed: int) -> None:
     chance = random.Random(seed)
     output = folder / f"node-{seed}"

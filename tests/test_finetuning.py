@@ -201,8 +201,8 @@ def started(settings: lr.TrainConfig, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, *arguments])
 
 
-def wait_for_steps(path: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
+def wait_for_steps(path: Path, steps: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if path.exists() and len(path.read_text().splitlines()) >= steps:
             return

@@ -1,5 +1,6 @@
 """The README's commands and snippets, and the shipped configurations, run as they are written."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,10 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import hub
+import local_cluster
 import pytest
 import tiny
 import yaml
@@ -65,10 +68,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
     lines = [line for line in commands() if line.startswith("loram ")]
     assert len(lines) >= 7
-    with hub.serve() as server:
+    with hub.serve() as server, contextlib.ExitStack() as stack:
         environment = {**os.environ, **hub.client(server, checkout)}
+        cluster: local_cluster.Local | None = None
         for line in lines:
             arguments = shlex.split(line)[1:]
+            if arguments[0] in ("submit", "jobs") and cluster is None:  # as make cluster starts it
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loram-")))
+                cluster = stack.enter_context(local_cluster.cluster(folder))
+                environment |= cluster.environment
+                environment["RAY_API_SERVER_ADDRESS"] = cluster.dashboard
             done = subprocess.run(
                 [LORAM, *arguments],
                 cwd=checkout,
@@ -123,7 +132,7 @@ def test_every_shipped_config_is_valid_and_opens_with_its_command(path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["loram-stru", "loram-semi", "loram-unst"])
+@pytest.mark.parametrize("name", tiny.first_of(["loram-semi", "loram-stru", "loram-unst"]))
 def test_every_strategy_runs_from_its_shipped_config(checkout: Path, name: str) -> None:
     arguments = ["run", "--config", f"jobs/configs/{name}.yaml"]
     done = subprocess.run([LORAM, *arguments], cwd=checkout, capture_output=True, text=True)
@@ -133,6 +142,7 @@ def test_every_strategy_runs_from_its_shipped_config(checkout: Path, name: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(2400)
 def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_base: Path) -> None:
     """The demo as `make demo` runs it, but with a quarter of its alignment."""
@@ -162,18 +172,25 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
 @pytest.mark.parametrize(
     ("script", "chosen", "begins", "rows"),
     [
-        ("compare_criteria", ["--only", "random"], "| structured", 2),
+        pytest.param(
+            "compare_criteria",
+            ["--only", "random"],
+            "| structured",
+            2,
+            marks=pytest.mark.thorough,
+        ),
         (
             "compare_alignment",
             ["--only", "none", "top8", "live", "--ratios", "0.35", "--steps", "2"],
             "| 0.35",
             3,
         ),
-        (
+        pytest.param(
             "compare_correction",
             ["--ratios", "0.35", "--steps", "2", "--lambdas", "1", "3"],
             "| 0.35",
             3,
+            marks=pytest.mark.thorough,
         ),
     ],
 )

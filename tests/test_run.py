@@ -120,6 +120,7 @@ def test_without_alignment_the_pruned_model_is_what_is_trained(base: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.thorough
 @pytest.mark.timeout(1200)
 def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(tmp_path: Path) -> None:
     base = tiny.write_base(

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +129,13 @@ def disk(directory: Path, size: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def first_of(cases: Sequence[Any]) -> list[Any]:
+    """Cases of a slow test of which all but the first are for `make thorough`."""
+    first, *others = cases
+    marked = [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough)
+        for case in others
+    ]
+    return [first, *marked]
