@@ -375,3 +375,88 @@ def test_killed_actors_and_a_killed_driver_change_nothing(pruned: Path, tmp_path
     assert done.returncode == 0, done.stderr
     for task in tasks_of(config):
         assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_full_disk_fails_its_task_alone(pruned: Path, tmp_path: Path, embedded_ray: None) -> None:
+    data = write_tasks(tmp_path / "data", 3)
+    config = settings_of(pruned, data, tmp_path / "out")
+    small = tmp_path / "out" / "task1"
+    small.mkdir(parents=True)
+    with tiny.disk(small, "100k"):
+        rows = lr.batch(config).rows
+        assert [row["state"] for row in rows] == ["done", "failed", "done"]
+        assert "No space left" in rows[1]["reason"] or "full" in rows[1]["reason"], rows[1]
+    again = lr.batch(config).rows  # there is room now
+    assert [row["state"] for row in again] == ["skipped", "done", "skipped"]
+    for task in tasks_of(config):
+        assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
+
+
+TWENTY = (
+    *("chain_sum", "gcd", "lcm", "letter_counting", "number_sorting", "spell_backward"),
+    *("prime_factorization", "calendar_arithmetic", "family_relationships", "base_conversion"),
+    *(
+        "basic_arithmetic",
+        "count_bits",
+        "count_primes",
+        "decimal_arithmetic",
+        "fraction_simplification",
+    ),
+    *("leg_counting", "letter_jumble", "number_filtering", "products", "word_sorting"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.cluster
+@pytest.mark.timeout(3000)
+def test_twenty_tasks_of_a_real_model(real_base: Path, tmp_path: Path) -> None:
+    """Two actors, one killed, the driver killed, a poison task: each adapter as if alone."""
+    import reasoning_gym
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in TWENTY:
+        found = reasoning_gym.create_dataset(name, size=8, seed=1)
+        rows = [{"prompt": r["question"], "completion": str(r["answer"])} for r in found]
+        tiny.write_jsonl(data / f"{name}.jsonl", rows)
+    tiny.write_jsonl(data / "a_poison.jsonl", [{"prompt": "no answer"}])
+    pruned = tmp_path / "pruned"
+    lr.prune(lr.PruneConfig(base=str(real_base), output=pruned, ratio=0.65, layers=(4, 28)))
+    train = {**TRAIN, "steps": 2, "checkpoint_every": 1, "max_length": 256, "max_bad_share": 0.5}
+    config = settings_of(pruned, data, tmp_path / "out", train=train)
+    file = tmp_path / "batch.json"
+    file.write_text(config.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; import loram_ray as lr;"
+        "config = lr.BatchConfig.model_validate_json(Path(sys.argv[1]).read_text());"
+        "lr.batch(config)"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 900
+    while len(list((tmp_path / "out").glob("*/adapter"))) < 3:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.2)
+    children = psutil.Process(first.pid).children(recursive=True)
+    actors = [p for p in children if "TaskActor" in " ".join(p.cmdline())]
+    actors[0].kill()
+    while len(list((tmp_path / "out").glob("*/adapter"))) < 6:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.2)
+    first.kill()
+    first.wait()
+    for process in psutil.wait_procs(children, timeout=30)[1]:
+        process.kill()
+    complete = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/adapter")}
+    subprocess.run(command, check=True, timeout=1500)
+    rows = {r["name"]: r for r in json.loads((config.output / "results.json").read_text())}
+    assert rows.pop("a_poison")["state"] == "failed"
+    assert rows.keys() == set(TWENTY)
+    assert all(row["state"] in ("done", "skipped") for row in rows.values())
+    assert all(path.stat().st_mtime_ns == made for path, made in complete.items())
+    for task in tasks_of(config):
+        if task.name != "a_poison":
+            assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))

@@ -248,7 +248,15 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     line += ["--set", "train.micro_batch_size=1"]
     shown = CliRunner().invoke(app, line)
     assert shown.exit_code == 0
-    for word in ("6.01 B", "2.17x", "8.67x", "activations", "smallest GPU", "Alignment on 4 GPUs"):
+    for word in (
+        "6.01 B",
+        "2.17x",
+        "8.67x",
+        "activations",
+        "smallest GPU",
+        "A10G",
+        "Alignment on 4 GPUs",
+    ):
         assert word in shown.stdout
     assert "Warning" not in shown.stderr
     file = tmp_path / "config.json"
@@ -260,6 +268,13 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     )
     assert found["reduction"]["nf4_nominal"] == 4 * found["reduction"]["bf16"]
     assert found["train"]["peak_bytes"]["total"] > found["pruned"]["nf4_loaded"]
+    peak = found["train"]["peak_bytes"]
+    once = peak["weights"] + peak["workspace"] + peak["logits"]
+    each = peak["total"] - once + peak["gradients"]
+    counts = found["train"]["adapters_per_actor"]
+    assert list(counts) == [gpu.name for gpu in GPUS] and counts["A10G"] > 1
+    for gpu in GPUS:
+        assert once + counts[gpu.name] * each <= gpu.usable < once + (counts[gpu.name] + 1) * each
     assert found["train"]["peak_bytes"]["weights"] == found["pruned"]["nf4_loaded"]
     assert found["train"]["fp32"]["peak_bytes"]["weights"] == 4 * found["pruned_parameters"]
 

@@ -42,7 +42,7 @@ class BatchConfig(Section):
         1,
         ge=1,
         description="tasks at a time in each actor, on one copy of the model and in one forward; "
-        "equal to those trained alone up to rounding",
+        "equal to those trained alone up to rounding; loram plan says how many fit",
     )
     cpus: int = Field(1, ge=1, description="threads of an actor")
     gpus: float = Field(

@@ -36,8 +36,7 @@ def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
     usable = free * (1 - GAPS)
 
     def needed(config: TrainConfig) -> int:
-        one = training_memory(settings, family, config, quantized)
-        return one.total + (adapters - 1) * (one.total - one.weights)
+        return training_memory(settings, family, config, quantized).of_several(adapters)
 
     asked = needed(config)
     if asked <= usable:

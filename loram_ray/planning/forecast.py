@@ -15,7 +15,7 @@ from loram_ray.config import AlignConfig, PruneConfig, TrainConfig, load_run, se
 from loram_ray.errors import LoramError
 from loram_ray.modeling import DTYPES
 from loram_ray.planning.bases import base_config
-from loram_ray.planning.gpus import fitting
+from loram_ray.planning.gpus import GPUS, fitting
 from loram_ray.planning.rehearsal import TrainingMemory, training_memory, without_nf4
 from loram_ray.planning.sizes import NF4_BY_NAME, Sizes, sizes_of
 
@@ -72,9 +72,11 @@ class Forecast:
                 "max_length": self.train.max_length,
                 "peak_bytes": _parts(self.nf4),
                 "fits": _names(self.nf4),
+                "adapters_per_actor": _adapters(self.nf4),
                 self.train.precision: {
                     "peak_bytes": _parts(self.whole),
                     "fits": _names(self.whole),
+                    "adapters_per_actor": _adapters(self.whole),
                 },
             },
             "align": None if self.alignment is None else asdict(self.alignment),
@@ -135,3 +137,8 @@ def _parts(memory: TrainingMemory) -> dict[str, int]:
 
 def _names(memory: TrainingMemory) -> list[str]:
     return [gpu.name for gpu in fitting(memory.total)]
+
+
+def _adapters(memory: TrainingMemory) -> dict[str, int]:
+    """How many adapters at a time the GPUs hold, on one copy of the model."""
+    return {gpu.name: memory.most(gpu.usable) for gpu in GPUS}

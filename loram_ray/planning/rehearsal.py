@@ -63,6 +63,22 @@ class TrainingMemory:
         """All of it."""
         return sum(asdict(self).values())
 
+    def of_several(self, adapters: int) -> int:
+        """Bytes of several such trainings in one forward, on one copy of the weights.
+
+        The logits are there for one after another. Gradients wait for their optimiser's turn.
+        """
+        once = self.weights + self.workspace + self.logits
+        waiting = self.gradients if adapters > 1 else 0
+        return once + adapters * (self.total - once + waiting)
+
+    def most(self, usable: float) -> int:
+        """How many such trainings fit in one forward."""
+        count = 0
+        while self.of_several(count + 1) <= usable:
+            count += 1
+        return count
+
 
 def training_memory(
     model_config: dict[str, Any], family: Architecture, train: TrainConfig, quantized: bool

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from loram_ray.alignment.estimate import Cluster, Estimate
 from loram_ray.planning.forecast import Forecast
-from loram_ray.planning.gpus import CONTEXT, GAPS, fitting
+from loram_ray.planning.gpus import CONTEXT, GAPS, GPUS, fitting
 from loram_ray.planning.rehearsal import TrainingMemory
 from loram_ray.planning.sizes import Sizes
 
 _GB = 1e9
+_OF_CLUSTERS = ("A10G", "L4", "A100 80 GB, H100")
 _TRAINING = {
     "weights": "frozen weights",
     "adapter": "LoRA, float32",
@@ -70,6 +71,9 @@ def _training(found: Forecast) -> Table:
     table.add_section()
     table.add_row("peak", *(f"{memory.total / _GB:.2f}" for memory in columns))
     table.add_row("smallest GPU", *(_smallest(memory) for memory in columns))
+    for gpu in (gpu for gpu in GPUS if gpu.name in _OF_CLUSTERS):
+        counts = (str(memory.most(gpu.usable)) for memory in columns)
+        table.add_row(f"adapters at a time, {gpu.name}", *counts)
     return table
 
 

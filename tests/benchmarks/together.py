@@ -1,0 +1,133 @@
+"""K adapters on one copy of a pruned model, in one forward, against K trainings one after another.
+
+    python tests/benchmarks/together.py FOLDER
+    python tests/benchmarks/together.py FOLDER --quantized --adapters 2 4 8
+    python tests/benchmarks/together.py FOLDER --quick
+
+SmolLM2-135M pruned at 0.65, a reasoning-gym task of its own for each adapter. Both ways train the
+same: each adapter has its seed, data and optimiser. Each is measured in a process of its own after
+a first step: examples per second, and the process's peak memory. What K actors need is K times the
+peak of one training; how fast they are where cores are shared is that of trainings one after
+another, at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from batching import TASKS, write_tasks
+from inputs import write_inputs
+
+import loram_ray as lr
+from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.together import Together
+from loram_ray.finetuning.trainer import train_adapter
+from loram_ray.memory import peak_memory_gb
+from loram_ray.progress import METRICS_FILE
+
+
+def settings_of(folder: Path, number: int, options: argparse.Namespace) -> lr.TrainConfig:
+    return lr.TrainConfig.model_validate(
+        {
+            "model": folder / ("quantized" if options.quantized else "pruned"),
+            "output": folder / "unused",
+            "data": str(folder / "tasks" / f"{TASKS[number]}.jsonl"),
+            "lora": {"r": 8, "dropout": 0.0},
+            "steps": options.steps,
+            "batch_size": options.batch,
+            "micro_batch_size": options.batch,
+            "max_length": 128,
+            "max_bad_share": 1.0,
+            "packing": True,
+            "precision": "fp32",
+            "seed": number,
+            "checkpoint_every": options.steps,
+        }
+    )
+
+
+def work(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Train in this process, and tell how fast and with how much memory."""
+    count, at_a_time = options.adapters[0], options.together
+    settings = [settings_of(folder, number, options) for number in range(count)]
+    frozen = FrozenModel.load(settings[0])
+    together = Together(frozen) if at_a_time else None
+    folders = [folder / "scratch" / str(number) for number in range(count)]
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+
+    def train(number: int) -> None:
+        target = folders[number]
+        (target / "work").mkdir(parents=True)
+        (target / "adapter").mkdir()
+        train_adapter(settings[number], target / "work", target / "adapter", frozen, together)
+
+    if at_a_time:
+        threads = [threading.Thread(target=train, args=(n,)) for n in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        for number in range(count):
+            train(number)
+    seconds = 0.0
+    for target in folders:
+        lines = (target / "work" / METRICS_FILE).read_text().splitlines()
+        paces = [options.batch / json.loads(line)["examples_per_s"] for line in lines[1:]]
+        seconds = max(seconds, sum(paces)) if at_a_time else seconds + sum(paces)
+    examples = count * options.batch * (options.steps - 1)
+    return {"examples_per_s": examples / seconds, "memory_gb": peak_memory_gb()}
+
+
+def run(folder: Path, options: argparse.Namespace, count: int, together: bool) -> dict[str, float]:
+    line = [sys.executable, __file__, str(folder), "--work", "--adapters", str(count)]
+    line += ["--steps", str(options.steps), "--batch", str(options.batch)]
+    line += ["--together"] * together + ["--quantized"] * options.quantized
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=2, help="examples of an adapter's step")
+    parser.add_argument("--quantized", action="store_true", help="in NF4")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    if options.work:
+        print(json.dumps(work(folder, options)))
+        return
+    write_inputs(folder, options.quick)
+    write_tasks(folder / "tasks")
+    if options.quantized:
+        config = lr.QuantizeConfig(model=folder / "pruned", output=folder / "quantized")
+        lr.quantize(config)
+    one = run(folder, options, 1, together=False)
+    for count in options.adapters:
+        row: dict[str, Any] = {"adapters": count, "quantized": options.quantized}
+        started = time.time()
+        apart, joined = (run(folder, options, count, together) for together in (False, True))
+        row.update(apart=apart, together=joined, seconds=time.time() - started)
+        row["speed"] = joined["examples_per_s"] / apart["examples_per_s"]
+        row["memory"] = joined["memory_gb"] / (count * one["memory_gb"])
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
