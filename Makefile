@@ -1,4 +1,4 @@
-# make demo   the whole of LoRAM on a real model, on CPU, in about ten minutes
+# make demo   the whole of LoRAM on a real model, on CPU, in ten to twenty minutes
 # make test   the tests; make slow and make thorough: those that take minutes
 # make cluster  a Ray cluster of several processes on this machine, until Ctrl-C
 # make lint   ruff and mypy

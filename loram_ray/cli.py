@@ -371,8 +371,13 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def main() -> None:
-    """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1."""
+def main(*before: str) -> None:
+    """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1.
+
+    Args:
+        before: words of the command that come before those of the process.
+    """
+    sys.argv[1:1] = before
     # bitsandbytes warns that a kernel nobody asked for is not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

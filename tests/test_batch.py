@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_finetuning import config as training
-from test_finetuning import run_directly, wait_for_steps
+from test_finetuning import run_directly
 from test_together import difference
 from typer.testing import CliRunner
 
@@ -343,36 +342,61 @@ def test_each_adapter_is_the_one_trained_alone(
     }
 
 
+def adapters_in(folder: Path) -> list[Path]:
+    """Adapters that are complete."""
+    return list(folder.glob("*/adapter"))
+
+
+def cut_twice(config: lr.BatchConfig, file: Path, begun: Callable[[], bool], adapters: int) -> None:
+    """Run a batch whose actor is killed, then its driver, then again to its end.
+
+    Args:
+        config: of the batch.
+        file: to write the configuration to.
+        begun: whether an actor is to be killed.
+        adapters: to be complete when the driver is killed.
+    """
+    file.write_text(config.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; import loram_ray as lr;"
+        "lr.batch(lr.BatchConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 900
+
+    def wait_until(reached: Callable[[], bool]) -> None:
+        while not reached():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+
+    wait_until(begun)
+    children = psutil.Process(first.pid).children(recursive=True)
+    actors = [p for p in children if "TaskActor" in " ".join(p.cmdline())]
+    actors[0].kill()
+    wait_until(lambda: len(adapters_in(config.output)) >= adapters)
+    first.kill()
+    first.wait()
+    for process in psutil.wait_procs(children, timeout=30)[1]:
+        process.kill()
+    complete = {path: path.stat().st_mtime_ns for path in adapters_in(config.output)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == made for path, made in complete.items())  # not again
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_killed_actors_and_a_killed_driver_change_nothing(pruned: Path, tmp_path: Path) -> None:
     data = write_tasks(tmp_path / "data", 3)
     changes = {"train": {**TRAIN, "steps": 24, "checkpoint_every": 5}}
     config = settings_of(pruned, data, tmp_path / "out", **changes)
-    file = tmp_path / "batch.json"
-    file.write_text(config.model_dump_json())
-    code = (
-        "import sys; from pathlib import Path; import loram_ray as lr;"
-        "config = lr.BatchConfig.model_validate_json(Path(sys.argv[1]).read_text());"
-        "print([row['deaths'] for row in lr.batch(config).rows])"
-    )
-    command = [sys.executable, "-c", code, str(file)]
-    first = subprocess.Popen(command)
-    wait_for_steps(tmp_path / "out" / "task0" / ".adapter.work" / METRICS_FILE, 12)
-    children = psutil.Process(first.pid).children(recursive=True)
-    actors = [p for p in children if "TaskActor" in " ".join(p.cmdline())]
-    assert actors
-    os.kill(actors[0].pid, signal.SIGKILL)
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "out").glob("*/adapter")):
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.1)
-    first.kill()
-    first.wait()
-    for process in psutil.wait_procs(children, timeout=30)[1]:
-        process.kill()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    metrics = tmp_path / "out" / "task0" / ".adapter.work" / METRICS_FILE
+
+    def half_way() -> bool:
+        return metrics.exists() and len(metrics.read_text().splitlines()) >= 12
+
+    cut_twice(config, tmp_path / "batch.json", half_way, adapters=1)
     for task in tasks_of(config):
         assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
 
@@ -427,36 +451,12 @@ def test_twenty_tasks_of_a_real_model(real_base: Path, tmp_path: Path) -> None:
     lr.prune(lr.PruneConfig(base=str(real_base), output=pruned, ratio=0.65, layers=(4, 28)))
     train = {**TRAIN, "steps": 2, "checkpoint_every": 1, "max_length": 256, "max_bad_share": 0.5}
     config = settings_of(pruned, data, tmp_path / "out", train=train)
-    file = tmp_path / "batch.json"
-    file.write_text(config.model_dump_json())
-    code = (
-        "import sys; from pathlib import Path; import loram_ray as lr;"
-        "config = lr.BatchConfig.model_validate_json(Path(sys.argv[1]).read_text());"
-        "lr.batch(config)"
-    )
-    command = [sys.executable, "-c", code, str(file)]
-    first = subprocess.Popen(command)
-    deadline = time.monotonic() + 900
-    while len(list((tmp_path / "out").glob("*/adapter"))) < 3:
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.2)
-    children = psutil.Process(first.pid).children(recursive=True)
-    actors = [p for p in children if "TaskActor" in " ".join(p.cmdline())]
-    actors[0].kill()
-    while len(list((tmp_path / "out").glob("*/adapter"))) < 6:
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.2)
-    first.kill()
-    first.wait()
-    for process in psutil.wait_procs(children, timeout=30)[1]:
-        process.kill()
-    complete = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/adapter")}
-    subprocess.run(command, check=True, timeout=1500)
+    out = config.output
+    cut_twice(config, tmp_path / "batch.json", lambda: len(adapters_in(out)) >= 3, adapters=6)
     rows = {r["name"]: r for r in json.loads((config.output / "results.json").read_text())}
     assert rows.pop("a_poison")["state"] == "failed"
     assert rows.keys() == set(TWENTY)
     assert all(row["state"] in ("done", "skipped") for row in rows.values())
-    assert all(path.stat().st_mtime_ns == made for path, made in complete.items())
     for task in tasks_of(config):
         if task.name != "a_poison":
             assert same(task.train.output, alone(task, tmp_path / f"alone-{task.name}"))
