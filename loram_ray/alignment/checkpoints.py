@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import shutil
 import tempfile
@@ -17,13 +16,10 @@ from typing import Any
 import torch
 
 from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
+from loram_ray.disk import is_full
 from loram_ray.errors import LoramError
 
 TAG = "state"
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk."""
-_SPACE = 2**20
-"""Bytes of a disk that has space left after a write has failed."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,7 @@ def naming_full_disks(step: int, where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch writes in C++ and says neither errno nor the reason, so the disk is asked
-        number = getattr(error, "errno", None)
-        if number not in FULL and (number is not None or _has_space(where)):
+        if not is_full(error, where):
             raise
         raise FailedStep(full_disk(where, step), step - 1) from error
 
@@ -77,11 +71,6 @@ def full_disk(where: Path, step: int) -> str:
         f"align: the disk of {where} is full at step {step}; free some space and run the same "
         "command again"
     )
-
-
-def _has_space(folder: Path) -> bool:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(existing).free >= _SPACE
 
 
 def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None, bool]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.checkpoints import (
-    FULL,
     FailedStep,
     complete_checkpoints,
     full_disk,
@@ -17,6 +16,7 @@ from loram_ray.alignment.checkpoints import (
 from loram_ray.alignment.loop import LoopSettings, train_loop
 from loram_ray.alignment.whole_files import whole_files
 from loram_ray.cluster import gpus_per_worker
+from loram_ray.disk import FULL
 from loram_ray.errors import LoramError
 from loram_ray.progress import METRICS_FILE, Reporter, follow, last_step
 from loram_ray.tracking import tracking

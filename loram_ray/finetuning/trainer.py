@@ -26,6 +26,7 @@ from loram_ray.config import TrainConfig
 from loram_ray.corpus.batches import longest_first, packed, padded
 from loram_ray.corpus.examples import ExampleTable
 from loram_ray.corpus.pack import end_of_text
+from loram_ray.disk import is_full
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.data import tables
@@ -223,8 +224,15 @@ def train_adapter(
                 model, learnt, held_out, end_of_text(tokenizer), config, work, frozen.device, seat
             )
             started = time.perf_counter()
-            trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-            save_adapter(model, output)
+            try:
+                trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+                save_adapter(model, output)
+            except LoramError:
+                raise
+            except Exception as error:  # each library that writes has its own
+                if is_full(error, work):
+                    raise _full_disk(work, trainer.state.global_step) from error
+                raise
             steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
             return TrainingSummary(
                 examples=len(learnt),
@@ -303,6 +311,15 @@ def _collator(config: TrainConfig, padding: int) -> Callable[..., dict[str, torc
         return functools.partial(padded, padding=padding)
     in_one = config.attention == "flash_attention_2"
     return functools.partial(packed, padding=padding, in_one=in_one)
+
+
+def _full_disk(work: Path, step: int) -> LoramError:
+    last = _last_checkpoint(work)
+    kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+    return LoramError(
+        f"train: the disk of {work} is full at step {step}; free some space and run the same "
+        f"command again; {kept}"
+    )
 
 
 def _last_checkpoint(work: Path) -> str | None:
