@@ -169,28 +169,22 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("script", "chosen", "begins", "rows"),
     [
-        pytest.param(
-            "compare_criteria",
-            ["--only", "random"],
-            "| structured",
-            2,
-            marks=pytest.mark.thorough,
-        ),
+        ("compare_criteria", ["--only", "random"], "| structured", 2),
         (
             "compare_alignment",
             ["--only", "none", "top8", "live", "--ratios", "0.35", "--steps", "2"],
             "| 0.35",
             3,
         ),
-        pytest.param(
+        (
             "compare_correction",
             ["--ratios", "0.35", "--steps", "2", "--lambdas", "1", "3"],
             "| 0.35",
             3,
-            marks=pytest.mark.thorough,
         ),
     ],
 )

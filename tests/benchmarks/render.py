@@ -25,6 +25,7 @@ def as_markdown(results: dict[str, dict[str, object]]) -> str:
         ("alignment", _alignment),
         ("trainer", _trainer),
         ("finetuning", _finetuning),
+        ("together", _together),
         ("partitions", _partitions),
         ("targets", _targets),
         ("standstill", _standstill),
@@ -175,6 +176,27 @@ peer's (targets: at least 1.2 of the tokens, at most 0.9 of the memory).
 | losses differ by at most |
 |---|---|---|---|---|---|---|---|
 {table}"""
+
+
+def _together(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {kind} | {row['adapters']} | {row['apart']['examples_per_s']:.2f} "
+        f"| {row['together']['examples_per_s']:.2f} | **{row['speed']:.2f}** "
+        f"| {row['together']['memory_gb']:.2f} GB | **{row['memory']:.2f}** |"
+        for kind, of_kind in found.items()
+        for row in of_kind["rows"]
+    )
+    batch = next(iter(found.values()))["batch"]
+    return f"""## Adapters together on one copy of the model
+
+SmolLM2-135M pruned at 0.65, LoRA r 8 on all seven linears, fp32; each adapter has a reasoning-gym
+task of its own, {batch} examples in a step. Examples per second of K adapters in one forward
+against K trainings one after another, and the process's peak memory against K times that of one
+training, as K actors have it.
+
+| weights | adapters | apart, examples/s | together | times | peak | of K peaks |
+|---|---|---|---|---|---|---|
+{rows}"""
 
 
 def _partitions(found: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     make bench
     python tests/benchmarks/run.py [recovery] [correction] [pruning] [alignment] [calibration]
-                                   [sparse] [trainer] [finetuning] [partitions] [targets]
-                                   [standstill]
+                                   [sparse] [trainer] [finetuning] [together]
+                                   [partitions] [targets] [standstill]
 
 PEER and TRL in the environment name the Python of environments that have the peers of sparse and
 finetuning. gpu.py, which needs a GPU, is a command of its own.
@@ -120,6 +120,14 @@ def finetuning(folder: Path) -> dict[str, object]:
     return in_fresh_process(HERE / "finetuning.py", str(folder), *trl)
 
 
+def together(folder: Path) -> dict[str, object]:
+    line = (HERE / "together.py", str(folder))
+    return {
+        "fp32": in_fresh_process(*line),
+        "nf4": in_fresh_process(*line, "--quantized"),
+    }
+
+
 def alone(name: str) -> Callable[[Path], dict[str, object]]:
     """A benchmark that makes its own inputs."""
     return lambda folder: in_fresh_process(HERE / f"{name}.py", str(folder))
@@ -133,6 +141,7 @@ BENCHMARKS = {
     "calibration": calibration,
     "sparse": sparse,
     "finetuning": finetuning,
+    "together": together,
     **{name: alone(name) for name in ("trainer", "partitions", "targets", "standstill")},
 }
 

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def settings_of(folder: Path, number: int, options: argparse.Namespace) -> lr.Tr
             "steps": options.steps,
             "batch_size": options.batch,
             "micro_batch_size": options.batch,
-            "max_length": 128,
+            "max_length": 512,
             "max_bad_share": 1.0,
             "packing": True,
             "precision": "fp32",
@@ -119,14 +118,19 @@ def main() -> None:
         config = lr.QuantizeConfig(model=folder / "pruned", output=folder / "quantized")
         lr.quantize(config)
     one = run(folder, options, 1, together=False)
+    rows: list[dict[str, Any]] = []
     for count in options.adapters:
-        row: dict[str, Any] = {"adapters": count, "quantized": options.quantized}
-        started = time.time()
         apart, joined = (run(folder, options, count, together) for together in (False, True))
-        row.update(apart=apart, together=joined, seconds=time.time() - started)
-        row["speed"] = joined["examples_per_s"] / apart["examples_per_s"]
-        row["memory"] = joined["memory_gb"] / (count * one["memory_gb"])
-        print(json.dumps(row), flush=True)
+        row = {
+            "adapters": count,
+            "apart": apart,
+            "together": joined,
+            "speed": joined["examples_per_s"] / apart["examples_per_s"],
+            "memory": joined["memory_gb"] / (count * one["memory_gb"]),
+        }
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    print(json.dumps({"quantized": options.quantized, "batch": options.batch, "rows": rows}))
 
 
 if __name__ == "__main__":
