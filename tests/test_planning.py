@@ -274,7 +274,8 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     counts = found["train"]["adapters_per_actor"]
     assert list(counts) == [gpu.name for gpu in GPUS] and counts["A10G"] > 1
     for gpu in GPUS:
-        assert once + counts[gpu.name] * each <= gpu.usable < once + (counts[gpu.name] + 1) * each
+        assert counts[gpu.name] == 1 or once + counts[gpu.name] * each <= gpu.usable
+        assert gpu.usable < once + (counts[gpu.name] + 1) * each
     assert found["train"]["peak_bytes"]["weights"] == found["pruned"]["nf4_loaded"]
     assert found["train"]["fp32"]["peak_bytes"]["weights"] == 4 * found["pruned_parameters"]
 

@@ -74,10 +74,10 @@ class TrainingMemory:
 
     def most(self, usable: float) -> int:
         """How many such trainings fit in one forward."""
-        count = 0
-        while self.of_several(count + 1) <= usable:
-            count += 1
-        return count
+        if self.total > usable:
+            return 0
+        once, each = self.of_several(0), self.of_several(3) - self.of_several(2)
+        return max(1, int((usable - once) // max(each, 1)))
 
 
 def training_memory(
