@@ -95,7 +95,6 @@ def cluster(
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **environment,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
     }
     session = ["--temp-dir", str(folder / "ray"), "--node-ip-address", HOST]
     head = ["--head", "--port", str(port), "--dashboard-host", HOST, "--num-cpus", str(head_cpus)]

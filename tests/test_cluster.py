@@ -224,12 +224,7 @@ def test_kubernetes_files_are_of_the_published_types(name: str) -> None:
         assert spec["autoscalerOptions"]["version"] == "v2"
         assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-            pod = {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": "x"},
-                **group["template"],
-            }
+            pod = pod_of(group)
             kubernetes_validate.validate(pod, "1.33", strict=True)
             assert pod["spec"]["securityContext"]["runAsNonRoot"]
             assert group.get("minReplicas", 0) == group.get("replicas", 0) == 0
@@ -241,15 +236,13 @@ def test_kubernetes_files_are_of_the_published_types(name: str) -> None:
 
 
 def test_a_fault_in_a_kubernetes_file_is_seen() -> None:
-    pod = documents("raycluster")[-1]["spec"]["headGroupSpec"]["template"]
-    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **pod}
-    whole["spec"]["containers"][0]["imag"] = "x"
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(whole, "1.33", strict=True)
+    spec = documents("raycluster")[-1]["spec"]
     with pytest.raises(AssertionError):
-        assert_of(
-            {**documents("raycluster")[-1]["spec"], "rayVersions": "2"}, _CLUSTER, "RayCluster"
-        )
+        assert_of({**spec, "rayVersions": "2"}, _CLUSTER, "RayCluster")
+    pod = pod_of(spec["headGroupSpec"])
+    pod["spec"]["containers"][0]["imag"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, "1.33", strict=True)
 
 
 def test_the_image_has_this_version_of_ray_and_files_that_exist() -> None:

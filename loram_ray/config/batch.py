@@ -37,7 +37,7 @@ class BatchConfig(Section):
     )
     tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
     train: dict[str, Any] = Field({}, description="keys of the train section that all tasks share")
-    actors: int = Field(1, ge=1, description="tasks at a time, each in an actor that keeps a model")
+    actors: int = Field(1, ge=1, description="processes that each keep a model and train on it")
     adapters_per_actor: int = Field(
         1,
         ge=1,

@@ -68,16 +68,21 @@ class TrainingMemory:
 
         The logits are there for one after another. Gradients wait for their optimiser's turn.
         """
-        once = self.weights + self.workspace + self.logits
-        waiting = self.gradients if adapters > 1 else 0
-        return once + adapters * (self.total - once + waiting)
+        return self.total if adapters == 1 else self._once + adapters * self._each
 
     def most(self, usable: float) -> int:
         """How many such trainings fit in one forward."""
         if self.total > usable:
             return 0
-        once, each = self.of_several(0), self.of_several(3) - self.of_several(2)
-        return max(1, int((usable - once) // max(each, 1)))
+        return max(1, int((usable - self._once) // max(self._each, 1)))
+
+    @property
+    def _once(self) -> int:
+        return self.weights + self.workspace + self.logits
+
+    @property
+    def _each(self) -> int:
+        return self.total - self._once + self.gradients
 
 
 def training_memory(
