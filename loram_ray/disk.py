@@ -12,6 +12,14 @@ _SPACE = 2**20
 """Bytes of a disk that has space left after a write has failed."""
 
 
+def full_disk(stage: str, where: Path, step: int) -> str:
+    """The line that says so of a stage's training."""
+    return (
+        f"{stage}: the disk of {where} is full at step {step}; free some space and run the same "
+        "command again"
+    )
+
+
 def is_full(error: Exception, folder: Path) -> bool:
     """Whether an error came of the disk that a folder is on, or would be on, being full.
 

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loram_ray.disk import FULL
 from loram_ray.errors import LoramError
 from loram_ray.manifest import (
     FORMAT,
@@ -31,7 +32,6 @@ from loram_ray.manifest import (
 )
 
 _IDENTITY_NOTE = "identity"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
 
@@ -237,7 +237,7 @@ def _naming_full_disks(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise LoramError(
                 f"the disk of {output} is full; nothing was left half-written there, free some "
                 "space or choose an output on another disk"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
-from loram_ray.disk import is_full
+from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 
 TAG = "state"
@@ -62,15 +62,7 @@ def naming_full_disks(step: int, where: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not is_full(error, where):
             raise
-        raise FailedStep(full_disk(where, step), step - 1) from error
-
-
-def full_disk(where: Path, step: int) -> str:
-    """The line that says so."""
-    return (
-        f"align: the disk of {where} is full at step {step}; free some space and run the same "
-        "command again"
-    )
+        raise FailedStep(full_disk("align", where, step), step - 1) from error
 
 
 def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None, bool]:

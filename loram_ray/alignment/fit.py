@@ -10,13 +10,12 @@ from typing import Any
 from loram_ray.alignment.checkpoints import (
     FailedStep,
     complete_checkpoints,
-    full_disk,
     step_of,
 )
 from loram_ray.alignment.loop import LoopSettings, train_loop
 from loram_ray.alignment.whole_files import whole_files
 from loram_ray.cluster import gpus_per_worker
-from loram_ray.disk import FULL
+from loram_ray.disk import FULL, full_disk
 from loram_ray.errors import LoramError
 from loram_ray.progress import METRICS_FILE, Reporter, follow, last_step
 from loram_ray.tracking import tracking
@@ -118,7 +117,7 @@ def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:
         last = None
     complete = {step_of(Path(last.path)): last.path} if last is not None else {}
     step = last_step(loop.work / METRICS_FILE)
-    return LoramError(f"{full_disk(loop.storage, step)}; {_last_good(complete, step)}")
+    return LoramError(f"{full_disk('align', loop.storage, step)}; {_last_good(complete, step)}")
 
 
 def _mistake_in(failures: Iterable[Any]) -> LoramError | None:

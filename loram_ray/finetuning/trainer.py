@@ -26,7 +26,7 @@ from loram_ray.config import TrainConfig
 from loram_ray.corpus.batches import longest_first, packed, padded
 from loram_ray.corpus.examples import ExampleTable
 from loram_ray.corpus.pack import end_of_text
-from loram_ray.disk import is_full
+from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.data import tables
@@ -316,10 +316,7 @@ def _collator(config: TrainConfig, padding: int) -> Callable[..., dict[str, torc
 def _full_disk(work: Path, step: int) -> LoramError:
     last = _last_checkpoint(work)
     kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
-    return LoramError(
-        f"train: the disk of {work} is full at step {step}; free some space and run the same "
-        f"command again; {kept}"
-    )
+    return LoramError(f"{full_disk('train', work, step)}; {kept}")
 
 
 def _last_checkpoint(work: Path) -> str | None:
