@@ -245,7 +245,7 @@ def wait(finished):
     while not finished(1):
         pass
 
-ray.init(num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
 folder, found = Path(sys.argv[1]), {}
 
 def run(number):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import peft
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
 from loram_ray.finetuning.adapters import new_adapter, save_memory
+from loram_ray.losses import summed_loss
 from loram_ray.modeling import family_of, load_model
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,6 +71,23 @@ class FrozenModel:
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
+
+    def computing(self) -> torch.autocast:
+        """Compute inside the block in the precision that the model was loaded in."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.kind[0] == "bf16")
+
+    def summed_loss(
+        self, shell: PreTrainedModel, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`losses.summed_loss` of a shell, in that precision.
+
+        Args:
+            shell: of the model, with an adapter.
+            inputs: of one batch, as `corpus.batches` makes them.
+        """
+        arguments: dict[str, Any] = {"attention_mask": None, **inputs}
+        with self.computing():
+            return summed_loss(shell, **arguments)
 
 
 def _kind(config: TrainConfig) -> tuple[str, str | None]:

@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
 from loram_ray.finetuning.masked import MaskedLoraLinear
-from loram_ray.losses import summed_loss, summed_loss_of_states
-from loram_ray.modeling import DTYPES
+from loram_ray.losses import summed_loss_of_states
 
 Inputs = dict[str, torch.Tensor]
 Loss = tuple[torch.Tensor, torch.Tensor]
@@ -128,16 +127,14 @@ class JointForward:
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
+        self._frozen = frozen
         self._model = shell_of(frozen.model).train()
         self._modules = dict(self._model.named_modules())
-        self._device = frozen.device
-        precision, attention = frozen.kind
-        self._autocast = DTYPES[precision] if precision == "bf16" else None
         draws = any(
             getattr(module, "attention_dropout", 0) or getattr(module, "p", 0)
             for module in self._modules.values()
         )
-        self._joins = not draws and attention != "flash_attention_2"
+        self._joins = not draws and frozen.kind[1] != "flash_attention_2"
         self._parts: list[_Part] = []
         self._checkpointing = False
 
@@ -156,7 +153,7 @@ class JointForward:
                 found.update(zip(joined, self._together([members[n] for n in joined]), strict=True))
             except Exception:  # of whom is not known, and often it is memory
                 _put_back([members[n] for n in joined], before)
-                if self._device == "cuda":
+                if self._frozen.device == "cuda":
                     torch.cuda.empty_cache()
         for number, member in enumerate(members):
             if number not in found:
@@ -167,20 +164,14 @@ class JointForward:
         return [found[number] for number in range(len(members))]
 
     def _alone(self, member: Member) -> Loss:
-        inputs: Any = {"attention_mask": None, **member.inputs}
-        with member.drawing(), self._computing():
-            return _with_gradients([summed_loss(member.adapted.model, **inputs)], [member])[0]
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        enabled = self._autocast is not None
-        with torch.enable_grad(), torch.autocast(self._device, self._autocast, enabled=enabled):
-            yield
+        with member.drawing():
+            found = self._frozen.summed_loss(member.adapted.model, member.inputs)
+            return _with_gradients([found], [member])[0]
 
     def _together(self, members: Sequence[Member]) -> list[Loss]:
         self._checkpoint(any(member.adapted.checkpoints for member in members))
         found = []
-        with self._with_adapters(members), self._computing():
+        with self._with_adapters(members), self._frozen.computing():
             batch = below_each_other([member.inputs for member in members])
             hidden = self._model.get_decoder()(**batch, use_cache=False)[0]
             for part in self._parts:

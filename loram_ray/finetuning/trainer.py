@@ -16,7 +16,6 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -32,7 +31,6 @@ from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.data import tables
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.together import Seat, Together
-from loram_ray.losses import summed_loss
 from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import load_tokenizer, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
@@ -82,14 +80,14 @@ class LoraTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        autocast: torch.dtype | None,
+        frozen: FrozenModel,
         b_learning_rate_ratio: float,
         seat: Seat | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._seat = seat
-        self._autocast = autocast
+        self._frozen = frozen
+        self._summed_loss = frozen.summed_loss if seat is None else seat.summed_loss
         self._b_learning_rate_ratio = b_learning_rate_ratio
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole batch
 
@@ -102,16 +100,8 @@ class LoraTrainer(Trainer):
     ) -> torch.Tensor:
         """Mean loss over the labels of the whole accumulated batch."""
         causal_lm = self.accelerator.unwrap_model(model).get_base_model()
-        summed = self._summed_loss if self._seat is None else self._seat.summed_loss
-        total, count = summed(causal_lm, inputs)
+        total, count = self._summed_loss(causal_lm, inputs)
         return total / (count if num_items_in_batch is None else num_items_in_batch)
-
-    def _summed_loss(
-        self, causal_lm: PreTrainedModel, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        device = inputs["input_ids"].device.type
-        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
-            return summed_loss(causal_lm, **{"attention_mask": None, **inputs})
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
         """Mean loss over the labels of the held-out examples, without their logits.
@@ -127,7 +117,7 @@ class LoraTrainer(Trainer):
         with torch.no_grad():
             for numbers in longest_first(range(len(lengths)), lengths.__getitem__, size):
                 batch = self.data_collator([examples[number] for number in numbers])
-                loss, labels = self._summed_loss(causal_lm, self._prepare_inputs(batch))
+                loss, labels = self._frozen.summed_loss(causal_lm, self._prepare_inputs(batch))
                 total += float(loss)
                 count += float(labels)
         model.train()
@@ -221,7 +211,7 @@ def train_adapter(
         place = contextlib.nullcontext() if together is None else together.seat()
         with place as seat, frozen.adapted(config) as model:
             trainer = _trainer(
-                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen.device, seat
+                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, seat
             )
             started = time.perf_counter()
             try:
@@ -255,7 +245,7 @@ def _trainer(
     padding: int,
     config: TrainConfig,
     work: Path,
-    device: str,
+    frozen: FrozenModel,
     seat: Seat | None,
 ) -> LoraTrainer:
     optimiser = config.optimiser
@@ -284,7 +274,7 @@ def _trainer(
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=device == "cpu",
+        use_cpu=frozen.device == "cpu",
         seed=config.seed,
         data_seed=config.seed,
         remove_unused_columns=False,
@@ -300,7 +290,7 @@ def _trainer(
         eval_dataset=held_out,
         data_collator=_collator(config, padding),
         callbacks=callbacks,
-        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        frozen=frozen,
         b_learning_rate_ratio=optimiser.b_learning_rate_ratio,
         seat=seat,
     )
