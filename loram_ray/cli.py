@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
-from rich.console import Console
-from rich.table import Table
 
 import loram_ray
 from loram_ray import cli_jobs
 from loram_ray.config import STAGES, RunConfig, load_run, section_of, section_type
 from loram_ray.errors import LoramError
+from loram_ray.terminal import (
+    AsJson,
+    Config,
+    Debug,
+    Overrides,
+    console,
+    print_comparison,
+    print_json,
+    print_tasks,
+)
 
 _INTERRUPTED = 130
 
@@ -38,16 +45,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-
-Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with a section per stage.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override by dotted key, e.g. --set train.lora.r=16; repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> list[str]:
@@ -108,7 +105,7 @@ def _run_stage(stage: str, settings: RunConfig, as_json: bool) -> None:
     takes_ray = stage in ("prune", "align", "train", "evaluate")
     result = function(section, settings.ray) if takes_ray else function(section)
     if as_json:
-        _print_json({"output": str(result.output), **asdict(result.manifest)})
+        print_json({"output": str(result.output), **asdict(result.manifest)})
         return
     state = "complete before, skipped" if result.skipped else "done"
     print(f"{stage}: {state}: {result.output}")
@@ -151,11 +148,11 @@ def train_command(
         else:
             print(f"loram: cannot be used: {row}", file=sys.stderr)
     if as_json:
-        _print_json([row.as_json() for row in shown])
+        print_json([row.as_json() for row in shown])
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    out = console(120)
     for row in shown:
-        console.print(row.as_text(), soft_wrap=not sys.stdout.isatty())
+        out.print(row.as_text(), soft_wrap=not sys.stdout.isatty())
 
 
 for _name in STAGES:
@@ -175,32 +172,13 @@ def batch_command(
     settings: RunConfig = load_run(config, overrides or ())
     result = loram_ray.batch(section_of(settings, "batch"), settings.ray)
     if as_json:
-        _print_json(result.rows)
+        print_json(result.rows)
     else:
-        _print_tasks(result.rows)
+        print_tasks(result.rows)
         print(f"results: {result.output}")
     if result.failed:
         print(f"loram: batch: {result.failed} of {len(result.rows)} tasks failed", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _print_tasks(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Tasks")
-    for key in ("name", "state", "steps", "loss", "held-out loss", "seconds"):
-        table.add_column(key, justify="left" if key in ("name", "state") else "right")
-    table.add_column("adapter, or why not", overflow="fold")
-    for row in rows:
-        loss, held_out, seconds = (row[key] for key in ("loss", "eval_loss", "seconds"))
-        table.add_row(
-            row["name"],
-            row["state"],
-            "" if row["steps"] is None else str(row["steps"]),
-            "" if loss is None else f"{loss:.3f}",
-            "" if held_out is None else f"{held_out:.3f}",
-            "" if seconds is None else f"{seconds:.0f}",
-            row["adapter"] or row["reason"],
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 @app.command("publish", help=_help("publish"))
@@ -213,7 +191,7 @@ def publish_command(
     """Upload a finished directory to a hub repository."""
     result = loram_ray.publish(section_of(load_run(config, overrides or ()), "publish"))
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     print(f"publish: {'done' if result.changed else 'the same before, nothing sent'}: {result.url}")
     print(f"  commit: {result.commit}")
@@ -230,10 +208,10 @@ def run_command(
     settings: RunConfig = load_run(config, overrides or ())
     result = loram_ray.run(settings)
     if as_json:
-        _print_json({"stages": result.stages, "rows": result.rows})
+        print_json({"stages": result.stages, "rows": result.rows})
         return
     if result.rows:
-        _print_comparison(result.rows)
+        print_comparison(result.rows)
     print(f"results: {result.output}")
 
 
@@ -273,11 +251,11 @@ def plan_command(
 
     found = forecast(config, overrides or (), base_config)
     if as_json:
-        _print_json(found.as_json())
+        print_json(found.as_json())
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    out = console(120)
     for part in tables(found):
-        console.print(part)
+        out.print(part)
 
 
 _CHAT_HELP = """Talk to a model, for a quick look at what was learnt; on a GPU where there is one.
@@ -337,38 +315,6 @@ def _questions(prompt: str | None) -> Iterator[str]:
         if not question:
             return
         yield question
-
-
-def _print_comparison(rows: list[dict[str, Any]]) -> None:
-    from loram_ray.stages.run import gain_kept
-
-    measured = [k for k in ("answer_perplexity", "text_perplexity", "exact_match") if k in rows[0]]
-    table = Table(title="Held-out data")
-    table.add_column("model")
-    for key in (*measured, "trained", "against parameters", "bytes", "training"):
-        table.add_column(key.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            *(f"{row[key]:.1%}" if key == "exact_match" else f"{row[key]:.3f}" for key in measured),
-            _millions(row["trained_parameters"]),
-            _millions(row["model_parameters"]),
-            f"{row['model_bytes'] / 1e6:,.0f} MB",
-            "" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s",
-        )
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    kept = gain_kept(rows) if "answer_perplexity" in measured else None
-    if kept is not None:
-        console.print(f"gain kept: {kept:.1%} of what LoRA on the full base gains (log-perplexity)")
-
-
-def _millions(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.2f} M"
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, default=str))
 
 
 def main(*before: str) -> None:

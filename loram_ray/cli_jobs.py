@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from loram_ray.config import STAGES, load_run, section_of
 from loram_ray.errors import LoramError
 from loram_ray.submission import ADDRESS, Environment, Jobs, JobSpec, require_directory, run_job
+from loram_ray.terminal import AsJson, Debug, Overrides, console, print_json
 
 Address = Annotated[
     str,
     typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the job.", show_default=False)]
 
 SUBMIT_HELP = """Run a stage on a cluster as a Ray Job; show its output and return its exit code.
@@ -50,10 +47,7 @@ def submit_command(
         str, typer.Argument(help=f"One of {', '.join((*STAGES, 'run'))}.", show_default=False)
     ],
     config: Annotated[Path, typer.Option("--config", help="YAML file with a section per stage.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override by dotted key, e.g. --set train.lora.r=16."),
-    ] = None,
+    overrides: Overrides = None,
     address: Address = ADDRESS,
     directory: Annotated[
         str | None,
@@ -137,7 +131,7 @@ def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Deb
     """The submitted jobs, the newest first."""
     rows = [_row(job) for job in Jobs(address, _say).all()]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     table = Table(title="Jobs")
     keys = ("name", "state", "command", "config", "began", "minutes")
@@ -145,7 +139,7 @@ def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Deb
         table.add_column(key, justify="right" if key == "minutes" else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(row[key]) for key in keys))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console(140).print(table)
 
 
 @app.command("logs")

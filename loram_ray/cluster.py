@@ -38,6 +38,16 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
     Raises:
         LoramError: there is no cluster at the address.
     """
+    before = _autoscaling.set(config.autoscaling)
+    try:
+        with _connected(config, cpus):
+            yield
+    finally:
+        _autoscaling.reset(before)
+
+
+@contextmanager
+def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
     if config.address == "local":
         _authenticate_embedded_ray()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -47,8 +57,7 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():
-        with _growing(config.autoscaling):
-            yield
+        yield
         return
     environment = {k: os.environ[k] for k in _WORKER_ENVIRONMENT if k in os.environ}
     for name in _job_variables():  # which workers have anyway, and Ray refuses to be told twice
@@ -67,19 +76,9 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
             "start one or use 'local'"
         ) from error
     try:
-        with _growing(config.autoscaling):
-            yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _growing(autoscaling: str) -> Iterator[None]:
-    before = _autoscaling.set(autoscaling)
-    try:
         yield
     finally:
-        _autoscaling.reset(before)
+        ray.shutdown()
 
 
 def _job_variables() -> set[str]:

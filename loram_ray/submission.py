@@ -235,11 +235,7 @@ class Jobs:
     def follow(self, name: str, show: Callable[[str], None]) -> int:
         """Show a job's output until it ends, over lost connections; return its exit code."""
         asyncio.run(self._follow(name, show))
-        details = self.details(name)
-        while not details.status.is_terminal():
-            time.sleep(0.5)
-            details = self.details(name)
-        return exit_code(details)
+        return exit_code(self._ended(name))
 
     def details(self, name: str) -> Any:
         """What Ray says of a job."""
@@ -262,11 +258,13 @@ class Jobs:
         """Stop a job and wait until it has; return its state."""
         with self._clearly(name):
             self._answered(lambda: self._client.stop_job(name))
-        details = self.details(name)
-        while not details.status.is_terminal():
+        return str(self._ended(name).status.value)
+
+    def _ended(self, name: str) -> Any:
+        """What Ray says of a job when it has ended."""
+        while not (details := self.details(name)).status.is_terminal():
             time.sleep(0.5)
-            details = self.details(name)
-        return str(details.status.value)
+        return details
 
     async def _follow(self, name: str, show: Callable[[str], None]) -> None:
         shown = 0
