@@ -4,10 +4,11 @@
     python cluster/local_cluster.py --workers 3 --cpus 2
     python cluster/local_cluster.py --autoscale 3
 
-It prints what other terminals have to set, and runs until Ctrl-C, which ends its nodes and no other
-Ray. Nodes are processes: they share the machine's cores, and a "GPU" of theirs is only a number,
-there for trying out how work is placed (--gpus). With --autoscale, worker nodes come when work
-waits for them and go when they are idle, as in a cloud.
+Its token is that of RAY_AUTH_TOKEN, or else a new one. It prints what other terminals have to set,
+and runs until Ctrl-C, which ends its nodes and no other Ray. Nodes are processes: they share the
+machine's cores, and a "GPU" of theirs is only a number, there for trying out how work is placed
+(--gpus). With --autoscale, worker nodes come when work waits for them and go when they are idle, as
+in a cloud.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def cluster(
     token = folder / "token"
     if not token.exists():
         token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        token.write_text(os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
     port = port or free_port()
     dashboard_port = dashboard_port or free_port()
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
