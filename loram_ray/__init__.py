@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         RayConfig,
         RecoverConfig,
         RunConfig,
+        SweepConfig,
         TrainConfig,
         load_run,
     )
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from loram_ray.stages.recover import recover
     from loram_ray.stages.run import run
     from loram_ray.stages.train import train
+    from loram_ray.sweeping.run import sweep
 
 _MODULE_OF = {
     "AlignConfig": "config",
@@ -57,6 +59,7 @@ _MODULE_OF = {
     "RayConfig": "config",
     "RecoverConfig": "config",
     "RunConfig": "config",
+    "SweepConfig": "config",
     "TrainConfig": "config",
     "align": "stages.align",
     "batch": "batching.run",
@@ -70,6 +73,7 @@ _MODULE_OF = {
     "quantize": "stages.quantize",
     "recover": "stages.recover",
     "run": "stages.run",
+    "sweep": "sweeping.run",
     "train": "stages.train",
 }
 
@@ -88,6 +92,7 @@ __all__ = [
     "RayConfig",
     "RecoverConfig",
     "RunConfig",
+    "SweepConfig",
     "TrainConfig",
     "align",
     "batch",
@@ -101,6 +106,7 @@ __all__ = [
     "quantize",
     "recover",
     "run",
+    "sweep",
     "train",
 ]
 

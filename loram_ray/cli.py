@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, get_origin
+from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -28,6 +28,7 @@ from loram_ray.terminal import (
     print_comparison,
     print_json,
     print_tasks,
+    print_trials,
 )
 
 _INTERRUPTED = 130
@@ -37,6 +38,7 @@ app = typer.Typer(
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
         "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
+        "Many trainings: batch, of many tasks, and sweep, of many settings. "
         "For publishers: quantize and publish. Before all of them: plan; after: chat and export. "
         "On a cluster: submit, with any of these, and jobs."
     ),
@@ -59,8 +61,9 @@ def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None
             lines.append(f"  {key} ({said}): {field.description}")
         if inner is not None:
             values = default if isinstance(default, BaseModel) else None
-            is_list = get_origin(field.annotation) is tuple
-            lines += _keys(inner, f"{key}.N." if is_list else f"{key}.", values)
+            kind: Any = get_origin(field.annotation)
+            place = {tuple: ".N", dict: ".KEY"}.get(kind, "")
+            lines += _keys(inner, f"{key}{place}.", values)
     return lines
 
 
@@ -156,7 +159,7 @@ def train_command(
 
 
 for _name in STAGES:
-    if _name not in ("batch", "publish"):  # which write no directory of one stage
+    if _name not in ("batch", "sweep", "publish"):  # which say more than of one directory
         function = train_command if _name == "train" else _stage_command(_name)
         app.command(_name, help=_help(_name))(function)
 
@@ -179,6 +182,25 @@ def batch_command(
     if result.failed:
         print(f"loram: batch: {result.failed} of {len(result.rows)} tasks failed", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command("sweep", help=_help("sweep"))
+def sweep_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Try settings of a training, and keep the best adapter."""
+    from loram_ray.results import read_results
+
+    result = loram_ray.sweep(load_run(config, overrides or ()))
+    rows = read_results(result.output)
+    if as_json:
+        print_json(rows)
+        return
+    print_trials(rows)
+    print(f"sweep: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
 
 
 @app.command("publish", help=_help("publish"))

@@ -120,7 +120,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resume_at: int = 0) -> None:
-        kept = [line for line in _read_lines(path) if line["step"] <= resume_at]
+        kept = [line for line in read_lines(path) if line["step"] <= resume_at]
         path.parent.mkdir(parents=True, exist_ok=True)
         sibling = path.with_name(f".{path.name}.{os.getpid()}")
         sibling.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -150,7 +150,7 @@ def follow(
     ended = False
     while not ended:
         ended = finished(0.5)
-        lines = _read_lines(path)
+        lines = read_lines(path)
         if tracking is not None:
             tracking(lines)
         if lines:
@@ -166,13 +166,13 @@ def last_step(path: Path) -> int:
     return int(line["step"]) if line else 0
 
 
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The newest line of ``metrics.jsonl``, None without one."""
-    lines = _read_lines(path)
-    return lines[-1] if lines else None
+def last_line(path: Path, having: str = "step") -> dict[str, Any] | None:
+    """The newest line of ``metrics.jsonl`` that has a key, None without one."""
+    return next((line for line in reversed(read_lines(path)) if having in line), None)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``metrics.jsonl``; none without one."""
     if not path.exists():
         return []
     lines = []

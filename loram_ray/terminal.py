@@ -52,6 +52,33 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
     console(140).print(table)
 
 
+def print_trials(rows: list[dict[str, Any]]) -> None:
+    """Print what became of a sweep's trials, the best first."""
+    judged = any(row["base_loss"] is not None for row in rows)
+    table = Table(title="Trials")
+    table.add_column("name", overflow="fold")
+    table.add_column("state")
+    for key in ("steps", "held-out loss", *(["on the base"] if judged else []), "trained"):
+        table.add_column(key, justify="right")
+    table.add_column("")
+
+    def place(row: dict[str, Any]) -> tuple[object, ...]:
+        losses = (row["base_loss"], row["eval_loss"])
+        return (not row["best"], row["state"], *(float("inf") if x is None else x for x in losses))
+
+    for row in sorted(rows, key=place):
+        losses = [row["eval_loss"], *([row["base_loss"]] if judged else [])]
+        table.add_row(
+            row["name"],
+            row["state"],
+            str(row["steps"]),
+            *("" if loss is None else f"{loss:.4f}" for loss in losses),
+            _millions(row["trained_parameters"]),
+            "best" if row["best"] else row["reason"],
+        )
+    console(140).print(table)
+
+
 def print_comparison(rows: list[dict[str, Any]]) -> None:
     """Print a run's rows, and how much of full LoRA's gain was kept."""
     from loram_ray.stages.run import gain_kept

@@ -135,7 +135,9 @@ def test_pauses_double_until_patience_ends() -> None:
     assert list(backing_off(100.0, first=10.0, longest=30.0)) == [10, 20, 30, 30, 30]
 
 
-@pytest.mark.parametrize("name", ["prune", "align", "train", "batch", "evaluate", "pipeline"])
+@pytest.mark.parametrize(
+    "name", ["prune", "align", "train", "batch", "sweep", "evaluate", "pipeline"]
+)
 def test_entry_points_for_ray_s_own_command(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

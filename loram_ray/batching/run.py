@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from loram_ray.batching.schedule import Outcome, Schedule, WorkerDied, run_tasks
 from loram_ray.batching.tasks import Task, tasks_of
@@ -27,14 +25,14 @@ from loram_ray.errors import LoramError
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.together import Together
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
-from loram_ray.manifest import identify_model, write_json
+from loram_ray.manifest import identify_model
 from loram_ray.modeling import family_of
 from loram_ray.progress import METRICS_FILE, Reporter, last_line
+from loram_ray.results import write_results
 from loram_ray.stage import StageDirectory
 from loram_ray.stages.recover import recover
 from loram_ray.stages.train import require_room, train_by
 
-RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
 _SHOWN = 4
 _COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "eval_loss", "loss")
 
@@ -96,7 +94,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
         finally:
             actors.stop()
     rows = [_row(tasks[outcome.name], outcome) for outcome in schedule.outcomes]
-    _write_table(config.output, rows)
+    write_results(config.output, rows, _columns())
     return BatchResult(config.output, rows)
 
 
@@ -247,17 +245,9 @@ def _row(task: Task, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _write_table(output: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as JSON and as Parquet, each whole or not at all."""
-    write_json(output / RESULTS_FILE, rows)
-    partial = output / f".{TABLE_FILE}.{os.getpid()}"
-    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), partial)
-    partial.replace(output / TABLE_FILE)
-
-
-def _schema() -> pa.Schema:
+def _columns() -> dict[str, pa.DataType]:
     text = ("name", "state", "reason", "data", "adapter")
     whole = ("deaths", "steps", "examples", "tokens", "trained_parameters", "best_step")
     real = ("eval_loss", "loss", "seconds")
     kinds = ((text, pa.string()), (whole, pa.int64()), (real, pa.float64()))
-    return pa.schema([pa.field(name, kind) for names, kind in kinds for name in names])
+    return {name: kind for names, kind in kinds for name in names}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from loram_ray.config import BatchConfig, RecoverConfig, TaskConfig, TrainConfig, over, validate
+from loram_ray.config import (
+    BatchConfig,
+    RecoverConfig,
+    TaskConfig,
+    TrainConfig,
+    named,
+    over,
+    validate,
+    with_values,
+)
 from loram_ray.errors import LoramError
 from loram_ray.plan import PLAN_FILE
-
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,7 @@ def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task
             name = task.name or _stem(file)
             if task.name and len(files) > 1:
                 name = f"{task.name}-{_stem(file)}"
-            for dotted, value in settings.items():
-                name += f"-{dotted.rpartition('.')[2]}={value}"
-            name = _NOT_IN_NAMES.sub("_", name)
+            name = named(name, settings)
             yield _task(config, task, name, file, settings, key)
 
 
@@ -97,13 +101,7 @@ def _task(
     config: BatchConfig, task: TaskConfig, name: str, file: str, grid: dict[str, Any], key: str
 ) -> Task:
     folder = config.output / name
-    settings = over(config.train, task.train)
-    for dotted, value in grid.items():
-        *parents, last = dotted.split(".")
-        inner: dict[str, Any] = {last: value}
-        for parent in reversed(parents):
-            inner = {parent: inner}
-        settings = over(settings, inner)
+    settings = with_values(over(config.train, task.train), grid)
     if task.seed is not None:
         settings["seed"] = task.seed
     recovers = config.base is not None and (config.model / PLAN_FILE).exists()

@@ -9,6 +9,7 @@ from loram_ray.config.align import AlignConfig, DistillationConfig
 from loram_ray.config.batch import BatchConfig, TaskConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
 from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
+from loram_ray.config.grids import named, with_values
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.reading import load_run, section_of, validate
@@ -21,6 +22,7 @@ from loram_ray.config.section import (
     over,
     section_type,
 )
+from loram_ray.config.sweep import RangeConfig, SweepConfig
 from loram_ray.config.train import LoraConfig, TrainConfig
 
 __all__ = [
@@ -40,21 +42,25 @@ __all__ = [
     "PruneConfig",
     "PublishConfig",
     "QuantizeConfig",
+    "RangeConfig",
     "RayConfig",
     "RecoverConfig",
     "RunConfig",
     "STAGES",
     "Section",
     "SourceConfig",
+    "SweepConfig",
     "TaskConfig",
     "TextConfig",
     "TextSource",
     "TrainConfig",
     "fill_paths",
     "load_run",
+    "named",
     "over",
     "recovers_delta",
     "section_of",
     "section_type",
     "validate",
+    "with_values",
 ]

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from loram_ray.config.section import Section
 
-_OF_THE_BATCH = {"model", "output", "data", "cpus", "gpus", "max_failures"}
+OF_THE_WHOLE = {"model", "output", "data", "cpus", "gpus", "max_failures"}
+"""Keys of the train section that many trainings share."""
 
 
 class TaskConfig(Section):
@@ -57,7 +58,7 @@ class BatchConfig(Section):
         sections = {"train": self.train}
         sections |= {f"tasks.{i}.train": task.train for i, task in enumerate(self.tasks)}
         for where, keys in sections.items():
-            for key in _OF_THE_BATCH & keys.keys():
+            for key in OF_THE_WHOLE & keys.keys():
                 raise ValueError(
                     f"{where} must leave {key} to the batch, got {keys[key]!r}; set it in batch or "
                     "in the task"

@@ -14,6 +14,7 @@ from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
 from loram_ray.config.prune import PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.section import RayConfig, Section
+from loram_ray.config.sweep import SweepConfig
 from loram_ray.config.train import TrainConfig
 
 STAGES: dict[str, type[Section]] = {
@@ -21,6 +22,7 @@ STAGES: dict[str, type[Section]] = {
     "align": AlignConfig,
     "train": TrainConfig,
     "batch": BatchConfig,
+    "sweep": SweepConfig,
     "recover": RecoverConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
@@ -40,6 +42,7 @@ class RunConfig(Section):
     align: AlignConfig | None = None
     train: TrainConfig | None = None
     batch: BatchConfig | None = None
+    sweep: SweepConfig | None = None
     recover: RecoverConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
@@ -87,6 +90,7 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         "align": {"base": base, "pruned": pruned, "output": aligned},
         "train": {"model": small, "output": pruned_adapter},
         "batch": {"model": small, "base": base, "output": root / "batch"},
+        "sweep": {"model": small, "base": base, "output": root / "sweep"},
         "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
         "merge": {"base": base, "adapter": adapter, "output": merged},
         "evaluate": {**loram, "output": root / "evaluation" / "loram"},

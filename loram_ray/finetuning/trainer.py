@@ -16,6 +16,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -110,18 +111,10 @@ class LoraTrainer(Trainer):
         """
         model: Any = self.model
         examples: Any = self.eval_dataset
-        lengths, size = examples.lengths, self.args.per_device_eval_batch_size
-        causal_lm = model.get_base_model()
-        model.eval()
-        total = count = 0.0
-        with torch.no_grad():
-            for numbers in longest_first(range(len(lengths)), lengths.__getitem__, size):
-                batch = self.data_collator([examples[number] for number in numbers])
-                loss, labels = self._frozen.summed_loss(causal_lm, self._prepare_inputs(batch))
-                total += float(loss)
-                count += float(labels)
+        size = self.args.per_device_eval_batch_size
+        loss = mean_loss(self._frozen, model.get_base_model(), examples, self.data_collator, size)
         model.train()
-        metrics = {"eval_loss": total / count}
+        metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -143,12 +136,48 @@ class LoraTrainer(Trainer):
         return super().create_optimizer(model)
 
 
+def mean_loss(
+    frozen: FrozenModel,
+    causal_lm: PreTrainedModel,
+    examples: ExampleTable,
+    collate: Callable[..., dict[str, torch.Tensor]],
+    size: int,
+) -> float:
+    """Mean loss over the labels of examples, in nats, without their logits.
+
+    No random number is drawn.
+
+    Args:
+        frozen: the model.
+        causal_lm: a shell of it, with an adapter; left in evaluation mode.
+        examples: to judge by.
+        collate: makes a batch of some.
+        size: examples in a forward.
+    """
+    causal_lm.eval()
+    lengths = examples.lengths
+    total = count = 0.0
+    with torch.no_grad():
+        for numbers in longest_first(range(len(lengths)), lengths.__getitem__, size):
+            batch = collate([examples[number] for number in numbers])
+            loss, labels = frozen.summed_loss(
+                causal_lm, {name: tensor.to(frozen.device) for name, tensor in batch.items()}
+            )
+            total += float(loss)
+            count += float(labels)
+    return total / count
+
+
 class _Watch(TrainerCallback):
     """Writes metrics.jsonl, marks whole checkpoints, stops at a loss that is not finite."""
 
-    def __init__(self, log: MetricsLog, batch_size: int) -> None:
+    def __init__(
+        self, log: MetricsLog, batch_size: int, heard: Callable[[int, float], None]
+    ) -> None:
         self._log = log
         self._batch_size = batch_size
+        self._heard = heard
+        self._judged: float | None = None
         self._last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -163,6 +192,7 @@ class _Watch(TrainerCallback):
         now = time.perf_counter()
         if kind == "eval_loss":
             self._log.write(state.global_step, eval_loss=logs[kind])
+            self._judged = logs[kind]
             self._last = now
             return
         self._log.write(
@@ -182,6 +212,9 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / _COMPLETE).touch()
+        if self._judged is not None:
+            self._heard(state.global_step, self._judged)
+            self._judged = None
 
 
 def train_adapter(
@@ -190,6 +223,7 @@ def train_adapter(
     output: Path,
     frozen: FrozenModel | None = None,
     together: Together | None = None,
+    heard: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainingSummary:
     """Train an adapter, continuing from the last whole checkpoint in ``work``.
 
@@ -199,6 +233,8 @@ def train_adapter(
         output: directory that gets the adapter: the best by held-out loss where there is one.
         frozen: the model, if it is loaded already; it is not changed.
         together: trainings on that model, in threads of their own, to take part in.
+        heard: told each step with a held-out loss, when its checkpoint is whole; what it raises
+            ends the training.
 
     Raises:
         LoramError: no usable example, or a target that the model does not have.
@@ -211,7 +247,7 @@ def train_adapter(
         place = contextlib.nullcontext() if together is None else together.seat()
         with place as seat, frozen.adapted(config) as model:
             trainer = _trainer(
-                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, seat
+                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, seat, heard
             )
             started = time.perf_counter()
             try:
@@ -247,6 +283,7 @@ def _trainer(
     work: Path,
     frozen: FrozenModel,
     seat: Seat | None,
+    heard: Callable[[int, float], None],
 ) -> LoraTrainer:
     optimiser = config.optimiser
     save_every = config.checkpoint_every if held_out is None else config.eval_every
@@ -280,7 +317,7 @@ def _trainer(
         remove_unused_columns=False,
     )
     log = MetricsLog(work / METRICS_FILE, _step_of(_last_checkpoint(work)))
-    callbacks: list[TrainerCallback] = [_Watch(log, config.batch_size)]
+    callbacks: list[TrainerCallback] = [_Watch(log, config.batch_size, heard)]
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.patience))
     return LoraTrainer(
@@ -288,7 +325,7 @@ def _trainer(
         args=arguments,
         train_dataset=learnt,
         eval_dataset=held_out,
-        data_collator=_collator(config, padding),
+        data_collator=collator_of(config, padding),
         callbacks=callbacks,
         frozen=frozen,
         b_learning_rate_ratio=optimiser.b_learning_rate_ratio,
@@ -296,7 +333,8 @@ def _trainer(
     )
 
 
-def _collator(config: TrainConfig, padding: int) -> Callable[..., dict[str, torch.Tensor]]:
+def collator_of(config: TrainConfig, padding: int) -> Callable[..., dict[str, torch.Tensor]]:
+    """What makes a batch of a training's examples, filling with a token."""
     if not config.packing:
         return functools.partial(padded, padding=padding)
     in_one = config.attention == "flash_attention_2"

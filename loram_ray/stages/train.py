@@ -86,9 +86,9 @@ def train_by(
     """
     family_of(config.model)
     model_digest, base_fingerprint = identity or identify_model(config.model, "train.model")
-    parents = {"model": model_digest, "data": _digest(config.data, "train.data")}
+    parents = {"model": model_digest, "data": digest_of_rows(config.data, "train.data")}
     if config.eval_data is not None:
-        parents["eval_data"] = _digest(config.eval_data, "train.eval_data")
+        parents["eval_data"] = digest_of_rows(config.eval_data, "train.eval_data")
     if config.chat_template is not None:
         template = read_template(config.chat_template, "train.chat_template")
         parents["chat_template"] = digest_of(template)
@@ -103,12 +103,19 @@ def train_by(
     )
 
 
-def _digest(data: str, key: str) -> str:
+def digest_of_rows(data: str, key: str) -> str:
+    """Digest of the files that rows are in.
+
+    Args:
+        data: as the configuration has it.
+        key: of the configuration, to name.
+    """
     return digest_of([hash_content(file.path) for file in list_files(data, key, EXAMPLES)])
 
 
-def _write(target: StageDirectory, config: TrainConfig, training: Training) -> None:
-    absolute = config.model_copy(
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The configuration with inputs that a process elsewhere finds."""
+    return config.model_copy(
         update={
             "model": config.model.resolve(),
             "data": TextSource(path=config.data).resolved().path,
@@ -116,7 +123,10 @@ def _write(target: StageDirectory, config: TrainConfig, training: Training) -> N
             "chat_template": config.chat_template and config.chat_template.resolve(),
         }
     )
-    summary = training(absolute, target.work.resolve(), target.path.resolve())
+
+
+def _write(target: StageDirectory, config: TrainConfig, training: Training) -> None:
+    summary = training(absolute(config), target.work.resolve(), target.path.resolve())
     if (config.model / PLAN_FILE).exists():
         PruningPlan.load(config.model).save(target.path)
     if config.chat_template is not None:

@@ -1,0 +1,126 @@
+"""Settings of a sweep: trials of a training's settings, of which the best is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from loram_ray.config.batch import OF_THE_WHOLE
+from loram_ray.config.section import Section
+
+_COMPARED_BY = {
+    "steps",
+    "seed",
+    "max_length",
+    "chat_template",
+    "eval_data",
+    "eval_share",
+    "eval_every",
+}
+
+
+class RangeConfig(Section):
+    """Numbers between two, both included: whole ones where both are."""
+
+    low: int | float = Field(description="the least")
+    high: int | float = Field(description="the greatest")
+    log: bool = Field(False, description="as often in each part of the same ratio")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> RangeConfig:
+        if not self.low < self.high:
+            raise ValueError(f"high must be above low = {self.low}, got {self.high}; change one")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low must be above 0 where log is true, got {self.low}; change one")
+        return self
+
+
+class SweepConfig(Section):
+    """sweep: trials of train's settings, the bad ones stopped early; the best adapter is kept."""
+
+    model: Path = Field(description="directory: pruned, aligned, quantised or base")
+    models: tuple[Path, ...] = Field(
+        (), description="several models of one base to try, instead of model"
+    )
+    ratios: tuple[float, ...] = Field(
+        (),
+        description="values of prune.ratio to try: a model of each is made, by the run's sections "
+        "prune and align, in the run's directory models",
+    )
+    base: str | None = Field(
+        None, description="what was pruned: the best adapter is recovered to it"
+    )
+    output: Path = Field(description="directory to write")
+    data: str = Field(description="rows as train takes them")
+    train: dict[str, Any] = Field(
+        {}, description="keys of the train section that all trials share; it must hold out examples"
+    )
+    grid: dict[str, tuple[Any, ...]] = Field(
+        {}, description="dotted keys of the train section with values to try, e.g. lora.r"
+    )
+    ranges: dict[str, RangeConfig] = Field(
+        {}, description="dotted keys of the train section with ranges to draw from"
+    )
+    trials: int | None = Field(
+        None, ge=1, description="combinations to draw; default: each one of the grid"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of the draws")
+    grace_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps that every trial does (ASHA); train.steps stops none early; default: "
+        "until its first evaluation",
+    )
+    reduction_factor: float = Field(
+        3.0, gt=1, description="of the trials that have come so far, one in as many goes on (ASHA)"
+    )
+    finalists: int = Field(
+        1,
+        ge=1,
+        description="best trials of each model that are recovered and judged on the base, unless "
+        "there is but one",
+    )
+    actors: int = Field(1, ge=1, description="trials at a time, each in a process with a model")
+    cpus: int = Field(1, ge=1, description="threads of an actor")
+    gpus: float = Field(
+        1.0, gt=0, le=1, description="share of a GPU of an actor, where there is one"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="deaths of its actor after which a trial is given up"
+    )
+
+    @model_validator(mode="after")
+    def _varies_what_can_be_compared(self) -> SweepConfig:
+        if self.models and self.ratios:
+            raise ValueError("ratios must be left out where models are given; leave out one")
+        if not (self.grid or self.ranges or self.ratios or len(self.models) > 1):
+            raise ValueError("grid, ranges, ratios or models must name what to try; add one")
+        if self.ranges and self.trials is None:
+            raise ValueError("trials must say how many to draw where there are ranges; add it")
+        for key in self.train.keys() & OF_THE_WHOLE:
+            raise ValueError(
+                f"train must leave {key} to the sweep, got {self.train[key]!r}; set it in sweep"
+            )
+        for where, keys in (("grid", self.grid), ("ranges", self.ranges)):
+            for key in keys.keys() & (OF_THE_WHOLE | _COMPARED_BY):
+                raise ValueError(
+                    f"{where} must not have {key}: trials could not be compared; set it in train"
+                )
+        for key in self.grid.keys() & self.ranges.keys():
+            raise ValueError(f"ranges must not have {key}, which grid has; leave it in one")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid must have values for {key}, got none; add some")
+        return self
+
+    @model_validator(mode="after")
+    def _judged_on_the_base(self) -> SweepConfig:
+        several = len(self.models) > 1 or len(self.ratios) > 1 or self.finalists > 1
+        if several and self.base is None:
+            raise ValueError(
+                "base must be given where several models or finalists are compared, which is done "
+                "on it; add it"
+            )
+        return self

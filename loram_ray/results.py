@@ -1,0 +1,49 @@
+"""The table of what became of many trainings, in forms that other tools open."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loram_ray.manifest import write_json
+
+RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
+
+
+def write_results(
+    directory: Path, rows: Sequence[dict[str, Any]], columns: dict[str, pa.DataType]
+) -> None:
+    """Write rows as ``results.json`` and ``results.parquet``, each whole or not at all.
+
+    Args:
+        directory: that exists.
+        rows: one for each training; a dictionary in it becomes columns of dotted names.
+        columns: types of the table's columns.
+    """
+    write_json(directory / RESULTS_FILE, rows)
+    schema = pa.schema(list(columns.items()))
+    partial = directory / f".{TABLE_FILE}.{os.getpid()}"
+    pq.write_table(pa.Table.from_pylist([_flat(row) for row in rows], schema=schema), partial)
+    partial.replace(directory / TABLE_FILE)
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """The rows that were written."""
+    rows: list[dict[str, Any]] = json.loads((directory / RESULTS_FILE).read_text())
+    return rows
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": of_it for inner, of_it in value.items()}
+        else:
+            found[key] = value
+    return found

@@ -1,0 +1,1 @@
+"""Trials of a training's settings, of which the best is kept."""

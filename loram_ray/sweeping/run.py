@@ -1,0 +1,247 @@
+"""The sweep: trials under Ray Tune, the best of them recovered, and the table of all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
+from loram_ray.config import (
+    AlignConfig,
+    PruneConfig,
+    RecoverConfig,
+    RunConfig,
+    SweepConfig,
+    TrainConfig,
+    section_of,
+    validate,
+)
+from loram_ray.errors import LoramError
+from loram_ray.finetuning.judging import held_out_loss
+from loram_ray.finetuning.trainer import TrainingSummary
+from loram_ray.manifest import identify_model
+from loram_ray.modeling import family_of, resolve_base
+from loram_ray.plan import PLAN_FILE
+from loram_ray.progress import METRICS_FILE, last_line, say
+from loram_ray.results import write_results
+from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.stages.align import align
+from loram_ray.stages.prune import prune
+from loram_ray.stages.recover import recover
+from loram_ray.stages.train import absolute, digest_of_rows, train_by
+from loram_ray.sweeping.trials import ADAPTER, SUMMARY_FILE, WORK, Trial, trials_of
+
+BEST_FILE = "best.yaml"
+_NOT_IN_IDENTITY = {
+    "model", "models", "base", "output", "data", "actors", "cpus", "gpus", "max_failures"
+}  # fmt: skip
+_OF_THE_TRIAL = {"model", "output", "data", "cpus", "gpus", "max_failures", "preset"}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to try, and how it is made if it is not there: pruned, perhaps aligned."""
+
+    directory: Path
+    prune: PruneConfig | None = None
+    align: AlignConfig | None = None
+
+
+def sweep(run: RunConfig) -> StageResult:
+    """Try settings of a training, stop the bad ones early, keep the best adapter.
+
+    Trials are compared by the loss of held-out examples: those of one model with each other, on
+    that model, as they train (ASHA); the best of each of several models on the base, recovered. The
+    output holds the adapter, its settings as ``best.yaml``, and what became of each trial as
+    ``results.json`` and ``results.parquet``. A second call of what was interrupted goes on.
+
+    Raises:
+        LoramError: no ``sweep`` section, settings that train does not take, a cluster that cannot
+            place a trial, or no trial that succeeded.
+    """
+    config: SweepConfig = section_of(run, "sweep")
+    models = _models_of(run, config)
+    trials = trials_of(config, {name: model.directory for name, model in models.items()})
+    with ray_session(run.ray, config.actors * config.cpus):
+        for model in models.values():
+            if model.prune is not None:
+                prune(model.prune, run.ray)
+            if model.align is not None:
+                align(model.align, run.ray)
+        identities = {}
+        for name, model in models.items():
+            family_of(model.directory)
+            identities[name] = identify_model(model.directory, "sweep.model")
+        bases = {fingerprint for _, fingerprint in identities.values()}
+        if len(bases) > 1:
+            raise LoramError(
+                f"sweep.models must be of one base, got models of {len(bases)}; sweep each alone"
+            )
+        parents = {f"model {name}".strip(): digest for name, (digest, _) in identities.items()}
+        parents["data"] = digest_of_rows(config.data, "sweep.data")
+        if (eval_data := trials[0].train.eval_data) is not None:
+            parents["eval_data"] = digest_of_rows(eval_data, "sweep.train.eval_data")
+        return run_stage(
+            config.output,
+            "sweep",
+            settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+            parents=parents,
+            base_fingerprint=bases.pop(),
+            write=lambda target: _write(target, config, trials, identities),
+        )
+
+
+def _models_of(run: RunConfig, config: SweepConfig) -> dict[str, _Model]:
+    if not config.ratios:
+        directories = config.models or (config.model,)
+        names = [directory.name if config.models else "" for directory in directories]
+        if len(set(names)) < len(names):
+            names = [f"{number}-{name}" for number, name in enumerate(names)]
+        return {n: _Model(directory) for n, directory in zip(names, directories, strict=True)}
+    if run.prune is None:
+        raise LoramError("sweep.ratios needs the section prune, which says how; add 'prune:'")
+    found = {}
+    for ratio in config.ratios:
+        name = f"ratio={ratio:g}"
+        pruned = run.output / "models" / name / "pruned"
+        aligned = pruned.with_name("aligned")
+        settings = {**run.prune.model_dump(), "ratio": ratio, "ratios": None, "output": pruned}
+        pruning: PruneConfig = validate(PruneConfig, settings, "sweep.ratios")
+        if run.align is None:
+            found[name] = _Model(pruned, pruning)
+            continue
+        aligning = run.align.model_copy(update={"pruned": pruned, "output": aligned})
+        found[name] = _Model(aligned, pruning, aligning)
+    return found
+
+
+def _write(
+    target: StageDirectory,
+    config: SweepConfig,
+    trials: Sequence[Trial],
+    identities: Mapping[str, tuple[str, str]],
+) -> None:
+    from loram_ray.sweeping.tuning import try_all  # it imports Ray, which wants to be set up before
+
+    gpus = gpus_per_worker(config.gpus)
+    require_resources(min(config.actors, len(trials)), config.cpus, gpus, "sweep.actors")
+    folder = target.work.resolve() / "trials"
+    reasons = try_all(config, trials, folder, target.work.resolve() / "tune", gpus)
+    rows = [_row(trial, folder / trial.name, reasons[trial.name]) for trial in trials]
+    whole = [row for row in rows if row["state"] == "done"]
+    if not whole:
+        failed = next(row for row in rows if row["reason"])
+        raise LoramError(f"sweep: no trial succeeded; {failed['name']}: {failed['reason']}")
+    by_loss = sorted(whole, key=lambda row: row["eval_loss"])
+    finalists = [
+        row
+        for model in identities
+        for row in [row for row in by_loss if row["model"] == model][: config.finalists]
+    ]
+    finals = target.work / "finalists"
+    judged = len(finalists) > 1
+    for row in finalists:
+        trial = next(trial for trial in trials if trial.name == row["name"])
+        final = finals / trial.name
+        _finish(trial, folder / trial.name, final, config, identities[trial.model])
+        if judged:
+            say("sweep", f"{trial.name} on the base")
+            row["base_loss"] = _judged(trial, final, config)
+    best = min(finalists, key=lambda row: row["base_loss"] if judged else row["eval_loss"])
+    best["best"] = True
+    for made in (finals / best["name"]).iterdir():
+        made.rename(target.path / made.name)
+    trial = next(trial for trial in trials if trial.name == best["name"])
+    settings = trial.train.model_dump(mode="json", exclude=_OF_THE_TRIAL, exclude_unset=True)
+    model = str(trial.train.model)
+    (target.path / BEST_FILE).write_text(
+        yaml.safe_dump({"train": {"model": model, "data": config.data, **settings}})
+    )
+    (target.path / "trials").mkdir()
+    for row in rows:
+        found = folder / row["name"] / METRICS_FILE
+        found = found if found.exists() else folder / row["name"] / WORK / METRICS_FILE
+        if found.exists():
+            shutil.copyfile(found, target.path / "trials" / f"{row['name']}.jsonl")
+    write_results(target.path, rows, _columns(trials))
+    states = [row["state"] for row in rows]
+    target.details.update(
+        best=best["name"],
+        eval_loss=best["eval_loss"],
+        base_loss=best["base_loss"],
+        trials={state: states.count(state) for state in sorted(set(states))},
+    )
+
+
+def _row(trial: Trial, folder: Path, reason: str) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": trial.name,
+        "state": "failed" if reason else "stopped",
+        "reason": reason,
+        "model": trial.model,
+        "values": trial.values,
+        "best": False,
+        "steps": 0,
+        "eval_loss": None,
+        "base_loss": None,
+        "trained_parameters": None,
+    }
+    if (folder / SUMMARY_FILE).exists():
+        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        kept = ("steps", "eval_loss", "trained_parameters")
+        return {**row, "state": "done", "reason": "", **{key: summary[key] for key in kept}}
+    line = last_line(folder / WORK / METRICS_FILE, having="eval_loss")
+    if line is not None:
+        row |= {"steps": line["step"], "eval_loss": line["eval_loss"]}
+    return row
+
+
+def _columns(trials: Sequence[Trial]) -> dict[str, pa.DataType]:
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    columns = {"name": text, "state": text, "reason": text, "model": text, "best": pa.bool_()}
+    columns |= {"steps": whole, "eval_loss": real, "base_loss": real, "trained_parameters": whole}
+    for key in trials[0].values:
+        columns[f"values.{key}"] = pa.array([trial.values[key] for trial in trials]).type
+    return columns
+
+
+def _finish(
+    trial: Trial, folder: Path, final: Path, config: SweepConfig, identity: tuple[str, str]
+) -> None:
+    """Make a trial's adapter the output of the stages train and recover."""
+
+    def training(_: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        shutil.copytree(folder / ADAPTER, output, dirs_exist_ok=True)
+        shutil.copyfile(folder / METRICS_FILE, work / METRICS_FILE)
+        return TrainingSummary(**json.loads((folder / SUMMARY_FILE).read_text()))
+
+    recovers = config.base is not None and (trial.train.model / PLAN_FILE).exists()
+    trained = final / ("adapter_pruned" if recovers else "adapter")
+    train_by(trial.train.model_copy(update={"output": trained}), training, identity)
+    if recovers:
+        assert config.base is not None
+        recover(RecoverConfig(adapter=trained, base=config.base, output=final / "adapter"))
+
+
+def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:
+    """The loss of the held-out examples on the base with a recovered adapter."""
+    assert config.base is not None
+    base, work = resolve_base(config.base, "sweep.base").resolve(), final.resolve().parent
+    arguments = (absolute(trial.train), base, (final / "adapter").resolve(), work / ".judging")
+    loss: float = run_in_actor(
+        held_out_loss, arguments, config.cpus, config.max_failures, _until, config.gpus
+    )
+    shutil.rmtree(work / ".judging")
+    return loss
+
+
+def _until(finished: Any) -> None:
+    while not finished(1.0):
+        pass
