@@ -237,6 +237,12 @@ def test_a_failed_trial_harms_no_other(
     assert not (tmp_path / "none").exists()
 
 
+def is_trial(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("ResourceTrainable" in part for part in process.cmdline())
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_killed_actor_and_a_killed_driver_change_nothing(
@@ -258,7 +264,7 @@ def test_a_killed_actor_and_a_killed_driver_change_nothing(
         try:
             family = psutil.Process(driver.pid)
             wait_for_steps(metrics[0], 15)
-            actors = [p for p in family.children(recursive=True) if "TrialActor" in p.name()]
+            actors = [p for p in family.children(recursive=True) if is_trial(p)]
             assert len(actors) == 1
             actors[0].kill()
             wait_for_steps(metrics[1], 15)
