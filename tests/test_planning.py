@@ -27,7 +27,7 @@ from loram_ray.modeling import load_model
 from loram_ray.planning.bases import PUBLISHED, base_config
 from loram_ray.planning.card import require_memory
 from loram_ray.planning.forecast import forecast
-from loram_ray.planning.gpus import GAPS, GPUS, fitting
+from loram_ray.planning.gpus import CONTEXT, GAPS, GPUS, fitting
 from loram_ray.planning.moments import moments_bytes
 from loram_ray.planning.rehearsal import TrainingMemory, training_memory, without_nf4
 from loram_ray.planning.sizes import sizes_of
@@ -276,6 +276,9 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     for gpu in GPUS:
         assert counts[gpu.name] == 1 or once + counts[gpu.name] * each <= gpu.usable
         assert gpu.usable < once + (counts[gpu.name] + 1) * each
+        several = found["train"]["actors_per_gpu"][gpu.name]
+        of_one = CONTEXT + peak["total"] / (1 - GAPS)
+        assert several * of_one <= gpu.memory < (several + 1) * of_one
     assert found["train"]["peak_bytes"]["weights"] == found["pruned"]["nf4_loaded"]
     assert found["train"]["fp32"]["peak_bytes"]["weights"] == 4 * found["pruned_parameters"]
 

@@ -53,6 +53,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             continue
         if "batch" in shipped:
             shipped["batch"]["train"].update(steps=2)
+        elif "sweep" in shipped:
+            shipped["sweep"]["train"].update(steps=2, eval_every=1)
+            shipped["sweep"].update(trials=3)
         else:
             shipped["compare"] = False  # test_run compares; here it would only take longer
             shipped["align"].update(steps=2, checkpoint_every=1)
@@ -95,6 +98,8 @@ def test_every_loram_command_of_the_readme_succeeds(checkout: Path) -> None:
     tasks = json.loads((checkout / "runs" / "demo" / "batch" / "results.json").read_text())
     assert [task["state"] for task in tasks] == ["skipped"] * 3  # by the job, after the command
     assert all((checkout / task["adapter"] / "adapter_config.json").exists() for task in tasks)
+    trials = json.loads((checkout / "runs" / "demo" / "sweep" / "results.json").read_text())
+    assert len(trials) == 3 and [trial["best"] for trial in trials].count(True) == 1
     for code in blocks("python"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=200
@@ -127,7 +132,7 @@ def test_links_of_the_readme_lead_to_files() -> None:
 def test_every_shipped_config_is_valid_and_opens_with_its_command(path: Path) -> None:
     load_run(path)
     comment = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    command = "batch" if path.stem == "batch" else "run"
+    command = path.stem if path.stem in ("batch", "sweep") else "run"
     assert f"loram {command} --config jobs/configs/{path.name}" in comment
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -121,6 +122,62 @@ def test_each_training_is_the_one_that_it_is_alone(
         assert_as_alone(folders[number], one, tmp_path / f"alone-{number}")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_batches_of_other_widths_and_heights(
+    kind: str, dropout: float, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and gradients of each; one pass for those of nearly one width."""
+    frozen = FrozenModel.load(training(pruned, pruned, tmp_path))
+    adapters: list[dict[str, Any]] = [
+        {"r": 2},
+        {"r": 8, "alpha": 3},
+        {"r": 4, "targets": ["q_proj", "down_proj"], "dtype": kind},
+        {"r": 4},
+    ]
+    shapes = [(1, 40), (3, 37), (2, 30), (2, 12)]
+    random = torch.Generator().manual_seed(0)
+    with contextlib.ExitStack() as stack:
+        members = []
+        for number, (lora, shape) in enumerate(zip(adapters, shapes, strict=True)):
+            lora = {"dropout": dropout, **lora}
+            settings = training(pruned, pruned, tmp_path, lora=lora, seed=number)
+            model = stack.enter_context(frozen.adapted(settings)).get_base_model()
+            model.train()
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # which begins with zeros
+                    torch.nn.init.normal_(parameter, std=0.1, generator=random)
+            ids = torch.randint(3, 200, shape, generator=random)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+            members.append(joint.Member(joint.Adapted.of(model), inputs, joint.Draws()))
+
+        def losses_and_gradients(passes: JointForward, alone: bool) -> list[list[torch.Tensor]]:
+            torch.manual_seed(7)
+            for member in members:
+                member.draws = joint.Draws()
+            if alone:
+                found: list[Any] = [passes._alone(member) for member in members]
+            else:
+                found = passes.losses(members)
+            results = []
+            for (loss, _), member in zip(found, members, strict=True):
+                trained = [p for p in member.adapted.model.parameters() if p.requires_grad]
+                results.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+            return results
+
+        passes = Watched(frozen)
+        monkeypatch.setattr(Watched, "sizes", [], raising=False)
+        expected = losses_and_gradients(passes, alone=True)
+        assert not passes.sizes
+        found = losses_and_gradients(passes, alone=False)
+        assert passes.sizes == [3]  # 40, 37 and 30 wide, and 12 by itself
+        for left, right in zip(found, expected, strict=True):
+            for one, other in zip(left, right, strict=True):
+                largest = float(other.abs().max()) or 1.0
+                rounding = 2e-2 if kind == "bf16" else 1e-5
+                assert float((one - other).abs().max()) / largest < rounding
+
+
 def test_one_that_diverges_harms_no_other(
     pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,21 +191,22 @@ def test_one_that_diverges_harms_no_other(
     assert_as_alone(folders[0], settings[0], tmp_path / "alone")
 
 
+@pytest.mark.parametrize("memory", [True, False])
 def test_a_pass_that_fails_is_done_one_by_one(
-    pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: bool, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where all of them together need more memory than there is."""
+    """If all of them together need more memory than there is, they do not try it again."""
     settings = [training(pruned, data, tmp_path, lora=DROPOUT, seed=seed) for seed in (1, 2)]
     with_gradients = joint._with_gradients
 
     def fails(found: Any, members: Any) -> Any:
         if len(members) > 1:
-            raise torch.OutOfMemoryError("out of memory")
+            raise torch.OutOfMemoryError("out of memory") if memory else ValueError("other")
         return with_gradients(found, members)
 
     monkeypatch.setattr(joint, "_with_gradients", fails)
     folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
-    assert sizes == [2] * 12 and not raised
+    assert sizes == [2] * (1 if memory else 12) and not raised
     for number, one in enumerate(settings):
         expected = run_directly(one, tmp_path / f"alone-{number}")
         assert (

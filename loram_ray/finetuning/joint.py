@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +27,15 @@ from transformers import PreTrainedModel
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
 from loram_ray.finetuning.masked import MaskedLoraLinear
 from loram_ray.losses import summed_loss_of_states
+from loram_ray.progress import say
 
 Inputs = dict[str, torch.Tensor]
 Loss = tuple[torch.Tensor, torch.Tensor]
 """The summed loss, and the number of labels."""
 
 _ADAPTER = "default"
+_LEAST_WIDTH = 0.75
+"""Of the widest batch of a pass: a narrower one is more filling than a pass of its own costs."""
 
 
 class Draws:
@@ -137,6 +141,7 @@ class JointForward:
         self._joins = not draws and frozen.kind[1] != "flash_attention_2"
         self._parts: list[_Part] = []
         self._checkpointing = False
+        self._most = sys.maxsize  # places of a pass
 
     def losses(self, members: Sequence[Member]) -> list[Loss | Exception]:
         """Each member's summed loss, or what it raised: no member has what is another's.
@@ -146,13 +151,19 @@ class JointForward:
         turns instead.
         """
         found: dict[int, Loss | Exception] = {}
-        joined = [n for n, member in enumerate(members) if self._joins and member.adapted.joins]
-        if len(joined) > 1:
+        joining = [n for n, member in enumerate(members) if self._joins and member.adapted.joins]
+        shapes = [member.inputs["input_ids"].shape for member in members]
+        for joined in _alike(joining, shapes, self._most):
+            if len(joined) == 1:
+                continue
             before = [members[n].draws for n in joined]
             try:
                 found.update(zip(joined, self._together([members[n] for n in joined]), strict=True))
-            except Exception:  # of whom is not known, and often it is memory
+            except Exception as error:  # of whom is not known
                 _put_back([members[n] for n in joined], before)
+                if _is_memory(error):
+                    self._most = _places(joined, shapes) // 2
+                    say("train", f"memory is short: at most {self._most:,} tokens in a pass now")
                 if self._frozen.device == "cuda":
                     torch.cuda.empty_cache()
         for number, member in enumerate(members):
@@ -204,9 +215,12 @@ class JointForward:
         self, name: str, _: nn.Module, given: tuple[torch.Tensor], made: torch.Tensor
     ) -> torch.Tensor:
         """A linear's output ``[rows, seq, out]`` with what each part's adapter adds to it."""
+        layers = [part.member.adapted.layers.get(name) for part in self._parts]
+        if _stacks(layers):
+            x = self._dropped(layers, given[0])
+            return made + _added_by_all(layers, x, self._parts).to(made.dtype)
         pieces = []
-        for part in self._parts:
-            layer = part.member.adapted.layers.get(name)
+        for part, layer in zip(self._parts, layers, strict=True):
             rows = made[part.rows]
             if layer is None:
                 pieces.append(torch.zeros_like(rows))
@@ -215,6 +229,20 @@ class JointForward:
                 added = _added(layer, part.of(given[0])).to(made.dtype)
             pieces.append(functional.pad(added, (0, 0, 0, rows.shape[1] - added.shape[1])))
         return made + torch.cat(pieces)
+
+    def _dropped(self, layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
+        """What each part's adapter leaves of its rows, ``[rows, seq, in]``."""
+        if not any(layer is not None and _drops(layer) for layer in layers):
+            return x
+        pieces = []
+        for part, layer in zip(self._parts, layers, strict=True):
+            rows = x[part.rows]
+            if layer is not None and _drops(layer):
+                with part.member.drawing():
+                    left = layer.lora_dropout[_ADAPTER](part.of(x))
+                rows = functional.pad(left, (0, 0, 0, rows.shape[1] - left.shape[1]))
+            pieces.append(rows)
+        return torch.cat(pieces)
 
     def _checkpoint(self, wanted: bool) -> None:
         """Have activations worked out again in the backward pass, with the numbers drawn before."""
@@ -247,6 +275,36 @@ class JointForward:
         return first(), again()
 
 
+def _alike(numbers: Sequence[int], shapes: Sequence[torch.Size], most: int) -> list[list[int]]:
+    """Groups of batches of nearly one width, so that little of a pass is filling.
+
+    Args:
+        numbers: of the batches to group.
+        shapes: of all batches, ``[rows, seq]``.
+        most: places of a group, unless it is of one.
+    """
+    groups: list[list[int]] = []
+    for number in sorted(numbers, key=lambda number: -shapes[number][1]):
+        if groups and shapes[number][1] >= _LEAST_WIDTH * shapes[groups[-1][0]][1]:
+            larger = [*groups[-1], number]
+            if _places(larger, shapes) <= most:
+                groups[-1] = larger
+                continue
+        groups.append([number])
+    return [sorted(group) for group in groups]
+
+
+def _places(group: Sequence[int], shapes: Sequence[torch.Size]) -> int:
+    """Tokens and filling of a pass."""
+    rows = sum(shapes[number][0] for number in group)
+    return rows * max(shapes[number][1] for number in group)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether there was too little memory, on a GPU or not."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def _put_back(members: Sequence[Member], draws: Sequence[Draws]) -> None:
     for member, state in zip(members, draws, strict=True):
         member.draws = state
@@ -254,6 +312,49 @@ def _put_back(members: Sequence[Member], draws: Sequence[Draws]) -> None:
 
 def _drops(layer: Any) -> bool:
     return isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout)
+
+
+def _stacks(layers: Sequence[Any]) -> bool:
+    """Whether adapters on a linear can be put behind each other; None is one that is not there."""
+    found = [layer for layer in layers if layer is not None]
+    kinds = {layer.lora_A[_ADAPTER].weight.dtype for layer in found}
+    return len(kinds) == 1 and not any(isinstance(layer, MaskedLoraLinear) for layer in found)
+
+
+def _added_by_all(layers: Sequence[Any], x: torch.Tensor, parts: Sequence[_Part]) -> torch.Tensor:
+    """What adapters add to a linear's output, each to its rows: two products for all of them.
+
+    Args:
+        layers: PEFT's, one for each part; None adds nothing.
+        x: ``[rows, seq, in]``.
+        parts: whose rows they are.
+
+    Returns:
+        ``[rows, seq, out]``. Adapters of lower ranks are filled with zeros.
+    """
+    found = [layer for layer in layers if layer is not None]
+    rank = max(layer.lora_A[_ADAPTER].out_features for layer in found)
+    first = found[0].lora_A[_ADAPTER].weight
+    nothing = (
+        first.new_zeros(rank, first.shape[1]),
+        first.new_zeros(found[0].lora_B[_ADAPTER].out_features, rank),
+    )
+    down, up = [], []
+    for layer in layers:
+        if layer is None:
+            down.append(nothing[0])
+            up.append(nothing[1])
+            continue
+        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        down.append(functional.pad(a, (0, 0, 0, rank - len(a))))
+        up.append(functional.pad(b, (0, rank - len(a))) * layer.scaling[_ADAPTER])
+    counts = [part.rows.stop - part.rows.start for part in parts]
+    if len(set(counts)) > 1:  # a pair of matrices for each row, and not for each part
+        down = [matrix for matrix, count in zip(down, counts, strict=True) for _ in range(count)]
+        up = [matrix for matrix, count in zip(up, counts, strict=True) for _ in range(count)]
+    low = x.to(first.dtype).reshape(len(down), -1, x.shape[-1])
+    product = torch.bmm(torch.bmm(low, torch.stack(down).mT), torch.stack(up).mT)
+    return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
 def _added(layer: Any, x: torch.Tensor) -> torch.Tensor:

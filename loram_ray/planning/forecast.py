@@ -73,10 +73,12 @@ class Forecast:
                 "peak_bytes": _parts(self.nf4),
                 "fits": _names(self.nf4),
                 "adapters_per_actor": _adapters(self.nf4),
+                "actors_per_gpu": _actors(self.nf4),
                 self.train.precision: {
                     "peak_bytes": _parts(self.whole),
                     "fits": _names(self.whole),
                     "adapters_per_actor": _adapters(self.whole),
+                    "actors_per_gpu": _actors(self.whole),
                 },
             },
             "align": None if self.alignment is None else asdict(self.alignment),
@@ -137,6 +139,11 @@ def _parts(memory: TrainingMemory) -> dict[str, int]:
 
 def _names(memory: TrainingMemory) -> list[str]:
     return [gpu.name for gpu in fitting(memory.total)]
+
+
+def _actors(memory: TrainingMemory) -> dict[str, int]:
+    """How many actors, each with a copy of the model and one adapter, share a GPU."""
+    return {gpu.name: gpu.processes(memory.total) for gpu in GPUS}
 
 
 def _adapters(memory: TrainingMemory) -> dict[str, int]:

@@ -29,6 +29,10 @@ class Gpu:
         """Bytes for tensors."""
         return int((self.memory - CONTEXT) * (1 - GAPS))
 
+    def processes(self, needed: float) -> int:
+        """How many processes that need so many bytes of tensors it holds beside each other."""
+        return int(self.memory // (needed / (1 - GAPS) + CONTEXT))
+
 
 GPUS = tuple(
     Gpu(name, mebibytes * _MIB)

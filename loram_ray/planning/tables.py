@@ -74,6 +74,8 @@ def _training(found: Forecast) -> Table:
     for gpu in (gpu for gpu in GPUS if gpu.name in _OF_CLUSTERS):
         counts = (str(memory.most(gpu.usable)) for memory in columns)
         table.add_row(f"adapters at a time, {gpu.name}", *counts)
+        counts = (str(gpu.processes(memory.total)) for memory in columns)
+        table.add_row(f"actors of one adapter, {gpu.name}", *counts)
     return table
 
 

@@ -6,9 +6,9 @@
 
 SmolLM2-135M pruned at 0.65, a reasoning-gym task of its own for each adapter. Both ways train the
 same: each adapter has its seed, data and optimiser. Each is measured in a process of its own after
-a first step: examples per second, and the process's peak memory. What K actors need is K times the
-peak of one training; how fast they are where cores are shared is that of trainings one after
-another, at best.
+a first step, in rounds in which the two take turns: examples per second, of which the ratio is the
+median of the rounds', and the process's peak memory. What K actors need is K times the peak of one
+training; how fast they are where cores are shared is that of trainings one after another, at best.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=2, help="examples of an adapter's step")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantized", action="store_true", help="in NF4")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
@@ -120,12 +122,21 @@ def main() -> None:
     one = run(folder, options, 1, together=False)
     rows: list[dict[str, Any]] = []
     for count in options.adapters:
-        apart, joined = (run(folder, options, count, together) for together in (False, True))
+        rounds = [
+            [run(folder, options, count, together) for together in (False, True)]
+            for _ in range(options.rounds)
+        ]
+        ratios = [joined["examples_per_s"] / apart["examples_per_s"] for apart, joined in rounds]
+        apart, joined = (
+            {key: statistics.median(way[key] for way in ways) for key in ways[0]}
+            for ways in zip(*rounds, strict=True)
+        )
         row = {
             "adapters": count,
             "apart": apart,
             "together": joined,
-            "speed": joined["examples_per_s"] / apart["examples_per_s"],
+            "speed": statistics.median(ratios),
+            "speeds": ratios,
             "memory": joined["memory_gb"] / (count * one["memory_gb"]),
         }
         print(json.dumps(row), file=sys.stderr, flush=True)
