@@ -84,11 +84,7 @@ def run(config: RunConfig) -> RunResult:
     if not steps:
         raise LoramError("the config must have at least one stage; add 'prune:' to it")
     result = RunResult(config.output)
-    cpus = config.align.actors * config.align.cpus_per_worker if config.align else 1
-    if config.prune is not None and config.prune.calibration is not None:
-        calibration = config.prune.calibration
-        cpus = max(cpus, calibration.workers * threads_of(calibration))
-    with ray_session(config.ray, cpus):
+    with ray_session(config.ray, cpus_for_models(config)):
         for number, step in enumerate(steps, start=1):
             say("run", f"[{number}/{len(steps)}] {step.name}")
             started = time.perf_counter()
@@ -104,6 +100,15 @@ def run(config: RunConfig) -> RunResult:
     result.rows = [_row(row, result.stages) for row in rows]
     write_json(config.output / RESULTS_FILE, {"stages": result.stages, "rows": result.rows})
     return result
+
+
+def cpus_for_models(config: RunConfig) -> int:
+    """Logical CPUs that pruning and alignment want at a time."""
+    cpus = config.align.actors * config.align.cpus_per_worker if config.align else 1
+    if config.prune is None or config.prune.calibration is None:
+        return cpus
+    calibration = config.prune.calibration
+    return max(cpus, calibration.workers * threads_of(calibration))
 
 
 def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:

@@ -35,6 +35,7 @@ from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.stages.align import align
 from loram_ray.stages.prune import prune
 from loram_ray.stages.recover import recover
+from loram_ray.stages.run import cpus_for_models
 from loram_ray.stages.train import absolute, digest_of_rows, train_by
 from loram_ray.sweeping.trials import ADAPTER, SUMMARY_FILE, WORK, Trial, trials_of
 
@@ -69,21 +70,14 @@ def sweep(run: RunConfig) -> StageResult:
     config: SweepConfig = section_of(run, "sweep")
     models = _models_of(run, config)
     trials = trials_of(config, {name: model.directory for name, model in models.items()})
-    with ray_session(run.ray, config.actors * config.cpus):
+    cpus = config.actors * config.cpus
+    with ray_session(run.ray, max(cpus, cpus_for_models(run)) if config.ratios else cpus):
         for model in models.values():
             if model.prune is not None:
                 prune(model.prune, run.ray)
             if model.align is not None:
                 align(model.align, run.ray)
-        identities = {}
-        for name, model in models.items():
-            family_of(model.directory)
-            identities[name] = identify_model(model.directory, "sweep.model")
-        bases = {fingerprint for _, fingerprint in identities.values()}
-        if len(bases) > 1:
-            raise LoramError(
-                f"sweep.models must be of one base, got models of {len(bases)}; sweep each alone"
-            )
+        identities = _identified(models)
         parents = {f"model {name}".strip(): digest for name, (digest, _) in identities.items()}
         parents["data"] = digest_of_rows(config.data, "sweep.data")
         if (eval_data := trials[0].train.eval_data) is not None:
@@ -93,7 +87,7 @@ def sweep(run: RunConfig) -> StageResult:
             "sweep",
             settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
             parents=parents,
-            base_fingerprint=bases.pop(),
+            base_fingerprint=next(fingerprint for _, fingerprint in identities.values()),
             write=lambda target: _write(target, config, trials, identities),
         )
 
@@ -122,6 +116,20 @@ def _models_of(run: RunConfig, config: SweepConfig) -> dict[str, _Model]:
     return found
 
 
+def _identified(models: Mapping[str, _Model]) -> dict[str, tuple[str, str]]:
+    """Each model's digest and its base's fingerprint, which is the same for all."""
+    found = {}
+    for name, model in models.items():
+        family_of(model.directory)
+        found[name] = identify_model(model.directory, "sweep.model")
+    bases = {fingerprint for _, fingerprint in found.values()}
+    if len(bases) > 1:
+        raise LoramError(
+            f"sweep.models must be of one base, got models of {len(bases)}; sweep each alone"
+        )
+    return found
+
+
 def _write(
     target: StageDirectory,
     config: SweepConfig,
@@ -135,41 +143,18 @@ def _write(
     folder = target.work.resolve() / "trials"
     reasons = try_all(config, trials, folder, target.work.resolve() / "tune", gpus)
     rows = [_row(trial, folder / trial.name, reasons[trial.name]) for trial in trials]
-    whole = [row for row in rows if row["state"] == "done"]
-    if not whole:
-        failed = next(row for row in rows if row["reason"])
-        raise LoramError(f"sweep: no trial succeeded; {failed['name']}: {failed['reason']}")
-    by_loss = sorted(whole, key=lambda row: row["eval_loss"])
-    finalists = [
-        row
-        for model in identities
-        for row in [row for row in by_loss if row["model"] == model][: config.finalists]
-    ]
-    finals = target.work / "finalists"
-    judged = len(finalists) > 1
-    for row in finalists:
-        trial = next(trial for trial in trials if trial.name == row["name"])
-        final = finals / trial.name
-        _finish(trial, folder / trial.name, final, config, identities[trial.model])
-        if judged:
-            say("sweep", f"{trial.name} on the base")
-            row["base_loss"] = _judged(trial, final, config)
-    best = min(finalists, key=lambda row: row["base_loss"] if judged else row["eval_loss"])
+    best = _best(rows, {trial.name: trial for trial in trials}, folder, config, identities)
     best["best"] = True
-    for made in (finals / best["name"]).iterdir():
+    for made in (_final(folder) / best["name"]).iterdir():
         made.rename(target.path / made.name)
-    trial = next(trial for trial in trials if trial.name == best["name"])
-    settings = trial.train.model_dump(mode="json", exclude=_OF_THE_TRIAL, exclude_unset=True)
-    model = str(trial.train.model)
-    (target.path / BEST_FILE).write_text(
-        yaml.safe_dump({"train": {"model": model, "data": config.data, **settings}})
-    )
+    _write_settings(target.path, next(t for t in trials if t.name == best["name"]), config)
     (target.path / "trials").mkdir()
     for row in rows:
-        found = folder / row["name"] / METRICS_FILE
-        found = found if found.exists() else folder / row["name"] / WORK / METRICS_FILE
-        if found.exists():
-            shutil.copyfile(found, target.path / "trials" / f"{row['name']}.jsonl")
+        inner = folder / row["name"]
+        for found in (inner / METRICS_FILE, inner / WORK / METRICS_FILE):
+            if found.exists():
+                shutil.copyfile(found, target.path / "trials" / f"{row['name']}.jsonl")
+                break
     write_results(target.path, rows, _columns(trials))
     states = [row["state"] for row in rows]
     target.details.update(
@@ -178,6 +163,47 @@ def _write(
         base_loss=best["base_loss"],
         trials={state: states.count(state) for state in sorted(set(states))},
     )
+
+
+def _best(
+    rows: Sequence[dict[str, Any]],
+    trials: Mapping[str, Trial],
+    folder: Path,
+    config: SweepConfig,
+    identities: Mapping[str, tuple[str, str]],
+) -> dict[str, Any]:
+    """The row of the best trial; the adapters of all finalists are made, and judged."""
+    whole = sorted(
+        (row for row in rows if row["state"] == "done"), key=lambda row: row["eval_loss"]
+    )
+    if not whole:
+        failed = next(row for row in rows if row["reason"])
+        raise LoramError(f"sweep: no trial succeeded; {failed['name']}: {failed['reason']}")
+    finalists = [
+        row
+        for model in identities
+        for row in [row for row in whole if row["model"] == model][: config.finalists]
+    ]
+    judged = len(finalists) > 1
+    for row in finalists:
+        trial, final = trials[row["name"]], _final(folder) / row["name"]
+        _finish(trial, folder / trial.name, final, config, identities[trial.model])
+        if judged:
+            say("sweep", f"{trial.name} on the base")
+            row["base_loss"] = _judged(trial, final, config)
+    return min(finalists, key=lambda row: row["base_loss"] if judged else row["eval_loss"])
+
+
+def _final(folder: Path) -> Path:
+    """Where the adapters of finalists are made."""
+    return folder.with_name("finalists")
+
+
+def _write_settings(output: Path, trial: Trial, config: SweepConfig) -> None:
+    """What ``loram train`` makes the same adapter of."""
+    settings = trial.train.model_dump(mode="json", exclude=_OF_THE_TRIAL, exclude_unset=True)
+    section = {"model": str(trial.train.model), "data": config.data, **settings}
+    (output / BEST_FILE).write_text(yaml.safe_dump({"train": section}))
 
 
 def _row(trial: Trial, folder: Path, reason: str) -> dict[str, Any]:
