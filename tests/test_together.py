@@ -20,7 +20,7 @@ import loram_ray as lr
 from loram_ray.adapter import ADAPTER_FILE
 from loram_ray.finetuning import joint
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
-from loram_ray.finetuning.joint import JointForward, below_each_other
+from loram_ray.finetuning.joint import JointForward, laid_out
 from loram_ray.finetuning.together import Together
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.modeling import load_model
@@ -127,7 +127,7 @@ def test_each_training_is_the_one_that_it_is_alone(
 def test_batches_of_other_widths_and_heights(
     kind: str, dropout: float, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses and gradients of each; one pass for those of nearly one width."""
+    """Losses and gradients of each, in one pass for all."""
     frozen = FrozenModel.load(training(pruned, pruned, tmp_path))
     adapters: list[dict[str, Any]] = [
         {"r": 2},
@@ -148,7 +148,10 @@ def test_batches_of_other_widths_and_heights(
                 if "lora_B" in name:  # which begins with zeros
                     torch.nn.init.normal_(parameter, std=0.1, generator=random)
             ids = torch.randint(3, 200, shape, generator=random)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+            seen = torch.ones_like(ids)
+            seen[-1, shape[1] - 3 * number :] = 0  # padding
+            labels = torch.where(seen.bool(), ids, -100)
+            inputs = {"input_ids": ids, "attention_mask": seen, "labels": labels}
             members.append(joint.Member(joint.Adapted.of(model), inputs, joint.Draws()))
 
         def losses_and_gradients(passes: JointForward, alone: bool) -> list[list[torch.Tensor]]:
@@ -170,12 +173,18 @@ def test_batches_of_other_widths_and_heights(
         expected = losses_and_gradients(passes, alone=True)
         assert not passes.sizes
         found = losses_and_gradients(passes, alone=False)
-        assert passes.sizes == [3]  # 40, 37 and 30 wide, and 12 by itself
+        assert passes.sizes == [4]
         for left, right in zip(found, expected, strict=True):
             for one, other in zip(left, right, strict=True):
                 largest = float(other.abs().max()) or 1.0
                 rounding = 2e-2 if kind == "bf16" else 1e-5
                 assert float((one - other).abs().max()) / largest < rounding
+        poisoned = next(p for p in members[1].adapted.model.parameters() if p.requires_grad)
+        poisoned.data.fill_(float("inf"))
+        found = losses_and_gradients(passes, alone=False)
+        assert not found[1][0].isfinite() and passes.sizes == [4, 4]
+        for number in (0, 2, 3):  # though they were in one pass with it
+            assert torch.equal(found[number][0], expected[number][0])
 
 
 def test_one_that_diverges_harms_no_other(
@@ -199,7 +208,7 @@ def test_a_pass_that_fails_is_done_one_by_one(
     settings = [training(pruned, data, tmp_path, lora=DROPOUT, seed=seed) for seed in (1, 2)]
     with_gradients = joint._with_gradients
 
-    def fails(found: Any, members: Any) -> Any:
+    def fails(found: Any, members: Any, finite: bool = False) -> Any:
         if len(members) > 1:
             raise torch.OutOfMemoryError("out of memory") if memory else ValueError("other")
         return with_gradients(found, members)
@@ -264,12 +273,41 @@ def test_a_shell_has_the_model_s_tensors_and_modules_of_its_own(base: Path) -> N
     assert isinstance(model.model.layers[0].self_attn.q_proj, torch.nn.Linear)
 
 
-def test_batches_below_each_other_are_filled_with_what_is_not_seen() -> None:
+def test_sequences_are_packed_without_their_padding() -> None:
     one = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 0]])}
     two = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "attention_mask": torch.ones(1, 4).long()}
-    whole = below_each_other([one, two])
-    assert whole["input_ids"].tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
-    assert whole["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    packed = {"input_ids": torch.tensor([[8, 9]]), "positions": torch.tensor([[0, 0]])}
-    whole = below_each_other([one, packed, two])
-    assert whole["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 2, 3]]
+    packed = {
+        "input_ids": torch.tensor([[8, 9], [3, 4]]),
+        "positions": torch.tensor([[0, 0], [0, 1]]),
+        "labels": torch.tensor([[8, 9], [3, 4]]),
+    }
+    batch, parts = laid_out([one, packed, two])
+    ids, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
+    begun = 0
+    for given, (places, seen) in zip((one, packed, two), parts, strict=True):
+        assert torch.equal(ids[places][seen], given["input_ids"][seen])
+        expected = given.get("positions", torch.arange(4).expand(1, 4)[:, : seen.shape[1]])
+        assert torch.equal(positions[places][seen], expected[seen])
+        begun += int(seen.sum())
+    every = torch.cat([places[seen] for places, seen in parts])
+    assert begun == 10 == len(every.unique())  # nobody's place is another's
+    filled = torch.ones_like(ids, dtype=torch.bool)
+    filled[every] = False
+    assert not ids[filled].any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "places"),
+    [
+        ([50, 50, 50, 50], 200),
+        ([53, 83, 56, 68, 239, 49, 73, 59], 750),  # 680 and little filling
+        ([512] * 8, 4096),  # as rows: attention over all of them would cost more
+        ([2000, 10, 10], 2020),
+    ],
+)
+def test_rows_have_little_filling(lengths: list[int], places: int) -> None:
+    rows = joint._rows_of(lengths)
+    assert sorted(piece for row in rows for piece in row) == list(range(len(lengths)))
+    width = max(sum(lengths[piece] for piece in row) for row in rows)
+    assert sum(lengths) <= len(rows) * width <= places
+    assert width <= max(*lengths, 1024) + 20

@@ -1,15 +1,14 @@
 """Losses of several adapters on one model in one pass: ``h = x W + s_k * drop(x) A_k^T B_k^T``.
 
-The adapters' batches are put below each other and the frozen weights work once on all rows; to each
-linear's output each adapter's rows get what that adapter adds. The losses have no parameter in
-common, so the gradient of their sum is that of each, and each is the loss that its adapter has
-alone, up to the rounding of products of another height. Dropout draws from each adapter's own
-random numbers.
+The adapters' sequences, without their padding, are packed into rows and the frozen weights work
+once on all of them; to each linear's output each adapter's tokens get what that adapter adds. The
+losses have no parameter in common, so the gradient of their sum is that of each, and each is the
+loss that its adapter has alone, up to the rounding of products of other shapes. Dropout draws from
+each adapter's own random numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from loram_ray.corpus.batches import first_fit_decreasing
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
 from loram_ray.finetuning.masked import MaskedLoraLinear
 from loram_ray.losses import summed_loss_of_states
@@ -34,8 +34,10 @@ Loss = tuple[torch.Tensor, torch.Tensor]
 """The summed loss, and the number of labels."""
 
 _ADAPTER = "default"
-_LEAST_WIDTH = 0.75
-"""Of the widest batch of a pass: a narrower one is more filling than a pass of its own costs."""
+_ATTENTION_WIDTH = 2048
+"""Tokens of a row in which attention costs about as much as the linears."""
+_SLACKS = (1.0, 1.05, 1.1, 1.2)
+"""Of the width that rows would have without filling, those to try."""
 
 
 class Draws:
@@ -113,14 +115,22 @@ class Member:
 
 @dataclass(frozen=True)
 class _Part:
-    """A member's rows of the batch of all."""
+    """A member's tokens in a pass.
+
+    Attributes:
+        member: whose.
+        places: int64 ``[rows, seq]``, where in the pass each token of the member's batch is, all
+            rows of the pass one after another; of its padding another token's.
+        seen: ``[rows, seq]``, False where the batch has padding.
+    """
 
     member: Member
-    rows: slice
+    places: torch.Tensor
+    seen: torch.Tensor
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        width = self.member.inputs["input_ids"].shape[1]
-        return x[self.rows, :width].contiguous()  # dropout draws as it would alone
+        """The member's own of a tensor of the pass, ``[rows, seq, n]``: as it has it alone."""
+        return x.flatten(0, 1)[self.places]
 
 
 class JointForward:
@@ -140,8 +150,10 @@ class JointForward:
         )
         self._joins = not draws and frozen.kind[1] != "flash_attention_2"
         self._parts: list[_Part] = []
+        self._owners = torch.empty(0)
+        self._columns: dict[tuple[int, ...], torch.Tensor] = {}
         self._checkpointing = False
-        self._most = sys.maxsize  # places of a pass
+        self._most = sys.maxsize  # tokens of a pass
 
     def losses(self, members: Sequence[Member]) -> list[Loss | Exception]:
         """Each member's summed loss, or what it raised: no member has what is another's.
@@ -152,8 +164,8 @@ class JointForward:
         """
         found: dict[int, Loss | Exception] = {}
         joining = [n for n, member in enumerate(members) if self._joins and member.adapted.joins]
-        shapes = [member.inputs["input_ids"].shape for member in members]
-        for joined in _alike(joining, shapes, self._most):
+        tokens = [_tokens(member.inputs) for member in members]
+        for joined in _within(joining, tokens, self._most):
             if len(joined) == 1:
                 continue
             before = [members[n].draws for n in joined]
@@ -162,7 +174,7 @@ class JointForward:
             except Exception as error:  # of whom is not known
                 _put_back([members[n] for n in joined], before)
                 if _is_memory(error):
-                    self._most = _places(joined, shapes) // 2
+                    self._most = sum(tokens[n] for n in joined) // 2
                     say("train", f"memory is short: at most {self._most:,} tokens in a pass now")
                 if self._frozen.device == "cuda":
                     torch.cuda.empty_cache()
@@ -181,25 +193,25 @@ class JointForward:
 
     def _together(self, members: Sequence[Member]) -> list[Loss]:
         self._checkpoint(any(member.adapted.checkpoints for member in members))
+        batch, parts = laid_out([member.inputs for member in members])
+        self._parts = [_Part(m, *part) for m, part in zip(members, parts, strict=True)]
         found = []
-        with self._with_adapters(members), self._frozen.computing():
-            batch = below_each_other([member.inputs for member in members])
+        with self._with_adapters(batch), self._frozen.computing():
             hidden = self._model.get_decoder()(**batch, use_cache=False)[0]
             for part in self._parts:
                 model, labels = part.member.adapted.model, part.member.inputs["labels"]
                 with part.member.drawing():  # the head may have an adapter, too
                     found.append(summed_loss_of_states(model, part.of(hidden), labels))
-            return _with_gradients(found, members)
+            return _with_gradients(found, members, finite=True)
 
     @contextmanager
-    def _with_adapters(self, members: Sequence[Member]) -> Iterator[None]:
+    def _with_adapters(self, batch: Inputs) -> Iterator[None]:
         """Have the linears add what each member's adapter adds, inside the block."""
-        begin = 0
-        for member in members:
-            end = begin + len(member.inputs["input_ids"])
-            self._parts.append(_Part(member, slice(begin, end)))
-            begin = end
-        names = {name for member in members for name in member.adapted.layers}
+        owners = torch.full_like(batch["input_ids"], -1).flatten()
+        for number, part in enumerate(self._parts):
+            owners[part.places[part.seen]] = number
+        self._owners = owners
+        names = {name for part in self._parts for name in part.member.adapted.layers}
         hooks = [
             self._modules[name].register_forward_hook(functools.partial(self._add, name))
             for name in names
@@ -209,40 +221,68 @@ class JointForward:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._parts = []
+            self._parts, self._columns = [], {}
 
     def _add(
         self, name: str, _: nn.Module, given: tuple[torch.Tensor], made: torch.Tensor
     ) -> torch.Tensor:
         """A linear's output ``[rows, seq, out]`` with what each part's adapter adds to it."""
-        layers = [part.member.adapted.layers.get(name) for part in self._parts]
-        if _stacks(layers):
-            x = self._dropped(layers, given[0])
-            return made + _added_by_all(layers, x, self._parts).to(made.dtype)
-        pieces = []
-        for part, layer in zip(self._parts, layers, strict=True):
-            rows = made[part.rows]
-            if layer is None:
-                pieces.append(torch.zeros_like(rows))
-                continue
-            with part.member.drawing() if _drops(layer) else contextlib.nullcontext():
-                added = _added(layer, part.of(given[0])).to(made.dtype)
-            pieces.append(functional.pad(added, (0, 0, 0, rows.shape[1] - added.shape[1])))
-        return made + torch.cat(pieces)
+        x = given[0]
+        adapted = [
+            (number, layer)
+            for number, part in enumerate(self._parts)
+            if (layer := part.member.adapted.layers.get(name)) is not None
+        ]
+        by_kind: dict[torch.dtype | None, list[tuple[int, Any]]] = {}
+        for number, layer in adapted:
+            masked = isinstance(layer, MaskedLoraLinear)
+            kind = None if masked else layer.lora_A[_ADAPTER].weight.dtype
+            by_kind.setdefault(kind, []).append((number, layer))
+        for kind, some in by_kind.items():
+            if kind is None:
+                made = self._with_masked(some, x, made)
+            else:
+                dropped = self._dropped(some, x)
+                added = _added_by_all(some, dropped.to(kind), self._own(some))
+                made = made + added.to(made.dtype)
+        return made
 
-    def _dropped(self, layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
-        """What each part's adapter leaves of its rows, ``[rows, seq, in]``."""
-        if not any(layer is not None and _drops(layer) for layer in layers):
-            return x
-        pieces = []
-        for part, layer in zip(self._parts, layers, strict=True):
-            rows = x[part.rows]
-            if layer is not None and _drops(layer):
+    def _own(self, layers: Sequence[tuple[int, Any]]) -> torch.Tensor:
+        """Which ranks are of whom a token is, ``[tokens of the pass, sum of the ranks]``."""
+        numbers = tuple(
+            number for number, layer in layers for _ in range(layer.lora_A[_ADAPTER].out_features)
+        )
+        if numbers not in self._columns:
+            of_whom = torch.tensor(numbers, device=self._owners.device)
+            self._columns[numbers] = self._owners[:, None] == of_whom
+        return self._columns[numbers]
+
+    def _dropped(self, layers: Sequence[tuple[int, Any]], x: torch.Tensor) -> torch.Tensor:
+        """What each adapter's dropout leaves of its tokens, ``[rows, seq, in]``."""
+        places, left = [], []
+        for number, layer in layers:
+            if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout):
+                part = self._parts[number]
                 with part.member.drawing():
-                    left = layer.lora_dropout[_ADAPTER](part.of(x))
-                rows = functional.pad(left, (0, 0, 0, rows.shape[1] - left.shape[1]))
-            pieces.append(rows)
-        return torch.cat(pieces)
+                    left.append(layer.lora_dropout[_ADAPTER](part.of(x))[part.seen])
+                places.append(part.places[part.seen])
+        if not left:
+            return x
+        return x.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(left)).view_as(x)
+
+    def _with_masked(
+        self, layers: Sequence[tuple[int, Any]], x: torch.Tensor, made: torch.Tensor
+    ) -> torch.Tensor:
+        """A linear's output with what adapters under masks add, one after another."""
+        places, added = [], []
+        for number, layer in layers:
+            part = self._parts[number]
+            with part.member.drawing():
+                product = _masked_product(layer, part.of(x))
+            places.append(part.places[part.seen])
+            added.append(product[part.seen].to(made.dtype))
+        flat = made.flatten(0, 1).index_add(0, torch.cat(places), torch.cat(added))
+        return flat.view_as(made)
 
     def _checkpoint(self, wanted: bool) -> None:
         """Have activations worked out again in the backward pass, with the numbers drawn before."""
@@ -275,29 +315,24 @@ class JointForward:
         return first(), again()
 
 
-def _alike(numbers: Sequence[int], shapes: Sequence[torch.Size], most: int) -> list[list[int]]:
-    """Groups of batches of nearly one width, so that little of a pass is filling.
-
-    Args:
-        numbers: of the batches to group.
-        shapes: of all batches, ``[rows, seq]``.
-        most: places of a group, unless it is of one.
-    """
+def _within(numbers: Sequence[int], tokens: Sequence[int], most: int) -> list[list[int]]:
+    """Groups of batches that together have at most so many tokens, unless a group is of one."""
     groups: list[list[int]] = []
-    for number in sorted(numbers, key=lambda number: -shapes[number][1]):
-        if groups and shapes[number][1] >= _LEAST_WIDTH * shapes[groups[-1][0]][1]:
-            larger = [*groups[-1], number]
-            if _places(larger, shapes) <= most:
-                groups[-1] = larger
-                continue
-        groups.append([number])
-    return [sorted(group) for group in groups]
+    room = 0
+    for number in numbers:
+        if tokens[number] > room:
+            groups.append([])
+            room = most
+        groups[-1].append(number)
+        room -= tokens[number]
+    return groups
 
 
-def _places(group: Sequence[int], shapes: Sequence[torch.Size]) -> int:
-    """Tokens and filling of a pass."""
-    rows = sum(shapes[number][0] for number in group)
-    return rows * max(shapes[number][1] for number in group)
+def _tokens(batch: Inputs) -> int:
+    """Of a batch, without its padding."""
+    return int(
+        batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
+    )
 
 
 def _is_memory(error: Exception) -> bool:
@@ -310,109 +345,128 @@ def _put_back(members: Sequence[Member], draws: Sequence[Draws]) -> None:
         member.draws = state
 
 
-def _drops(layer: Any) -> bool:
-    return isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout)
+def _masked_product(layer: MaskedLoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """What PEFT's layer adds to a frozen linear's output, ``[..., in]`` to ``[..., out]``."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return layer.masked_product(layer.lora_dropout[_ADAPTER](x), _ADAPTER)
 
 
-def _stacks(layers: Sequence[Any]) -> bool:
-    """Whether adapters on a linear can be put behind each other; None is one that is not there."""
-    found = [layer for layer in layers if layer is not None]
-    kinds = {layer.lora_A[_ADAPTER].weight.dtype for layer in found}
-    return len(kinds) == 1 and not any(isinstance(layer, MaskedLoraLinear) for layer in found)
+def _added_by_all(
+    layers: Sequence[tuple[int, Any]], x: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """What adapters add to a linear's output, each to its tokens: two products for all of them.
 
-
-def _added_by_all(layers: Sequence[Any], x: torch.Tensor, parts: Sequence[_Part]) -> torch.Tensor:
-    """What adapters add to a linear's output, each to its rows: two products for all of them.
+    Their ranks are put beside each other. What a token has in ranks of another adapter than its
+    own is replaced with zeros, which neither product's gradient sees.
 
     Args:
-        layers: PEFT's, one for each part; None adds nothing.
-        x: ``[rows, seq, in]``.
-        parts: whose rows they are.
+        layers: PEFT's, with the numbers of their members.
+        x: ``[rows, seq, in]``, of the adapters' dtype.
+        own: which ranks are a token's, ``[rows * seq, sum of the ranks]``.
 
     Returns:
-        ``[rows, seq, out]``. Adapters of lower ranks are filled with zeros.
+        ``[rows, seq, out]``.
     """
-    found = [layer for layer in layers if layer is not None]
-    rank = max(layer.lora_A[_ADAPTER].out_features for layer in found)
-    first = found[0].lora_A[_ADAPTER].weight
-    nothing = (
-        first.new_zeros(rank, first.shape[1]),
-        first.new_zeros(found[0].lora_B[_ADAPTER].out_features, rank),
+    down = torch.cat([layer.lora_A[_ADAPTER].weight for _, layer in layers])
+    up = torch.cat(
+        [layer.lora_B[_ADAPTER].weight * layer.scaling[_ADAPTER] for _, layer in layers], dim=1
     )
-    down, up = [], []
-    for layer in layers:
-        if layer is None:
-            down.append(nothing[0])
-            up.append(nothing[1])
-            continue
-        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-        down.append(functional.pad(a, (0, 0, 0, rank - len(a))))
-        up.append(functional.pad(b, (0, rank - len(a))) * layer.scaling[_ADAPTER])
-    counts = [part.rows.stop - part.rows.start for part in parts]
-    if len(set(counts)) > 1:  # a pair of matrices for each row, and not for each part
-        down = [matrix for matrix, count in zip(down, counts, strict=True) for _ in range(count)]
-        up = [matrix for matrix, count in zip(up, counts, strict=True) for _ in range(count)]
-    low = x.to(first.dtype).reshape(len(down), -1, x.shape[-1])
-    product = torch.bmm(torch.bmm(low, torch.stack(down).mT), torch.stack(up).mT)
-    return product.reshape(*x.shape[:-1], product.shape[-1])
+    low = functional.linear(x.flatten(0, 1), down)
+    low = torch.where(own, low, torch.zeros((), dtype=low.dtype, device=low.device))
+    return functional.linear(low, up).view(*x.shape[:-1], -1)
 
 
-def _added(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What PEFT's layer adds to the frozen linear's output, ``[..., in]`` to ``[..., out]``."""
-    dropout = layer.lora_dropout[_ADAPTER]
-    if isinstance(layer, MaskedLoraLinear):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return layer.masked_product(dropout(x), _ADAPTER)
-    a, b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-    x = layer._cast_input_dtype(x, a.weight.dtype)
-    product: torch.Tensor = b(a(dropout(x))) * layer.scaling[_ADAPTER]
-    return product
-
-
-def below_each_other(batches: Sequence[Inputs]) -> Inputs:
-    """Put batches into one, as wide as the widest.
+def laid_out(batches: Sequence[Inputs]) -> tuple[Inputs, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Pack the sequences of batches into rows, those of all batches and without their padding.
 
     Args:
         batches: ``input_ids`` and either ``attention_mask`` or ``positions``, int64
-            ``[batch, seq]`` of one batch each, as `corpus.batches` makes them.
+            ``[rows, seq]`` of one batch each, as `corpus.batches` makes them.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, or ``position_ids`` if any batch has positions, int64
-        ``[sum of batches, longest seq]``. Filled places are masked or sequences of their own.
+        ``input_ids`` and ``position_ids`` of the pass, int64 ``[rows, longest]``, in which filled
+        places are sequences of their own; for each batch ``[rows, seq]`` the place of each token,
+        counted through all rows, and whether it is none of padding.
     """
-    length = max(batch["input_ids"].shape[1] for batch in batches)
+    seen = [
+        batch["attention_mask"].bool()
+        if "attention_mask" in batch
+        else torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        for batch in batches
+    ]
+    lengths = [int(length) for mask in seen for length in mask.sum(dim=1).tolist()]
+    rows = _rows_of(lengths)
+    width = max(sum(lengths[piece] for piece in row) for row in rows)
+    begins = [0] * len(lengths)
+    for number, row in enumerate(rows):
+        begin = number * width
+        for piece in row:
+            begins[piece] = begin
+            begin += lengths[piece]
+    device = batches[0]["input_ids"].device
+    ids = torch.zeros(len(rows) * width, dtype=torch.int64, device=device)
+    loads = torch.tensor([sum(lengths[piece] for piece in row) for row in rows], device=device)
+    along = torch.arange(width, device=device).repeat(len(rows), 1)
+    positions = torch.where(along < loads[:, None], along, along - loads[:, None]).flatten()
+    parts = []
+    first = 0
+    for batch, mask in zip(batches, seen, strict=True):
+        height, length = mask.shape
+        steps = torch.arange(length, device=device)
+        starts = torch.tensor(begins[first : first + height], device=device)[:, None]
+        places = torch.where(mask, starts + steps, starts)
+        ids[places[mask]] = batch["input_ids"][mask]
+        own = batch["positions"] if "positions" in batch else steps.expand(height, length)
+        positions[places[mask]] = own[mask]
+        parts.append((places, mask))
+        first += height
+    shape = len(rows), width
+    return {"input_ids": ids.view(shape), "position_ids": positions.view(shape)}, parts
 
-    def wide(tensor: torch.Tensor) -> torch.Tensor:
-        return functional.pad(tensor, (0, length - tensor.shape[1]))
 
-    ids = torch.cat([wide(batch["input_ids"]) for batch in batches])
-    if all("attention_mask" in batch for batch in batches):
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.cat([wide(batch["attention_mask"]) for batch in batches]),
-        }
-    positions = torch.cat([_positions(batch, length) for batch in batches])
-    return {"input_ids": ids, "position_ids": positions}
+def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Which sequences share a row, so that a pass costs little.
 
+    A row's places cost what they cost a linear, and in attention as much again in a row of
+    `_ATTENTION_WIDTH`.
+    """
+    widest, total = max(lengths), sum(lengths)
+    widths = {widest}
+    for count in range(1, len(lengths) + 1):
+        if total / count <= widest:
+            break
+        widths |= {int(total / count * slack) + 1 for slack in _SLACKS}
 
-def _positions(batch: Inputs, length: int) -> torch.Tensor:
-    """Positions that begin anew where filling begins, ``[batch, length]``."""
-    ids = batch["input_ids"]
-    places = torch.arange(length, device=ids.device).expand(len(ids), length)
-    if "positions" in batch:
-        width = ids.shape[1]
-        return torch.cat([batch["positions"], places[:, width:] - width], dim=1)
-    whole = batch["attention_mask"].sum(dim=1, keepdim=True)
-    return torch.where(places < whole, places, places - whole)
+    def cost(rows: list[list[int]]) -> float:
+        width = max(sum(lengths[piece] for piece in row) for row in rows)
+        return len(rows) * width * (1 + width / _ATTENTION_WIDTH)
+
+    return min((first_fit_decreasing(lengths, width) for width in sorted(widths)), key=cost)
 
 
-def _with_gradients(found: Sequence[Loss], members: Sequence[Member]) -> list[Loss]:
-    """Losses that have their gradients before they are asked for."""
+def _with_gradients(
+    found: Sequence[Loss], members: Sequence[Member], finite: bool = False
+) -> list[Loss]:
+    """Losses that have their gradients before they are asked for.
+
+    Raises:
+        ArithmeticError: ``finite`` is asked for, and a loss or a gradient is not: it may be that of
+            a neighbour in a row, for nothing times infinity is not nothing.
+    """
     trained = [[p for p in m.adapted.model.parameters() if p.requires_grad] for m in members]
     every = [parameter for parameters in trained for parameter in parameters]
     whole = torch.stack([total for total, _ in found]).sum()
-    gradients = iter(torch.autograd.grad(whole, every, allow_unused=True))
+    computed = torch.autograd.grad(whole, every, allow_unused=True)
+    if finite:
+        sizes = torch._foreach_norm([gradient for gradient in computed if gradient is not None])
+        if (
+            not torch.stack([whole.detach(), *(size.to(whole.dtype) for size in sizes)])
+            .isfinite()
+            .all()
+        ):
+            raise ArithmeticError("a loss or a gradient is not finite")
+    gradients = iter(computed)
     ready = []
     for (total, count), parameters in zip(found, trained, strict=True):
         of_these = [next(gradients) for _ in parameters]
