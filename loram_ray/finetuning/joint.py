@@ -242,9 +242,10 @@ class JointForward:
             if kind is None:
                 made = self._with_masked(some, x, made)
             else:
-                dropped = self._dropped(some, x)
-                added = _added_by_all(some, dropped.to(kind), self._own(some))
-                made = made + added.to(made.dtype)
+                left = self._dropped(some, x)
+                if not torch.is_autocast_enabled(x.device.type):
+                    left = left.to(kind)
+                made = made + _added_by_all(some, left, self._own(some)).to(made.dtype)
         return made
 
     def _own(self, layers: Sequence[tuple[int, Any]]) -> torch.Tensor:
@@ -362,7 +363,7 @@ def _added_by_all(
 
     Args:
         layers: PEFT's, with the numbers of their members.
-        x: ``[rows, seq, in]``, of the adapters' dtype.
+        x: ``[rows, seq, in]``, of the adapters' dtype unless there is autocast.
         own: which ranks are a token's, ``[rows * seq, sum of the ranks]``.
 
     Returns:
