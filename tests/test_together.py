@@ -53,8 +53,8 @@ def run_together(
     """Train all at once; return their folders, the sizes of the passes and what was raised."""
     monkeypatch.setattr("loram_ray.finetuning.together.JointForward", Watched)
     monkeypatch.setattr(Watched, "sizes", [], raising=False)
-    frozen = FrozenModel.load(settings[0])
-    together = Together(frozen)
+    together = Together(lambda: FrozenModel.load(settings[0]))
+    frozen = together.frozen
     ready = threading.Barrier(len(settings))
     raised: dict[int, BaseException] = {}
     folders = [folder / str(number) for number in range(len(settings))]

@@ -117,9 +117,11 @@ class TaskActor:
             if self._frozen is None or not self._frozen.serves(config):
                 self._frozen = self._together = None
                 require_room(config, self._adapters)
-                self._frozen = FrozenModel.load(config)
                 if self._adapters > 1:
-                    self._together = Together(self._frozen)
+                    self._together = Together(lambda: FrozenModel.load(config))
+                    self._frozen = self._together.frozen
+                else:
+                    self._frozen = FrozenModel.load(config)
             frozen, together = self._frozen, self._together
         return train_adapter(config, work, output, frozen, together)
 

@@ -5,23 +5,31 @@ out all losses at once. What a training finds in its process (random numbers, ac
 its step) is exchanged whenever another one runs, so that each is the training that it would be
 alone; its data, optimiser, schedule, evaluation and checkpoints are its own, and it may come and go
 as it likes.
+
+What is large is computed in one thread for all: on a CPU each thread that computes in parallel
+keeps helpers of its own, and where all of them are more than the cores, OpenMP lets them sleep
+between any two operations.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
+import torch
 from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.joint import Adapted, Draws, Inputs, JointForward, Loss, Member
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -69,16 +77,25 @@ class Seat:
             self._adapted = Adapted.of(model)
         return self._together.answer(self, self._adapted, inputs)
 
+    def compute(self, work: Callable[[], T]) -> T:
+        """Do what only this training computes."""
+        return self._together.compute(work)
+
 
 class Together:
     """The trainings on one model.
 
     Args:
+        load: loads the model.
+
+    Attributes:
         frozen: the model.
     """
 
-    def __init__(self, frozen: FrozenModel) -> None:
-        self._forward = JointForward(frozen)
+    def __init__(self, load: Callable[[], FrozenModel]) -> None:
+        self._engine = ThreadPoolExecutor(1, "together")
+        self.frozen = self._engine.submit(load).result()
+        self._forward = JointForward(self.frozen)
         self._seats: list[Seat] = []
         self._running: Seat | None = None
         self._changed = threading.Condition()
@@ -91,12 +108,19 @@ class Together:
             self._seats.append(seat)  # before its turn: the others wait for it
             self._begin(seat)
             GradientState._shared_state.clear()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread, which computes little
         try:
             yield seat
         finally:
+            torch.set_num_threads(threads)
             with self._changed:
                 self._seats.remove(seat)
                 self._end()
+
+    def compute(self, work: Callable[[], T]) -> T:
+        """Do what one that has its turn computes, where there are threads for it."""
+        return self._engine.submit(work).result()
 
     def answer(self, seat: Seat, adapted: Adapted, inputs: Inputs) -> Loss:
         """Let the others run until all have asked and one has worked out all losses."""
@@ -128,6 +152,7 @@ class Together:
 
     def _work_out(self) -> None:
         members = [seat.asked for seat in self._seats if seat.asked is not None]
-        for seat, found in zip(self._seats, self._forward.losses(members), strict=True):
+        losses = self.compute(lambda: self._forward.losses(members))
+        for seat, found in zip(self._seats, losses, strict=True):
             seat.asked, seat.answer = None, found
         self._changed.notify_all()

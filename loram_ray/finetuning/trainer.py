@@ -87,7 +87,7 @@ class LoraTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._frozen = frozen
+        self._frozen, self._seat = frozen, seat
         self._summed_loss = frozen.summed_loss if seat is None else seat.summed_loss
         self._b_learning_rate_ratio = b_learning_rate_ratio
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole batch
@@ -112,7 +112,12 @@ class LoraTrainer(Trainer):
         model: Any = self.model
         examples: Any = self.eval_dataset
         size = self.args.per_device_eval_batch_size
-        loss = mean_loss(self._frozen, model.get_base_model(), examples, self.data_collator, size)
+
+        def judge() -> float:
+            causal_lm = model.get_base_model()
+            return mean_loss(self._frozen, causal_lm, examples, self.data_collator, size)
+
+        loss = judge() if self._seat is None else self._seat.compute(judge)
         model.train()
         metrics = {"eval_loss": loss}
         self.log(metrics)

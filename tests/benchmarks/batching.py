@@ -65,7 +65,7 @@ def measure(folder: Path, base: Path, options: argparse.Namespace) -> dict[str, 
             "cpus": options.cpus,
             "train": {
                 "lora": {"r": 8, "dropout": 0.0},
-                "steps": 3 if quick else STEPS,
+                "steps": 3 if quick else options.steps,
                 "batch_size": BATCH,
                 "micro_batch_size": BATCH,
                 "max_length": 256,
@@ -93,6 +93,7 @@ def measure(folder: Path, base: Path, options: argparse.Namespace) -> dict[str, 
         "tasks": len(result.rows),
         "actors": actors,
         "adapters": options.adapters,
+        "steps": options.steps,
         "ideal_seconds": ideal / actors,
         "seconds": ended - first,
         "whole_seconds": ended - started,
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a task")
     parser.add_argument("--actors", type=int, default=ACTORS)
     parser.add_argument("--adapters", type=int, default=1, help="at a time in an actor")
     parser.add_argument("--cpus", type=int, default=1, help="threads of an actor")

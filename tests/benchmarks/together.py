@@ -58,8 +58,8 @@ def work(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train in this process, and tell how fast and with how much memory."""
     count, at_a_time = options.adapters[0], options.together
     settings = [settings_of(folder, number, options) for number in range(count)]
-    frozen = FrozenModel.load(settings[0])
-    together = Together(frozen) if at_a_time else None
+    together = Together(lambda: FrozenModel.load(settings[0])) if at_a_time else None
+    frozen = together.frozen if together else FrozenModel.load(settings[0])
     folders = [folder / "scratch" / str(number) for number in range(count)]
     shutil.rmtree(folder / "scratch", ignore_errors=True)
 
