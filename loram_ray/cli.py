@@ -71,7 +71,8 @@ def _help(stage: str) -> str:
     model = STAGES[stage]
     keys = "\n\n".join(_keys(model, f"{stage}."))
     title = inspect.cleandoc(model.__doc__ or "").removeprefix(f"{stage}: ")
-    example = f"loram {stage} --config jobs/configs/demo.yaml"
+    file = stage if stage in ("batch", "sweep") else "demo"
+    example = f"loram {stage} --config jobs/configs/{file}.yaml"
     if stage == "train":
         example += f"\n\n{example} --preview 3"
     intro = "Keys of the config's section (paths default to the run's):"

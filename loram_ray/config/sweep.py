@@ -38,7 +38,7 @@ class RangeConfig(Section):
 
 
 class SweepConfig(Section):
-    """sweep: trials of train's settings, the bad ones stopped early; the best adapter is kept."""
+    """sweep: settings of train are tried, bad ones not to their end; the best adapter is kept."""
 
     model: Path = Field(description="directory: pruned, aligned, quantised or base")
     models: tuple[Path, ...] = Field(

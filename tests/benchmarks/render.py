@@ -26,6 +26,9 @@ def as_markdown(results: dict[str, dict[str, object]]) -> str:
         ("trainer", _trainer),
         ("finetuning", _finetuning),
         ("together", _together),
+        ("batching", _batching),
+        ("submitting", _submitting),
+        ("thousand", _thousand),
         ("partitions", _partitions),
         ("targets", _targets),
         ("standstill", _standstill),
@@ -197,6 +200,38 @@ training, as K actors have it.
 | weights | adapters | apart, examples/s | together | times | peak | of K peaks |
 |---|---|---|---|---|---|---|
 {rows}"""
+
+
+def _batching(found: dict[str, Any]) -> str:
+    return f"""## A batch against the ideal
+
+{found["tasks"]} reasoning-gym tasks of {found["steps"]} steps on SmolLM2-135M pruned at 0.65, \
+{found["actors"]} actors of one thread, {found["adapters"]} at a time in each. The steps of all
+tasks at their own pace, shared out to the actors: {found["ideal_seconds"]:.0f} s. From the first to
+the last adapter recovered: {found["seconds"]:.0f} s, so **{found["efficiency"]:.2f}** of the ideal
+(target at least 0.9). The whole command with loading: {found["whole_seconds"]:.0f} s."""
+
+
+def _submitting(found: dict[str, Any]) -> str:
+    rows = "\n".join(f"| `{way}` | {one['seconds']:.1f} s |" for way, one in found.items())
+    return f"""## From the command to the first step
+
+A tiny model's training; medians of rounds in which the ways take turns, on a cluster of two nodes
+that are processes of this machine.
+
+| | to the first step |
+|---|---|
+{rows}"""
+
+
+def _thousand(found: dict[str, Any]) -> str:
+    seen = ", ".join(f"{mb} MB after {count}" for count, mb in found["memory_mb"].items())
+    states = ", ".join(f"{count:,} {state}" for state, count in found["tasks"].items())
+    return f"""## A thousand tasks in a batch
+
+Tiny tasks of one step each, recovered, on two actors: {states};
+{found["seconds_a_task"]:.2f} s a task. The driver's memory: {seen}, {found["last_mb"]} MB at the
+end (**{found["kb_a_task"]:.1f} kB a task**)."""
 
 
 def _partitions(found: dict[str, Any]) -> str:

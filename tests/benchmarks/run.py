@@ -3,6 +3,7 @@
     make bench
     python tests/benchmarks/run.py [recovery] [correction] [pruning] [alignment] [calibration]
                                    [sparse] [trainer] [finetuning] [together]
+                                   [batching] [submitting] [thousand]
                                    [partitions] [targets] [standstill]
 
 PEER and TRL in the environment name the Python of environments that have the peers of sparse and
@@ -121,7 +122,7 @@ def finetuning(folder: Path) -> dict[str, object]:
 
 
 def together(folder: Path) -> dict[str, object]:
-    line = (HERE / "together.py", str(folder))
+    line = (HERE / "together.py", str(folder), "--batch", "1")
     return {
         "fp32": in_fresh_process(*line),
         "nf4": in_fresh_process(*line, "--quantized"),
@@ -143,6 +144,7 @@ BENCHMARKS = {
     "finetuning": finetuning,
     "together": together,
     **{name: alone(name) for name in ("trainer", "partitions", "targets", "standstill")},
+    **{name: alone(name) for name in ("batching", "submitting", "thousand")},
 }
 
 
