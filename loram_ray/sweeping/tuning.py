@@ -67,7 +67,7 @@ def try_all(
                 storage_path=str(scratch.parent),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials do it
                 failure_config=tune.FailureConfig(max_failures=config.max_failures),
-                callbacks=[_Shown(reporter, training.steps)],
+                callbacks=[_Shown(reporter, training.steps, len({t.model for t in trials}) == 1)],
                 verbose=0,
             ),
         ).fit()
@@ -121,17 +121,23 @@ class _AshaOfEach(FIFOScheduler):  # type: ignore[misc]
 
 
 class _Shown(tune.Callback):  # type: ignore[misc]
-    """Shows how many trials have ended, how far those are that run, and the best so far."""
+    """Shows how many trials have ended, how far those are that run, and of one model the best.
 
-    def __init__(self, reporter: Reporter, steps: int) -> None:
-        self._reporter, self._steps = reporter, steps
+    Args:
+        reporter: where to show it.
+        steps: of a trial.
+        compares: whether the losses of all trials say something together.
+    """
+
+    def __init__(self, reporter: Reporter, steps: int, compares: bool) -> None:
+        self._reporter, self._steps, self._compares = reporter, steps, compares
         self._ended: set[str] = set()
         self._best: tuple[float, str] | None = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        if _LOSS in result:
+        if self._compares and _LOSS in result:
             found = result[_LOSS], _name_of(trial)
             self._best = found if self._best is None else min(self._best, found)
         self._show(trials)
