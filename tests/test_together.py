@@ -20,7 +20,8 @@ import loram_ray as lr
 from loram_ray.adapter import ADAPTER_FILE
 from loram_ray.finetuning import joint
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
-from loram_ray.finetuning.joint import JointForward, laid_out
+from loram_ray.finetuning.joint import JointForward
+from loram_ray.finetuning.layout import laid_out, rows_of
 from loram_ray.finetuning.together import Together
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.modeling import load_model
@@ -306,7 +307,7 @@ def test_sequences_are_packed_without_their_padding() -> None:
     ],
 )
 def test_rows_have_little_filling(lengths: list[int], places: int) -> None:
-    rows = joint._rows_of(lengths)
+    rows = rows_of(lengths)
     assert sorted(piece for row in rows for piece in row) == list(range(len(lengths)))
     width = max(sum(lengths[piece] for piece in row) for row in rows)
     assert sum(lengths) <= len(rows) * width <= places

@@ -27,7 +27,8 @@ from accelerate.state import GradientState
 from transformers import PreTrainedModel
 
 from loram_ray.finetuning.frozen import FrozenModel
-from loram_ray.finetuning.joint import Adapted, Draws, Inputs, JointForward, Loss, Member
+from loram_ray.finetuning.joint import Adapted, Draws, JointForward, Loss, Member
+from loram_ray.finetuning.layout import Inputs
 
 T = TypeVar("T")
 
