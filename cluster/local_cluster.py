@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,13 +116,17 @@ def cluster(
     nodes = []
     try:
         nodes.append(_start(head, started, folder / "head.log"))
-        _wait_for(port, nodes[0], folder / "head.log")
+        _wait_until(lambda: _listens(port), nodes[0], folder / "head.log")
         for number in range(workers):
             worker = ["--address", f"{HOST}:{port}", "--num-cpus", str(cpus)]
             worker += ["--num-gpus", str(gpus), "--node-ip-address", HOST]
             nodes.append(_start(worker, started, folder / f"worker-{number}.log"))
-        _wait_for(dashboard_port, nodes[0], folder / "head.log")
-        yield Local(folder, port, f"http://{HOST}:{dashboard_port}", environment)
+        _wait_until(lambda: _listens(dashboard_port), nodes[0], folder / "head.log")
+        local = Local(folder, port, f"http://{HOST}:{dashboard_port}", environment)
+        for alive, node in enumerate(nodes[1:], 2):
+            log = folder / f"worker-{alive - 2}.log"
+            _wait_until(lambda least=alive: _alive(local) >= least, node, log)
+        yield local
     finally:
         _end(nodes, folder)
 
@@ -180,15 +186,31 @@ def _start(
         )
 
 
-def _wait_for(port: int, node: subprocess.Popen[bytes], log: Path) -> None:
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+        return True
+    return False
+
+
+def _alive(local: Local) -> int:
+    """Nodes that the head knows of: who asks for more than they have is refused."""
+    token = local.environment["RAY_AUTH_TOKEN"]
+    request = urllib.request.Request(
+        f"{local.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
+    )
+    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10) as answer:
+        nodes = json.load(answer)["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+    return 0
+
+
+def _wait_until(ready: Callable[[], bool], node: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if node.poll() is not None:
-            break
-        with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+    while time.monotonic() < deadline and node.poll() is None:
+        if ready():
             return
         time.sleep(0.2)
-    raise SystemExit(f"the head node did not start; see {log}:\n{log.read_text()[-2000:]}")
+    raise SystemExit(f"a node did not start; see {log}:\n{log.read_text()[-2000:]}")
 
 
 def _end(nodes: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:

@@ -31,7 +31,6 @@ from study import SEQUENCE, Study, Training, study_parser
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
-from loram_ray.stages.run import share_of_gain
 
 LAYERS = (4, 28)
 RATIOS = (0.35, 0.65)
@@ -143,7 +142,7 @@ def measure(arguments: argparse.Namespace, known: Collection[Cell]) -> Iterator[
                     steps,
                     study.text_perplexity(model, folder),
                     answers,
-                    share_of_gain(base, answers, full),
+                    study.gain_kept(base, answers, full),
                 )
 
 

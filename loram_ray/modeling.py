@@ -142,8 +142,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base, pruned, aligned, quantised or merged model directory.
 
-    A quantised model's linears stay in NF4, but for those that bitsandbytes cannot compute on CPUs
-    (`nf4.mend_on_cpu`).
+    A quantised model's linears stay in NF4 and multiply in the precision, but for those that
+    bitsandbytes cannot compute on CPUs (`nf4.mend_on_cpu`).
 
     Args:
         directory: the model.
@@ -169,11 +169,12 @@ def load_model(
             f"({' '.join(str(error).split()):.300}); install what it needs or leave it out"
         ) from error
     if getattr(model, "is_loaded_in_4bit", False):
-        from loram_ray.nf4 import mend_on_cpu
+        from loram_ray.nf4 import compute_in, mend_on_cpu
 
         for parameter in model.parameters():  # transformers leaves what is not quantised as stored
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[precision])
+        compute_in(model, DTYPES[precision])
         mend_on_cpu(model)
     return model
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,13 @@ class MetricsLog:
     Args:
         path: the file.
         resume_at: steps already done; later lines of an earlier attempt are dropped.
+        count_restarts: lines after a restart say how many there were, as ``restarts``.
     """
 
-    def __init__(self, path: Path, resume_at: int = 0) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= resume_at]
+    def __init__(self, path: Path, resume_at: int = 0, count_restarts: bool = True) -> None:
+        before = read_lines(path)
+        self._restarts = restarts_in(before) + 1 if count_restarts and path.exists() else 0
+        kept = [line for line in before if line["step"] <= resume_at]
         path.parent.mkdir(parents=True, exist_ok=True)
         sibling = path.with_name(f".{path.name}.{os.getpid()}")
         sibling.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -129,8 +132,9 @@ class MetricsLog:
 
     def write(self, step: int, **metrics: float | str | list[int]) -> None:
         """Append the measurements of a step."""
+        restarts = {"restarts": self._restarts} if self._restarts else {}
         with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **metrics, **restarts}) + "\n")
 
 
 def follow(
@@ -182,6 +186,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # the last line of a killed writer
     return lines
+
+
+def restarts_in(lines: Sequence[dict[str, Any]]) -> int:
+    """How often a run was restarted, by the lines of its ``metrics.jsonl``."""
+    return max((line.get("restarts", 0) for line in lines), default=0)
 
 
 def _short(value: Any) -> str:

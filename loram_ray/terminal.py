@@ -79,9 +79,50 @@ def print_trials(rows: list[dict[str, Any]]) -> None:
     console(140).print(table)
 
 
+def print_scores(scores: dict[str, Any]) -> None:
+    """Print an evaluation's scores, each with its standard error."""
+    table = Table(title="Scores")
+    table.add_column("of")
+    table.add_column("score")
+    for key in ("value", "standard error"):
+        table.add_column(key, justify="right")
+    for key, value in scores.items():
+        if not key.endswith("_stderr"):
+            of, _, name = key.rpartition("/")
+            error = scores.get(f"{key}_stderr")
+            table.add_row(
+                of,
+                name.replace("_", " "),
+                f"{value:,}" if isinstance(value, int) else f"{value:,.4f}",
+                "" if error is None else f"{error:.4f}",
+            )
+    console(120).print(table)
+
+
+def print_systems(rows: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
+    """Print a comparison's systems, and what becomes of the claims."""
+    from loram_ray.comparing.table import COLUMNS, cells_of, difference_of
+
+    table = Table(title="Systems")
+    for key in COLUMNS:
+        right = key in ("gain kept", "seeds", "parameters", "ratio")
+        table.add_column(key, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*cells_of(row))
+    shown = console(140)
+    shown.print(table)
+    table = Table(title="Claims")
+    for key in ("claim", "method", "ratio", "", "advantage"):
+        table.add_column(key)
+    for claim in claims:
+        ratio = "" if claim["ratio"] is None else f"{claim['ratio']:g}"
+        table.add_row(claim["claim"], claim["method"], ratio, claim["seen"], difference_of(claim))
+    shown.print(table)
+
+
 def print_comparison(rows: list[dict[str, Any]]) -> None:
     """Print a run's rows, and how much of full LoRA's gain was kept."""
-    from loram_ray.stages.run import gain_kept
+    from loram_ray.stages.run import loram_keeps
 
     measured = [k for k in ("answer_perplexity", "text_perplexity", "exact_match") if k in rows[0]]
     table = Table(title="Held-out data")
@@ -99,7 +140,7 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
         )
     shown = console(140)
     shown.print(table)
-    kept = gain_kept(rows) if "answer_perplexity" in measured else None
+    kept = loram_keeps(rows) if "answer_perplexity" in measured else None
     if kept is not None:
         shown.print(f"gain kept: {kept:.1%} of what LoRA on the full base gains (log-perplexity)")
 

@@ -21,6 +21,8 @@ for _folder in ("jobs", "cluster"):
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
 
 import loram_ray as lr  # noqa: E402
 
@@ -29,6 +31,27 @@ import loram_ray as lr  # noqa: E402
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with grouped-query attention: 8 query heads on 4 KV heads, 4 layers."""
     return tiny.write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def loud() -> LlamaForCausalLM:
+    """A model whose weights are large enough for answers that differ from question to question."""
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(tiny.llama_config(layers=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+@pytest.fixture(scope="session")
+def loud_directory(loud: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model as a directory."""
+    directory = tmp_path_factory.mktemp("models") / "loud"
+    loud.save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -17,12 +18,13 @@ import yaml
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
-from loram_ray.alignment.deepspeed import deepspeed_config
+from loram_ray.alignment.deepspeed import deepspeed_config, load_partitioned
 from loram_ray.alignment.loop import ROWS_FILE
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import list_sources
 from loram_ray.corpus.stream import Share, open_order, read_chunk
+from loram_ray.modeling import DTYPES
 from loram_ray.progress import METRICS_FILE
 from loram_ray.tensorfile import Checkpoint
 
@@ -118,7 +120,7 @@ def plain_training(pruned: Path, prepared: Path, steps: int) -> Training:
     ("zero_stage", "workers"),
     [
         pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.thorough]),
-        pytest.param(2, 2, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=[pytest.mark.slow, pytest.mark.thorough]),
         (3, 2),
     ],
 )
@@ -282,6 +284,17 @@ def test_deepspeed_config_accumulates_up_to_the_global_batch() -> None:
     )
     assert product == found["train_batch_size"] == BATCH
     assert found["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_are_loaded_in_the_precision_asked_for_not_in_that_of_the_file(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    """A base is published in bfloat16; transformers would make the model of that type."""
+    families.build("llama").to(stored).save_pretrained(tmp_path)
+    for precision, dtype in DTYPES.items():
+        model = load_partitioned(tmp_path, {"zero_optimization": {"stage": 1}}, precision)
+        assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_a_batch_that_workers_cannot_share_evenly_is_filled_up() -> None:

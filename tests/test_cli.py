@@ -370,7 +370,7 @@ def test_help_mentions_every_key_of_the_section(tmp_path: Path, stage: str) -> N
 
 def test_help_of_run_mentions_what_all_stages_share(tmp_path: Path) -> None:
     words = set(loram(tmp_path, "run", "--help").stdout.split())
-    assert {"base", "output", "compare", *keys_of("ray")} <= words
+    assert {"base", "output", "baselines", *keys_of("ray")} <= words
 
 
 def test_help_without_arguments_lists_every_command(tmp_path: Path) -> None:

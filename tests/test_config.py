@@ -19,7 +19,8 @@ from loram_ray.config import (
 from loram_ray.errors import LoramError
 
 REPOSITORY = Path(__file__).parents[1]
-SHIPPED = sorted((REPOSITORY / "jobs" / "configs").rglob("*.y*ml"))
+STUDY = REPOSITORY / "tests" / "benchmarks" / "study" / "study.yaml"
+SHIPPED = [*sorted((REPOSITORY / "jobs" / "configs").rglob("*.y*ml")), STUDY]
 CORPUS = {"sources": [{"path": "text.jsonl"}]}
 
 
@@ -195,7 +196,9 @@ def test_batch_sizes_that_divide_are_taken() -> None:
 
 
 def test_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path, whole_run(evaluate={})).startswith("evaluate.data or text must be")
+    assert refusal(tmp_path, whole_run(evaluate={})).startswith(
+        "evaluate.data, text, benchmarks or lm_eval must be"
+    )
     text_alone = {"text": CORPUS, "exact_match": True}
     assert refusal(tmp_path, whole_run(evaluate=text_alone)).startswith(
         "evaluate.exact_match needs data"
@@ -360,6 +363,19 @@ def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
     run = load_run(path, ["prune.seed=1", "prune.seed=2"])
     assert run.prune is not None
     assert run.prune.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4:8", "4:8"), ("0.5", 0.5), ("10", 10), ("1.5e+3", 1500)]
+)
+def test_a_pattern_needs_no_quotes(tmp_path: Path, text: str, value: object) -> None:
+    """4:8 would be 248 in YAML 1.1."""
+    path = tmp_path / "run.yaml"
+    compared = f"{{tasks: {{t: {{data: a, held_out: b}}}}, distillation: {{k: {text}}}}}"
+    path.write_text(f"base: b\noutput: o\ncompare: {compared}")
+    run = load_run(path, [f"compare.distillation.more={text}"])
+    assert run.compare is not None
+    assert run.compare.distillation == {"k": value, "more": value}
 
 
 def test_overrides_make_a_run_without_a_file() -> None:

@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 
 import loram_ray as lr
 from loram_ray.alignment.loop import ROWS_FILE
-from loram_ray.progress import METRICS_FILE
+from loram_ray.progress import METRICS_FILE, read_lines, restarts_in
 from loram_ray.tensorfile import Checkpoint
 
 STEPS, BATCH, WORKERS, EVERY = 48, 4, 2, 3
@@ -172,6 +172,8 @@ def test_a_killed_worker(folder: Path, untouched: Path, nodes: Nodes, seed: int)
     victims[chance.randrange(WORKERS)].kill()
     run.finish()
     assert_nothing_lost(output, untouched)
+    assert restarts_in(read_lines(output / METRICS_FILE)) == 1
+    assert restarts_in(read_lines(untouched / METRICS_FILE)) == 0
 
 
 @pytest.mark.parametrize("seed", tiny.first_of(range(4, 7)))

@@ -288,13 +288,13 @@ def test_a_run_that_recovers_a_delta_evaluates_what_it_merged(tmp_path: Path) ->
         "recover": {"form": "delta"},
         "merge": {},
         "evaluate": {"data": data},
-        "compare": True,
+        "baselines": True,
     }
     steps, rows = plan_steps(lr.RunConfig.model_validate(raw))
     configs = {step.name: step.config for step in steps}
     loram = configs["evaluate LoRAM"]
     assert (loram.model, loram.adapter) == (str(tmp_path / "merged"), None)
-    unaligned, merged = configs["evaluate LoRAM without alignment"], tmp_path / "compare"
+    unaligned, merged = configs["evaluate LoRAM without alignment"], tmp_path / "baselines"
     assert unaligned.model == str(merged / "merged_unaligned") and unaligned.adapter is None
     merging = configs["merge without alignment"]
     assert merging.adapter == configs["recover without alignment"].output

@@ -23,6 +23,7 @@ from masked import (
     weights,
 )
 from safetensors.torch import load_file
+from scored import score
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
@@ -30,7 +31,6 @@ import loram_ray as lr
 from loram_ray.corpus.batches import padded
 from loram_ray.corpus.examples import load_examples
 from loram_ray.corpus.stream import Share, open_order, read_chunk
-from loram_ray.evaluation.scoring import score
 from loram_ray.finetuning.masked import (
     BLOCK_ELEMENTS,
     MaskedLoraLinear,
@@ -294,12 +294,11 @@ def test_the_train_and_evaluate_stages_use_the_masks(tmp_path: Path, embedded_ra
     added = products(trained, plan, dict.fromkeys(scales(case.adapted), 16 / 4))
 
     def evaluation(name: str, model: Path, adapter: Path | None = None) -> lr.EvaluateConfig:
-        (tmp_path / f"{name}_work").mkdir()
         settings = {"model": str(model), "adapter": adapter, "output": tmp_path / name}
         return lr.EvaluateConfig(data=str(data), precision="fp32", cpus=1, **settings)
 
     def perplexity(name: str, model: Path) -> float:
-        return score(evaluation(name, model), tmp_path / f"{name}_work")["answer_perplexity"]
+        return score(evaluation(name, model))["answer_perplexity"]
 
     stock = load_model(case.base, "fp32")
     stock.load_state_dict(load_model(case.pruned, "fp32").state_dict())

@@ -1,4 +1,4 @@
-"""Text in an S3 store and on a hub, both served on this machine's loopback."""
+"""Text in an S3 store, in Google's and on a hub, all served on this machine's loopback."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import gzip
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import local_cluster
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,7 +33,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[str]:
+def s3() -> Iterator[str]:
     """A real S3 server; yields the query of its addresses."""
     server_module = pytest.importorskip("moto.server", reason="moto is a development dependency")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -40,15 +43,49 @@ def store() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         server.start()
         host, port = server.get_host_and_port()
-        yield f"?endpoint_override=http://{host}:{port}&region=us-east-1"
+        query = f"?endpoint_override=http://{host}:{port}&region=us-east-1"
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://texts{query}&allow_bucket_creation=true")
+        filesystem.create_dir("texts")
+        yield query
         server.stop()
 
 
 @pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    """A server of Google's store, in a process of its own: pyarrow reads with the GIL held."""
+    pytest.importorskip("gcp_storage_emulator", reason="it is a development dependency")
+    port = local_cluster.free_port()
+    command = f"start --host 127.0.0.1 --port {port} --in-memory --default-bucket texts"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "gcp_storage_emulator", *command.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not _listens(port):
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    yield f"?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=30"
+    server.terminate()
+    server.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as there:
+        return there.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def store(request: pytest.FixtureRequest) -> str:
+    """The query of a store's addresses."""
+    query: str = request.getfixturevalue(request.param)
+    return query
+
+
+@pytest.fixture(scope="module")
 def bucket(store: str) -> str:
-    query = f"{store}&allow_bucket_creation=true"
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://texts{query}")
-    filesystem.create_dir("texts")
+    address = "s3://texts" if "region" in store else "gs://anonymous@texts"
+    filesystem, _ = fs.FileSystem.from_uri(f"{address}{store}")
     table = pa.table({"text": TEXTS})
     objects = {
         "web/a.jsonl": LINES,
@@ -66,7 +103,7 @@ def bucket(store: str) -> str:
         pa.ipc.new_stream(sink, table.schema) as writer,
     ):
         writer.write_table(table, max_chunksize=9)
-    return "s3://texts"
+    return address
 
 
 def read_all(path: str) -> list[str | BadRow]:
@@ -103,7 +140,7 @@ def test_a_prepared_unit_of_an_object_is_that_of_the_file(
 
 
 def test_bad_objects_are_told_with_their_address(bucket: str, store: str) -> None:
-    with pytest.raises(LoramError, match=r"^s3://texts/cut/d.jsonl.gz\?.* is cut or damaged past"):
+    with pytest.raises(LoramError, match=rf"^{bucket}/cut/d.jsonl.gz\?.* is cut or damaged past"):
         read_all(f"{bucket}/cut{store}")
     with pytest.raises(LoramError, match=r"has none; check it"):
         read_all(f"{bucket}/absent{store}")
@@ -112,7 +149,7 @@ def test_bad_objects_are_told_with_their_address(bucket: str, store: str) -> Non
 
 
 def test_an_object_that_is_written_again_is_another(bucket: str, store: str) -> None:
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://texts{store}")
+    filesystem, _ = fs.FileSystem.from_uri(f"{bucket}{store}")
     seen = []
     for content in (b"one", b"one, longer"):
         with filesystem.open_output_stream("texts/again/x.txt") as stream:

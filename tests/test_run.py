@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import loram_ray as lr
-from loram_ray.stages.run import gain_kept, plan_steps
+from loram_ray.stages.run import loram_keeps, plan_steps
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pruning_plan.safetensors")
 
@@ -72,7 +72,7 @@ def test_a_run_compares_every_way_and_a_second_run_skips_all(
     base: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
     exact = {"data": str(tmp_path / "data.jsonl"), "exact_match": True, "max_new_tokens": 4}
-    raw = settings(base, tmp_path, tmp_path / "run", compare=True)
+    raw = settings(base, tmp_path, tmp_path / "run", baselines=True)
     raw["evaluate"].update(exact)
     config = lr.RunConfig.model_validate(raw)
     result = lr.run(config)
@@ -105,12 +105,12 @@ def test_gain_kept_is_the_share_of_full_loras_gain_in_log_perplexity() -> None:
         {"name": "LoRAM", "answer_perplexity": math.e**1.25},
         {"name": "LoRA on the full base", "answer_perplexity": math.e**1},
     ]
-    assert gain_kept(rows) == pytest.approx(0.75)
-    assert gain_kept(rows[:2]) is None
+    assert loram_keeps(rows) == pytest.approx(0.75)
+    assert loram_keeps(rows[:2]) is None
 
 
 def test_without_alignment_the_pruned_model_is_what_is_trained(base: Path, tmp_path: Path) -> None:
-    raw = settings(base, tmp_path, tmp_path / "run", compare=True)
+    raw = settings(base, tmp_path, tmp_path / "run", baselines=True)
     del raw["align"]
     steps, rows = plan_steps(lr.RunConfig.model_validate(raw))
     assert [step.name for step in steps][:4] == ["prune", "train", "recover", "merge"]

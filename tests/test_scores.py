@@ -9,38 +9,27 @@ import adapters
 import pytest
 import tiny
 import torch
+from scored import score
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loram_ray.config import EvaluateConfig
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.examples import Example, prompt_ids
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.scores import (
-    Likelihood,
-    answer_likelihood,
-    exact_matches,
-    text_likelihood,
-)
-from loram_ray.evaluation.scoring import score
+from loram_ray.evaluation.answers import exact_answers
+from loram_ray.evaluation.engine import Engine
+from loram_ray.evaluation.measurement import Found, Measurement
+from loram_ray.evaluation.perplexity import Perplexity, Stretch
 from loram_ray.modeling import load_model
-
-PADDING = 0
 
 
 def answered(place: str, asked: list[dict[str, str]], answer: str) -> Conversation:
     return Conversation(place, [*asked, {"role": "assistant", "content": answer}])
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    """A model whose weights are large enough for answers that differ from question to question."""
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(tiny.llama_config(layers=2)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return model
+@pytest.fixture
+def model(loud: LlamaForCausalLM) -> LlamaForCausalLM:
+    return loud
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +37,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny.tokenizer()
 
 
-def nothing(amount: int) -> None:
-    """Progress that is not shown."""
+@pytest.fixture
+def engine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    return Engine(model, tokenizer)
+
+
+@torch.inference_mode()
+def scored(engine: Engine, measurement: Measurement, size: int) -> dict[str, float | int]:
+    """Scores of a measurement in batches of a size."""
+    found: dict[int, Found] = {}
+    for numbers in measurement.batches(size):
+        items = [measurement.items[number] for number in numbers]
+        found.update(zip(numbers, measurement.score(engine, items, 0), strict=True))
+        assert len(numbers) <= size
+    assert sorted(found) == list(range(len(measurement.items)))
+    return measurement.scores([found[number] for number in sorted(found)])
+
+
+def perplexity_of(examples: list[Example], of: str = "answer") -> Perplexity:
+    return Perplexity("", [Stretch.of(example) for example in examples], of)
 
 
 @torch.no_grad()
@@ -76,56 +82,52 @@ def examples() -> list[Example]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_answer_likelihood_is_that_of_a_loop_over_tokens(
-    model: LlamaForCausalLM, batch_size: int
+def test_perplexity_of_answers_is_that_of_a_loop_over_tokens(
+    engine: Engine, model: LlamaForCausalLM, batch_size: int
 ) -> None:
-    expected = sum(naive_nll(model, e.input_ids, e.learnt[0][0]) for e in examples())
-    tokens = sum(len(e.input_ids) - e.learnt[0][0] for e in examples())
-    done: list[int] = []
-    found = answer_likelihood(model, examples(), PADDING, batch_size, done.append)
-    assert found.tokens == tokens
-    assert found.nll == pytest.approx(expected, rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(expected / tokens), rel=1e-5)
-    assert sum(done) == len(examples())
-    assert max(done) == min(batch_size, len(examples()))
+    nlls = [naive_nll(model, e.input_ids, e.learnt[0][0]) for e in examples()]
+    sizes = [len(e.input_ids) - e.learnt[0][0] for e in examples()]
+    found = scored(engine, perplexity_of(examples()), batch_size)
+    assert found["answer_tokens"] == sum(sizes)
+    assert found["examples"] == len(examples())
+    assert found["answer_perplexity"] == pytest.approx(math.exp(sum(nlls) / sum(sizes)), rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_text_likelihood_is_that_of_a_loop_over_tokens(
-    model: LlamaForCausalLM, batch_size: int
+def test_the_error_of_a_perplexity_is_that_of_drawing_the_examples_again(engine: Engine) -> None:
+    """Against a bootstrap over whole examples, which knows no formula."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [
+        Example(
+            "", torch.randint(3, tiny.VOCABULARY, (n,), generator=generator).tolist(), ((1, n),)
+        )
+        for n in torch.randint(4, 30, (60,), generator=generator).tolist()
+    ]
+    found = scored(engine, perplexity_of(drawn), 20)
+    rows = perplexity_of(drawn).score(engine, perplexity_of(drawn).items, 0)
+    nlls = torch.tensor([row["nll"] for row in rows], dtype=torch.float64)
+    tokens = torch.tensor([row["tokens"] for row in rows], dtype=torch.float64)
+    again = torch.randint(0, 60, (4000, 60), generator=generator)
+    error = (nlls[again].sum(dim=1) / tokens[again].sum(dim=1)).exp().std()
+    assert found["answer_perplexity_stderr"] == pytest.approx(float(error), rel=0.1)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    generator = torch.Generator().manual_seed(6)
-    sequences = torch.randint(3, tiny.VOCABULARY, (5, 10), generator=generator)
-    lengths = torch.tensor([10, 10, 10, 10, 4])
-    sequences[4, 4:] = PADDING
-    rows = [ids[:n].tolist() for ids, n in zip(sequences, lengths.tolist(), strict=True)]
-    expected = sum(naive_nll(model, ids, 1) for ids in rows)
-    done: list[int] = []
-    found = text_likelihood(model, sequences, lengths, batch_size, done.append)
-    assert found.tokens == 4 * 9 + 3
-    assert found.nll == pytest.approx(expected, rel=1e-5)
-    assert sum(done) == 5
-
-
-def test_a_sequence_of_one_token_has_nothing_to_predict(model: LlamaForCausalLM) -> None:
-    sequences = torch.tensor([[5, 6, 7, 8], [9, 0, 0, 0]])
-    found = text_likelihood(model, sequences, torch.tensor([4, 1]), 1, nothing)
-    assert found.tokens == 3
-    assert found.nll == pytest.approx(naive_nll(model, [5, 6, 7, 8], 1), rel=1e-5)
-
-
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
     model = LlamaForCausalLM(tiny.llama_config(layers=1)).eval()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = answer_likelihood(model, examples(), PADDING, 4, nothing)
-    assert found.perplexity == pytest.approx(tiny.VOCABULARY, rel=1e-5)
+    found = scored(Engine(model, tokenizer), perplexity_of(examples()), 4)
+    assert found["answer_perplexity"] == pytest.approx(tiny.VOCABULARY, rel=1e-5)
+    assert found["answer_perplexity_stderr"] == pytest.approx(0.0, abs=1e-3)
 
 
-def test_likelihoods_add_up_and_overflow_to_infinity() -> None:
-    assert Likelihood(1.5, 2) + Likelihood(2.0, 3) == Likelihood(3.5, 5)
-    assert Likelihood(math.log(2) * 4, 4).perplexity == pytest.approx(2.0)
-    assert Likelihood(1e6, 2).perplexity == math.inf
+def test_perplexities_overflow_to_infinity(engine: Engine) -> None:
+    measured = perplexity_of(examples())
+    assert measured.summed_up([{"nll": 1e6, "tokens": 2}])["answer_perplexity"] == math.inf
+    found = measured.summed_up([{"nll": math.log(2) * 4, "tokens": 4}])
+    assert found["answer_perplexity"] == pytest.approx(2.0)
+    assert math.isnan(found["answer_perplexity_stderr"]), "of one example nothing is known"
 
 
 @torch.no_grad()
@@ -149,7 +151,7 @@ def questions() -> list[list[dict[str, str]]]:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_exact_matches_are_those_of_one_question_at_a_time(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
+    engine: Engine, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
     answers = [
         naive_answer(model, tokenizer, prompt_ids(tokenizer, answered("", asked, "")), 6)
@@ -161,10 +163,10 @@ def test_exact_matches_are_those_of_one_question_at_a_time(
         answered(f"file:{i}", asked, f" {answer}\n" if i % 2 else f"{answer} and more")
         for i, (asked, answer) in enumerate(zip(questions(), answers, strict=True))
     ]
-    done: list[int] = []
-    found = exact_matches(model, tokenizer, conversations, batch_size, 6, done.append)
-    assert found == 3
-    assert sum(done) == 6
+    found = scored(engine, exact_answers("", tokenizer, conversations, 6), batch_size)
+    assert found["exact_match"] == 0.5
+    assert found["exact_match_stderr"] == pytest.approx(0.5 / math.sqrt(5))
+    assert found["questions"] == 6
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
@@ -188,15 +190,17 @@ def test_an_answer_ends_where_the_model_or_the_chat_template_ends_it(
         model.lm_head.weight[letter, 2] = 1.0
     right = answered("a:1", [{"role": "user", "content": "3+4="}], "7")
     wrong = answered("a:2", [{"role": "user", "content": "3+5="}], "8")
-    assert exact_matches(model, tokenizer, [right, wrong, right], 2, 9, nothing) == 2
+    measured = exact_answers("", tokenizer, [right, wrong, right], 9)
+    assert scored(Engine(model, tokenizer), measured, 2)["exact_match"] == pytest.approx(2 / 3)
 
 
 def test_scoring_leaves_the_model_as_it_was(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    engine: Engine, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    answer_likelihood(model, examples(), PADDING, 4, nothing)
-    exact_matches(model, tokenizer, [answered("a:1", questions()[0], "x")], 4, 3, nothing)
+    scored(engine, perplexity_of(examples()), 4)
+    asked = [answered("a:1", questions()[0], "x")]
+    scored(engine, exact_answers("", tokenizer, asked, 3), 4)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -204,11 +208,10 @@ def test_scoring_leaves_the_model_as_it_was(
 
 def evaluation(model: Path, folder: Path, **settings: object) -> dict[str, float | int]:
     """Score a model directory as the actor does, without Ray."""
-    (folder / "work").mkdir(exist_ok=True)
     config = EvaluateConfig.model_validate(
         {"model": str(model), "output": folder / "out", "precision": "fp32", **settings}
     )
-    return score(config, folder / "work")
+    return score(config)
 
 
 def test_scores_of_a_directory_are_those_of_its_model(base: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_pauses_double_until_patience_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["prune", "align", "train", "batch", "sweep", "evaluate", "pipeline"]
+    "name", ["prune", "align", "train", "batch", "sweep", "compare", "evaluate", "pipeline"]
 )
 def test_entry_points_for_ray_s_own_command(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

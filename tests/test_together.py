@@ -33,7 +33,10 @@ DIFFERENT: list[dict[str, Any]] = [
     {"lora": {"r": 2, "alpha": 3, "dropout": 0.0, "layers": [1, 2]}, "steps": 4, "seed": 5},
     {"lora": {**DROPOUT, "targets": ["q_proj", "down_proj"]}, "micro_batch_size": 4},
     {"lora": {"r": 8, "dropout": 0.1, "lm_head": True}, "micro_batch_size": 1, "seed": 1},
-    {"lora": DROPOUT, "optimiser": {"learning_rate": 1e-3, "b_learning_rate_ratio": 4.0}},
+    {
+        "lora": {**DROPOUT, "init": "eva"},
+        "optimiser": {"learning_rate": 1e-3, "b_learning_rate_ratio": 4.0},
+    },
     {"lora": DROPOUT, "eval_share": 0.3, "eval_every": 2, "steps": 7},
 ]
 

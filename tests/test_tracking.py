@@ -15,7 +15,14 @@ import torch
 
 import loram_ray as lr
 from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_of
-from loram_ray.progress import METRICS_FILE, MetricsLog, Reporter, follow
+from loram_ray.progress import (
+    METRICS_FILE,
+    MetricsLog,
+    Reporter,
+    follow,
+    read_lines,
+    restarts_in,
+)
 from loram_ray.tracking import Tracking, require_trackers, tracking
 
 SETTINGS = {"steps": 3, "optimiser": {"learning_rate": 1e-3}}
@@ -62,6 +69,17 @@ def test_the_last_lines_are_followed_when_the_work_has_ended(tmp_path: Path) -> 
     with Reporter("test", 3, "step") as reporter:
         follow(reporter, tmp_path / METRICS_FILE, finished, heard.extend)
     assert heard == LINES
+
+
+def test_restarts_are_counted_and_only_steps_that_are_left_stand(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    for resume_at, steps in ((0, (1, 2, 3)), (2, (3, 4)), (2, (3,))):
+        log = MetricsLog(path, resume_at)
+        for step in steps:
+            log.write(step)
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "restarts": 2}]
+    assert restarts_in(read_lines(path)) == 2
+    assert restarts_in(LINES) == restarts_in([]) == 0
 
 
 def run_twice(names: tuple[str, ...], tmp_path: Path) -> Path:

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from scored import score
 from test_finetuning import LR, STEPS, config, run_directly, started, wait_for_steps
 from torch._dynamo import utils as dynamo
 from torch.nn import functional
@@ -28,7 +29,9 @@ from loram_ray.cli import app
 from loram_ray.config import validate
 from loram_ray.corpus.batches import first_fit_decreasing, packed, padded
 from loram_ray.corpus.examples import ExampleTable
-from loram_ray.evaluation.scoring import score
+from loram_ray.finetuning.data import tables
+from loram_ray.finetuning.eva import explain_inputs
+from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.losses import IGNORED, summed_loss
 from loram_ray.modeling import load_tokenizer
@@ -283,7 +286,9 @@ def test_evaluations_leave_the_training_of_nf4_as_it_is(
             assert tensor.abs().max() > 0, name
 
     orthogonal = config(quantized, data, tmp_path, lora={"r": 4, "init": "orthogonal"})
-    with pytest.raises(lr.LoramError, match=r"train.lora.init must be default or gaussian on a"):
+    with pytest.raises(
+        lr.LoramError, match=r"train.lora.init must be default, gaussian or eva on a"
+    ):
         run_directly(orthogonal, tmp_path / "orthogonal")
 
 
@@ -402,6 +407,7 @@ def test_an_attention_that_the_machine_lacks_is_one_line(
     [
         {"init": "gaussian", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 8.0}},
         {"init": "orthogonal", "use_rslora": True, "layers": [1, 2], "exclude": ["k_proj"]},
+        {"init": "eva", "alpha_pattern": {"q_proj": 2.0}, "dropout": 0.1},
     ],
 )
 def test_what_is_learnt_under_an_option_is_recovered_exactly(
@@ -441,6 +447,57 @@ def test_what_is_learnt_under_an_option_is_recovered_exactly(
     assert saved["rank_pattern"] == options.get("rank_pattern", {})
 
 
+def test_eva_starts_from_the_directions_that_inputs_vary_most_in(
+    pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    """Against the principal components of all inputs at once."""
+    rank = 4
+    lora = {"r": rank, "init": "eva", "lm_head": True}
+    settings = config(pruned, data, tmp_path, lora=lora)
+    frozen = FrozenModel.load(settings)
+    learnt, _ = tables(settings, load_tokenizer(pruned), tmp_path)
+    seen: dict[str, list[torch.Tensor]] = {}
+    with frozen.adapted(settings) as model:
+        before = torch.random.get_rng_state()
+        explain_inputs(model, learnt, settings, frozen)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+        for name, layer in layers.items():
+            layer.base_layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0])
+            )
+        with torch.no_grad(), model.disable_adapter():
+            labels = []
+            for row in (learnt[i] for i in range(len(learnt))):
+                model(input_ids=torch.tensor([row["input_ids"]]))
+                labels.append(torch.tensor([IGNORED, *row["labels"][1:]]) != IGNORED)
+        at_labels = torch.cat(labels)
+        assert len(layers) == 4 * 7 + 1
+        shares = []
+        for name, layer in layers.items():
+            states = torch.cat(seen[name])[at_labels]
+            states = states - states.mean(0)
+            most = torch.linalg.svdvals(states)[:rank].square().sum()
+            a = layer.lora_A["default"].weight.detach()
+            torch.testing.assert_close(a @ a.T, torch.eye(rank), atol=1e-4, rtol=0)
+            shares.append((states @ a.T).square().sum() / most)
+            assert not layer.lora_B["default"].weight.any()
+        assert min(shares) > 0.8 and sum(shares) / len(shares) > 0.95, shares  # random rows: 0.1
+
+
+def test_trainings_from_eva_are_repeated_and_say_what_they_lack(
+    pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    quantized = lr.quantize(lr.QuantizeConfig(model=pruned, output=tmp_path / "quantized")).output
+    settings = config(quantized, data, tmp_path, lora={"r": 4, "init": "eva"})
+    first, second = (run_directly(settings, tmp_path / name) for name in ("first", "second"))
+    assert losses(first) == losses(second)
+    assert losses(first)[-1] < losses(first)[0]
+    wide = config(pruned, data, tmp_path, lora={"r": 48, "init": "eva"})
+    with pytest.raises(lr.LoramError, match=r"with at least r = 48 labels, this data has none at"):
+        run_directly(wide, tmp_path / "wide")
+
+
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
@@ -453,6 +510,7 @@ def test_what_is_learnt_under_an_option_is_recovered_exactly(
         ({"bias": "all"}, "bias cannot be recovered: a trained bias"),
         ({"init_lora_weights": True}, "init_lora_weights is called init here"),
         ({"init": "orthogonal", "r": 5}, "r must be even with init = orthogonal, got 5"),
+        ({"init": "eva", "rank_pattern": {"q_proj": 2}}, "rank_pattern must be left out with init"),
         ({"layers": [1], "lm_head": True}, "lm_head must be false where layers are chosen"),
     ],
 )
@@ -517,7 +575,7 @@ def test_a_given_chat_template_is_trained_with_and_goes_with_the_adapter(
     evaluation = lr.EvaluateConfig(
         model=str(base), adapter=recovered, data=str(data), output=tmp_path / "unwritten"
     )
-    scores = score(evaluation, tmp_path)
+    scores = score(evaluation)
     assert scores["answer_tokens"] == sum(len(row["completion"]) + 1 for row in tiny.questions())
 
 

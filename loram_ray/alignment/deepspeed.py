@@ -167,10 +167,10 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
         LoramError: the weights lack a parameter of the model.
     """
     partitioned = ds_config["zero_optimization"]["stage"] == 3
-    with _default_dtype(DTYPES[precision]), no_init_weights():
+    with no_init_weights():
         config = AutoConfig.from_pretrained(directory)
         with _partitioning(ds_config) if partitioned else nullcontext():
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
         model.tie_weights()
     with Checkpoint(directory) as checkpoint, torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -232,13 +232,3 @@ def _whole(parameters: list[Any], partitioned: bool, write: bool) -> Iterator[bo
     deepspeed = import_deepspeed()
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
         yield torch.distributed.get_rank() == 0
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -105,7 +105,9 @@ def _train(
     step, begun = progress.steps, time.perf_counter() - progress.seconds
     is_last = step >= config.total_steps or _time_is_up(config, progress, engine.device)
     log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
-    rows = MetricsLog(loop.work / ROWS_FILE, step) if rank == 0 and config.log_rows else None
+    rows = None
+    if rank == 0 and config.log_rows:  # as of a run that was never touched
+        rows = MetricsLog(loop.work / ROWS_FILE, step, count_restarts=False)
     notice, stood_still = PreemptionNotice(), 0.0
     module: AlignmentModel = engine.module
     mfu_per_rate = _mfu_per_rate(config, module, workers)

@@ -11,17 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from loram_ray.batching.schedule import Outcome, Schedule, WorkerDied, run_tasks
+from loram_ray.actors import Actors
 from loram_ray.batching.tasks import Task, tasks_of
-from loram_ray.cluster import (
-    actor_of,
-    cause_of,
-    gpus_per_worker,
-    ray_session,
-    require_resources,
-)
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
-from loram_ray.errors import LoramError
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.together import Together
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
@@ -29,6 +22,7 @@ from loram_ray.manifest import identify_model
 from loram_ray.modeling import family_of
 from loram_ray.progress import METRICS_FILE, Reporter, last_line
 from loram_ray.results import write_results
+from loram_ray.schedule import Outcome, Schedule, run_tasks
 from loram_ray.stage import StageDirectory
 from loram_ray.stages.recover import recover
 from loram_ray.stages.train import require_room, train_by
@@ -79,7 +73,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
     ):
         require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
         state = _Progress(reporter, tasks)
-        actors = _Actors(config)
+        actors = Actors(TaskActor, (each,), config.cpus, config.gpus, each)
         schedule = Schedule(list(tasks), config.max_failures)
         try:
             run_tasks(
@@ -126,57 +120,6 @@ class TaskActor:
         return train_adapter(config, work, output, frozen, together)
 
 
-class _Actors:
-    """An actor for each worker's number, made when it is first asked for."""
-
-    def __init__(self, config: BatchConfig) -> None:
-        self._adapters = config.adapters_per_actor
-        self._class = actor_of(
-            TaskActor, config.cpus, config.gpus, max_failures=0, calls_at_a_time=self._adapters
-        )
-        self._made: dict[int, Any] = {}
-        self._changing = threading.Lock()
-
-    def train(self, number: int, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
-        with self._changing:
-            if number not in self._made:
-                self._made[number] = self._class.remote(self._adapters)
-            actor = self._made[number]
-        try:
-            summary: TrainingSummary = ray.get(actor.train.remote(config, work, output))
-        except RayTaskError as error:
-            cause = cause_of(error)
-            if not isinstance(cause, LoramError | OSError):  # who knows what state it is in
-                self._forget(number, actor)
-                ray.kill(actor)
-            raise cause from error
-        except RayActorError as error:
-            self._forget(number, actor)
-            raise WorkerDied(" ".join(str(error).split())[:200]) from error
-        return summary
-
-    def _forget(self, number: int, actor: Any) -> None:
-        with self._changing:
-            if self._made.get(number) is actor:  # and no other thread was here before
-                del self._made[number]
-
-    def release(self, number: int) -> None:
-        """Give back what an actor holds: another may wait for it, or the cluster shrinks."""
-        import ray
-
-        with self._changing:
-            actor = self._made.pop(number, None)
-        if actor is not None:
-            ray.kill(actor)
-
-    def stop(self) -> None:
-        for number in list(self._made):
-            self.release(number)
-
-
 class _Progress:
     """What is shown: how many tasks have ended, and how far those are that run."""
 
@@ -211,14 +154,15 @@ class _Progress:
 
 
 def _do(
-    task: Task, actors: _Actors, number: int, identity: tuple[str, str], state: _Progress
+    task: Task, actors: Actors, number: int, identity: tuple[str, str], state: _Progress
 ) -> Outcome:
     """Train and recover one task; called again if its actor dies."""
     started = time.perf_counter()
     state.begun(task.name)
 
     def training(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
-        return actors.train(number, config, work, output)
+        summary: TrainingSummary = actors.call(number, "train", config, work, output)
+        return summary
 
     trained = train_by(task.train, training, identity)
     recovered = None if task.recover is None else recover(task.recover)

@@ -20,7 +20,7 @@ from loram_ray.config import (
     with_values,
 )
 from loram_ray.errors import LoramError
-from loram_ray.plan import PLAN_FILE
+from loram_ray.stages.recover import recovery_in
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def _task(
     settings = with_values(over(config.train, task.train), grid)
     if task.seed is not None:
         settings["seed"] = task.seed
-    recovers = config.base is not None and (config.model / PLAN_FILE).exists()
-    trained = folder / ("adapter_pruned" if recovers else "adapter")
+    trained, recover = recovery_in(folder, config.model, config.base)
     settings.update(
         model=config.model,
         output=trained,
@@ -115,7 +114,4 @@ def _task(
         max_failures=config.max_failures,
     )
     train: TrainConfig = validate(TrainConfig, settings, f"{key} ({name})")
-    recover = None
-    if recovers:
-        recover = RecoverConfig(adapter=trained, base=config.base, output=folder / "adapter")
     return Task(name, train, recover, task.priority)

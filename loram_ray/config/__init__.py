@@ -7,8 +7,10 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 
 from loram_ray.config.align import AlignConfig, DistillationConfig
 from loram_ray.config.batch import BatchConfig, TaskConfig
+from loram_ray.config.compare import CompareConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
-from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
+from loram_ray.config.evaluate import EvaluateConfig
+from loram_ray.config.finetune import MergeConfig, RecoverConfig
 from loram_ray.config.grids import named, with_values
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
@@ -19,8 +21,9 @@ from loram_ray.config.section import (
     Precision,
     RayConfig,
     Section,
+    kind_of,
     over,
-    section_type,
+    section_types,
 )
 from loram_ray.config.sweep import RangeConfig, SweepConfig
 from loram_ray.config.train import LoraConfig, TrainConfig
@@ -29,6 +32,7 @@ __all__ = [
     "AlignConfig",
     "BatchConfig",
     "CalibrationConfig",
+    "CompareConfig",
     "CorpusConfig",
     "DistillationConfig",
     "EvaluateConfig",
@@ -55,12 +59,13 @@ __all__ = [
     "TextSource",
     "TrainConfig",
     "fill_paths",
+    "kind_of",
     "load_run",
     "named",
     "over",
     "recovers_delta",
     "section_of",
-    "section_type",
+    "section_types",
     "validate",
     "with_values",
 ]

@@ -61,6 +61,11 @@ class AlignConfig(Section):
     pruned: Path = Field(description="directory written by prune")
     output: Path = Field(description="directory to write")
     corpus: CorpusConfig
+    prepared: Path | None = Field(
+        None,
+        description="directory of the packed corpus and of the base's targets, which alignments "
+        "over one corpus can share; default: beside the output",
+    )
     isolate_documents: bool = Field(
         False, description="documents packed into one sequence do not see each other"
     )

@@ -1,4 +1,4 @@
-"""Settings of what a user does after training: recovery, merging, evaluation."""
+"""Settings of what makes a trained adapter the base's: recovery and merging."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.corpus import TextConfig
-from loram_ray.config.section import Precision, Section
+from loram_ray.config.section import Section
 
 
 class RecoverConfig(Section):
@@ -69,38 +68,3 @@ class MergeConfig(Section):
         description="compare the merged model's logits with those of base and adapter, one layer "
         "in memory at a time, and refuse a merged model that is another",
     )
-
-
-class EvaluateConfig(Section):
-    """evaluate: perplexity, and exact match of generated answers."""
-
-    model: str = Field(
-        description="base, pruned, aligned, quantised or merged model: a directory or hub id"
-    )
-    output: Path = Field(description="directory to write")
-    adapter: Path | None = Field(None, description="adapter to put on the model")
-    data: str | None = Field(None, description="rows as train takes: perplexity of the answers")
-    chat_template: Path | None = Field(
-        None, description="Jinja file; default: what the adapter was trained with, or the model's"
-    )
-    text: TextConfig | None = Field(None, description="plain text: perplexity of all of it")
-    limit: int | None = Field(None, ge=1, description="use the first rows only")
-    max_length: int = Field(512, ge=8, description="longer examples are cut on the right")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="as in train")
-    batch_size: int = Field(16, ge=1, description="examples in one forward")
-    exact_match: bool = Field(False, description="generate and compare with the answer")
-    max_new_tokens: int = Field(64, ge=1, description="longest generated answer")
-    precision: Precision = Field("bf16", description="of weights and activations")
-    max_failures: int = Field(3, ge=0, description="actor failures survived")
-    cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
-    gpus: float = Field(
-        1.0, gt=0, le=1, description="share of a GPU, where there is one; others may use the rest"
-    )
-
-    @model_validator(mode="after")
-    def _something_to_measure(self) -> EvaluateConfig:
-        if self.data is None and self.text is None:
-            raise ValueError("data or text must be given; name what to evaluate on")
-        if self.exact_match and self.data is None:
-            raise ValueError("exact_match needs data; give questions with their answers")
-        return self

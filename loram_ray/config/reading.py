@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from loram_ray.config.run import STAGES, RunConfig
-from loram_ray.config.section import Section, section_type
+from loram_ray.config.section import Section, kind_of, section_types
 from loram_ray.errors import LoramError, nearest
 
 
@@ -75,9 +75,24 @@ def _causes(errors: Sequence[Any]) -> list[Any]:
     ]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 4:8 is a pattern, not 248: PyYAML counts to base sixty, as YAML 1.1 did."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"(?!.*\d:)" + pattern.pattern, pattern.flags))
+        if tag.endswith((":int", ":float"))
+        else (tag, pattern)
+        for tag, pattern in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
         raise LoramError(f"--config {path} does not exist; check the path") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -95,7 +110,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise LoramError(f"--set must be key=value, got '{override}'; e.g. --set train.lora.r=16")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise LoramError(f"--set {key} has a value that is not YAML: {text}; quote it") from error
     *parents, last = key.split(".")
@@ -142,10 +157,12 @@ def _describe(model: type[BaseModel], error: Any) -> str:
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Names of the fields of the section at a location, for suggestions."""
     current: type[BaseModel] = model
+    by_kind: dict[str, type[Section]] = {}
     for part in location:
-        if not isinstance(part, str) or part not in current.model_fields:
-            continue
-        inner = section_type(current.model_fields[part].annotation)
-        if inner is not None:
-            current = inner
+        if part in by_kind:  # which section of several it is comes after its number
+            current = by_kind[part]
+        elif part in current.model_fields:
+            inside = section_types(current.model_fields[part].annotation)
+            current = inside[0] if inside else current
+            by_kind = {kind_of(section): section for section in inside} if inside[1:] else {}
     return list(current.model_fields)

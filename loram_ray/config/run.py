@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from loram_ray.config.align import AlignConfig
 from loram_ray.config.batch import BatchConfig
-from loram_ray.config.finetune import EvaluateConfig, MergeConfig, RecoverConfig
+from loram_ray.config.compare import CompareConfig
+from loram_ray.config.evaluate import EvaluateConfig
+from loram_ray.config.finetune import MergeConfig, RecoverConfig
 from loram_ray.config.prune import PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.section import RayConfig, Section
@@ -26,6 +28,7 @@ STAGES: dict[str, type[Section]] = {
     "recover": RecoverConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
     "export": ExportConfig,
     "quantize": QuantizeConfig,
     "publish": PublishConfig,
@@ -46,10 +49,11 @@ class RunConfig(Section):
     recover: RecoverConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
+    compare: CompareConfig | None = None
     export: ExportConfig | None = None
     quantize: QuantizeConfig | None = None
     publish: PublishConfig | None = None
-    compare: bool = Field(
+    baselines: bool = Field(
         False,
         description="also train without alignment and on the full base, and evaluate each",
     )
@@ -85,15 +89,17 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     template = dict(train).get("chat_template") if isinstance(train, Section | Mapping) else None
     if template is not None:
         loram["chat_template"] = template
+    learnt, held_out = _first_task(filled.get("compare"))
     derived: dict[str, dict[str, Any]] = {
         "prune": {"base": base, "output": pruned},
         "align": {"base": base, "pruned": pruned, "output": aligned},
-        "train": {"model": small, "output": pruned_adapter},
+        "train": {"model": small, "output": pruned_adapter, **learnt},
         "batch": {"model": small, "base": base, "output": root / "batch"},
         "sweep": {"model": small, "base": base, "output": root / "sweep"},
         "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
         "merge": {"base": base, "adapter": adapter, "output": merged},
-        "evaluate": {**loram, "output": root / "evaluation" / "loram"},
+        "evaluate": {**loram, "output": root / "evaluation" / "loram", **held_out},
+        "compare": {"output": root / "comparison"},
         "export": {"model": str(merged), "output": root / "gguf"},
         "quantize": {"model": small, "output": quantized, "base": base},
         "publish": {
@@ -106,6 +112,17 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(section, Mapping):
             filled[name] = {**paths, **section}
     return filled
+
+
+def _first_task(compare: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Data of the first task that is compared, for train and for evaluate; empty without one."""
+    section = dict(compare) if isinstance(compare, Section | Mapping) else {}
+    tasks = section.get("tasks")
+    task = next(iter(tasks.values()), None) if isinstance(tasks, Mapping) and tasks else None
+    given = dict(task) if isinstance(task, Section | Mapping) else {}
+    names = (("data", "data"), ("held_out", "data"))
+    learnt, held_out = ({to: given[key]} if key in given else {} for key, to in names)
+    return learnt, held_out
 
 
 def recovers_delta(recover: Any) -> bool:

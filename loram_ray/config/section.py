@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -52,12 +52,14 @@ def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def section_type(annotation: Any) -> type[Section] | None:
-    """Return the section class in an annotation such as ``AlignConfig | None``, or None."""
+def kind_of(section: type[Section]) -> str:
+    """The kind by which a section is told from others that may stand in its place."""
+    return str(get_args(section.model_fields["kind"].annotation)[0])
+
+
+def section_types(annotation: Any) -> list[type[Section]]:
+    """Return the section classes in an annotation such as ``AlignConfig | None``."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = section_type(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [found for argument in arguments for found in section_types(argument)]

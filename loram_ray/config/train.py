@@ -53,10 +53,10 @@ class LoraConfig(Section):
     rank_pattern: dict[str, int] = Field({}, description="rank by module-name pattern")
     alpha_pattern: dict[str, float] = Field({}, description="alpha by module-name pattern")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
-    init: Literal["default", "gaussian", "orthogonal"] = Field(
+    init: Literal["default", "gaussian", "orthogonal", "eva"] = Field(
         "default",
-        description="of A and B, whose product is zero: Kaiming-uniform A, normal A, or A and B "
-        "with orthogonal rows",
+        description="of A and B, whose product is zero: Kaiming-uniform A, normal A, A and B with "
+        "orthogonal rows, or as A the directions in which the inputs vary most (EVA)",
     )
     dtype: Precision = Field("fp32", description="of the adapter's weights and optimiser state")
 
@@ -75,7 +75,7 @@ class LoraConfig(Section):
         if isinstance(start, str) and start.lower().startswith(_CHANGING_THE_WEIGHTS):
             raise ValueError(
                 f"init = {start} cannot be recovered: it changes the frozen weights, and what it "
-                "takes out of the pruned ones is not in the base's; take default or orthogonal"
+                "takes out of the pruned ones is not in the base's; take default, orthogonal or eva"
             )
         return data
 
@@ -85,6 +85,16 @@ class LoraConfig(Section):
             raise ValueError(
                 "lm_head must be false where layers are chosen, as it is in none of them, got "
                 "true; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_rank_for_eva(self) -> LoraConfig:
+        if self.init == "eva" and self.rank_pattern:
+            raise ValueError(
+                "rank_pattern must be left out with init = eva, which finds equally many "
+                f"directions for linears of the same input, got {dict(self.rank_pattern)}; leave "
+                "one of the two out"
             )
         return self
 

@@ -1,1 +1,1 @@
-"""Evaluation: perplexity and exact match."""
+"""Evaluation: perplexity, multiple choice, generated answers, programs."""

@@ -1,47 +1,179 @@
-"""Scoring a model on held-out data; runs inside the actor."""
+"""Scoring a model: batches of all measurements, each on its own, in one process or on actors."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loram_ray.adapter import own_template
-from loram_ray.config import EvaluateConfig, TextConfig
-from loram_ray.corpus.conversations import Conversation
-from loram_ray.corpus.examples import load_examples
-from loram_ray.corpus.pack import end_of_text, pack, tokenise
-from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
+from loram_ray.config import EvaluateConfig
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.scores import answer_likelihood, exact_matches, text_likelihood
+from loram_ray.evaluation.engine import Engine
+from loram_ray.evaluation.measurement import Found, Measurement, Scores
+from loram_ray.evaluation.measurements import measurements_of
 from loram_ray.modeling import load_model, load_tokenizer, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
 
-def score(config: EvaluateConfig, work: Path) -> dict[str, float | int]:
-    """Compute the scores; runs inside the actor."""
-    with alone(work), torch.inference_mode():
-        started = time.perf_counter()
+@dataclass(frozen=True)
+class Batch:
+    """Items of a measurement that are scored together.
+
+    Attributes:
+        number: of the batch.
+        measurement: number of the measurement.
+        items: their numbers.
+    """
+
+    number: int
+    measurement: int
+    items: list[int]
+
+
+class Plan:
+    """All that is to be scored, and in which batches: these do not depend on who scores them.
+
+    Args:
+        config: of the evaluation.
+
+    Attributes:
+        measurements: with their items.
+        batches: by number.
+
+    Raises:
+        LoramError: as `measurements_of`.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        tokenizer = tokenizer_of(config)
+        self.measurements = measurements_of(config, tokenizer)
+        parts = [
+            (measurement, items)
+            for measurement, of_it in enumerate(self.measurements)
+            for items in of_it.batches(config.batch_size)
+        ]
+        self.batches = [Batch(number, *part) for number, part in enumerate(parts)]
+
+    @property
+    def items(self) -> int:
+        """Items of all measurements."""
+        return sum(len(batch.items) for batch in self.batches)
+
+    def asked(self, batch: Batch) -> tuple[int, Measurement, list[Any]]:
+        """What `Scorer.score` is given of a batch."""
+        measurement = self.measurements[batch.measurement]
+        items = [measurement.items[number] for number in batch.items]
+        return batch.number, measurement.without_items(), items
+
+    def found(self, by_batch: dict[int, list[Found]]) -> list[list[Found]]:
+        """What was found of each measurement's items, in their order.
+
+        Args:
+            by_batch: of each batch, by its number; of some or of all.
+        """
+        of_items: list[dict[int, Found]] = [{} for _ in self.measurements]
+        for number, found in by_batch.items():
+            batch = self.batches[number]
+            of_items[batch.measurement].update(zip(batch.items, found, strict=True))
+        return [[found[number] for number in sorted(found)] for found in of_items]
+
+    def scores(self, by_batch: dict[int, list[Found]]) -> Scores:
+        """The scores of all measurements."""
+        scores: Scores = {}
+        for measurement, found in zip(self.measurements, self.found(by_batch), strict=True):
+            scores |= measurement.scores(found)
+        return scores
+
+
+def tokenizer_of(config: EvaluateConfig) -> Any:
+    """The model's tokenizer, with the chat template that is given, or that the adapter has."""
+    template = config.chat_template or own_template(config.adapter)
+    return load_tokenizer(config.model, template, "evaluate.chat_template")
+
+
+class Scorer:
+    """Keeps a model, from when it is first needed, and scores batches with it.
+
+    Args:
+        config: of the evaluation; its paths are absolute where this is an actor.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self._config = config
+        self._size = 0, 0
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The model with its adapter."""
+        config = self._config
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        template = config.chat_template or own_template(config.adapter)
-        tokenizer = load_tokenizer(config.model, template, "evaluate.chat_template")
-        model = load_model(config.model, config.precision, device)
-        count, nbytes = parameters_and_bytes(model.parameters())
-        scores: dict[str, float | int] = {"model_parameters": count, "model_bytes": nbytes}
-        causal_lm: Any = model
+        model: Any = load_model(config.model, config.precision, device)
+        self._size = parameters_and_bytes(model.parameters())
         if config.adapter is not None:
-            causal_lm = with_adapter(model, config.model, config.adapter, "evaluate.adapter")
-        causal_lm.eval()
-        log = _Progress(MetricsLog(work / METRICS_FILE))
-        if config.data is not None:
-            scores.update(_score_answers(causal_lm, tokenizer, config, log))
-        if config.text is not None:
-            scores.update(_score_text(causal_lm, tokenizer, config.text, config.batch_size, log))
-        return {**scores, "seconds": time.perf_counter() - started}
+            model = with_adapter(model, config.model, config.adapter, "evaluate.adapter")
+        return Engine(model.eval(), tokenizer_of(config))
+
+    def size(self) -> Scores:
+        """Parameters of the model without an adapter, and the bytes that hold them."""
+        assert self.engine
+        return dict(zip(("model_parameters", "model_bytes"), self._size, strict=True))
+
+    def harness(self, work: Path) -> tuple[Scores, dict[str, list[Any]]]:
+        """Run the tasks of lm-eval; see `harness.run_harness`.
+
+        Args:
+            work: directory for what is answered, and for how far it is.
+
+        Raises:
+            LoramError: lm-eval is not installed, or does not have a task.
+        """
+        try:
+            from loram_ray.evaluation.harness import run_harness
+        except ImportError as error:
+            raise LoramError(
+                f"evaluate.lm_eval needs the package lm-eval ({error}); "
+                "pip install 'loram-ray[lm-eval]'"
+            ) from error
+        config = self._config
+        assert config.lm_eval is not None
+        log = MetricsLog(work / METRICS_FILE)
+        answered = 0
+
+        def advance(requests: int) -> None:
+            nonlocal answered
+            answered += requests
+            log.write(answered)
+
+        with alone(work), torch.inference_mode():
+            return run_harness(
+                self.engine, config.lm_eval, work, config.batch_size, config.seed, advance
+            )
+
+    def score(
+        self, number: int, measurement: Measurement, items: Sequence[Any]
+    ) -> tuple[list[Found], float]:
+        """Score a batch.
+
+        Args:
+            number: of the batch, which tells what is sampled in it from what is in others.
+            measurement: without its items.
+            items: of the batch.
+
+        Returns:
+            What was found of each item, and how many seconds it took, without loading.
+        """
+        engine, seed = self.engine, (self._config.seed + number) % 2**32
+        started = time.perf_counter()
+        with torch.inference_mode():
+            found = measurement.score(engine, items, seed)
+        return found, time.perf_counter() - started
 
 
 def with_adapter(model: Any, directory: str, adapter: Path, key: str) -> Any:
@@ -66,88 +198,3 @@ def with_adapter(model: Any, directory: str, adapter: Path, key: str) -> Any:
             f"{key} {adapter} does not fit the model ({reason:.300}); "
             "use the model that it was trained for"
         ) from error
-
-
-class _Progress:
-    """Counts rows done and writes them where the driver looks."""
-
-    def __init__(self, log: MetricsLog) -> None:
-        self._log = log
-        self._done = 0
-        self.total = 0
-
-    def advance(self, rows: int) -> None:
-        self._done += rows
-        self._log.write(self._done, total=self.total)
-
-
-def _score_answers(
-    model: Any, tokenizer: Any, config: EvaluateConfig, log: _Progress
-) -> dict[str, float | int]:
-    assert config.data is not None
-    rows = list(
-        load_examples(
-            tokenizer,
-            config.data,
-            config.max_length,
-            config.max_bad_share,
-            "evaluate.data",
-            config.limit,
-        )
-    )
-    asked = [row for row, _ in rows if isinstance(row, Conversation)]
-    if config.exact_match and len(asked) < len(rows):
-        raise LoramError(
-            "evaluate.exact_match needs questions with answers, "
-            f"{config.data} holds plain text; set it to false or give other data"
-        )
-    log.total += len(rows) * (2 if config.exact_match else 1)
-    examples = [example for _, example in rows]
-    likelihood = answer_likelihood(
-        model, examples, end_of_text(tokenizer), config.batch_size, log.advance
-    )
-    scores: dict[str, float | int] = {
-        "answer_perplexity": likelihood.perplexity,
-        "answer_tokens": likelihood.tokens,
-        "examples": len(rows),
-    }
-    if config.exact_match:
-        matches = exact_matches(
-            model, tokenizer, asked, config.batch_size, config.max_new_tokens, log.advance
-        )
-        scores["exact_match"] = matches / len(rows)
-    return scores
-
-
-def _score_text(
-    model: Any, tokenizer: Any, corpus: TextConfig, batch_size: int, log: _Progress
-) -> dict[str, float | int]:
-    bad: list[BadRow] = []
-    good = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal good
-        for unit in list_units(corpus.sources, "evaluate.text.sources"):
-            for document in documents(unit):
-                if isinstance(document, BadRow):
-                    bad.append(document)
-                else:
-                    good += 1
-                    yield document
-
-    sequences, lengths = pack(
-        tokenise(tokenizer, texts()), corpus.sequence_length, end_of_text(tokenizer)
-    )
-    key = "evaluate.text.max_bad_share"
-    refuse_bad_rows(bad, good + len(bad), corpus.max_bad_share, key)
-    if not len(sequences):
-        raise LoramError("evaluate.text.sources must hold text, no document was found; add some")
-    log.total += len(sequences)
-    likelihood = text_likelihood(
-        model,
-        torch.from_numpy(sequences).long(),
-        torch.from_numpy(lengths).long(),
-        batch_size,
-        log.advance,
-    )
-    return {"text_perplexity": likelihood.perplexity, "text_tokens": likelihood.tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import peft
@@ -18,7 +19,12 @@ from loram_ray.finetuning.masked import put_adapter_on
 from loram_ray.modeling import DTYPES
 from loram_ray.tensorfile import TensorSpec, TensorWriter
 
-_INITIALISATIONS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_INITIALISATIONS = {
+    "default": True,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "eva": "eva",
+}
 
 
 def lora_config(config: LoraConfig, family: Architecture) -> peft.LoraConfig:
@@ -38,6 +44,7 @@ def lora_config(config: LoraConfig, family: Architecture) -> peft.LoraConfig:
         alpha_pattern=dict(config.alpha_pattern),  # type: ignore[arg-type]
         use_rslora=config.use_rslora,
         init_lora_weights=_INITIALISATIONS[config.init],  # type: ignore[arg-type]
+        eva_config=peft.EvaConfig(rho=1.0) if config.init == "eva" else None,
         task_type="CAUSAL_LM",
     )
 
@@ -63,12 +70,14 @@ def new_adapter(
     """
     if config.init == "orthogonal" and getattr(frozen, "is_loaded_in_4bit", False):
         raise LoramError(
-            "train.lora.init must be default or gaussian on a quantised model, got orthogonal, "
-            "which PEFT makes in the dtype of the frozen weights; change it"
+            "train.lora.init must be default, gaussian or eva on a quantised model, got "
+            "orthogonal, which PEFT makes in the dtype of the frozen weights; change it"
         )
     settings = lora_config(config, family)
     try:
-        model = put_adapter_on(frozen, directory, settings, masks)
+        with warnings.catch_warnings():  # of a way to save memory that shells do not need
+            warnings.filterwarnings("ignore", "lora with eva initialization")
+            model = put_adapter_on(frozen, directory, settings, masks)
     except ValueError as error:
         raise LoramError(
             f"train.lora.targets must name linears of the model, got {config.targets} "

@@ -30,6 +30,7 @@ from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.data import tables
+from loram_ray.finetuning.eva import explain_inputs
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.together import Seat, Together
 from loram_ray.memory import peak_memory_gb
@@ -255,8 +256,12 @@ def train_adapter(
                 model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, seat, heard
             )
             started = time.perf_counter()
+            last = _last_checkpoint(work)
+            if config.lora.init == "eva" and last is None:
+                begin = functools.partial(explain_inputs, model, learnt, config, frozen)
+                begin() if seat is None else seat.compute(begin)
             try:
-                trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+                trainer.train(resume_from_checkpoint=last)
                 save_adapter(model, output)
             except LoramError:
                 raise

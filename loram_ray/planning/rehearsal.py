@@ -1,8 +1,8 @@
 """Peak memory of a training step, by carrying it out on tensors that have shapes and no values.
 
 The model, PEFT's adapter, the loss and the backward pass are those that `train` runs; a linear in
-NF4 is one that makes its weight in bfloat16 whenever it is asked, as bitsandbytes does. AdamW is
-fused, and makes no tensor of its own but its moments.
+NF4 is one that makes its weight whole whenever it is asked, as bitsandbytes does. AdamW is fused,
+and makes no tensor of its own but its moments.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def training_memory(
     weights = sizes.nf4_loaded if quantized else dtype.itemsize * sizes.parameters
     tracker = _Tracker(model.config.vocab_size)
     if quantized:
-        _quantize(model, tracker)
+        _quantize(model, tracker, dtype)
     with warnings.catch_warnings():  # PEFT asks for a property of transformers by its former name
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
@@ -237,13 +237,14 @@ class _Tracker(TorchDispatchMode):
 class _Nf4Linear(nn.Linear):
     """A linear whose weight is made when it is needed; ``tracker`` is told.
 
-    It computes in bfloat16 and returns the dtype that it is given (bitsandbytes: ``Linear4bit``).
+    It computes in one dtype and returns the one that it is given (bitsandbytes: ``Linear4bit``).
     """
 
     tracker: _Tracker
+    compute_dtype: torch.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _Product.apply(x.to(torch.bfloat16), self)
+        found: torch.Tensor = _Product.apply(x.to(self.compute_dtype), self)
         if self.bias is not None:
             found = found + self.bias.to(found.dtype)
         return found.to(x.dtype)
@@ -261,19 +262,20 @@ class _Product(torch.autograd.Function):
 
 
 def _whole(linear: _Nf4Linear) -> torch.Tensor:
-    """A weight in bfloat16; the float32 scales that it is made with are gone after that."""
+    """A weight to compute with; the float32 scales that it is made with are gone after that."""
     shape = linear.out_features, linear.in_features
     with linear.tracker.naming("workspace"):
         scales = torch.empty(shape[0] * shape[1] // _BLOCK)
-        weight = torch.empty(shape, dtype=torch.bfloat16)
+        weight = torch.empty(shape, dtype=linear.compute_dtype)
         del scales
     return weight
 
 
-def _quantize(model: PreTrainedModel, tracker: _Tracker) -> None:
+def _quantize(model: PreTrainedModel, tracker: _Tracker, dtype: torch.dtype) -> None:
     from loram_ray.nf4 import linears_of
 
     for name in linears_of(model):
         linear = model.get_submodule(name)
         linear.__class__ = _Nf4Linear
         linear.tracker = tracker  # type: ignore[assignment]
+        linear.compute_dtype = dtype  # type: ignore[assignment]

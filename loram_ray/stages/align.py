@@ -32,6 +32,7 @@ _NOT_IN_IDENTITY = {
     "output",
     "base",
     "corpus",
+    "prepared",
     "distillation",
     "steps",
     "tokens",
@@ -70,7 +71,11 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     """
     manifest = require_stage(config.pruned, ("prune", "align"), "align.pruned")
     config = config.model_copy(
-        update={"pruned": config.pruned.resolve(), "output": config.output.resolve()}
+        update={
+            "pruned": config.pruned.resolve(),
+            "output": config.output.resolve(),
+            "prepared": config.prepared and config.prepared.resolve(),
+        }
     )
     _require_sequence_fits(config)
     users = read_users(config.deepspeed)
@@ -80,22 +85,22 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
         require_shared(config.output.parent, "align.output")
+        if config.prepared is not None:
+            require_shared(config.prepared, "align.prepared")
         require_resources(
             config.min_workers or config.workers,
             config.cpus_per_worker,
             gpus_per_worker(),
             "align.workers",
         )
-        name = config.output.name
-        beside = config.output.with_name
-        corpus = prepare_corpus(config.corpus, config.pruned, beside(f"{name}_corpus"))
+        corpus = prepare_corpus(config.corpus, config.pruned, _prepared(config, "corpus"))
         parents = {"pruned": manifest.digest, "corpus": corpus.manifest.digest}
         closing = None
         if config.isolate_documents:
             closing = end_of_text(load_tokenizer(config.pruned))
         targets = None
         if base is not None and config.distillation.targets == "cached":
-            output = beside(f"{name}_targets")
+            output = _prepared(config, "targets")
             targets = prepare_targets(
                 config, base, manifest.base_fingerprint, corpus, closing, output
             )
@@ -114,6 +119,13 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
             base_fingerprint=manifest.base_fingerprint,
             write=lambda target: _write(target, config, users, inputs, corpus.manifest.details),
         )
+
+
+def _prepared(config: AlignConfig, what: str) -> Path:
+    """Where the packed corpus or the targets are."""
+    if config.prepared is not None:
+        return config.prepared / what
+    return config.output.with_name(f"{config.output.name}_{what}")
 
 
 def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
+from loram_ray.actors import Actors
 from loram_ray.adapter import CONFIG_FILE
 from loram_ray.changes import is_delta
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
-from loram_ray.config import EvaluateConfig, RayConfig, TextSource
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.config import EvaluateConfig, RayConfig, TextConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.scoring import score
+from loram_ray.evaluation.measurement import Found, Scores
+from loram_ray.evaluation.measurements import name_of
+from loram_ray.evaluation.scoring import Plan, Scorer
 from loram_ray.manifest import (
     digest_of,
     hash_file,
@@ -24,10 +29,13 @@ from loram_ray.manifest import (
 )
 from loram_ray.modeling import read_template, resolve_base
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import METRICS_FILE, Reporter, follow
+from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines
+from loram_ray.schedule import Outcome, Schedule, run_tasks
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 
-SCORES_FILE = "scores.json"
+SCORES_FILE, ITEMS = "scores.json", "items"
+_RECORD_FILE, _HARNESS_FILE = "batches.jsonl", "lm_eval.json"
+_HARNESS = "lm-eval"
 _NOT_IN_IDENTITY = {
     "model",
     "adapter",
@@ -35,6 +43,7 @@ _NOT_IN_IDENTITY = {
     "data",
     "chat_template",
     "text",
+    "actors",
     "cpus",
     "gpus",
     "max_failures",
@@ -45,7 +54,9 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
     """Score a base, pruned, aligned or merged model, with or without an adapter.
 
     Writes ``scores.json``: ``answer_perplexity`` and ``exact_match`` where there is ``data``,
-    ``text_perplexity`` where there is ``text``.
+    ``text_perplexity`` where there is ``text``, and ``NAME/SCORE`` of each benchmark, each with its
+    standard error as ``..._stderr``; and what was found of each item in ``items``. Batches are
+    spread over actors; what was scored before an interruption is not scored again.
 
     Raises:
         LoramError: an adapter that is not for the model, or no usable data.
@@ -61,24 +72,59 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
     return run_stage(
         config.output,
         "evaluate",
-        settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+        settings=_settings(config),
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, model, ray_config or RayConfig()),
     )
 
 
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What makes an evaluation another; of data its content does, not where it is."""
+    settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    for benchmark, given in zip(config.benchmarks, settings["benchmarks"], strict=True):
+        given["name"] = name_of(benchmark)
+        for place in ("data", "shots_from", "text"):
+            given.pop(place, None)
+    if settings["lm_eval"] is not None:
+        settings["lm_eval"].pop("include_path")
+    return settings
+
+
 def _data_digest(config: EvaluateConfig) -> str:
     parts: list[Any] = []
-    if config.data is not None:
-        files = list_files(config.data, "evaluate.data", EXAMPLES)
-        parts += [hash_content(file.path) for file in files]
-    if config.text is not None:
-        parts += [
-            identify(config.text.sources, "evaluate.text.sources"),
-            config.text.sequence_length,
-        ]
+
+    def add(data: str | None, text: TextConfig | None, key: str) -> None:
+        if data is not None:
+            parts.extend(hash_content(f.path) for f in list_files(data, f"{key}data", EXAMPLES))
+        if text is not None:
+            parts.extend([identify(text.sources, f"{key}text.sources"), text.sequence_length])
+
+    add(config.data, config.text, "evaluate.")
+    for number, benchmark in enumerate(config.benchmarks):
+        key = f"evaluate.benchmarks.{number}."
+        add(getattr(benchmark, "data", None), getattr(benchmark, "text", None), key)
+        add(getattr(benchmark, "shots_from", None), None, f"{key}shots_from of ")
+    if config.lm_eval is not None and (folder := config.lm_eval.include_path) is not None:
+        files = _files_of_tasks(folder, config.output)
+        parts.extend([str(path.relative_to(folder)), hash_file(path)] for path in files)
     return digest_of(parts)
+
+
+def _files_of_tasks(folder: Path, output: Path) -> list[Path]:
+    """What lm-eval's tasks in a folder consist of, sorted: YAML, Python, and files they name.
+
+    Other things may lie there, and may come with the first run: results, compiled Python.
+    """
+    output = output.resolve()
+    inside = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.resolve().is_relative_to(output)
+    ]
+    tasks = [path for path in inside if path.suffix in (".yaml", ".py")]
+    told = "\n".join(path.read_text(errors="replace") for path in tasks)
+    return [path for path in inside if path in tasks or path.name in told]
 
 
 def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) -> str:
@@ -116,25 +162,117 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
 def _write(
     target: StageDirectory, config: EvaluateConfig, model: Path, ray_config: RayConfig
 ) -> None:
-    cpus = config.cpus or os.cpu_count() or 1
+    plan = Plan(config.model_copy(update={"model": str(model)}))
     absolute = config.model_copy(
         update={
             "model": str(model.resolve()),
             "adapter": config.adapter.resolve() if config.adapter else None,
-            "data": TextSource(path=config.data).resolved().path if config.data else None,
             "chat_template": config.chat_template and config.chat_template.resolve(),
-            "text": config.text.resolved() if config.text else None,
         }
     )
-    with ray_session(ray_config, cpus), Reporter("evaluate", 0, "row") as reporter:
-        require_resources(1, cpus, gpus_per_worker(config.gpus), "evaluate.cpus")
-        scores = run_in_actor(
-            score,
-            (absolute, target.work.resolve()),
-            cpus,
-            config.max_failures,
-            wait=lambda finished: follow(reporter, target.work / METRICS_FILE, finished),
-            gpus=config.gpus,
-        )
+    record = _Record(target.work / _RECORD_FILE)
+    waiting = {str(b.number): b for b in plan.batches if b.number not in record.found}
+    harness = _Harness(target.work / _HARNESS_FILE, wanted=config.lm_eval is not None)
+    workers = min(config.actors, max(len(waiting) + harness.waits, 1))
+    cpus = config.cpus or max((os.cpu_count() or 1) // config.actors, 1)
+    with (
+        ray_session(ray_config, workers * cpus),
+        Reporter("evaluate", plan.items, "item") as reporter,
+    ):
+        require_resources(workers, cpus, gpus_per_worker(config.gpus), "evaluate.actors")
+        actors = Actors(Scorer, (absolute,), cpus, config.gpus)
+
+        def work(worker: int, name: str) -> Outcome:
+            if name == _HARNESS:
+                harness.keep(actors.call(worker, "harness", target.work.resolve()))
+                return Outcome(name, "done")
+            batch = waiting[name]
+            record.add(batch.number, *actors.call(worker, "score", *plan.asked(batch)))
+            return Outcome(name, "done")
+
+        def ended(outcome: Outcome) -> None:
+            if outcome.state == "failed":
+                raise LoramError(outcome.reason)
+            show()
+
+        def show() -> None:
+            line = last_line(target.work / METRICS_FILE)
+            answered = {"lm-eval's requests": line["step"]} if line else {}
+            reporter.update(sum(map(len, record.found.values())), answered)
+
+        try:
+            size = actors.call(0, "size")
+            names = [*([_HARNESS] if harness.waits else []), *waiting]
+            run_tasks(Schedule(names, config.max_failures), workers, work, ended, show)
+        finally:
+            actors.stop()
+    scores = {**size, **plan.scores(record.found), **harness.scores, "seconds": record.seconds}
     write_json(target.path / SCORES_FILE, scores)
+    items = {
+        measurement.title: found
+        for measurement, found in zip(plan.measurements, plan.found(record.found), strict=True)
+    }
+    (target.path / ITEMS).mkdir()
+    for title, found in (items | harness.samples).items():
+        lines = "".join(json.dumps(one, default=str) + "\n" for one in found)
+        (target.path / ITEMS / f"{title}.jsonl").write_text(lines)
     target.details.update(scores)
+
+
+class _Harness:
+    """What lm-eval found, in a file that an interrupted evaluation finds again.
+
+    Args:
+        path: the file.
+        wanted: whether there is something for lm-eval to do.
+
+    Attributes:
+        waits: whether it is still to be done.
+        scores: by ``task/metric``.
+        samples: of each task.
+    """
+
+    def __init__(self, path: Path, wanted: bool) -> None:
+        self._path = path
+        self.waits = wanted
+        self.scores: Scores = {}
+        self.samples: dict[str, list[Any]] = {}
+        if path.exists():
+            self.scores, self.samples = json.loads(path.read_text())
+            self.waits = False
+
+    def keep(self, found: tuple[Scores, dict[str, list[Any]]]) -> None:
+        """Keep what was found."""
+        write_json(self._path, found)
+        self.scores, self.samples = found
+
+
+class _Record:
+    """What was found, batch by batch, in a file that an interrupted evaluation goes on from.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        found: of the items of each batch, by its number.
+        seconds: that all batches took.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._adding = threading.Lock()
+        self.found: dict[int, list[Found]] = {}
+        self.seconds = 0.0
+        for line in read_lines(path):
+            self._keep(line)
+
+    def add(self, number: int, found: list[Found], seconds: float) -> None:
+        """Keep what a batch's items were found to be."""
+        line = {"batch": number, "found": found, "seconds": seconds}
+        with self._adding, open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            self._keep(line)
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        self.found[line["batch"]] = line["found"]
+        self.seconds += line["seconds"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.experts import adapted_experts, require_fusable_experts
 from loram_ray.manifest import fingerprint, require_stage
+from loram_ray.memory import freed_memory_returned
 from loram_ray.modeling import resolve_base
-from loram_ray.plan import PruningPlan
+from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
 from loram_ray.serving import serving_note
@@ -29,6 +31,24 @@ from loram_ray.stage import StageDirectory, StageResult, require_space, run_stag
 from loram_ray.stages.recover_corrected import Correction, trained_on
 from loram_ray.stages.recover_masked import write_delta, write_truncated
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
+
+
+def recovery_in(folder: Path, model: Path, base: str | None) -> tuple[Path, RecoverConfig | None]:
+    """Where a training's output goes, and how that is carried to the base.
+
+    Args:
+        folder: of the training, whose ``adapter`` is what is used in the end.
+        model: that is trained on.
+        base: to recover for, or None.
+
+    Returns:
+        ``adapter``, and None where there is nothing to recover.
+    """
+    adapter = folder / "adapter"
+    if base is None or not (model / PLAN_FILE).exists():
+        return adapter, None
+    trained = folder / "adapter_pruned"
+    return trained, RecoverConfig(adapter=trained, base=base, output=adapter)
 
 
 def recover(config: RecoverConfig) -> StageResult:
@@ -79,6 +99,7 @@ def recover(config: RecoverConfig) -> StageResult:
             parents["model"] = manifest.parents.get("model", "unknown")
             model = stack.enter_context(Checkpoint(trained_on(config, adapter, manifest)))
             correction = Correction(checkpoint, model, plan, config.correction_lambda)
+            stack.enter_context(freed_memory_returned())
 
         def write(target: StageDirectory) -> None:
             if not masked:

@@ -113,7 +113,7 @@ class Correction:
         }
 
     def _differences(self, module: str) -> Iterator[torch.Tensor]:
-        """Yield ``W_0[kept] - W_E`` of a linear in blocks of rows, float32."""
+        """Yield ``W_0[kept] - W_E`` of a linear in blocks of rows, float32, all in one buffer."""
         family, kept = self._plan.architecture, self._plan.kept(module)
         name = _weight(family.weight_name(module, self._base_specs), module, self._base)
         height, width = self._base_specs[name].shape
@@ -121,7 +121,10 @@ class Correction:
         moved = _weight(family.weight_name(module, self._model_specs), module, self._model)
         whole = self._dequantized(moved)
         first = 0
-        for block in rows.split(max(1, _BLOCK_ELEMENTS // width)):
+        blocks = rows.split(max(1, _BLOCK_ELEMENTS // width))
+        columns = width if kept is None or kept.axis == 0 else len(kept.index)
+        buffer = torch.empty(len(blocks[0]), columns)
+        for block in blocks:
             last = first + len(block)
             ours = self._base.read_rows(name, block)
             if kept is not None and kept.axis == 1:
@@ -131,7 +134,7 @@ class Correction:
                 if whole is None
                 else whole[first:last]
             )
-            yield ours.float() - theirs.float()
+            yield buffer[: len(block)].copy_(ours).sub_(theirs)
             first = last
 
     def _dequantized(self, name: str) -> torch.Tensor | None:

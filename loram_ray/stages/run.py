@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from loram_ray.config import (
     EvaluateConfig,
     MergeConfig,
     PruneConfig,
+    QuantizeConfig,
+    RayConfig,
     RecoverConfig,
     RunConfig,
     Section,
@@ -22,6 +23,7 @@ from loram_ray.config import (
     recovers_delta,
 )
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.statistics import gain_kept
 from loram_ray.manifest import write_json
 from loram_ray.progress import say
 from loram_ray.pruning.pool import threads_of
@@ -30,6 +32,7 @@ from loram_ray.stages.align import align
 from loram_ray.stages.evaluate import evaluate
 from loram_ray.stages.merge import merge
 from loram_ray.stages.prune import prune
+from loram_ray.stages.quantize import quantize
 from loram_ray.stages.recover import recover
 from loram_ray.stages.train import train
 
@@ -88,7 +91,7 @@ def run(config: RunConfig) -> RunResult:
         for number, step in enumerate(steps, start=1):
             say("run", f"[{number}/{len(steps)}] {step.name}")
             started = time.perf_counter()
-            stage = _call(step.config, config)
+            stage = call(step.config, config.ray)
             seconds = time.perf_counter() - started
             say("run", _summary(step.name, stage, seconds))
             result.stages[step.name] = {
@@ -120,7 +123,7 @@ def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
     ]
     rows: list[Row] = []
     _require_something_of_loram(config)
-    if config.compare:
+    if config.baselines:
         steps += list(_comparison_trainings(config))
     if config.evaluate is not None:
         for row, evaluation in _evaluations(config, config.evaluate):
@@ -145,8 +148,8 @@ def _require_something_of_loram(config: RunConfig) -> None:
 def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
     """LoRAM without alignment, and LoRA on the full base, on the same data."""
     if config.train is None or config.prune is None or config.recover is None:
-        raise LoramError("compare needs the sections prune, train and recover; add them")
-    root = config.output / "compare"
+        raise LoramError("baselines needs the sections prune, train and recover; add them")
+    root = config.output / "baselines"
     if config.align is not None:
         unaligned = {"model": config.prune.output, "output": root / "adapter_pruned_unaligned"}
         yield Step("train without alignment", config.train.model_copy(update=unaligned))
@@ -177,8 +180,8 @@ def _evaluations(
         row = Row(name, f"evaluate {name}", training)
         return row, evaluate.model_copy(update=update)
 
-    if config.compare:
-        compared = config.output / "compare"
+    if config.baselines:
+        compared = config.output / "baselines"
         assert config.prune is not None
         yield scored("full base, untouched", "base", config.base, None, None)
         yield scored("pruned model, as it is", "pruned", config.prune.output, None, None)
@@ -194,7 +197,7 @@ def _evaluations(
         Row("LoRAM", "evaluate LoRAM", "train" if config.train else None),
         evaluate,
     )
-    if config.compare:
+    if config.baselines:
         yield scored(
             "LoRA on the full base",
             "full",
@@ -204,20 +207,23 @@ def _evaluations(
         )
 
 
-def _call(section: Section, config: RunConfig) -> StageResult:
+def call(section: Section, ray_config: RayConfig) -> StageResult:
+    """Run the stage that a section is of."""
     match section:
         case PruneConfig():
-            return prune(section, config.ray)
+            return prune(section, ray_config)
         case AlignConfig():
-            return align(section, config.ray)
+            return align(section, ray_config)
+        case QuantizeConfig():
+            return quantize(section)
         case TrainConfig():
-            return train(section, config.ray)
+            return train(section, ray_config)
         case RecoverConfig():
             return recover(section)
         case MergeConfig():
             return merge(section)
         case EvaluateConfig():
-            return evaluate(section, config.ray)
+            return evaluate(section, ray_config)
     raise TypeError(f"no stage takes {type(section).__name__}")
 
 
@@ -245,19 +251,14 @@ def _row(row: Row, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gain_kept(rows: list[dict[str, Any]], metric: str = "answer_perplexity") -> float | None:
-    """LoRAM's gain over the untouched base as a share of full LoRA's, in log-perplexity.
+def loram_keeps(rows: list[dict[str, Any]], metric: str = "answer_perplexity") -> float | None:
+    """LoRAM's gain over the untouched base as a share of full LoRA's.
 
     None where a row is missing or full LoRA gained nothing.
     """
     found = {row["name"]: row.get(metric) for row in rows}
     base, loram = found.get("full base, untouched"), found.get("LoRAM")
     full = found.get("LoRA on the full base")
-    if base is None or loram is None or full is None or full >= base:
+    if base is None or loram is None or full is None:
         return None
-    return share_of_gain(base, loram, full)
-
-
-def share_of_gain(base: float, adapted: float, full: float) -> float:
-    """What one perplexity gains over the base's as a share of what another does, in logarithms."""
-    return (math.log(base) - math.log(adapted)) / (math.log(base) - math.log(full))
+    return gain_kept(metric, base, loram, full)

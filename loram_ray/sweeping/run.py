@@ -16,7 +16,6 @@ from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, r
 from loram_ray.config import (
     AlignConfig,
     PruneConfig,
-    RecoverConfig,
     RunConfig,
     SweepConfig,
     TrainConfig,
@@ -28,13 +27,12 @@ from loram_ray.finetuning.judging import held_out_loss
 from loram_ray.finetuning.trainer import TrainingSummary
 from loram_ray.manifest import identify_model
 from loram_ray.modeling import family_of, resolve_base
-from loram_ray.plan import PLAN_FILE
 from loram_ray.progress import METRICS_FILE, last_line, say
 from loram_ray.results import write_results
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.stages.align import align
 from loram_ray.stages.prune import prune
-from loram_ray.stages.recover import recover
+from loram_ray.stages.recover import recover, recovery_in
 from loram_ray.stages.run import cpus_for_models
 from loram_ray.stages.train import absolute, digest_of_rows, train_by
 from loram_ray.sweeping.trials import ADAPTER, SUMMARY_FILE, WORK, Trial, trials_of
@@ -248,12 +246,10 @@ def _finish(
         shutil.copyfile(folder / METRICS_FILE, work / METRICS_FILE)
         return TrainingSummary(**json.loads((folder / SUMMARY_FILE).read_text()))
 
-    recovers = config.base is not None and (trial.train.model / PLAN_FILE).exists()
-    trained = final / ("adapter_pruned" if recovers else "adapter")
+    trained, recovery = recovery_in(final, trial.train.model, config.base)
     train_by(trial.train.model_copy(update={"output": trained}), training, identity)
-    if recovers:
-        assert config.base is not None
-        recover(RecoverConfig(adapter=trained, base=config.base, output=final / "adapter"))
+    if recovery is not None:
+        recover(recovery)
 
 
 def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:

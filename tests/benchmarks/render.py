@@ -27,8 +27,10 @@ def as_markdown(results: dict[str, dict[str, object]]) -> str:
         ("finetuning", _finetuning),
         ("together", _together),
         ("batching", _batching),
+        ("scheduling", _scheduling),
         ("submitting", _submitting),
         ("thousand", _thousand),
+        ("evaluation", _evaluation),
         ("partitions", _partitions),
         ("targets", _targets),
         ("standstill", _standstill),
@@ -212,6 +214,26 @@ the last adapter recovered: {found["seconds"]:.0f} s, so **{found["efficiency"]:
 (target at least 0.9). The whole command with loading: {found["whole_seconds"]:.0f} s."""
 
 
+def _scheduling(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {kind} | {row['tasks']:,} | {row['gpus']} | {row['hours']:.1f} "
+        f"| {row['preemptions']:,} | {row['idle']:.2%} "
+        f"| {row['microseconds_a_task']:.0f} us | {row['peak_mb']:.1f} MB |"
+        for kind, of_kind in found.items()
+        for row in of_kind
+    )
+    return f"""## The batch's schedule at scale, simulated
+
+The schedule that `loram batch` uses, in virtual time; each GPU is preempted once in six hours, at
+random, and back after five minutes; a model is loaded in a minute. Durations drawn (lognormal, a
+median of ten minutes) or those of the batch above, stretched to an hour each on the average. Idle:
+the GPUs' time without load or training, mostly when fewer tasks are left than GPUs.
+
+| durations | tasks | GPUs | hours | preemptions | idle | schedule's time a task | its memory |
+|---|---|---|---|---|---|---|---|
+{rows}"""
+
+
 def _submitting(found: dict[str, Any]) -> str:
     rows = "\n".join(f"| `{way}` | {one['seconds']:.1f} s |" for way, one in found.items())
     return f"""## From the command to the first step
@@ -231,7 +253,26 @@ def _thousand(found: dict[str, Any]) -> str:
 
 Tiny tasks of one step each, recovered, on two actors: {states};
 {found["seconds_a_task"]:.2f} s a task. The driver's memory: {seen}, {found["last_mb"]} MB at the
-end (**{found["kb_a_task"]:.1f} kB a task**)."""
+end (**{found["kb_a_task"]:.1f} kB a task**). Its page (`loram report`): \
+**{found["report"]["mb"]:.2f} MB in {found["report"]["seconds"]:.1f} s** (targets: 3 MB, 10 s)."""
+
+
+def _evaluation(found: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {kind} | {one['items']} | {one['items_per_s']['theirs']:.2f} "
+        f"| {one['items_per_s']['ours']:.2f} | **{one['times']:.2f}** "
+        f"| {one['scores']['theirs']:.4f} | {one['scores']['ours']:.4f} |"
+        for kind, one in found.items()
+    )
+    return f"""## Evaluation against lm-eval
+
+SmolLM2-135M in fp32, the same items, prompts and batches of {found["choice"]["batch"]}: multiple
+choice with one solved example in front, generation with eight, against lm-eval's Hugging Face
+backend (target: 1.5 times the items a second).
+
+| | items | lm-eval, items/s | loram_ray | times | lm-eval's score | loram_ray's |
+|---|---|---|---|---|---|---|
+{rows}"""
 
 
 def _partitions(found: dict[str, Any]) -> str:

@@ -2,12 +2,13 @@
 
     make bench
     python tests/benchmarks/run.py [recovery] [correction] [pruning] [alignment] [calibration]
-                                   [sparse] [trainer] [finetuning] [together]
-                                   [batching] [submitting] [thousand]
+                                   [sparse] [trainer] [finetuning] [together] [evaluation]
+                                   [batching] [scheduling] [submitting] [thousand]
                                    [partitions] [targets] [standstill]
 
-PEER and TRL in the environment name the Python of environments that have the peers of sparse and
-finetuning. gpu.py, which needs a GPU, is a command of its own.
+evaluation wants lm-eval: PYTHONPATH=.venv/lm-eval. PEER and TRL in the environment name the Python
+of environments that have the peers of sparse and finetuning. gpu.py, which needs a GPU, is a
+command of its own.
 
 Each measurement runs in a process of its own. Times are medians of rounds in which ours and the
 peer take turns; ratios are medians of the rounds' ratios.
@@ -129,6 +130,16 @@ def together(folder: Path) -> dict[str, object]:
     }
 
 
+def scheduling(folder: Path) -> dict[str, object]:
+    script, recorded = HERE / "scheduling.py", folder / "durations.json"
+    batch = json.loads(SAVED.read_text())["batching"]["found"]["durations"]
+    recorded.write_text(json.dumps([{"seconds": seconds} for seconds in batch]))
+    return {
+        "drawn": in_fresh_process(script),
+        "recorded": in_fresh_process(script, "--durations", str(recorded)),
+    }
+
+
 def alone(name: str) -> Callable[[Path], dict[str, object]]:
     """A benchmark that makes its own inputs."""
     return lambda folder: in_fresh_process(HERE / f"{name}.py", str(folder))
@@ -143,7 +154,11 @@ BENCHMARKS = {
     "sparse": sparse,
     "finetuning": finetuning,
     "together": together,
-    **{name: alone(name) for name in ("trainer", "partitions", "targets", "standstill")},
+    "scheduling": scheduling,
+    **{
+        name: alone(name)
+        for name in ("trainer", "evaluation", "partitions", "targets", "standstill")
+    },
     **{name: alone(name) for name in ("batching", "submitting", "thousand")},
 }
 

@@ -4,12 +4,12 @@
     python tests/benchmarks/scheduling.py --durations runs/demo/batch/results.json
 
 Time is virtual, the schedule is the one that `loram batch` uses. Durations are drawn from those of
-a batch's results.json, or lognormal with a median of ten minutes; a GPU loads the model before its
-first task and again when it is back. Preemptions come to each GPU at random, once in some hours;
-the task goes on from its last checkpoint, on whichever GPU takes it, and the GPU is back after
-some minutes. *Idle* is the share of the GPUs' time, while they are there, between the first task's
-begin and the last one's end, in which they neither load nor train: the time when fewer tasks are
-left than GPUs.
+a batch's results.json, stretched to an hour each on the average, or lognormal with a median of ten
+minutes; a GPU loads the model before its first task and again when it is back. Preemptions come to
+each GPU at random, once in some hours; the task goes on from its last checkpoint, on whichever GPU
+takes it, and the GPU is back after some minutes. *Idle* is the share of the GPUs' time, while they
+are there, between the first task's begin and the last one's end, in which they neither load nor
+train: the time when fewer tasks are left than GPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-from loram_ray.batching.schedule import Outcome, Schedule
+from loram_ray.schedule import Outcome, Schedule
 
 TASKS, GPUS = (1_000, 10_000), (10, 100, 500)
 LOAD, CHECKPOINT, HOURS_BETWEEN, BACK = 60.0, 60.0, 6.0, 300.0
@@ -118,6 +118,8 @@ def main() -> None:
     else:
         rows = json.loads(options.durations.read_text())
         durations = [row["seconds"] for row in rows if row["seconds"]]
+        hour = 3600 * len(durations) / sum(durations)
+        durations = [hour * seconds for seconds in durations]
     found = []
     for tasks, gpus in itertools.product(options.tasks, options.gpus):
         started = time.perf_counter()
@@ -129,7 +131,7 @@ def main() -> None:
         row["peak_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
         found.append(row)
-    print(json.dumps(found, indent=1))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

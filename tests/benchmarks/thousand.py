@@ -71,9 +71,13 @@ def main() -> None:
     rows = lr.batch(config, lr.RayConfig(num_cpus=4)).rows
     states = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed")}
     tenth = max(len(seen) // 10, 1)
+    started = time.perf_counter()
+    page = lr.report(folder / "batch")
+    written = {"seconds": time.perf_counter() - started, "mb": page.stat().st_size / 1e6}
     print(
         json.dumps(
             {
+                "report": written,
                 "tasks": states,
                 "seconds_a_task": (seen[-1][1] - seen[0][1]) / (len(seen) - 1),
                 "memory_mb": {str(count): round(mb) for count, _, mb in seen[::tenth]},

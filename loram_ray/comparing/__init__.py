@@ -1,0 +1,1 @@
+"""The comparison: LoRAM in its variants against what else one could do."""

@@ -1,0 +1,111 @@
+"""Means over seeds, and which claims of the paper the numbers bear out; pure numbers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CLAIMS_FILE = "claims.json"
+# Of Student's t, two-sided 95%, for 1 degree of freedom and on.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+      2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
+_NORMAL = 1.96
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One system is better than another.
+
+    Attributes:
+        better: the system that should be.
+        worse: the other.
+        says: the claim in words.
+        paper: whether it is the paper's.
+    """
+
+    better: str
+    worse: str
+    says: str
+    paper: bool = True
+
+
+CLAIMS = (
+    Claim("full", "base", "LoRA on the full base improves on the base"),
+    Claim("full", "causal", "LoRA on the full base is at least as good as LoRAM"),
+    Claim("causal", "base", "LoRAM improves on the untouched base"),
+    Claim("causal", "unaligned", "alignment is needed"),
+    Claim("base", "unaligned", "without alignment LoRAM loses to the untouched base"),
+    Claim("causal", "small", "recovery is needed: the base with the adapter beats the small model"),
+    Claim("causal", "pruned", "LoRAM beats the pruned model as it is"),
+    Claim("causal", "sibling", "LoRAM beats LoRA on a smaller sibling"),
+    Claim("qloram", "base", "QLoRAM improves on the untouched base"),
+    Claim("distilled", "causal", "alignment by distillation beats the paper's", paper=False),
+    Claim("distilled", "base", "LoRAM aligned by distillation improves on the base", paper=False),
+    Claim("distilled + correction", "distilled", "the correction helps", paper=False),
+)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the standard deviation of a sample; None of one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers say of a claim.
+
+    Attributes:
+        claim: which.
+        seen: ``seen``, ``not seen``, ``within noise``, or ``one pair`` where noise is not known.
+        difference: mean over tasks of their pairs' mean difference in goodness.
+        interval: half of the 95% interval of that mean, None of one pair.
+        pairs: that were compared.
+    """
+
+    claim: Claim
+    seen: str
+    difference: float
+    interval: float | None
+    pairs: int
+
+
+def verdict(
+    claim: Claim,
+    better: Mapping[tuple[str, int], float],
+    worse: Mapping[tuple[str, int], float],
+) -> Verdict:
+    """Compare two systems, pair by pair.
+
+    A claim is seen where the 95% interval of the mean difference (Student's t) is above zero, not
+    seen where it is below, and within noise where it holds zero. Tasks count alike, and each is
+    compared within itself: noise is what seeds do to the difference on one task (pooled over
+    tasks), not that one task shows more of it than another. Of one seed, it is taken from tasks.
+
+    Args:
+        claim: which.
+        better: goodness of the one by task and seed.
+        worse: goodness of the other, by the same.
+    """
+    of_task: dict[str, list[float]] = {}
+    for task, seed in better.keys() & worse.keys():
+        of_task.setdefault(task, []).append(better[task, seed] - worse[task, seed])
+    pairs = sum(map(len, of_task.values()))
+    means = [statistics.fmean(found) for found in of_task.values()]
+    mean = statistics.fmean(means)
+    if pairs == 1:
+        return Verdict(claim, "one pair", mean, None, 1)
+    freedom = pairs - len(of_task)
+    if freedom:
+        groups = of_task.values()
+        squares = math.fsum(statistics.pvariance(found) * len(found) for found in groups)
+        parts = math.fsum(1 / len(found) for found in groups)
+        error = math.sqrt(squares / freedom * parts) / len(of_task)
+    else:
+        freedom = pairs - 1
+        error = statistics.stdev(means) / math.sqrt(pairs)
+    interval = (_T[freedom - 1] if freedom <= len(_T) else _NORMAL) * error
+    seen = "seen" if mean > interval else "not seen" if mean < -interval else "within noise"
+    return Verdict(claim, seen, mean, interval, pairs)

@@ -1,0 +1,277 @@
+"""The comparison run: its steps in the order that they need, and the table of all systems."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from loram_ray.cluster import ray_session
+from loram_ray.comparing.claims import (
+    CLAIMS,
+    CLAIMS_FILE,
+    Verdict,
+    mean_and_deviation,
+    verdict,
+)
+from loram_ray.comparing.steps import Cell, Comparison, Step, comparison_of
+from loram_ray.comparing.table import as_markdown
+from loram_ray.config import CompareConfig, RunConfig, section_of
+from loram_ray.errors import LoramError
+from loram_ray.evaluation.statistics import gain_kept, goodness
+from loram_ray.manifest import write_json
+from loram_ray.progress import say
+from loram_ray.results import write_results
+from loram_ray.stage import StageResult
+from loram_ray.stages.run import call, cpus_for_models
+
+PAGE_FILE = "comparison.md"
+_Group = tuple[str, str | None, float | None, str]
+"""System, method, ratio and task."""
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison found.
+
+    Attributes:
+        output: its directory.
+        rows: one for each system, method, ratio and task: mean and deviation over seeds.
+        claims: by method and ratio, what the numbers say.
+        failed: why steps failed, by name.
+    """
+
+    output: Path
+    rows: list[dict[str, Any]]
+    claims: list[dict[str, Any]]
+    failed: dict[str, str]
+
+
+def compare(run: RunConfig) -> ComparisonResult:
+    """Compare LoRAM's variants with the base, with LoRA on it and with the pruned model.
+
+    Stages that systems share run once. What is complete is skipped, so that a comparison of many
+    hours can be done in pieces; what fails is told, and only what needs it is left out. The output
+    gets ``results.json`` and ``results.parquet``, ``claims.json`` and ``comparison.md``.
+
+    Raises:
+        LoramError: a section is missing or does not fit, or nothing at all could be scored.
+    """
+    config: CompareConfig = section_of(run, "compare")
+    planned = comparison_of(run)
+    config.output.mkdir(parents=True, exist_ok=True)
+    say("compare", f"{len(planned.steps)} stages, {len(planned.cells)} scores")
+    with ray_session(run.ray, cpus_for_models(run)):
+        done, failed = run_steps(
+            planned.steps, lambda step: call(step.config, run.ray), config.at_a_time
+        )
+    scored = [cell for cell in planned.cells if cell.evaluation in done]
+    if not scored:
+        name, reason = next(iter(failed.items()))
+        raise LoramError(f"compare: nothing could be scored; {name}: {reason}")
+    _require_metric(config.metric, scored, done)
+    rows = rows_of(scored, done, config.metric)
+    rows += [_not_done(cell, planned, failed) for cell in planned.cells if cell not in scored]
+    claims = claims_of(scored, done, config.metric)
+    write_results(config.output, rows, _columns())
+    write_json(config.output / CLAIMS_FILE, claims)
+    (config.output / PAGE_FILE).write_text(as_markdown(rows, claims, config.metric))
+    return ComparisonResult(config.output, rows, claims, failed)
+
+
+def run_steps(
+    steps: Mapping[str, Step], do: Callable[[Step], StageResult], at_a_time: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run steps, each after those it needs; one that fails harms only those that need it.
+
+    Args:
+        steps: by name.
+        do: runs one.
+        at_a_time: that run beside each other.
+
+    Returns:
+        What the manifest of each says, and why others failed, by name.
+    """
+    done: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    waiting = dict(steps)
+    running: dict[Future[StageResult], tuple[str, float]] = {}
+    with ThreadPoolExecutor(at_a_time) as pool:
+        try:
+            while waiting or running:
+                for name in list(waiting):
+                    needs = waiting[name].needs
+                    if lost := [need for need in needs if need in failed]:
+                        failed[name] = f"it needs {lost[0]}"
+                        del waiting[name]
+                    elif all(need in done for need in needs) and len(running) < at_a_time:
+                        running[pool.submit(do, waiting.pop(name))] = name, time.monotonic()
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    name, began = running.pop(future)
+                    _keep(name, future, time.monotonic() - began, done, failed)
+                    say("compare", f"{len(done) + len(failed)}/{len(steps)} {name}: "
+                        f"{failed.get(name) or done[name]['said']}")  # fmt: skip
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done, failed
+
+
+def _keep(
+    name: str,
+    future: Future[StageResult],
+    seconds: float,
+    done: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+) -> None:
+    try:
+        result = future.result()
+    except (LoramError, OSError) as error:
+        failed[name] = str(error)
+        return
+    said = "complete before" if result.skipped else f"{seconds:.0f} s"
+    done[name] = {**result.manifest.details, "said": said}
+
+
+def _require_metric(
+    metric: str, scored: Sequence[Cell], done: Mapping[str, dict[str, Any]]
+) -> None:
+    details = done[scored[0].evaluation]
+    if metric not in details:
+        known = [k for k, v in details.items() if isinstance(v, float) and "stderr" not in k]
+        raise LoramError(
+            f"compare.metric must be one of the scores, {', '.join(known)}, got {metric}; change it"
+        )
+
+
+def rows_of(
+    cells: Sequence[Cell], done: Mapping[str, dict[str, Any]], metric: str
+) -> list[dict[str, Any]]:
+    """One row for each system, method, ratio and task, over its seeds.
+
+    Args:
+        cells: that were scored.
+        done: what each step says.
+        metric: to compare by.
+    """
+    value = {cell: float(done[cell.evaluation][metric]) for cell in cells}
+    base = {cell.task: value[cell] for cell in cells if cell.system == "base"}
+    full = {(cell.task, cell.seed): value[cell] for cell in cells if cell.system == "full"}
+    grouped: dict[_Group, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault((cell.system, cell.method, cell.ratio, cell.task), []).append(cell)
+    rows = []
+    for (system, method, ratio, task), group in grouped.items():
+        mean, deviation = mean_and_deviation([value[cell] for cell in group])
+        kept = [
+            share
+            for cell in group
+            if task in base and (of_full := full.get((task, cell.seed))) is not None
+            if (share := gain_kept(metric, base[task], value[cell], of_full)) is not None
+        ]
+        kept_mean, kept_deviation = mean_and_deviation(kept) if kept else (None, None)
+        details = done[group[0].evaluation]
+        training = done[group[0].training] if group[0].training else {}
+        rows.append(
+            {
+                "system": system,
+                "method": method,
+                "ratio": ratio,
+                "task": task,
+                "seeds": len(group),
+                "metric": metric,
+                "mean": mean,
+                "deviation": deviation,
+                "gain_kept": kept_mean,
+                "gain_kept_deviation": kept_deviation,
+                "model_parameters": training.get("model_parameters", details["model_parameters"]),
+                "model_bytes": training.get("model_bytes", details["model_bytes"]),
+                "train_seconds": training.get("seconds"),
+                "reason": "",
+            }
+        )
+    return rows
+
+
+def _not_done(cell: Cell, planned: Comparison, failed: Mapping[str, str]) -> dict[str, Any]:
+    """The row of a score that there is not, with what went wrong first."""
+    name, reason = cell.evaluation, failed[cell.evaluation]
+    while lost := [need for need in planned.steps[name].needs if need in failed]:
+        name, reason = lost[0], failed[lost[0]]
+    empty = dict.fromkeys(_columns())
+    return {
+        **empty,
+        "system": cell.system,
+        "method": cell.method,
+        "ratio": cell.ratio,
+        "task": cell.task,
+        "seeds": 0,
+        "reason": f"{name}: {reason}",
+    }
+
+
+def claims_of(
+    cells: Sequence[Cell], done: Mapping[str, dict[str, Any]], metric: str
+) -> list[dict[str, Any]]:
+    """What the numbers say of each claim, for each method and ratio, over tasks and seeds."""
+    seeds = sorted({cell.seed for cell in cells if cell.seed is not None})
+    pruned: list[tuple[str | None, float | None]] = sorted(
+        {(cell.method, cell.ratio) for cell in cells if cell.method is not None}
+    ) or [(None, None)]
+    found = []
+    for method, ratio in pruned:
+        of_system: dict[str, dict[tuple[str, int], float]] = {}
+        for cell in cells:
+            if cell.method is None or (cell.method, cell.ratio) == (method, ratio):
+                value = goodness(metric, float(done[cell.evaluation][metric]))
+                for seed in [cell.seed] if cell.seed is not None else seeds:
+                    of_system.setdefault(cell.system, {})[cell.task, seed] = value
+        for said in _verdicts(of_system):
+            found.append(
+                {
+                    "claim": said.claim.says,
+                    "better": said.claim.better,
+                    "worse": said.claim.worse,
+                    "paper": said.claim.paper,
+                    "method": method,
+                    "ratio": ratio,
+                    "seen": said.seen,
+                    "difference": said.difference,
+                    "interval": said.interval,
+                    "pairs": said.pairs,
+                }
+            )
+    return found
+
+
+def _verdicts(of_system: Mapping[str, Mapping[tuple[str, int], float]]) -> Iterator[Verdict]:
+    for claim in CLAIMS:
+        better, worse = of_system.get(claim.better, {}), of_system.get(claim.worse, {})
+        if better.keys() & worse.keys():
+            yield verdict(claim, better, worse)
+
+
+def _columns() -> dict[str, pa.DataType]:
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    return {
+        "system": text,
+        "method": text,
+        "ratio": real,
+        "task": text,
+        "seeds": whole,
+        "metric": text,
+        "mean": real,
+        "deviation": real,
+        "gain_kept": real,
+        "gain_kept_deviation": real,
+        "model_parameters": whole,
+        "model_bytes": whole,
+        "train_seconds": real,
+        "reason": text,
+    }

@@ -1,0 +1,336 @@
+"""What a comparison does: stages that share what they can, and the scores that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loram_ray.config import (
+    MASKING_METHODS,
+    AlignConfig,
+    CompareConfig,
+    EvaluateConfig,
+    MergeConfig,
+    PruneConfig,
+    QuantizeConfig,
+    RecoverConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+    over,
+    section_of,
+    validate,
+)
+from loram_ray.errors import LoramError
+
+ALIGNED = ("causal", "distilled")
+_OF_THE_RUN = {"model", "adapter", "output", "data", "base", "pruned"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a comparison.
+
+    Attributes:
+        name: path of its output, below the comparison's.
+        config: of the stage.
+        needs: names of the steps whose outputs it reads.
+    """
+
+    name: str
+    config: Section
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a base is pruned in a comparison.
+
+    Attributes:
+        method: criterion.
+        ratio: share pruned.
+        pattern: n:m, of which the ratio follows; None where only the ratio is given.
+    """
+
+    method: str
+    ratio: float
+    pattern: str | None = None
+
+    @property
+    def share(self) -> str:
+        """As it was given."""
+        return self.pattern or f"{self.ratio:g}"
+
+    @property
+    def label(self) -> str:
+        """In tables, beside the ratio."""
+        return self.method if self.pattern is None else f"{self.method} {self.pattern}"
+
+    @property
+    def name(self) -> str:
+        """In names of directories."""
+        return f"{self.method}-{self.share.replace(':', 'of')}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one system.
+
+    Attributes:
+        system: of the systems, perhaps with ``+ correction``.
+        task: name.
+        seed: of it; None where there is no randomness.
+        evaluation: name of the step that scores it.
+        method: of pruning, with its pattern; None where nothing is pruned.
+        ratio: of pruning.
+        training: name of the step that trains its adapter, if any.
+    """
+
+    system: str
+    task: str
+    seed: int | None
+    evaluation: str
+    method: str | None = None
+    ratio: float | None = None
+    training: str | None = None
+
+
+@dataclass
+class Comparison:
+    """All steps and all cells.
+
+    Attributes:
+        steps: by name, each after those that it needs.
+        cells: what is scored.
+    """
+
+    steps: dict[str, Step] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+
+    def add(self, name: str, config: Section, *needs: str) -> str:
+        """Add a step; its name."""
+        self.steps[name] = Step(name, config, needs)
+        return name
+
+
+def comparison_of(run: RunConfig) -> Comparison:
+    """Plan a comparison.
+
+    Raises:
+        LoramError: a section is missing, or does not take the comparison's values.
+    """
+    return _Planner(run, section_of(run, "compare")).planned()
+
+
+class _Planner:
+    def __init__(self, run: RunConfig, config: CompareConfig) -> None:
+        self._run, self._config = run, config
+        self._root = config.output
+        self._first: dict[str, str] = {}  # alignment of each kind, which prepares for the others
+        self._planned = Comparison()
+        self._systems: tuple[str, ...] = config.systems or tuple(self._possible())
+        if unknown := set(self._systems) - set(self._possible()):
+            raise LoramError(
+                f"compare.systems must be made by the sections that there are, got "
+                f"{', '.join(sorted(unknown))} without {self._missing(unknown)}; add it"
+            )
+
+    def _possible(self) -> Iterator[str]:
+        yield "base"
+        if self._run.train is None:
+            raise LoramError("compare needs the section train, which says how; add 'train:'")
+        yield "full"
+        if self._config.sibling is not None:
+            yield "sibling"
+        if self._run.prune is None:
+            return
+        yield from ("pruned", "small", "unaligned")
+        if self._run.align is not None:
+            yield from ALIGNED
+        yield "qloram"
+
+    def _missing(self, systems: set[str]) -> str:
+        return "align" if self._run.prune is not None and systems <= set(ALIGNED) else "prune"
+
+    def planned(self) -> Comparison:
+        for task in self._config.tasks:
+            if "base" in self._systems:
+                scored = self._scored(f"base/{task}", task, self._run.base)
+                self._planned.cells.append(Cell("base", task, None, scored))
+        for seed in self._config.seeds:  # outermost: cut short, it has whole comparisons
+            for task in self._config.tasks:
+                self._on_a_whole_model("full", self._run.base, task, seed)
+                if self._config.sibling is not None:
+                    self._on_a_whole_model("sibling", self._config.sibling, task, seed)
+            for pruning in self._prunings():
+                self._on_a_pruned_model(pruning, seed)
+        return self._planned
+
+    def _prunings(self) -> Iterator[Pruning]:
+        prune, methods = self._run.prune, self._config.methods
+        if prune is None:
+            return
+        if not isinstance(methods, dict):
+            methods = dict.fromkeys(
+                methods or (prune.method,), self._config.ratios or (prune.ratio,)
+            )
+        for method, shares in methods.items():
+            for share in shares:
+                if isinstance(share, str):
+                    zeros, of = map(int, share.split(":"))
+                    yield Pruning(method, zeros / max(of, 1), share)
+                else:
+                    yield Pruning(method, share)
+
+    def _on_a_whole_model(self, system: str, model: str, task: str, seed: int) -> None:
+        if system not in self._systems:
+            return
+        folder = f"{system}/{task}-{seed}"
+        trained = self._trained(f"{folder}/adapter", model, task, seed)
+        scored = self._scored(folder, task, model, self._root / trained, trained)
+        self._planned.cells.append(Cell(system, task, seed, scored, training=trained))
+
+    def _on_a_pruned_model(self, pruning: Pruning, seed: int) -> None:
+        models = self._models(pruning, seed)
+        masked = pruning.method in MASKING_METHODS
+        folder = f"{pruning.name}-{seed}"
+
+        def cell(system: str, task: str, scored: str, trained: str | None = None) -> None:
+            if system.partition(" ")[0] in self._systems:
+                self._planned.cells.append(
+                    Cell(system, task, seed, scored, pruning.label, pruning.ratio, trained)
+                )
+
+        for task in self._config.tasks:
+            if "pruned" in self._systems:
+                pruned = models["unaligned"]
+                scored = self._scored(
+                    f"{folder}/pruned/{task}", task, self._root / pruned, None, pruned
+                )
+                cell("pruned", task, scored)
+            for system, model in models.items():
+                of_small = system == self._of_small(models)
+                if system not in self._systems and not of_small:
+                    continue
+                inner = f"{folder}/{system}/{task}"
+                trained = self._trained(
+                    f"{inner}/adapter_pruned", self._root / model, task, seed, model
+                )
+                if of_small and "small" in self._systems:
+                    scored = self._scored(
+                        f"{folder}/small/{task}", task, self._root / model, self._root / trained,
+                        trained,
+                    )  # fmt: skip
+                    cell("small", task, scored, trained)
+                if system not in self._systems:
+                    continue
+                scored = self._recovered(inner, trained, task, masked)
+                cell(system, task, scored, trained)
+                if self._config.correction and not masked and system != "unaligned":
+                    scored = self._recovered(f"{inner}/corrected", trained, task, False, model)
+                    cell(f"{system} + correction", task, scored, trained)
+
+    def _of_small(self, models: dict[str, str]) -> str:
+        """What small is trained on: the paper's aligned model, where there is one."""
+        return "causal" if "causal" in models else next(iter(models))
+
+    def _models(self, pruning: Pruning, seed: int) -> dict[str, str]:
+        """Names of the steps that make the models LoRAs are trained on, by system."""
+        run = self._run
+        prefix = f"models/{pruning.name}-{seed}"
+        assert run.prune is not None
+        settings = {**_given(run.prune), "base": run.base, "method": pruning.method, "seed": seed}
+        settings["output"] = self._root / f"{prefix}-pruned"
+        if pruning.pattern is None:
+            settings["ratio"] = pruning.ratio
+        else:
+            settings["pattern"] = pruning.pattern
+            settings.pop("ratio", None)
+        key = f"compare with method {pruning.method}, ratio {pruning.share}"
+        pruned = self._planned.add(f"{prefix}-pruned", validate(PruneConfig, settings, key))
+        models = {"unaligned": pruned}
+        if run.align is not None:
+            wanted = set(self._systems)
+            for system, more in (("causal", {}), ("distilled", self._distillation())):
+                for_others = system == "causal" and "small" in wanted
+                for_others |= system == self._of_qloram() and "qloram" in wanted
+                if system in wanted or for_others:
+                    models[system] = self._aligned(f"{prefix}-{system}", system, pruned, more, seed)
+        if "qloram" in self._systems and pruning.method not in MASKING_METHODS:
+            parent = models[self._of_qloram()]
+            output = self._root / f"{prefix}-quantized"
+            config = QuantizeConfig(model=self._root / parent, output=output, base=run.base)
+            models["qloram"] = self._planned.add(f"{prefix}-quantized", config, parent)
+        return models
+
+    def _of_qloram(self) -> str:
+        """What is quantised: the best aligned of those that are compared."""
+        if self._run.align is None:
+            return "unaligned"
+        return "causal" if set(ALIGNED) & set(self._systems) == {"causal"} else "distilled"
+
+    def _distillation(self) -> dict[str, Any]:
+        return {"objective": "distillation", **self._config.distillation}
+
+    def _aligned(self, name: str, system: str, pruned: str, more: dict[str, Any], seed: int) -> str:
+        assert self._run.align is not None
+        settings = over({**_given(self._run.align), "objective": "causal_lm"}, more)
+        settings |= {"base": self._run.base, "pruned": self._root / pruned, "seed": seed}
+        settings |= {"output": self._root / name, "prepared": self._root / "models" / "prepared"}
+        config = validate(AlignConfig, settings, f"compare, system {system}")
+        begun = [step for step in self._first.values() if step != name]
+        self._first.setdefault(system, name)
+        return self._planned.add(name, config, pruned, *begun)
+
+    def _trained(self, name: str, model: Any, task: str, seed: int, *needs: str) -> str:
+        assert self._run.train is not None
+        settings = {**_given(self._run.train), "model": model, "seed": seed}
+        settings |= {"output": self._root / name, "data": self._config.tasks[task].data}
+        config = validate(TrainConfig, settings, "compare, section train")
+        return self._planned.add(name, config, *needs)
+
+    def _recovered(
+        self, folder: str, trained: str, task: str, masked: bool, corrected_by: str | None = None
+    ) -> str:
+        """Recover an adapter, and merge it where it is exact as a delta alone; score it."""
+        settings: dict[str, Any] = {"form": "delta"} if masked else {}
+        if corrected_by is not None:
+            settings = {"correction": True, "model": self._root / corrected_by}
+            if self._run.recover is not None:
+                settings["correction_lambda"] = self._run.recover.correction_lambda
+        config = RecoverConfig(
+            adapter=self._root / trained,
+            base=self._run.base,
+            output=self._root / folder / "adapter",
+            **settings,
+        )
+        needs = (trained, corrected_by) if corrected_by is not None else (trained,)
+        recovered = self._planned.add(f"{folder}/adapter", config, *needs)
+        if not masked:
+            return self._scored(folder, task, self._run.base, self._root / recovered, recovered)
+        merging = MergeConfig(
+            base=self._run.base,
+            adapter=self._root / recovered,
+            output=self._root / folder / "merged",
+        )
+        merged = self._planned.add(f"{folder}/merged", merging, recovered)
+        return self._scored(folder, task, self._root / merged, None, merged)
+
+    def _scored(
+        self, folder: str, task: str, model: Any, adapter: Path | None = None, *needs: str
+    ) -> str:
+        settings = _given(self._run.evaluate) if self._run.evaluate is not None else {}
+        if self._run.train is not None and self._run.train.chat_template is not None:
+            settings.setdefault("chat_template", self._run.train.chat_template)
+        settings |= {"model": str(model), "adapter": adapter}
+        settings |= {"output": self._root / folder / "scores"}
+        settings["data"] = self._config.tasks[task].held_out
+        config = validate(EvaluateConfig, settings, "compare, section evaluate")
+        return self._planned.add(f"{folder}/scores", config, *needs)
+
+
+def _given(section: Section) -> dict[str, Any]:
+    """What a section was given, but for the paths that the comparison has."""
+    return section.model_dump(exclude_unset=True, exclude=_OF_THE_RUN)

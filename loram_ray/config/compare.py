@@ -1,0 +1,95 @@
+"""Settings of a comparison: which systems, over which methods, ratios, tasks and seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from loram_ray.config.section import Section
+
+Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
+System = Literal[
+    "base",
+    "full",
+    "sibling",
+    "pruned",
+    "small",
+    "unaligned",
+    "causal",
+    "distilled",
+    "qloram",
+]
+
+
+class ComparedTask(Section):
+    """A fine-tuning task: what is learnt from, and what is scored."""
+
+    data: str = Field(description="rows as train takes them")
+    held_out: str = Field(description="rows that are not learnt from, for evaluate.data")
+
+
+class CompareConfig(Section):
+    """compare: LoRAM's variants against the base, LoRA on it, and the pruned model as it is.
+
+    The sections prune, align, train and evaluate say how each is made and scored.
+    """
+
+    output: Path = Field(description="directory to write, with one for each stage")
+    tasks: dict[str, ComparedTask] = Field(min_length=1, description="what is learnt, by names")
+    systems: tuple[System, ...] = Field(
+        (),
+        description="base: untouched; full: LoRA on it; sibling: LoRA on a smaller model; pruned: "
+        "as it is; small: trained and used on the pruned model; LoRAM: unaligned, causal (the "
+        "paper's alignment), distilled, qloram (in NF4, of the best aligned); default: all that "
+        "the other sections allow",
+    )
+    methods: tuple[str, ...] | dict[str, tuple[float | Pattern, ...]] = Field(
+        (),
+        description="of pruning: a list, each with all ratios, or each with its own, among them "
+        "n:m for masks, as in {random: [0.35, 0.65], wanda: [0.5, 4:8]}; default: prune.method",
+    )
+    ratios: tuple[float, ...] = Field((), description="of pruning; default: prune.ratio")
+    seeds: tuple[int, ...] = Field(
+        (0,), min_length=1, description="each prunes, aligns and trains everything anew"
+    )
+    correction: bool = Field(
+        False, description="also with the correction of recover, where there is one"
+    )
+    distillation: dict[str, Any] = Field(
+        {}, description="keys of the align section, over align, for system distilled"
+    )
+    sibling: str | None = Field(None, description="a smaller model: a directory or a hub id")
+    metric: str = Field(
+        "answer_perplexity", description="score of evaluate by which systems are compared"
+    )
+    at_a_time: int = Field(1, ge=1, description="stages that run beside each other")
+
+    @field_validator("methods", "ratios", "seeds", "systems")
+    @classmethod
+    def _each_once(cls, values: Any) -> Any:
+        for value in values:
+            if list(values).count(value) > 1:
+                raise ValueError(f"must have each value once, got {value} twice; remove one")
+        return values
+
+    @field_validator("methods")
+    @classmethod
+    def _with_ratios(cls, methods: tuple[str, ...] | dict[str, Any]) -> Any:
+        for method, ratios in methods.items() if isinstance(methods, dict) else ():
+            if not ratios:
+                raise ValueError(f"must have ratios for {method}, got none; add one")
+            cls._each_once(ratios)
+        return methods
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompareConfig:
+        if isinstance(self.methods, dict) and self.ratios:
+            raise ValueError(
+                f"ratios must be left out where methods have their own, got {list(self.ratios)}; "
+                "remove one of them"
+            )
+        if "sibling" in self.systems and self.sibling is None:
+            raise ValueError("sibling must name a smaller model for system sibling; add it")
+        return self

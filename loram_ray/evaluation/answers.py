@@ -1,0 +1,216 @@
+"""Benchmarks of generated answers: against references, and by reasoning-gym's scorers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+from loram_ray.config.evaluate import GenerationBenchmark, GymBenchmark
+from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.examples import prompt_ids
+from loram_ray.errors import LoramError
+from loram_ray.evaluation.engine import Engine, common_beginning
+from loram_ray.evaluation.generation import Sampling, answers
+from loram_ray.evaluation.measurement import Found, Measurement, Scores
+from loram_ray.evaluation.prompts import (
+    Asker,
+    Shot,
+    chosen,
+    columns_of,
+    filled,
+    good_rows,
+    rows_of,
+)
+from loram_ray.evaluation.statistics import mean_and_error
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MARK = "####"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with what is right.
+
+    Attributes:
+        place: ``file:line``, or a number.
+        prompt: token ids.
+        right: a reference text, or an entry of reasoning-gym.
+    """
+
+    place: str
+    prompt: list[int]
+    right: Any
+
+
+@dataclass
+class Answers(Measurement):
+    """How often a generated answer is the reference, or ends with its number.
+
+    Attributes:
+        sampling: how they are generated.
+        begin: tokens that all prompts begin with.
+    """
+
+    sampling: Sampling
+    begin: int = 0
+
+    @property
+    def title(self) -> str:
+        """The name, or what it is where it has none."""
+        return self.name or "exact_match"
+
+    def cost(self, item: Question) -> int:
+        """Tokens of the prompt."""
+        return len(item.prompt)
+
+    def span(self, item: Question) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return len(item.prompt) + self.sampling.max_new_tokens
+
+    def score(self, engine: Engine, items: Sequence[Question], seed: int) -> list[Found]:
+        """Answers, and what they are worth."""
+        prompts = [item.prompt for item in items]
+        said = answers(engine, prompts, self.sampling, self.begin, seed)
+        return [
+            {"place": item.place, "answer": answer, **self.judged(item, answer)}
+            for item, answer in zip(items, said, strict=True)
+        ]
+
+    def judged(self, item: Question, answer: str) -> Found:
+        """What an answer is worth."""
+        number = number_of_reference(item.right)
+        return {
+            "right": item.right,
+            "exact_match": answer.strip() == item.right.strip(),
+            "last_number_match": None if number is None else last_number(answer) == number,
+        }
+
+    def summed_up(self, found: Sequence[Found]) -> Scores:
+        """Shares of matches with standard errors; of numbers where all references have one."""
+        scores: Scores = {}
+        for key in ("exact_match", "last_number_match"):
+            if all(one[key] is not None for one in found):
+                mean, error = mean_and_error([float(one[key]) for one in found])
+                scores |= {key: mean, f"{key}_stderr": error}
+        return scores | {"questions": len(found)}
+
+
+@dataclass
+class GymAnswers(Answers):
+    """What reasoning-gym's scorer gives for generated answers.
+
+    Attributes:
+        dataset: its name.
+        options: of it.
+    """
+
+    dataset: str = ""
+    options: dict[str, Any] | None = None
+
+    def judged(self, item: Question, answer: str) -> Found:
+        """The score that the data set gives, from 0 to 1."""
+        tagged = _TAGGED.search(answer)
+        said = (tagged.group(1) if tagged else answer).strip()
+        return {"score": float(self._scorer.score_answer(said, item.right))}
+
+    @cached_property
+    def _scorer(self) -> Any:
+        return gym_dataset(self.dataset, 1, 0, self.options or {}, "evaluate.benchmarks")
+
+    def summed_up(self, found: Sequence[Found]) -> Scores:
+        """Mean score with its standard error."""
+        mean, error = mean_and_error([one["score"] for one in found])
+        return {"score": mean, "score_stderr": error, "questions": len(found)}
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, thousands' commas left out; None where there is none."""
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def number_of_reference(text: str) -> Decimal | None:
+    """A reference's number: the one after GSM8K's mark, or its last."""
+    return last_number(text.rpartition(_MARK)[2])
+
+
+def exact_answers(
+    name: str, tokenizer: Any, asked: Sequence[Conversation], max_new_tokens: int
+) -> Answers:
+    """Conversations whose last answers are to be generated."""
+    items = [Question(c.place, prompt_ids(tokenizer, c), c.answer) for c in asked]
+    begin = common_beginning([item.prompt for item in items])
+    return Answers(name, items, Sampling(max_new_tokens), begin)
+
+
+def generated_answers(
+    name: str, tokenizer: Any, config: GenerationBenchmark, key: str, max_bad_share: float
+) -> Answers:
+    """Read and tokenise a benchmark.
+
+    Raises:
+        LoramError: no row, too many bad ones, too few shots, or no chat template.
+    """
+    columns = [*columns_of(config.prompt), config.answer]
+
+    def solved(data: str, of: str, limit: int | None) -> list[tuple[str, str, str]]:
+        rows = good_rows(rows_of(data, columns, of, limit), max_bad_share)
+        return [(place, filled(config.prompt, row), str(row[config.answer])) for place, row in rows]
+
+    shots = []
+    if config.shots_from is not None:
+        found = solved(config.shots_from, f"{key}.shots_from", None)
+        shots = [Shot(question, answer) for _, question, answer in found]
+        shots = chosen(shots, config.shots, config.shots_seed, f"{key}.shots_from")
+    asker = Asker(tokenizer, shots, config.delimiter, config.chat, key)
+    items = [
+        Question(place, asker.ids(asker.text(question)), answer)
+        for place, question, answer in solved(config.data, f"{key}.data", config.limit)
+    ]
+    sampling = Sampling(config.max_new_tokens, () if config.chat else config.stop)
+    return Answers(name, items, sampling, common_beginning([item.prompt for item in items]))
+
+
+def gym_answers(name: str, tokenizer: Any, config: GymBenchmark, key: str) -> GymAnswers:
+    """Make a task of reasoning-gym and tokenise it.
+
+    Raises:
+        LoramError: no such data set, options that it does not take, no chat template, or no
+            reasoning-gym.
+    """
+    size = min(config.size, config.limit or config.size)
+    entries = gym_dataset(config.dataset, size, config.seed, config.options, key)
+    asker = Asker(tokenizer, (), "", config.chat, key)
+    items = [
+        Question(str(number), asker.ids(asker.text(entry["question"])), dict(entry))
+        for number, entry in enumerate(entries)
+    ]
+    begin = common_beginning([item.prompt for item in items])
+    sampling = Sampling(config.max_new_tokens)
+    return GymAnswers(name, items, sampling, begin, config.dataset, config.options)
+
+
+def gym_dataset(name: str, size: int, seed: int, options: dict[str, Any], key: str) -> Any:
+    """A data set of reasoning-gym.
+
+    Raises:
+        LoramError: reasoning-gym is missing, or has no such data set or option.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise LoramError(
+            f"{key}.kind reasoning_gym needs the package reasoning-gym; pip install reasoning-gym"
+        ) from error
+    try:
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise LoramError(
+            f"{key} must be a data set and options of reasoning-gym's, got {name} with {options} "
+            f"({' '.join(str(error).split()):.200}); mend them"
+        ) from error

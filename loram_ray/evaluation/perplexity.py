@@ -1,0 +1,117 @@
+"""Perplexity of answers and of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from loram_ray.config import EvaluateConfig, TextConfig
+from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.examples import Example, Spans, labels_of, load_examples
+from loram_ray.corpus.pack import end_of_text, pack, tokenise
+from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
+from loram_ray.errors import LoramError
+from loram_ray.evaluation.engine import Engine
+from loram_ray.evaluation.likelihood import nlls_of_rows
+from loram_ray.evaluation.measurement import Found, Measurement, Scores
+from loram_ray.evaluation.statistics import perplexity_and_error
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens, some of which carry loss.
+
+    Attributes:
+        ids: int32.
+        learnt: those with loss.
+    """
+
+    ids: numpy.ndarray[Any, Any]
+    learnt: Spans
+
+    @classmethod
+    def of(cls, example: Example) -> Stretch:
+        """What an example is."""
+        return cls(numpy.array(example.input_ids, dtype=numpy.int32), example.learnt)
+
+
+@dataclass
+class Perplexity(Measurement):
+    """Perplexity of the tokens that carry loss.
+
+    Attributes:
+        of: ``answer`` or ``text``, for the names of the scores.
+    """
+
+    of: str
+
+    @property
+    def title(self) -> str:
+        """The name, or what it is where it has none."""
+        return self.name or self.of
+
+    def cost(self, item: Stretch) -> int:
+        """Tokens."""
+        return len(item.ids)
+
+    def score(self, engine: Engine, items: Sequence[Stretch], seed: int) -> list[Found]:
+        """Summed negative log-likelihood of each item, and its tokens."""
+        rows = [
+            {"input_ids": ids, "labels": labels_of(ids, item.learnt)}
+            for item in items
+            for ids in [item.ids.tolist()]
+        ]
+        return [{"nll": nll, "tokens": count} for nll, count in nlls_of_rows(engine, rows)]
+
+    def summed_up(self, found: Sequence[Found]) -> Scores:
+        """Perplexity, its standard error and what it is of."""
+        tokens = [one["tokens"] for one in found]
+        perplexity, error = perplexity_and_error([one["nll"] for one in found], tokens)
+        scores: Scores = {
+            f"{self.of}_perplexity": perplexity,
+            f"{self.of}_perplexity_stderr": error,
+            f"{self.of}_tokens": sum(tokens),
+        }
+        return scores | ({"examples": len(found)} if self.of == "answer" else {})
+
+
+def perplexity_of_answers(
+    name: str, tokenizer: Any, config: EvaluateConfig, data: str, key: str, limit: int | None
+) -> tuple[Perplexity, list[Conversation]]:
+    """Read data as train takes them; the conversations among them are the second result."""
+    rows = list(load_examples(tokenizer, data, config.max_length, config.max_bad_share, key, limit))
+    asked = [row for row, _ in rows if isinstance(row, Conversation)]
+    return Perplexity(name, [Stretch.of(example) for _, example in rows], "answer"), asked
+
+
+def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) -> Perplexity:
+    """Read plain text, packed into sequences; the first token of each is not predicted.
+
+    Raises:
+        LoramError: no text, or too many bad rows.
+    """
+    bad: list[BadRow] = []
+    good = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal good
+        for unit in list_units(corpus.sources, f"{key}.sources"):
+            for document in documents(unit):
+                if isinstance(document, BadRow):
+                    bad.append(document)
+                else:
+                    good += 1
+                    yield document
+
+    sequences, lengths = pack(
+        tokenise(tokenizer, texts()), corpus.sequence_length, end_of_text(tokenizer)
+    )
+    refuse_bad_rows(bad, good + len(bad), corpus.max_bad_share, f"{key}.max_bad_share")
+    if not len(sequences):
+        raise LoramError(f"{key}.sources must hold text, no document was found; add some")
+    rows = zip(sequences, lengths.tolist(), strict=True)
+    items = [Stretch(ids[:length], ((1, length),)) for ids, length in rows if length > 1]
+    return Perplexity(name, items, "text")

@@ -1,0 +1,87 @@
+"""What a report says of what was found."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+from loram_ray.reporting.found import Begun, Found, Stage
+from loram_ray.reporting.of_results import claims, scores, systems, tasks, trials
+from loram_ray.reporting.of_training import faults, kept, losses, memory, speed
+from loram_ray.reporting.parts import Box, Part, Report, Table, duration
+
+_NOT_SHOWN = ("plan",)
+
+
+def report_on(found: Found) -> Report:
+    """Make the sections that there is something to say in."""
+    parts = [
+        part
+        for make in (
+            systems, claims, tasks, trials, scores, losses, speed, memory, kept, faults,
+            _lineage,
+        )
+        if (part := make(found)) is not None
+    ]  # fmt: skip
+    state = "complete" if found.finished and not found.begun else "unfinished"
+    if found.begun:
+        state += f": {', '.join(_how_far(begun) for begun in found.begun)} still to be completed"
+    return Report(
+        f"{found.root.resolve().name}: a {found.kind}",
+        state,
+        list(_facts(found)),
+        [_box(stage) for stage in found.stages if stage.manifest.stage != "evaluate"]
+        + [Box(begun.name, [_how_far(begun)], False) for begun in found.begun],
+        parts,
+    )
+
+
+def _how_far(begun: Begun) -> str:
+    return begun.name + (f" (step {begun.metrics[-1]['step']})" if begun.metrics else "")
+
+
+def _facts(found: Found) -> Iterator[tuple[str, str]]:
+    if found.stages:
+        last = found.stages[-1].manifest
+        yield "base", last.base_fingerprint[:16]
+        yield "last change", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last.created))
+        yield "versions", ", ".join(f"{name} {number}" for name, number in last.versions.items())
+    seconds = [s.manifest.details.get("seconds") for s in found.stages]
+    total = sum(s for s in seconds if s is not None)
+    if total:
+        yield "time of all stages", duration(total)
+
+
+def _box(stage: Stage) -> Box:
+    details = stage.manifest.details
+    lines = [stage.manifest.stage]
+    if details.get("seconds") is not None:
+        lines.append(duration(details["seconds"]))
+    if stage.bytes:
+        lines.append(f"{stage.bytes / 1e6:,.1f} MB")
+    if isinstance(details.get("parameters"), int):
+        lines.append(f"{details['parameters'] / 1e6:,.1f} M parameters")
+    return Box(stage.name, lines, True)
+
+
+def _lineage(found: Found) -> Part | None:
+    """Settings and parents of each stage."""
+    if not found.stages:
+        return None
+    digests = {stage.manifest.digest: stage.name for stage in found.stages}
+    rows = []
+    part = Part("Configuration and lineage", "Inputs are named where they are in this directory.")
+    for stage in found.stages:
+        parents = [
+            f"{role}: {digests.get(digest, digest[:12])}"
+            for role, digest in stage.manifest.parents.items()
+        ]
+        rows.append([stage.name, stage.manifest.stage, ", ".join(parents)])
+        shown = {
+            "settings": stage.manifest.settings,
+            "details": {k: v for k, v in stage.manifest.details.items() if k not in _NOT_SHOWN},
+        }
+        part.folded.append((stage.name, json.dumps(shown, indent=1, default=str)))
+    part.tables.append(Table(("directory", "stage", "made of"), rows))
+    return part

@@ -1,0 +1,171 @@
+"""What a directory of results holds, finished or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from loram_ray.comparing.claims import CLAIMS_FILE
+from loram_ray.errors import LoramError
+from loram_ray.manifest import MANIFEST_FILE, Manifest, read_manifest
+from loram_ray.progress import METRICS_FILE, read_lines
+from loram_ray.results import RESULTS_FILE
+from loram_ray.stage import StageDirectory
+
+_DEEPEST = 5
+_OF_MERGED_MODELS = ("evaluate", "export")
+"""Stages that take a merged model, too, which is a base in its own right."""
+Kind = Literal["run", "batch", "sweep", "comparison"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is complete.
+
+    Attributes:
+        name: its directory, below that of the report.
+        directory: where it is.
+        manifest: what it says of itself.
+    """
+
+    name: str
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        """Of its files."""
+        return sum(file["bytes"] for file in self.manifest.files.values())
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Its steps, if it has any."""
+        return read_lines(self.directory / METRICS_FILE)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A stage that is not complete.
+
+    Attributes:
+        name: of the directory that it will be.
+        metrics: its steps so far.
+    """
+
+    name: str
+    metrics: list[dict[str, Any]]
+
+
+@dataclass
+class Found:
+    """Results of one kind, of one base.
+
+    Attributes:
+        root: the directory.
+        kind: what made it.
+        stages: that are complete, oldest first.
+        begun: that are not.
+        rows: of ``results.json``; of a run those of its comparison.
+        claims: of a comparison.
+        finished: whether there is a ``results.json``.
+    """
+
+    root: Path
+    kind: Kind
+    stages: list[Stage] = field(default_factory=list)
+    begun: list[Begun] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+    @cached_property
+    def metrics_of_tasks(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """Steps of a batch's tasks, by their names; of other kinds none."""
+        return list(self._metrics_of_tasks()) if self.kind == "batch" else []
+
+    def _metrics_of_tasks(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        for row in self.rows:
+            for folder in ("adapter_pruned", "adapter"):
+                output = self.root / row["name"] / folder
+                paths = (output / METRICS_FILE, StageDirectory(output).work / METRICS_FILE)
+                if (path := next((p for p in paths if p.exists()), None)) is not None:
+                    yield row["name"], read_lines(path)
+                    break
+
+
+def found_in(root: Path) -> Found:
+    """Look through a directory.
+
+    Raises:
+        LoramError: there is nothing of this package's in it, or results of several bases.
+    """
+    if not root.is_dir():
+        raise LoramError(f"DIRECTORY must be one that a command wrote, {root} is none; check it")
+    rows, kind = _results(root / RESULTS_FILE)
+    found = Found(root, kind or "run", rows=rows, finished=kind is not None)
+    if (root / CLAIMS_FILE).exists():
+        found.claims = json.loads((root / CLAIMS_FILE).read_text())
+    for directory, begun in _directories(root, deep=0 if kind == "batch" else _DEEPEST):
+        name = str(directory.relative_to(root))
+        if begun:
+            found.begun.append(Begun(_without_work(name), read_lines(directory / METRICS_FILE)))
+        elif (manifest := read_manifest(directory)) is not None:
+            found.stages.append(Stage(name, directory, manifest))
+    found.stages.sort(key=lambda stage: stage.manifest.created)
+    if not found.stages and not found.begun and not found.rows:
+        raise LoramError(
+            f"DIRECTORY must hold results of loram run, batch, sweep or compare, {root} has none; "
+            "give the directory that such a command wrote"
+        )
+    bases = {
+        stage.manifest.base_fingerprint
+        for stage in found.stages
+        if stage.manifest.stage not in _OF_MERGED_MODELS
+    } - {""}
+    if len(bases) > 1 and kind != "comparison":  # which may have a smaller sibling
+        raise LoramError(
+            f"DIRECTORY must hold results of one base, {root} has those of {len(bases)}: "
+            f"{', '.join(sorted(base[:12] for base in bases))}; report on each alone"
+        )
+    return found
+
+
+def _results(path: Path) -> tuple[list[dict[str, Any]], Kind | None]:
+    if not path.exists():
+        return [], None
+    written = json.loads(path.read_text())
+    if isinstance(written, dict):
+        return written.get("rows", []), "run"
+    keys = written[0].keys() if written else set()
+    return written, "comparison" if "system" in keys else "sweep" if "values" in keys else "batch"
+
+
+def _directories(root: Path, deep: int) -> Iterator[tuple[Path, bool]]:
+    """Directories with a manifest, and those in which a stage that is not complete works."""
+    if (root / MANIFEST_FILE).exists():
+        yield root, False
+    if deep == 0:
+        return
+    with os.scandir(root) as entries:
+        inside = sorted((entry for entry in entries if entry.is_dir()), key=lambda e: e.name)
+    for entry in inside:
+        path = Path(entry.path)
+        if entry.name.startswith("."):
+            if (
+                entry.name.endswith(".work")
+                and not path.with_name(_without_work(path.name)).exists()
+            ):
+                yield path, True
+            continue
+        yield from _directories(path, deep - 1)
+
+
+def _without_work(name: str) -> str:
+    """``a/.b.work`` is where ``a/b`` is made."""
+    path = Path(name)
+    return str(path.with_name(path.name.removeprefix(".").removesuffix(".work")))

@@ -1,0 +1,167 @@
+"""Sections on how it was made: losses, throughput, memory, what pruning kept, faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+
+from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.progress import restarts_in
+from loram_ray.reporting.figures import Curve, Draw, curves, figure_of, heat
+from loram_ray.reporting.figures import memory as memory_bars
+from loram_ray.reporting.found import Found
+from loram_ray.reporting.parts import Part, Table
+
+_NEURON_BINS = 64
+
+
+def _measured(found: Found, key: str) -> dict[str, list[Curve]]:
+    """Curves of a measurement, by the kind of stage."""
+    curves_of: dict[str, list[Curve]] = {}
+
+    def add(kind: str, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        some = [
+            (line["step"], line[key]) for line in lines
+            if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+        ]  # fmt: skip
+        if some:
+            steps, values = zip(*some, strict=True)
+            curves_of.setdefault(kind, []).append(Curve(name, steps, values))
+
+    for stage in found.stages:
+        if stage.manifest.stage in ("align", "train"):
+            add(stage.manifest.stage, stage.name, stage.metrics)
+    for begun in found.begun:
+        add("unfinished", begun.name, begun.metrics)
+    for name, lines in found.metrics_of_tasks:
+        add("train", name, lines)
+    return curves_of
+
+
+def losses(found: Found) -> Part | None:
+    """Losses by step; None where there is nothing to say, as below."""
+    part = Part("Losses", "In nats a token.")
+    for key, label in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+        for kind, some in _measured(found, key).items():
+            part.figures.append(
+                figure_of(
+                    f"{key}-{kind}",
+                    f"{label.capitalize()}: {kind}",
+                    f"{len(some):,} of them." if len(some) > 1 else some[0].name,
+                    partial(curves, found=some, label=label),
+                )
+            )
+    return part if part.figures else None
+
+
+def speed(found: Found) -> Part | None:
+    """Tokens and examples a second."""
+    part = Part("Throughput", "By step.")
+    for key, label in (("tokens_per_s", "tokens/s"), ("examples_per_s", "examples/s")):
+        for kind, some in _measured(found, key).items():
+            draw = partial(curves, found=some, label=label)
+            part.figures.append(
+                figure_of(f"{key}-{kind}", f"{label}: {kind}", "Higher is faster.", draw)
+            )
+    return part if part.figures else None
+
+
+def memory(found: Found) -> Part | None:
+    """Peak memory of trainings."""
+    peaks = [
+        (curve.name, max(curve.values))
+        for some in _measured(found, "memory_gb").values()
+        for curve in some
+    ]
+    if not peaks:
+        return None
+    shown = sorted(peaks, key=lambda peak: -peak[1])[:20]
+    figure = figure_of(
+        "memory",
+        "Peak memory",
+        "Of the GPU where there was one, of the process otherwise; the dashed lines are the next "
+        "larger GPUs.",
+        partial(memory_bars, peaks=shown),
+        size=(7.0, 1.0 + 0.3 * len(shown)),
+    )
+    more = f" The {len(shown)} largest of {len(peaks):,}." if len(peaks) > len(shown) else ""
+    return Part("Memory", f"Peak of each training.{more}", figures=[figure])
+
+
+def kept(found: Found) -> Part | None:
+    """Heat maps of what pruning kept: one for each plan."""
+    part = Part("What pruning kept", "Layers that were not pruned are whole.")
+    seen = set()
+    for stage in found.stages:
+        if stage.manifest.stage != "prune" or not (stage.directory / PLAN_FILE).exists():
+            continue
+        plan = PruningPlan.load(stage.directory)
+        if plan.digest in seen:
+            continue
+        seen.add(plan.digest)
+        for name, title, draw in heats(plan):
+            part.figures.append(
+                figure_of(
+                    f"{name}-{stage.name.replace('/', '-')}",
+                    f"{title}: {stage.name}",
+                    f"{plan.method}, ratio {plan.ratio:g}.",
+                    draw,
+                )
+            )
+        if len(seen) == 6:
+            part.says += " The first six plans."
+            break
+    return part if part.figures else None
+
+
+def heats(plan: PruningPlan) -> Iterator[tuple[str, str, Draw]]:
+    """Name, title and drawing of each map of what a plan kept."""
+    geometry = plan.geometry
+    if plan.masks is not None:
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in plan.masks.shapes))
+        shares = numpy.ones((geometry.num_layers, len(kinds)))
+        for module in plan.masks.shapes:
+            layer = next(int(part) for part in module.split(".") if part.isdecimal())
+            column = kinds.index(module.rpartition(".")[2])
+            shares[layer, column] = float(plan.masks.read(module).float().mean())
+        yield (
+            "weights",
+            "Weights",
+            partial(heat, shares=shares, names=("layer", f"linear ({', '.join(kinds)})")),
+        )
+        return
+    heads = numpy.ones((geometry.num_layers, geometry.num_kv_heads))
+    bins = min(_NEURON_BINS, geometry.intermediate_size)
+    neurons = numpy.ones((geometry.num_layers, bins))
+    for layer, units in plan.layers.items():
+        heads[layer] = 0
+        heads[layer, units.kv_heads.numpy()] = 1
+        kept = units.neurons.reshape(-1)
+        counted = torch.bincount(kept * bins // geometry.intermediate_size, minlength=bins)
+        every = torch.arange(geometry.intermediate_size) * bins // geometry.intermediate_size
+        experts = units.neurons.shape[0] if units.neurons.dim() == 2 else 1
+        whole = torch.bincount(every, minlength=bins) * experts
+        neurons[layer] = (counted / whole).numpy()
+    yield "heads", "KV heads", partial(heat, shares=heads, names=("layer", "KV head"))
+    yield (
+        "neurons",
+        "Neurons",
+        partial(heat, shares=neurons, names=("layer", f"neurons, {bins} bins of their indices")),
+    )
+
+
+def faults(found: Found) -> Part | None:
+    """Restarts that trainings and tasks survived."""
+    rows = [(stage.name, count) for stage in found.stages if (count := restarts_in(stage.metrics))]
+    rows += [(row["name"], row["deaths"]) for row in found.rows if row.get("deaths")]
+    if not rows:
+        return None
+    total = sum(count for _, count in rows)
+    says = f"{total:,} restarts, from the last checkpoint each."
+    shown = [[name, str(count)] for name, count in rows]
+    return Part("Faults survived", says, tables=[Table(("training", "restarts"), shown)])
