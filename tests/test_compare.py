@@ -20,6 +20,7 @@ import loram_ray as lr
 from loram_ray.cli import app
 from loram_ray.comparing.claims import CLAIMS, Claim, verdict
 from loram_ray.comparing.run import claims_of, rows_of, run_steps
+from loram_ray.comparing.scores import Score, read_scores, scores_of, with_others, write_scores
 from loram_ray.comparing.steps import Cell, Step, comparison_of
 from loram_ray.config import RunConfig, Section, load_run
 from loram_ray.errors import LoramError
@@ -294,20 +295,77 @@ def test_rows_and_claims_are_over_seeds() -> None:
         name: {"answer_perplexity": value, "model_parameters": 1, "model_bytes": 2}
         for name, value in values.items()
     }
-    rows = {row["system"]: row for row in rows_of(cells, done, "answer_perplexity")}
+    scores = scores_of(cells, done, "answer_perplexity")
+    rows = {row["system"]: row for row in rows_of(scores, "answer_perplexity")}
     assert rows["causal"]["mean"] == 5.0
     assert rows["causal"]["deviation"] == pytest.approx(math.sqrt(2))
     kept = [math.log(8 / 6) / math.log(2), math.log(8 / 4) / math.log(4)]
     assert rows["causal"]["gain_kept"] == pytest.approx(sum(kept) / 2)
     assert rows["full"]["gain_kept"] == 1.0
     assert rows["base"]["gain_kept"] is None
-    claims = {claim["claim"]: claim for claim in claims_of(cells, done, "answer_perplexity")}
+    claims = {claim["claim"]: claim for claim in claims_of(scores, "answer_perplexity")}
     better = claims["LoRAM improves on the untouched base"]
     assert better["pairs"] == 2
     assert better["difference"] == pytest.approx((math.log(8 / 6) + math.log(8 / 4)) / 2)
     assert (better["method"], better["ratio"]) == ("random", 0.5)
     assert "alignment is needed" not in claims
     assert isinstance(CLAIMS[0], Claim)
+
+
+def scored(system: str, seed: int | None, value: float, **of: Any) -> Score:
+    return Score(
+        system=system, task="t", seed=seed, value=value, model_parameters=1, model_bytes=2, **of
+    )
+
+
+def one_of_each(seed: int, base: float = 8.0) -> list[Score]:
+    """A base, LoRA on it, and LoRAM, whose seeds differ."""
+    values = {"full": 4.0 - seed, "causal": 6.0 - seed}
+    return [scored("base", None, base)] + [
+        scored(system, seed, value, **({"method": "random", "ratio": 0.5} if i else {}))
+        for i, (system, value) in enumerate(values.items())
+    ]
+
+
+def planned_of(scores: list[Score]) -> list[Cell]:
+    return [Cell(s.system, s.task, s.seed, "", s.method, s.ratio) for s in scores]
+
+
+def test_seeds_of_several_machines_are_those_of_one(tmp_path: Path) -> None:
+    """A comparison whose seeds were run apart says what it says when they ran together."""
+    metric = "answer_perplexity"
+    files = [tmp_path / f"{seed}.json" for seed in (1, 2)]
+    for seed, file in enumerate(files, start=1):
+        write_scores(file, one_of_each(seed, base=8.0001), metric)  # another machine rounds
+    own = one_of_each(0)
+    found = with_others(own, read_scores(files, metric, planned_of(own)))
+    together = own + one_of_each(1)[1:] + one_of_each(2)[1:]
+    assert found == together
+    assert rows_of(found, metric)[0]["seeds"] == 1
+    assert [row["seeds"] for row in rows_of(found, metric)[1:]] == [3, 3]
+    assert claims_of(found, metric) == claims_of(together, metric)
+
+
+@pytest.mark.parametrize(
+    ("scores", "metric", "says"),
+    [
+        (one_of_each(0), "answer_perplexity", "must have other seeds, .* has full on t, seed 0"),
+        (one_of_each(1), "sums/exact_match", "must be scores of answer_perplexity"),
+        (one_of_each(1, base=8.1), "answer_perplexity", "base on t scores 8.1 there and 8 here"),
+        ([], "answer_perplexity", "must be scores.json of comparisons, .* scores: Field required"),
+        (None, "answer_perplexity", "must be files that can be read, .* No such file"),
+    ],
+)
+def test_scores_that_do_not_belong_are_refused(
+    tmp_path: Path, scores: list[Score] | None, metric: str, says: str
+) -> None:
+    file, own = tmp_path / "scores.json", one_of_each(0)
+    if scores:
+        write_scores(file, scores, metric)
+    elif scores is not None:
+        file.write_text('{"metric": "answer_perplexity"}')
+    with pytest.raises(LoramError, match=says):
+        with_others(own, read_scores([file], "answer_perplexity", planned_of(own)))
 
 
 SYSTEMS = ("base", "full", "pruned", "small", "unaligned", "causal", "distilled", "qloram")
@@ -338,6 +396,10 @@ def test_systems_of_a_tiny_model(
     assert rows["base"]["gain_kept"] is None
     assert rows["full"]["gain_kept"] in (1.0, None)
     assert pq.read_table(output / "results.parquet").num_rows == len(rows)
+    kept = json.loads((output / "scores.json").read_text())["scores"]
+    assert {one["system"]: one["value"] for one in kept} == {
+        name: row["mean"] for name, row in rows.items()
+    }
     assert "LoRAM without alignment" in (output / "comparison.md").read_text()
     planned = comparison_of(run)
     made = {name: read_manifest(output / name) for name in planned.steps}

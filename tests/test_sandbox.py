@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -27,6 +28,7 @@ from loram_ray.evaluation import confined, sandbox
 from loram_ray.evaluation.sandbox import Limits, run_program
 
 SOON = Limits(seconds=1.0, memory_mb=256, files_mb=4)
+LATER = dataclasses.replace(SOON, seconds=20.0)  # other limits are met, however busy the machine is
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def nothing_is_left(
     ],
 )
 def test_a_harmless_program_passes(source: str) -> None:
-    assert run_program(source, SOON) == sandbox.Verdict(True, "", pytest.approx(0.5, abs=0.5))
+    assert run_program(source, LATER) == sandbox.Verdict(True, "", pytest.approx(10, abs=10))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_a_harmless_program_passes(source: str) -> None:
     ],
 )
 def test_a_program_that_fails_says_why(source: str, reason: str) -> None:
-    verdict = run_program(source, SOON)
+    verdict = run_program(source, LATER)
     assert not verdict.passed
     assert reason in verdict.reason
 
@@ -101,11 +103,12 @@ def test_a_program_that_fails_says_why(source: str, reason: str) -> None:
     ],
 )
 def test_a_greedy_program_meets_its_limit(source: str, reason: str) -> None:
+    limits = SOON if "longer" in reason else LATER
     started = time.monotonic()
-    verdict = run_program(source, SOON)
+    verdict = run_program(source, limits)
     assert not verdict.passed
     assert reason in verdict.reason
-    assert time.monotonic() - started < SOON.seconds + 2
+    assert time.monotonic() - started < limits.seconds + 2
 
 
 def test_a_folder_however_deep_is_removed(tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_a_folder_however_deep_is_removed(tmp_path: Path) -> None:
 def test_no_other_process_is_made_or_touched(source: str) -> None:
     limits = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
     nice, cores = psutil.Process().nice(), psutil.Process().cpu_affinity()
-    verdict = run_program(source.replace("PARENT", str(os.getpid())), SOON)
+    verdict = run_program(source.replace("PARENT", str(os.getpid())), LATER)
     assert not verdict.passed
     assert "PermissionError" in verdict.reason
     assert psutil.Process().rlimit(psutil.RLIMIT_NOFILE) == limits
@@ -167,7 +170,7 @@ def test_there_is_no_network() -> None:
             "import socket; socket.socketpair()",
             f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}')",
         ):
-            verdict = run_program(source, SOON)
+            verdict = run_program(source, LATER)
             assert not verdict.passed
             assert "Operation not permitted" in verdict.reason, source
         with pytest.raises(TimeoutError):
@@ -199,7 +202,7 @@ def test_files_outside_are_neither_read_nor_changed(tmp_path: Path) -> None:
         "open('/etc/passwd').read()",
         "import os; os.listdir('/')",
     ):
-        verdict = run_program(source, SOON)
+        verdict = run_program(source, LATER)
         assert not verdict.passed, source
         assert re.search(r"PermissionError|\[Errno 1\]|\[Errno 18\]", verdict.reason), source
     after = (tmp_path / "secret").stat()
@@ -215,11 +218,11 @@ def test_files_outside_are_neither_read_nor_changed(tmp_path: Path) -> None:
 def test_no_environment_is_inherited_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     asks = "import os; assert set(os.environ) <= {'HOME', 'LC_ALL', 'PYTHONHASHSEED'}, os.environ"
-    assert run_program(asks, SOON).passed
+    assert run_program(asks, LATER).passed
     for place in ("os.getppid()", str(os.getpid()), "os.getpid()"):
         for name in ("environ", "mem", "cmdline"):
             source = f"import os; open('/proc/%d/{name}' % {place}, 'rb').read()"
-            verdict = run_program(source, SOON)
+            verdict = run_program(source, LATER)
             assert not verdict.passed, source
             assert "PermissionError" in verdict.reason, source
 
@@ -227,7 +230,7 @@ def test_no_environment_is_inherited_nor_read(monkeypatch: pytest.MonkeyPatch) -
 def test_programs_run_beside_each_other() -> None:
     verdicts: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: verdicts.append(run_program("x = 1", SOON).passed))
+        threading.Thread(target=lambda: verdicts.append(run_program("x = 1", LATER).passed))
         for _ in range(6)
     ]
     for thread in threads:
@@ -288,4 +291,4 @@ def test_a_machine_that_cannot_confine_is_refused(
     monkeypatch.setattr(sandbox, "_CONFINED", tmp_path / "lacking.py")
     with pytest.raises(LoramError, match=r"Linux 5.13 or newer .*Landlock.* leave the benchmark"):
         sandbox.require_sandbox.__wrapped__()
-    assert not run_program("", SOON).passed
+    assert not run_program("", LATER).passed

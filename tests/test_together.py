@@ -181,7 +181,7 @@ def test_batches_of_other_widths_and_heights(
         for left, right in zip(found, expected, strict=True):
             for one, other in zip(left, right, strict=True):
                 largest = float(other.abs().max()) or 1.0
-                rounding = 2e-2 if kind == "bf16" else 1e-5
+                rounding = 2e-2 if kind == "bf16" else 5e-5
                 assert float((one - other).abs().max()) / largest < rounding
         poisoned = next(p for p in members[1].adapted.model.parameters() if p.requires_grad)
         poisoned.data.fill_(float("inf"))

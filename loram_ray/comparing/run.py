@@ -19,6 +19,14 @@ from loram_ray.comparing.claims import (
     mean_and_deviation,
     verdict,
 )
+from loram_ray.comparing.scores import (
+    SCORES_FILE,
+    Score,
+    read_scores,
+    scores_of,
+    with_others,
+    write_scores,
+)
 from loram_ray.comparing.steps import Cell, Comparison, Step, comparison_of
 from loram_ray.comparing.table import as_markdown
 from loram_ray.config import CompareConfig, RunConfig, section_of
@@ -57,13 +65,15 @@ def compare(run: RunConfig) -> ComparisonResult:
 
     Stages that systems share run once. What is complete is skipped, so that a comparison of many
     hours can be done in pieces; what fails is told, and only what needs it is left out. The output
-    gets ``results.json`` and ``results.parquet``, ``claims.json`` and ``comparison.md``.
+    gets ``results.json`` and ``results.parquet``, ``claims.json`` and ``comparison.md``, and
+    ``scores.json`` with each score of its own, for a comparison of other seeds (``others``).
 
     Raises:
         LoramError: a section is missing or does not fit, or nothing at all could be scored.
     """
     config: CompareConfig = section_of(run, "compare")
     planned = comparison_of(run)
+    others = read_scores(config.others, config.metric, planned.cells)
     config.output.mkdir(parents=True, exist_ok=True)
     say("compare", f"{len(planned.steps)} stages, {len(planned.cells)} scores")
     with ray_session(run.ray, cpus_for_models(run)):
@@ -75,9 +85,12 @@ def compare(run: RunConfig) -> ComparisonResult:
         name, reason = next(iter(failed.items()))
         raise LoramError(f"compare: nothing could be scored; {name}: {reason}")
     _require_metric(config.metric, scored, done)
-    rows = rows_of(scored, done, config.metric)
+    own = scores_of(scored, done, config.metric)
+    write_scores(config.output / SCORES_FILE, own, config.metric)
+    scores = with_others(own, others)
+    rows = rows_of(scores, config.metric)
     rows += [_not_done(cell, planned, failed) for cell in planned.cells if cell not in scored]
-    claims = claims_of(scored, done, config.metric)
+    claims = claims_of(scores, config.metric)
     write_results(config.output, rows, _columns())
     write_json(config.output / CLAIMS_FILE, claims)
     (config.output / PAGE_FILE).write_text(as_markdown(rows, claims, config.metric))
@@ -150,34 +163,28 @@ def _require_metric(
         )
 
 
-def rows_of(
-    cells: Sequence[Cell], done: Mapping[str, dict[str, Any]], metric: str
-) -> list[dict[str, Any]]:
+def rows_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
     """One row for each system, method, ratio and task, over its seeds.
 
     Args:
-        cells: that were scored.
-        done: what each step says.
-        metric: to compare by.
+        scores: of the base, where gain kept is to be told, among them.
+        metric: that they are of.
     """
-    value = {cell: float(done[cell.evaluation][metric]) for cell in cells}
-    base = {cell.task: value[cell] for cell in cells if cell.system == "base"}
-    full = {(cell.task, cell.seed): value[cell] for cell in cells if cell.system == "full"}
-    grouped: dict[_Group, list[Cell]] = {}
-    for cell in cells:
-        grouped.setdefault((cell.system, cell.method, cell.ratio, cell.task), []).append(cell)
+    base = {score.task: score.value for score in scores if score.system == "base"}
+    full = {(score.task, score.seed): score.value for score in scores if score.system == "full"}
+    grouped: dict[_Group, list[Score]] = {}
+    for score in scores:
+        grouped.setdefault((score.system, score.method, score.ratio, score.task), []).append(score)
     rows = []
     for (system, method, ratio, task), group in grouped.items():
-        mean, deviation = mean_and_deviation([value[cell] for cell in group])
+        mean, deviation = mean_and_deviation([score.value for score in group])
         kept = [
             share
-            for cell in group
-            if task in base and (of_full := full.get((task, cell.seed))) is not None
-            if (share := gain_kept(metric, base[task], value[cell], of_full)) is not None
+            for score in group
+            if task in base and (of_full := full.get((task, score.seed))) is not None
+            if (share := gain_kept(metric, base[task], score.value, of_full)) is not None
         ]
         kept_mean, kept_deviation = mean_and_deviation(kept) if kept else (None, None)
-        details = done[group[0].evaluation]
-        training = done[group[0].training] if group[0].training else {}
         rows.append(
             {
                 "system": system,
@@ -190,9 +197,9 @@ def rows_of(
                 "deviation": deviation,
                 "gain_kept": kept_mean,
                 "gain_kept_deviation": kept_deviation,
-                "model_parameters": training.get("model_parameters", details["model_parameters"]),
-                "model_bytes": training.get("model_bytes", details["model_bytes"]),
-                "train_seconds": training.get("seconds"),
+                "model_parameters": group[0].model_parameters,
+                "model_bytes": group[0].model_bytes,
+                "train_seconds": group[0].train_seconds,
                 "reason": "",
             }
         )
@@ -216,22 +223,20 @@ def _not_done(cell: Cell, planned: Comparison, failed: Mapping[str, str]) -> dic
     }
 
 
-def claims_of(
-    cells: Sequence[Cell], done: Mapping[str, dict[str, Any]], metric: str
-) -> list[dict[str, Any]]:
+def claims_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
     """What the numbers say of each claim, for each method and ratio, over tasks and seeds."""
-    seeds = sorted({cell.seed for cell in cells if cell.seed is not None})
+    seeds = sorted({score.seed for score in scores if score.seed is not None})
     pruned: list[tuple[str | None, float | None]] = sorted(
-        {(cell.method, cell.ratio) for cell in cells if cell.method is not None}
+        {(score.method, score.ratio) for score in scores if score.method is not None}
     ) or [(None, None)]
     found = []
     for method, ratio in pruned:
         of_system: dict[str, dict[tuple[str, int], float]] = {}
-        for cell in cells:
-            if cell.method is None or (cell.method, cell.ratio) == (method, ratio):
-                value = goodness(metric, float(done[cell.evaluation][metric]))
-                for seed in [cell.seed] if cell.seed is not None else seeds:
-                    of_system.setdefault(cell.system, {})[cell.task, seed] = value
+        for score in scores:
+            if score.method is None or (score.method, score.ratio) == (method, ratio):
+                value = goodness(metric, score.value)
+                for seed in [score.seed] if score.seed is not None else seeds:
+                    of_system.setdefault(score.system, {})[score.task, seed] = value
         for said in _verdicts(of_system):
             found.append(
                 {

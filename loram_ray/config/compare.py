@@ -65,6 +65,11 @@ class CompareConfig(Section):
         "answer_perplexity", description="score of evaluate by which systems are compared"
     )
     at_a_time: int = Field(1, ge=1, description="stages that run beside each other")
+    others: tuple[Path, ...] = Field(
+        (),
+        description="scores.json of this comparison with other seeds, of other machines perhaps; "
+        "means and claims are over all",
+    )
 
     @field_validator("methods", "ratios", "seeds", "systems")
     @classmethod

@@ -200,7 +200,9 @@ def _final(folder: Path) -> Path:
 def _write_settings(output: Path, trial: Trial, config: SweepConfig) -> None:
     """What ``loram train`` makes the same adapter of."""
     settings = trial.train.model_dump(mode="json", exclude=_OF_THE_TRIAL, exclude_unset=True)
-    section = {"model": str(trial.train.model), "data": config.data, **settings}
+    # Threads too: with others a product is summed in another order.
+    whole = {"model": str(trial.train.model), "data": config.data, "cpus": config.cpus}
+    section = {**whole, **settings}
     (output / BEST_FILE).write_text(yaml.safe_dump({"train": section}))
 
 
