@@ -19,8 +19,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from loram_ray.errors import LoramError
-from loram_ray.modeling import load_tokenizer
 from loram_ray.tensorfile import Checkpoint
+from loram_ray.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

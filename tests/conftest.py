@@ -100,4 +100,4 @@ def embedded_ray(until_the_end: contextlib.ExitStack) -> None:
     from loram_ray.config import RayConfig
 
     if not ray.is_initialized():
-        until_the_end.enter_context(ray_session(RayConfig(num_cpus=6), cpus=4))
+        until_the_end.enter_context(ray_session(RayConfig(num_cpus=4), cpus=4))

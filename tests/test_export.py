@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import loram_ray as lr
 from loram_ray.config import load_run
 from loram_ray.gguf_file import rotary_factors
-from loram_ray.modeling import load_tokenizer
+from loram_ray.tokenizer import load_tokenizer
 
 IDS = token_ids(tiny.VOCABULARY)
 LLAMA_3_1 = {

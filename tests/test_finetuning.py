@@ -20,9 +20,9 @@ from loram_ray.adapter import ADAPTER_FILE
 from loram_ray.corpus.batches import padded
 from loram_ray.corpus.examples import Example, load_examples
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.modeling import load_tokenizer
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE
+from loram_ray.tokenizer import load_tokenizer
 
 STEPS, BATCH, LR = 6, 4, 5e-3
 

@@ -459,7 +459,7 @@ def test_training_on_it_is_plain_peft_s(quantized: Path, tmp_path: Path) -> None
 
     from loram_ray.corpus.batches import padded
     from loram_ray.corpus.examples import load_examples
-    from loram_ray.modeling import load_tokenizer
+    from loram_ray.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(quantized)
     examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train.data")]

@@ -34,9 +34,9 @@ from loram_ray.finetuning.eva import explain_inputs
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.losses import IGNORED, summed_loss
-from loram_ray.modeling import load_tokenizer
 from loram_ray.progress import METRICS_FILE
 from loram_ray.stages.train import train_by
+from loram_ray.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ from loram_ray.corpus.sources import Counts, SourceInfo, write_sources
 from loram_ray.corpus.spread import spread
 from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, hash_file, read_manifest, write_json
-from loram_ray.modeling import load_tokenizer
 from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.tokenizer import load_tokenizer
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 256

@@ -17,8 +17,9 @@ from loram_ray.errors import LoramError
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.measurements import measurements_of
-from loram_ray.modeling import load_model, load_tokenizer, parameters_and_bytes
+from loram_ray.modeling import load_model, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
+from loram_ray.tokenizer import load_tokenizer
 from loram_ray.waiting import alone
 
 

@@ -11,7 +11,7 @@ from loram_ray.finetuning.data import tables
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.masked import put_adapter_on
 from loram_ray.finetuning.trainer import collator_of, mean_loss
-from loram_ray.modeling import load_tokenizer
+from loram_ray.tokenizer import load_tokenizer
 from loram_ray.waiting import alone
 
 

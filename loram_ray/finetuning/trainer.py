@@ -34,8 +34,9 @@ from loram_ray.finetuning.eva import explain_inputs
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.together import Seat, Together
 from loram_ray.memory import peak_memory_gb
-from loram_ray.modeling import load_tokenizer, parameters_and_bytes
+from loram_ray.modeling import parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
+from loram_ray.tokenizer import load_tokenizer
 from loram_ray.waiting import alone
 
 _OPTIMISERS = {

@@ -14,8 +14,8 @@ from loram_ray.config import CalibrationConfig
 from loram_ray.corpus.pack import end_of_text, pack, tokenise
 from loram_ray.corpus.read import Unit, documents, list_units
 from loram_ray.errors import LoramError
-from loram_ray.modeling import load_tokenizer
 from loram_ray.progress import say
+from loram_ray.tokenizer import load_tokenizer
 
 KEY = "prune.calibration"
 _WINDOW_CHARACTERS = 2**24

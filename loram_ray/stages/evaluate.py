@@ -27,11 +27,12 @@ from loram_ray.manifest import (
     require_stage,
     write_json,
 )
-from loram_ray.modeling import read_template, resolve_base
+from loram_ray.modeling import resolve_base
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines
 from loram_ray.schedule import Outcome, Schedule, run_tasks
 from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.tokenizer import read_template
 
 SCORES_FILE, ITEMS = "scores.json", "items"
 _RECORD_FILE, _HARNESS_FILE = "batches.jsonl", "lm_eval.json"

@@ -15,10 +15,11 @@ from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
 from loram_ray.manifest import digest_of, identify_model
-from loram_ray.modeling import family_of, read_template
+from loram_ray.modeling import family_of
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.tokenizer import read_template
 
 _OF_EVALUATION = {"eval_every", "patience"}
 _NOT_IN_IDENTITY = {

@@ -116,7 +116,7 @@ def memory(folder: Path, size: str) -> dict[str, Any]:
     from loram_ray.corpus.prepare import prepare_unit
     from loram_ray.corpus.read import list_units
     from loram_ray.corpus.selection import Selection
-    from loram_ray.modeling import load_tokenizer
+    from loram_ray.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder / "base")
     work = folder / f"work-{size}"
