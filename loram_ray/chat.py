@@ -14,7 +14,8 @@ from loram_ray.adapter import own_template
 from loram_ray.corpus.examples import end_of_answer
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.scoring import with_adapter
-from loram_ray.modeling import load_model, resolve_base
+from loram_ray.model_files import resolve_base
+from loram_ray.modeling import load_model
 from loram_ray.tokenizer import load_tokenizer
 
 

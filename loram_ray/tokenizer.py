@@ -1,4 +1,4 @@
-"""Loading tokenizers: without the modelling code, whose import takes twice as long."""
+"""Loading tokenizers, without the modelling code of transformers: it takes seconds to import."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer
 
 from loram_ray.errors import LoramError
 
@@ -24,6 +23,8 @@ def load_tokenizer(
     Raises:
         LoramError: there is none that transformers can read, or the file cannot be read.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     except Exception as error:

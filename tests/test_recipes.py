@@ -14,7 +14,7 @@ from loram_ray.alignment.deepspeed import deepspeed_config
 from loram_ray.architectures import architecture_of
 from loram_ray.config import RunConfig, load_run
 from loram_ray.configuration_pruned import PrunedLlamaConfig
-from loram_ray.modeling import pruned_config
+from loram_ray.model_files import pruned_config
 from loram_ray.modeling_pruned import PrunedLlamaForCausalLM
 from loram_ray.pruning.selection import layer_range
 from loram_ray.tensorfile import TensorSpec

@@ -11,18 +11,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from loram_ray.config import AlignConfig
 from loram_ray.errors import LoramError
 from loram_ray.memory import freed_memory_returned
 from loram_ray.modeling import DTYPES
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def deepspeed_config(config: AlignConfig, users: Mapping[str, Any], workers: int) -> dict[str, Any]:
@@ -166,6 +167,9 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
     Raises:
         LoramError: the weights lack a parameter of the model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     with no_init_weights():
         config = AutoConfig.from_pretrained(directory)

@@ -18,7 +18,7 @@ from loram_ray.alignment.throughput import linear_weights
 from loram_ray.architectures import Architecture, Geometry, Unit, architecture_of
 from loram_ray.config import PruneConfig
 from loram_ray.errors import LoramError
-from loram_ray.modeling import pruned_config, stock_model_type
+from loram_ray.model_files import pruned_config, stock_model_type
 from loram_ray.plan import STRUCTURED, PruningPlan
 from loram_ray.pruning.random import random_scores
 from loram_ray.pruning.selection import keep_units, layer_range, layer_ratios

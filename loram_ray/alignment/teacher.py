@@ -17,7 +17,8 @@ from loram_ray.layerwise.hidden import HiddenStates
 from loram_ray.layerwise.layers import LayerStream
 from loram_ray.losses import CHUNK, logits_of
 from loram_ray.memory import return_freed_memory
-from loram_ray.modeling import family_of, load_model
+from loram_ray.model_files import family_of
+from loram_ray.modeling import load_model
 
 
 @dataclass(frozen=True)

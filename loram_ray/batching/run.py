@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -15,17 +15,19 @@ from loram_ray.actors import Actors
 from loram_ray.batching.tasks import Task, tasks_of
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
-from loram_ray.finetuning.frozen import FrozenModel
-from loram_ray.finetuning.together import Together
-from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
+from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import identify_model
-from loram_ray.modeling import family_of
+from loram_ray.model_files import family_of
 from loram_ray.progress import METRICS_FILE, Reporter, last_line
 from loram_ray.results import write_results
 from loram_ray.schedule import Outcome, Schedule, run_tasks
 from loram_ray.stage import StageDirectory
 from loram_ray.stages.recover import recover
 from loram_ray.stages.train import require_room, train_by
+
+if TYPE_CHECKING:
+    from loram_ray.finetuning.frozen import FrozenModel
+    from loram_ray.finetuning.together import Together
 
 _SHOWN = 4
 _COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "eval_loss", "loss")
@@ -107,6 +109,10 @@ class TaskActor:
 
     def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         """Train one task; the model is loaded if another or none is there."""
+        from loram_ray.finetuning.frozen import FrozenModel
+        from loram_ray.finetuning.together import Together
+        from loram_ray.finetuning.trainer import train_adapter
+
         with self._loading:
             if self._frozen is None or not self._frozen.serves(config):
                 self._frozen = self._together = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 _WORTH_KEEPING = 16
 """Tokens in common from which on keys and values of them are kept."""
@@ -45,6 +47,8 @@ class Engine:
             rows: that the copy is for.
         """
         if self._kept is None or self._begin != list(begin):
+            from transformers import DynamicCache
+
             kept = DynamicCache(config=self.model.config)
             ids = torch.tensor([list(begin)], device=self.device)
             self.model.get_decoder()(input_ids=ids, past_key_values=kept, use_cache=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from loram_ray.corpus.examples import end_of_answer
 from loram_ray.evaluation.engine import Engine
@@ -71,6 +70,8 @@ def answers(
     if begin:
         options["past_key_values"] = engine.begun(prompts[0][:begin], len(prompts))
     if sampling.stop:
+        from transformers import StoppingCriteriaList
+
         options["stopping_criteria"] = StoppingCriteriaList(
             [_Stops(engine.tokenizer, sampling.stop, longest)]
         )
@@ -102,7 +103,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in found if token is not None})
 
 
-class _Stops(StoppingCriteria):
+class _Stops:
     """Ends a row whose newest tokens have a stop text among them."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], begins: int) -> None:

@@ -17,7 +17,6 @@ from loram_ray.errors import LoramError
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.measurements import measurements_of
-from loram_ray.modeling import load_model, parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
 from loram_ray.tokenizer import load_tokenizer
 from loram_ray.waiting import alone
@@ -113,6 +112,8 @@ class Scorer:
     @functools.cached_property
     def engine(self) -> Engine:
         """The model with its adapter."""
+        from loram_ray.modeling import load_model, parameters_and_bytes
+
         config = self._config
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load_model(config.model, config.precision, device)

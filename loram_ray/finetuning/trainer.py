@@ -7,7 +7,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.data import tables
 from loram_ray.finetuning.eva import explain_inputs
 from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.finetuning.together import Seat, Together
 from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import parameters_and_bytes
@@ -46,35 +46,6 @@ _OPTIMISERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 _COMPLETE = "complete"
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a training was.
-
-    Attributes:
-        examples: examples learnt from.
-        tokens: tokens trained on, prompts included.
-        trained_parameters: of the adapter.
-        model_parameters: of the frozen model.
-        model_bytes: of the frozen model's weights.
-        seconds: of this attempt.
-        steps: optimiser steps until the end, or until patience ended it.
-        held_out: examples that were judged by.
-        best_step: whose adapter was kept; None without held-out examples.
-        eval_loss: of that adapter, in nats a label.
-    """
-
-    examples: int
-    tokens: int
-    trained_parameters: int
-    model_parameters: int
-    model_bytes: int
-    seconds: float
-    steps: int
-    held_out: int = 0
-    best_step: int | None = None
-    eval_loss: float | None = None
 
 
 class LoraTrainer(Trainer):

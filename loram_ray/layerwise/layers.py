@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.big_modeling import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from loram_ray.architectures import Architecture
 from loram_ray.errors import LoramError
 from loram_ray.losses import logits_of, summed_loss_of_states
 from loram_ray.modeling import DTYPES
-from loram_ray.modeling_pruned import unfuse_experts
 from loram_ray.tensorfile import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with besides its hidden states."""
@@ -40,6 +40,8 @@ class LayerStream:
     """
 
     def __init__(self, base: Path, family: Architecture, precision: str, device: str) -> None:
+        from loram_ray.modeling_pruned import unfuse_experts
+
         self.checkpoint = Checkpoint(base)
         self._family = family
         self._dtype = DTYPES[precision]
@@ -233,6 +235,9 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
 
 def _empty_model(base: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model without weights; its buffers (rotary frequencies) are real."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     config = AutoConfig.from_pretrained(base)
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

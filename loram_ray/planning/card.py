@@ -8,7 +8,7 @@ from typing import Any
 from loram_ray.config import TrainConfig
 from loram_ray.errors import LoramError
 from loram_ray.manifest import read_model_config
-from loram_ray.modeling import family_of
+from loram_ray.model_files import family_of
 from loram_ray.planning.gpus import GAPS
 from loram_ray.planning.rehearsal import training_memory
 

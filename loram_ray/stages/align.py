@@ -19,7 +19,7 @@ from loram_ray.corpus.sources import list_sources
 from loram_ray.errors import LoramError
 from loram_ray.manifest import fingerprint, read_manifest, read_model_config, require_stage
 from loram_ray.model_card import CARD_FILE, SIZES, model_card
-from loram_ray.modeling import resolve_base, write_model_files
+from loram_ray.model_files import resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE
 from loram_ray.stage import StageDirectory, StageResult, run_stage

@@ -27,7 +27,7 @@ from loram_ray.manifest import (
     require_stage,
     write_json,
 )
-from loram_ray.modeling import resolve_base
+from loram_ray.model_files import resolve_base
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines
 from loram_ray.schedule import Outcome, Schedule, run_tasks

@@ -9,7 +9,7 @@ from loram_ray.config import ExportConfig
 from loram_ray.errors import LoramError
 from loram_ray.gguf_file import architecture_of, size_of, write_gguf
 from loram_ray.manifest import identify_model, read_model_config
-from loram_ray.modeling import resolve_base
+from loram_ray.model_files import resolve_base
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 

@@ -19,7 +19,7 @@ from loram_ray.manifest import (
     read_model_config,
     require_stage,
 )
-from loram_ray.modeling import family_of, resolve_base, write_model_files
+from loram_ray.model_files import family_of, resolve_base, write_model_files
 from loram_ray.plan import PLAN_FILE
 from loram_ray.progress import Reporter, say
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage

@@ -15,7 +15,7 @@ from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, fingerprint, read_model_config, require_stage
 from loram_ray.masks import MASKS_FILE, Masks, packed_spec
-from loram_ray.modeling import family_of, pruned_config, resolve_base, write_model_files
+from loram_ray.model_files import family_of, pruned_config, resolve_base, write_model_files
 from loram_ray.plan import STRUCTURED, PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.pruning.calibrate import Base, solve_weights, structured_scores

@@ -12,7 +12,7 @@ from loram_ray.config import QuantizeConfig
 from loram_ray.errors import LoramError
 from loram_ray.manifest import Manifest, read_manifest, read_model_config, require_stage
 from loram_ray.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
-from loram_ray.modeling import write_model_files
+from loram_ray.model_files import write_model_files
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage

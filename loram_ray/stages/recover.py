@@ -22,7 +22,7 @@ from loram_ray.errors import LoramError
 from loram_ray.experts import adapted_experts, require_fusable_experts
 from loram_ray.manifest import fingerprint, require_stage
 from loram_ray.memory import freed_memory_returned
-from loram_ray.modeling import resolve_base
+from loram_ray.model_files import resolve_base
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor

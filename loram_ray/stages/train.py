@@ -1,4 +1,7 @@
-"""The train stage: a model and examples in, an adapter out."""
+"""The train stage: a model and examples in, an adapter out.
+
+What only the actor needs is imported there: transformers and PEFT take seconds.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from loram_ray.adapter import TEMPLATE_FILE
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
-from loram_ray.finetuning.trainer import TrainingSummary, train_adapter
+from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import digest_of, identify_model
-from loram_ray.modeling import family_of
+from loram_ray.model_files import family_of
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
@@ -139,6 +142,8 @@ def _write(target: StageDirectory, config: TrainConfig, training: Training) -> N
 
 def train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
     """In the actor: refuse a training that its GPU cannot hold, or carry it out."""
+    from loram_ray.finetuning.trainer import train_adapter
+
     require_room(config)
     return train_adapter(config, work, output)
 

@@ -8,19 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ray import tune
 
 from loram_ray.config import TrainConfig
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.frozen import FrozenModel
-from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.manifest import write_json
 from loram_ray.progress import METRICS_FILE, read_lines
 from loram_ray.stages.train import require_room
 from loram_ray.sweeping.trials import ADAPTER, SUMMARY_FILE, WORK
+
+if TYPE_CHECKING:
+    from loram_ray.finetuning.frozen import FrozenModel
 
 Tell = Callable[[int, float], None]
 """Told a step and the held-out loss after it."""
@@ -74,6 +75,8 @@ class TrialActor(tune.Trainable):
 
         if not (folder / SUMMARY_FILE).exists():
             if self._frozen is None or not self._frozen.serves(train):
+                from loram_ray.finetuning.frozen import FrozenModel
+
                 self._frozen = None
                 require_room(train)
                 self._frozen = FrozenModel.load(train)
@@ -84,6 +87,8 @@ class TrialActor(tune.Trainable):
 
 def _train(train: TrainConfig, folder: Path, frozen: FrozenModel, tell: Tell) -> None:
     """Train from the last checkpoint in a trial's directory; its summary says that it is whole."""
+    from loram_ray.finetuning.trainer import train_adapter
+
     work, adapter = folder / WORK, folder / ADAPTER
     work.mkdir(parents=True, exist_ok=True)
     adapter.mkdir(exist_ok=True)

@@ -23,10 +23,9 @@ from loram_ray.config import (
     validate,
 )
 from loram_ray.errors import LoramError
-from loram_ray.finetuning.judging import held_out_loss
-from loram_ray.finetuning.trainer import TrainingSummary
+from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import identify_model
-from loram_ray.modeling import family_of, resolve_base
+from loram_ray.model_files import family_of, resolve_base
 from loram_ray.progress import METRICS_FILE, last_line, say
 from loram_ray.results import write_results
 from loram_ray.stage import StageDirectory, StageResult, run_stage
@@ -260,10 +259,17 @@ def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:
     base, work = resolve_base(config.base, "sweep.base").resolve(), final.resolve().parent
     arguments = (absolute(trial.train), base, (final / "adapter").resolve(), work / ".judging")
     loss: float = run_in_actor(
-        held_out_loss, arguments, config.cpus, config.max_failures, _until, config.gpus
+        _held_out_loss, arguments, config.cpus, config.max_failures, _until, config.gpus
     )
     shutil.rmtree(work / ".judging")
     return loss
+
+
+def _held_out_loss(config: TrainConfig, base: Path, adapter: Path, work: Path) -> float:
+    """In the actor, which alone imports what it needs."""
+    from loram_ray.finetuning.judging import held_out_loss
+
+    return held_out_loss(config, base, adapter, work)
 
 
 def _until(finished: Any) -> None:
