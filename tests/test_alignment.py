@@ -248,6 +248,7 @@ def test_a_sequence_longer_than_the_models_positions_is_refused(
         lr.align(config(pruned, corpus, tmp_path / "aligned", length=1024))
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
     pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None

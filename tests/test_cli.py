@@ -302,6 +302,7 @@ def test_json_lines_cut_in_the_middle_are_one_line(folder: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_examples_without_an_answer_are_one_line(folder: Path) -> None:
     with open(folder / "data.jsonl", "a") as file:
         file.write('{"prompt": "1+1=", "completion": ""}\n')
@@ -395,6 +396,7 @@ def test_json_is_all_that_stands_on_standard_output(folder: Path) -> None:
     assert said == {"output": "out/adapter", **manifest}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_json_is_all_that_stands_on_standard_output_with_ray(folder: Path) -> None:
     done = loram(folder, "evaluate", "--config", "run.yaml", "--json", "--set", "evaluate.limit=3")

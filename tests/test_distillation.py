@@ -416,6 +416,7 @@ def test_cached_targets_are_those_of_the_stock_model(
     assert again.skipped
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_targets_that_were_cut_are_continued(
     teaching_base: Path, pruned: Path, text: Path, corpus: StageResult, tmp_path: Path

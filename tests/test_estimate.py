@@ -141,6 +141,7 @@ def measure_stage(pruned: Path, stage: int, workers: int) -> dict[str, int | Non
     }
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_bytes_are_those_of_deepspeeds_engine(folder: Path) -> None:
     """Two workers, bf16: what is kept, and all tensors at their largest, on the fuller worker."""

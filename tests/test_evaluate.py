@@ -108,6 +108,7 @@ def test_tasks_of_ones_own_make_another_evaluation_where_they_change(tmp_path: P
     assert found(here) not in (before, changed)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("embedded_ray")
 def test_an_error_of_an_actor_is_told_as_it_is(
     loud_directory: Path,

@@ -264,6 +264,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_actors_share_a_gpu(tmp_path: Path) -> None:
     """Ray is told of a GPU; what it places where does not depend on there being one."""
     done = subprocess.run(

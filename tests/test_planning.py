@@ -122,11 +122,17 @@ def expected_and_measured(
     "changes",
     [
         {},
-        {"activation_checkpointing": True},
-        {"precision": "fp32"},
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"precision": "fp32"}, marks=pytest.mark.slow),
         {"lora": {"r": 4, "alpha": 8, "lm_head": True}},
-        {"lora": {"r": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}},
-        {"lora": {"r": 64, "alpha": 8, "dtype": "bf16"}, "optimiser": {"name": "adamw_8bit"}},
+        pytest.param(
+            {"lora": {"r": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"lora": {"r": 64, "alpha": 8, "dtype": "bf16"}, "optimiser": {"name": "adamw_8bit"}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_peaks_are_those_of_real_training(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -149,9 +155,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"activation_checkpointing": True},
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
         {"precision": "fp32"},
-        {"lora": {"r": 8, "alpha": 16, "dropout": 0.05, "lm_head": True}},
+        pytest.param(
+            {"lora": {"r": 8, "alpha": 16, "dropout": 0.05, "lm_head": True}},
+            marks=pytest.mark.slow,
+        ),
         {"max_length": 32, "micro_batch_size": 1, "lora": {"r": 64, "alpha": 16}},
     ],
 )

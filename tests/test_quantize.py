@@ -350,6 +350,7 @@ def test_the_card_of_an_aligned_model_goes_on(pruned: Path, tmp_path: Path) -> N
     assert "Pages." in found and "Thus." in found and "base_model: a/b" in found
 
 
+@pytest.mark.slow
 def test_a_quantisation_killed_half_way_leaves_nothing(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", layers=24, hidden=256, intermediate=512, head_dim=32)
     pruned = prune(base, tmp_path / "pruned", layers=(1, 23))

@@ -572,6 +572,7 @@ def several(tmp_path: Path) -> CorpusConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_prepared_corpus_tells_its_sources_apart(
     embedded_ray: None, base: Path, tmp_path: Path, several: CorpusConfig

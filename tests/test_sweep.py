@@ -132,6 +132,7 @@ def test_what_cannot_be_tried_is_refused_before_anything_runs(
 # The sweep
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_the_best_adapter_is_that_of_its_own_training(
     base: Path, pruned: Path, data: Path, tmp_path: Path, embedded_ray: None
@@ -162,6 +163,7 @@ def test_the_best_adapter_is_that_of_its_own_training(
         lr.sweep(again)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_bad_trials_are_stopped_early(
     base: Path, pruned: Path, data: Path, tmp_path: Path, embedded_ray: None

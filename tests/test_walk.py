@@ -867,6 +867,7 @@ class Killer:
         return Killing
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_two_workers_of_which_one_dies_score_as_one_here_does(
     base: Path, tmp_path: Path, embedded_ray: None
@@ -1271,6 +1272,7 @@ class Whole:
         return abs(loss - self.loss)
 
 
+@pytest.mark.slow
 def test_taylor_scores_rank_units_as_cutting_them_off_does(real_base: Path, tmp_path: Path) -> None:
     """Spearman's rank correlation of the scores with the change of the loss, one unit at a time.
 
