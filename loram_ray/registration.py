@@ -21,7 +21,7 @@ from loram_ray.architectures import ARCHITECTURES
 def register_on_first_use() -> None:
     """Have the pruned classes registered when they are first asked for."""
     wrapt.register_post_import_hook(_wrap_configs, "transformers.models.auto.configuration_auto")
-    wrapt.register_post_import_hook(_wrap_models, "transformers.models.auto.auto_factory")
+    wrapt.register_post_import_hook(_wrap_models, "transformers.models.auto.modeling_auto")
 
 
 @functools.cache
@@ -55,9 +55,9 @@ def _wrap_configs(configuration_auto: ModuleType) -> None:
     )
 
 
-def _wrap_models(auto_factory: ModuleType) -> None:
+def _wrap_models(modeling_auto: ModuleType) -> None:
     for method in ("from_pretrained", "from_config"):
-        wrapt.wrap_function_wrapper(auto_factory._BaseAutoModelClass, method, _after(register))
+        wrapt.wrap_function_wrapper(modeling_auto.AutoModelForCausalLM, method, _after(register))
 
 
 def _after(first: Callable[[], None]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import threading
 import time
 from pathlib import Path
@@ -226,6 +227,25 @@ def test_as_many_steps_run_at_a_time_as_may() -> None:
 
     run_steps({f"s{n}": step(f"s{n}") for n in range(9)}, do, at_a_time=3)
     assert most == 3
+
+
+def test_an_interrupt_waits_for_no_step() -> None:
+    over = threading.Event()
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def do(one: Step) -> StageResult:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        over.wait(60)
+        over.set()
+        return result_of(one.name)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_steps({"a": step("a"), "b": step("b", "a")}, do, at_a_time=2)
+        assert not over.is_set()
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, was)
 
 
 def test_what_is_no_users_mistake_ends_the_comparison() -> None:

@@ -363,7 +363,11 @@ with torch.no_grad():
 ORDERS = {
     "loram_ray first": """
 import sys, loram_ray
+from loram_ray.stages import align, evaluate, merge, prune, train
 assert "transformers" not in sys.modules and "ray" not in sys.modules
+from loram_ray.tokenizer import load_tokenizer
+load_tokenizer(sys.argv[2])
+assert "transformers.modeling_utils" not in sys.modules  # which takes seconds to import
 from transformers import AutoModelForCausalLM
 """,
     "loram_ray after transformers was used": """

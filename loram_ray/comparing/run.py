@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -102,6 +105,9 @@ def run_steps(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Run steps, each after those it needs; one that fails harms only those that need it.
 
+    An interrupt does not wait for those that run: they go on in daemon threads, until the process
+    ends, and from where they were at the next call.
+
     Args:
         steps: by name.
         do: runs one.
@@ -113,38 +119,45 @@ def run_steps(
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     waiting = dict(steps)
-    running: dict[Future[StageResult], tuple[str, float]] = {}
-    with ThreadPoolExecutor(at_a_time) as pool:
+    running: set[str] = set()
+    ended: SimpleQueue[tuple[str, Future[StageResult], float]] = SimpleQueue()
+
+    def run(name: str) -> None:
+        began, result = time.monotonic(), Future[StageResult]()
         try:
-            while waiting or running:
-                for name in list(waiting):
-                    needs = waiting[name].needs
-                    if lost := [need for need in needs if need in failed]:
-                        failed[name] = f"it needs {lost[0]}"
-                        del waiting[name]
-                    elif all(need in done for need in needs) and len(running) < at_a_time:
-                        running[pool.submit(do, waiting.pop(name))] = name, time.monotonic()
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    name, began = running.pop(future)
-                    _keep(name, future, time.monotonic() - began, done, failed)
-                    say("compare", f"{len(done) + len(failed)}/{len(steps)} {name}: "
-                        f"{failed.get(name) or done[name]['said']}")  # fmt: skip
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            result.set_result(do(steps[name]))
+        except BaseException as error:
+            result.set_exception(error)
+        ended.put((name, result, time.monotonic() - began))
+
+    while waiting or running:
+        for name in list(waiting):
+            needs = waiting[name].needs
+            if lost := [need for need in needs if need in failed]:
+                failed[name] = f"it needs {lost[0]}"
+                del waiting[name]
+            elif all(need in done for need in needs) and len(running) < at_a_time:
+                del waiting[name]
+                running.add(name)
+                threading.Thread(target=run, args=(name,), daemon=True).start()
+        with suppress(Empty):
+            name, result, seconds = ended.get(timeout=0.5)  # so that an interrupt is heard
+            running.remove(name)
+            _keep(name, result, seconds, done, failed)
+            say("compare", f"{len(done) + len(failed)}/{len(steps)} {name}: "
+                f"{failed.get(name) or done[name]['said']}")  # fmt: skip
     return done, failed
 
 
 def _keep(
     name: str,
-    future: Future[StageResult],
+    ended: Future[StageResult],
     seconds: float,
     done: dict[str, dict[str, Any]],
     failed: dict[str, str],
 ) -> None:
     try:
-        result = future.result()
+        result = ended.result()
     except (LoramError, OSError) as error:
         failed[name] = str(error)
         return

@@ -34,8 +34,8 @@ class _Batches:
     """
 
     def __init__(self, rows: list[Row], size: int, rank: int) -> None:
-        batches = [padded(rows[start : start + size], 0) for start in range(0, len(rows), size)]
-        self._batches = [b for b in batches if int((b["labels"] != IGNORED).sum()) >= rank]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self._batches = [batch for batch in batches if sum(map(_labels, batch)) >= rank]
         self._left = MOST_BATCHES
         if not self._batches:
             raise LoramError(
@@ -54,7 +54,12 @@ class _Batches:
                     "did not show them; set it to default or lower r"
                 )
             self._left -= 1
-            yield dict(batch)
+            yield padded(batch, 0)
+
+
+def _labels(row: Row) -> int:
+    """Tokens that are predicted."""
+    return sum(label != IGNORED for label in row["labels"][1:])
 
 
 def explain_inputs(
