@@ -18,7 +18,12 @@ import yaml
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
-from loram_ray.alignment.deepspeed import deepspeed_config, load_partitioned
+from loram_ray.alignment.deepspeed import (
+    deepspeed_config,
+    import_deepspeed,
+    load_partitioned,
+    require_async_io,
+)
 from loram_ray.alignment.loop import ROWS_FILE
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
@@ -310,6 +315,18 @@ def test_deepspeed_config_offloads() -> None:
         "offload_optimizer": {"device": "nvme", "nvme_path": "/fast"},
         "offload_param": {"device": "cpu"},
     }
+
+
+def test_nvme_without_what_it_needs_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own check, where no compiler can be found."""
+    import_deepspeed()
+    monkeypatch.setenv("PATH", "/absent")
+    monkeypatch.setenv("CC", "/absent/cc")
+    require_async_io(built(zero_stage=3, offload_optimiser="cpu"))
+    nvme = built(zero_stage=3, offload_parameters="nvme", offload_folder="/fast")
+    with pytest.raises(lr.LoramError, match="offload_parameters = nvme needs libaio") as error:
+        require_async_io(nvme)
+    assert "\n" not in str(error.value)
 
 
 def test_a_users_deepspeed_json_wins_key_by_key() -> None:

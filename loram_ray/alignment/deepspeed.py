@@ -155,6 +155,27 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def require_async_io(ds_config: Mapping[str, Any]) -> None:
+    """Refuse to offload to NVMe where DeepSpeed cannot build what reads and writes there.
+
+    Raises:
+        LoramError: this machine lacks libaio, or a compiler.
+    """
+    zero = ds_config["zero_optimization"]
+    for key, ours in (
+        ("offload_optimizer", "offload_optimiser"),
+        ("offload_param", "offload_parameters"),
+    ):
+        if zero.get(key, {}).get("device") == "nvme":
+            from deepspeed.ops.op_builder import AsyncIOBuilder
+
+            if not AsyncIOBuilder().is_compatible(verbose=False):
+                raise LoramError(
+                    f"align.{ours} = nvme needs libaio with its headers and a C++ compiler on the "
+                    "machines of the workers; install them (libaio-dev, g++) or offload to cpu"
+                )
+
+
 @freed_memory_returned()
 def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str) -> PreTrainedModel:
     """Build a model and read its weights tensor by tensor, into ZeRO-3 partitions where asked.

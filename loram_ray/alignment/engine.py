@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from loram_ray.alignment.checkpoints import TAG, Progress
-from loram_ray.alignment.deepspeed import deepspeed_config, import_deepspeed, load_partitioned
+from loram_ray.alignment.deepspeed import (
+    deepspeed_config,
+    import_deepspeed,
+    load_partitioned,
+    require_async_io,
+)
 from loram_ray.alignment.objective import AlignmentModel
 from loram_ray.config import AlignConfig
 
@@ -39,6 +44,7 @@ def start_engine(
     deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config, users, workers)
+    require_async_io(ds_config)
     if universal:
         ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     model = load_partitioned(config.pruned, ds_config, config.precision)
