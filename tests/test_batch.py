@@ -303,6 +303,7 @@ def test_tasks_that_share_a_model_want_it_loaded_alike(tmp_path: Path) -> None:
 # Batches
 
 
+@pytest.mark.slow
 def test_each_adapter_is_the_one_trained_alone(
     base: Path, pruned: Path, tmp_path: Path, embedded_ray: None
 ) -> None:

@@ -332,6 +332,7 @@ def tokens_of(file: Path) -> list[int]:
     return [token for ids, length in rows for token in ids[:length]]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_preparation_keeps_every_token_of_every_document_once(
     embedded_ray: None, base: Path, tmp_path: Path, mixed: CorpusConfig

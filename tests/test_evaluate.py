@@ -55,6 +55,7 @@ def items_in(output: Path) -> dict[str, list[Any]]:
     return {path.stem: read_lines(path) for path in sorted((output / "items").iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("embedded_ray")
 def test_scores_do_not_depend_on_the_number_of_actors(
     loud_directory: Path,

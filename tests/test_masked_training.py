@@ -284,6 +284,7 @@ def test_a_training_that_was_cut_ends_bit_equal(case: Case, tmp_path: Path) -> N
     assert losses(cut / "work") == losses(whole / "work")
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_the_train_and_evaluate_stages_use_the_masks(tmp_path: Path, embedded_ray: None) -> None:
     case = make_case(tmp_path, "unstructured")

@@ -252,6 +252,7 @@ def test_gpus_are_named_from_the_smallest_that_fits() -> None:
     assert list(fitting(1e12)) == []
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     line = ["plan", "--config", str(CONFIGS / "llama-2-13b.yaml"), "--set", "train.max_length=8"]
     line += ["--set", "train.micro_batch_size=1"]

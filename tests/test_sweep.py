@@ -214,6 +214,7 @@ def test_models_are_compared_on_their_base(
     assert best["base_loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_failed_trial_harms_no_other(
     base: Path, pruned: Path, data: Path, tmp_path: Path
