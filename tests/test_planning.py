@@ -141,6 +141,26 @@ def test_peaks_are_those_of_real_training(tmp_path: Path, changes: dict[str, Any
     assert measured == pytest.approx(expected.total, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "quantized"), [({}, True), ({"activation_checkpointing": True}, False)]
+)
+def test_layers_that_are_alike_need_not_all_be_rehearsed(
+    changes: dict[str, Any], quantized: bool
+) -> None:
+    shapes = tiny.llama_config(layers=18).to_dict()
+    size, hidden = shapes["intermediate_size"], shapes["hidden_size"]
+    linears = {"gate_proj": [size // 4, hidden], "up_proj": [size // 4, hidden]}
+    linears["down_proj"] = [hidden, size // 4]
+    shapes |= {"model_type": "loram_llama", "masked_linears": [], "pruned_linears": {
+        f"model.layers.{layer}.mlp.{name}": shape
+        for layer in range(2, 16)
+        for name, shape in linears.items()
+    }}  # fmt: skip
+    settings = {"model": "m", "data": "d", "output": "o", "max_length": 32, **changes}
+    arguments = (shapes, architecture_of("llama"), lr.TrainConfig(**settings), quantized)
+    assert training_memory(*arguments) == training_memory(*arguments, every_layer=True)
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned model in NF4; bitsandbytes computes each of its linears on CPUs."""

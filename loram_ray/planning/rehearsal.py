@@ -3,15 +3,21 @@
 The model, PEFT's adapter, the loss and the backward pass are those that `train` runs; a linear in
 NF4 is one that makes its weight whole whenever it is asked, as bitsandbytes does. AdamW is fused,
 and makes no tensor of its own but its moments.
+
+Layers that are alike are not all rehearsed: a step is carried out with two of each run of them, and
+once more with three of each. What is there at the largest moment in such layers, or outside of all,
+grows by the same for every further one.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import peft
@@ -86,7 +92,11 @@ class TrainingMemory:
 
 
 def training_memory(
-    model_config: dict[str, Any], family: Architecture, train: TrainConfig, quantized: bool
+    model_config: dict[str, Any],
+    family: Architecture,
+    train: TrainConfig,
+    quantized: bool,
+    every_layer: bool = False,
 ) -> TrainingMemory:
     """Rehearse one micro-batch of ``max_length`` tokens, each with a label, under a padding mask.
 
@@ -95,6 +105,7 @@ def training_memory(
         family: the base's.
         train: the stage's configuration; its paths are not read.
         quantized: whether the model's linears are in NF4.
+        every_layer: rehearse all layers, even where many are alike.
 
     Raises:
         ValueError: targets that the model lacks.
@@ -111,21 +122,29 @@ def training_memory(
         adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
     set_dtype(adapted, train.lora)
     save_memory(adapted, train)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
+    layers = _Layers(model, family, tracker)
+
+    def step(counts: Sequence[int]) -> dict[int | None, Counter[str]]:
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
+        with layers.only(counts), tracker.anew(), autocast:
+            _step(model, train.micro_batch_size, train.max_length)
+        return tracker.peaks
+
     with FakeTensorMode():
         _imagine(adapted)
         trained = [p for p in adapted.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        with tracker, autocast:
-            _step(model, train.micro_batch_size, train.max_length)
+        counts = [len(run) for run in layers.runs]
+        peaks = step(counts) if every_layer else _extrapolated(step, counts)
+    at_peak = max(peaks.values(), key=Counter.total)
     adapter = sum(p.nbytes for p in trained)
     return TrainingMemory(
         weights=weights,
         adapter=adapter,
         optimiser=moments_bytes(trained, train.optimiser.name),
         gradients=adapter,
-        **tracker.at_peak,
+        **{kind: at_peak[kind] for kind in _KINDS},
     )
 
 
@@ -172,21 +191,113 @@ def _step(model: PreTrainedModel, batch: int, length: int) -> None:
     (total / len(labels)).backward()
 
 
+def _extrapolated(
+    step: Callable[[Sequence[int]], dict[int | None, Counter[str]]], counts: Sequence[int]
+) -> dict[int | None, Counter[str]]:
+    """The peaks of a step with so many layers of each run, from steps with two and three of them.
+
+    Of one alone nothing can be said: the first layer of all makes no gradient of its inputs.
+    """
+    few = [min(count, 2) for count in counts]
+    longer = [run for run, count in enumerate(counts) if count > 2]
+    if sum(few) + len(longer) * (sum(few) + 1) >= sum(counts):
+        return step(counts)
+    before = step(few)
+    peaks = {phase: Counter(found) for phase, found in before.items()}
+    for run in longer:
+        after = step([*few[:run], 3, *few[run + 1 :]])
+        for phase, found in before.items():
+            for kind in _KINDS:
+                peaks[phase][kind] += (counts[run] - 2) * (after[phase][kind] - found[kind])
+    return peaks
+
+
+class _Layers:
+    """The decoder layers of a model; the tracker is told in which of their runs a step is.
+
+    Args:
+        model: with its adapter.
+        family: of the model.
+        tracker: to tell.
+
+    Attributes:
+        runs: indices of layers that follow each other and are alike.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Architecture, tracker: _Tracker) -> None:
+        path, _, self._name = family.layers.rpartition(".")
+        self._parent, self._config = model.get_submodule(path), model.config
+        self._all = list(model.get_submodule(family.layers).children())
+        kinds: Sequence[str] = getattr(model.config, "layer_types", None) or [""] * len(self._all)
+        self._kinds = list(kinds)
+        alike = [
+            (kind, type(layer), [(n, p.shape, p.dtype) for n, p in layer.named_parameters()])
+            for kind, layer in zip(kinds, self._all, strict=True)
+        ]
+        indices = range(len(self._all))
+        self.runs = [list(run) for _, run in groupby(indices, key=lambda index: alike[index])]
+        for number, run in enumerate(self.runs):
+            for index in run:
+                _tell(self._all[index], tracker, number)
+
+    @contextmanager
+    def only(self, counts: Sequence[int]) -> Iterator[None]:
+        """The model has so many layers of each run."""
+        kept = [
+            index for run, count in zip(self.runs, counts, strict=True) for index in run[:count]
+        ]
+        self._set(kept)
+        try:
+            yield
+        finally:
+            self._set(range(len(self._all)))
+
+    def _set(self, kept: Sequence[int]) -> None:
+        setattr(self._parent, self._name, nn.ModuleList(self._all[index] for index in kept))
+        self._config.num_hidden_layers = len(kept)
+        if any(self._kinds):
+            self._config.layer_types = [self._kinds[index] for index in kept]
+
+
+def _tell(layer: nn.Module, tracker: _Tracker, run: int) -> None:
+    """Tell the tracker when a layer begins and ends, and when its backward pass begins."""
+
+    def inside(*_: Any) -> None:
+        tracker.phase = run
+
+    def ended(_: nn.Module, __: Any, output: Any) -> None:
+        tracker.phase = None
+        states = output[0] if isinstance(output, tuple) else output
+        if states.requires_grad:
+            states.register_hook(inside)
+
+    layer.register_forward_pre_hook(inside)
+    layer.register_forward_hook(ended)
+
+
 class _Tracker(TorchDispatchMode):
     """Follows the storages that operations make.
 
     Attributes:
-        at_peak: bytes of each kind at the largest moment.
+        phase: number of the run of layers that computes, None outside of them.
+        peaks: bytes of each kind at the largest moment of each phase.
     """
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self._vocabulary = vocabulary
         self._kind: str | None = None
-        self._now = dict.fromkeys(_KINDS, 0)
+        self._step = 0
+        self.anew()
+
+    def anew(self) -> _Tracker:
+        """Forget what was there before."""
+        self._step += 1
+        self._now: Counter[str] = Counter()
         self._alive: set[int] = set()
-        self._peak = 0
-        self.at_peak = dict(self._now)
+        self.phase: int | None = None
+        self.peaks: dict[int | None, Counter[str]] = {}
+        return self
 
     @contextmanager
     def naming(self, kind: str) -> Iterator[None]:
@@ -224,14 +335,15 @@ class _Tracker(TorchDispatchMode):
         kind = self._kind or ("logits" if over_words else "activations")
         self._alive.add(key)
         self._now[kind] += size
-        weakref.finalize(storage, self._drop, key, kind, size)
-        if sum(self._now.values()) > self._peak:
-            self._peak = sum(self._now.values())
-            self.at_peak = dict(self._now)
+        weakref.finalize(storage, self._drop, self._step, key, kind, size)
+        peak = self.peaks.get(self.phase)
+        if peak is None or self._now.total() > peak.total():
+            self.peaks[self.phase] = Counter(self._now)
 
-    def _drop(self, key: int, kind: str, size: int) -> None:
-        self._alive.discard(key)
-        self._now[kind] -= size
+    def _drop(self, step: int, key: int, kind: str, size: int) -> None:
+        if step == self._step:
+            self._alive.discard(key)
+            self._now[kind] -= size
 
 
 class _Nf4Linear(nn.Linear):
