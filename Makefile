@@ -36,7 +36,7 @@ test: $(INSTALLED)
 	PYTHONPATH=$(abspath $(VENV)/lm-eval) $(BIN)/python -m pytest tests/test_harness.py
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not thorough" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not thorough" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 thorough: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and thorough"

@@ -117,15 +117,14 @@ def cluster(
     try:
         nodes.append(_start(head, started, folder / "head.log"))
         _wait_until(lambda: _listens(port), nodes[0], folder / "head.log")
-        for number in range(workers):
-            worker = ["--address", f"{HOST}:{port}", "--num-cpus", str(cpus)]
-            worker += ["--num-gpus", str(gpus), "--node-ip-address", HOST]
-            nodes.append(_start(worker, started, folder / f"worker-{number}.log"))
         _wait_until(lambda: _listens(dashboard_port), nodes[0], folder / "head.log")
         local = Local(folder, port, f"http://{HOST}:{dashboard_port}", environment)
-        for alive, node in enumerate(nodes[1:], 2):
-            log = folder / f"worker-{alive - 2}.log"
-            _wait_until(lambda least=alive: _alive(local) >= least, node, log)
+        for number in range(workers):  # one by one: two at a time may choose the same sockets
+            worker = ["--address", f"{HOST}:{port}", "--num-cpus", str(cpus)]
+            worker += ["--num-gpus", str(gpus), "--node-ip-address", HOST]
+            log = folder / f"worker-{number}.log"
+            nodes.append(_start(worker, started, log))
+            _wait_until(lambda: _alive(local) == len(nodes), nodes[-1], log)
         yield local
     finally:
         _end(nodes, folder)
