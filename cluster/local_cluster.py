@@ -35,6 +35,11 @@ import yaml
 HOST = "127.0.0.1"
 _HEAD = "ray.head.default"  # as Ray's provider of such nodes calls it
 _RAY = Path(sys.executable).with_name("ray")
+_ATTEMPTS = 3
+
+
+class _NotStarted(SystemExit):
+    """A node did not start, or nobody heard of it."""
 
 
 @dataclass(frozen=True)
@@ -91,43 +96,67 @@ def cluster(
     if not token.exists():
         token.touch(mode=0o600)
         token.write_text(os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
-    port = port or free_port()
-    dashboard_port = dashboard_port or free_port()
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
     started = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **environment,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    session = ["--temp-dir", str(folder / "ray"), "--node-ip-address", HOST]
-    head = ["--head", "--port", str(port), "--dashboard-host", HOST, "--num-cpus", str(head_cpus)]
-    head += ["--dashboard-port", str(dashboard_port), "--num-gpus", "0", *session]
-    head += ["--ray-client-server-port", str(free_port())]
     if autoscale:
-        config = _autoscaling(port, head_cpus, cpus, gpus, autoscale, idle_minutes)
-        file = folder / "autoscaling.yaml"
-        file.write_text(yaml.safe_dump(config))
-        head += ["--autoscaling-config", str(file)]
         started |= {
             "RAY_FAKE_CLUSTER": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5",
         }
-    nodes = []
+    worker = ["--num-cpus", str(cpus), "--num-gpus", str(gpus), "--node-ip-address", HOST]
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
-        nodes.append(_start(head, started, folder / "head.log"))
-        _wait_until(lambda: _listens(port), nodes[0], folder / "head.log")
-        _wait_until(lambda: _listens(dashboard_port), nodes[0], folder / "head.log")
-        local = Local(folder, port, f"http://{HOST}:{dashboard_port}", environment)
-        for number in range(workers):  # one by one: two at a time may choose the same sockets
-            worker = ["--address", f"{HOST}:{port}", "--num-cpus", str(cpus)]
-            worker += ["--num-gpus", str(gpus), "--node-ip-address", HOST]
-            log = folder / f"worker-{number}.log"
-            nodes.append(_start(worker, started, log))
-            _wait_until(lambda: _alive(local) == len(nodes), nodes[-1], log)
+        for left in reversed(range(_ATTEMPTS)):
+            local = Local(
+                folder,
+                port or free_port(),
+                f"http://{HOST}:{dashboard_port or free_port()}",
+                environment,
+            )
+            head = ["--num-cpus", str(head_cpus)]
+            if autoscale:
+                file = folder / "autoscaling.yaml"
+                config = _autoscaling(local.port, head_cpus, cpus, gpus, autoscale, idle_minutes)
+                file.write_text(yaml.safe_dump(config))
+                head += ["--autoscaling-config", str(file)]
+            try:
+                _start_all(local, head, [worker] * workers, started, nodes)
+                break
+            except _NotStarted:  # a port that was free may be another's by now
+                if not left:
+                    raise
+                _end(nodes, folder)
+                nodes.clear()
         yield local
     finally:
         _end(nodes, folder)
+
+
+def _start_all(
+    local: Local,
+    head: Sequence[str],
+    workers: Sequence[Sequence[str]],
+    environment: dict[str, str],
+    nodes: list[subprocess.Popen[bytes]],
+) -> None:
+    """Start a cluster's head and its workers, which join ``nodes`` one by one."""
+    dashboard_port = int(local.dashboard.rpartition(":")[2])
+    line = ["--head", "--port", str(local.port), "--dashboard-host", HOST, "--num-gpus", "0"]
+    line += ["--dashboard-port", str(dashboard_port), "--temp-dir", str(local.folder / "ray")]
+    line += ["--ray-client-server-port", str(free_port()), "--node-ip-address", HOST]
+    log = local.folder / "head.log"
+    nodes.append(_start([*line, *head], environment, log))
+    for port in (local.port, dashboard_port):
+        _wait_until(lambda port=port: _listens(port), nodes[0], log)
+    for number, worker in enumerate(workers):  # two at a time may choose the same sockets
+        log = local.folder / f"worker-{number}.log"
+        nodes.append(_start(["--address", f"{HOST}:{local.port}", *worker], environment, log))
+        _wait_until(lambda: _alive(local) == len(nodes), nodes[-1], log)
 
 
 def _autoscaling(
@@ -204,12 +233,12 @@ def _alive(local: Local) -> int:
 
 
 def _wait_until(ready: Callable[[], bool], node: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and node.poll() is None:
         if ready():
             return
         time.sleep(0.2)
-    raise SystemExit(f"a node did not start; see {log}:\n{log.read_text()[-2000:]}")
+    raise _NotStarted(f"a node did not start; see {log}:\n{log.read_text()[-2000:]}")
 
 
 def _end(nodes: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:

@@ -221,6 +221,23 @@ class Proxy:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.cluster
+def test_a_cluster_whose_port_was_taken_meanwhile_is_started_with_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free_port = local_cluster.free_port
+    with socket.socket() as taken, tempfile.TemporaryDirectory(prefix="loram-") as folder:
+        taken.bind((local_cluster.HOST, 0))
+        taken.listen()
+        ports = iter([taken.getsockname()[1]])
+        monkeypatch.setattr(local_cluster, "free_port", lambda: next(ports, None) or free_port())
+        with local_cluster.cluster(Path(folder), workers=0) as found:
+            assert found.port != taken.getsockname()[1]
+            assert local_cluster._alive(found) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_jobs_from_the_command_line(local: local_cluster.Local, tmp_path: Path) -> None:
