@@ -13,6 +13,12 @@ class LoramError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, or its type where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the candidate closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

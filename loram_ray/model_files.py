@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.architectures import Architecture, architecture_of
-from loram_ray.errors import LoramError
+from loram_ray.errors import LoramError, first_line
 from loram_ray.manifest import read_model_config
 from loram_ray.plan import PruningPlan
 
@@ -52,10 +52,9 @@ def resolve_base(base: str | Path, key: str) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoramError(
-            f"{key} {base} is no directory here and could not be had from the hub ({reason}); "
-            "check the name, the network and HF_TOKEN"
+            f"{key} {base} is no directory here and could not be had from the hub "
+            f"({first_line(error)}); check the name, the network and HF_TOKEN"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from loram_ray.errors import LoramError
+from loram_ray.errors import LoramError, first_line
 
 
 def load_tokenizer(
@@ -28,10 +28,9 @@ def load_tokenizer(
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoramError(
-            f"{directory} has no tokenizer that transformers can load ({reason}); copy the base's "
-            "tokenizer files into it"
+            f"{directory} has no tokenizer that transformers can load ({first_line(error)}); "
+            "copy the base's tokenizer files into it"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template, key)
