@@ -6,9 +6,10 @@ import json
 import math
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ _WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_
 def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
     """Have Ray initialised inside the block; an embedded one is shut down after it.
 
-    A process that has initialised Ray before keeps what it has.
+    A process that has initialised Ray before keeps what it has. Where Ray is initialised here,
+    standard output is standard error inside the block.
 
     Args:
         config: where Ray runs.
@@ -76,7 +78,9 @@ def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
             "start one or use 'local'"
         ) from error
     try:
-        yield
+        # Ray prints what befalls nodes to standard output, where a command's result belongs.
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 

@@ -408,6 +408,29 @@ def test_json_is_all_that_stands_on_standard_output_with_ray(folder: Path) -> No
     assert scores["examples"] == 3
 
 
+@pytest.mark.timeout(120)
+def test_what_ray_says_of_its_nodes_stays_off_standard_output(tmp_path: Path) -> None:
+    code = """
+import io, sys, time
+import ray
+from ray._private.utils import publish_error_to_driver
+from loram_ray.cluster import ray_session
+from loram_ray.config import RayConfig
+sys.stderr, deadline = io.StringIO(), time.monotonic() + 60
+with ray_session(RayConfig(num_cpus=1)):
+    gcs = ray._private.worker.global_worker.gcs_client
+    publish_error_to_driver("node_removed", "a node was marked dead", gcs)
+    while "marked dead" not in sys.stderr.getvalue():  # it comes by way of the head
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+print("{}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{}\n"
+
+
 PURE = ["plan", "recovery", "correction", "tensorfile", "architectures", "pruning.random"]
 
 

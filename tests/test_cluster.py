@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,16 +29,21 @@ LORAM = Path(sys.executable).with_name("loram")
 
 
 def gpus_of(local: local_cluster.Local) -> int:
-    """GPUs that the living nodes of a cluster say they have."""
+    """GPUs that the living nodes of a cluster say they have.
+
+    Ray prints what befell a node to the same stream, in front of the answer or behind it.
+    """
     code = (
-        "import ray; ray.init(address='auto', logging_level='ERROR', log_to_driver=False);"
-        "print(int(ray.cluster_resources().get('GPU', 0)))"
+        "import ray, sys; ray.init(address='auto', logging_level='ERROR', log_to_driver=False);"
+        "sys.stdout.write('\\nGPUs: %d\\n' % ray.cluster_resources().get('GPU', 0))"
     )
     environment = {**os.environ, **local.environment, "RAY_ADDRESS": f"127.0.0.1:{local.port}"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    return int(done.stdout)
+    found = re.search(r"^GPUs: (\d+)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout
+    return int(found[1])
 
 
 def workers_of(local: local_cluster.Local) -> list[psutil.Process]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -227,6 +229,24 @@ def test_as_many_steps_run_at_a_time_as_may() -> None:
 
     run_steps({f"s{n}": step(f"s{n}") for n in range(9)}, do, at_a_time=3)
     assert most == 3
+
+
+def test_steps_that_begin_at_once_in_a_fresh_process_all_find_transformers(base: Path) -> None:
+    code = f"""
+import threading
+from types import SimpleNamespace
+from loram_ray.comparing.run import run_steps
+from loram_ray.tokenizer import load_tokenizer
+both = threading.Barrier(2)
+def do(step):
+    both.wait()
+    load_tokenizer({str(base)!r})
+    return SimpleNamespace(skipped=False, manifest=SimpleNamespace(details={{}}))
+done, failed = run_steps(dict.fromkeys("ab", SimpleNamespace(needs=())), do, 2)
+assert set(done) == {{"a", "b"}}, failed
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interrupt_waits_for_no_step() -> None:

@@ -116,6 +116,9 @@ def run_steps(
     Returns:
         What the manifest of each says, and why others failed, by name.
     """
+    # Threads that import transformers' lazy package at once can be given it half made.
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401
+
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     waiting = dict(steps)
