@@ -86,7 +86,7 @@ class Study:
             model: pruned, aligned or quantised.
             folder: of the trained LoRA.
             recovered: of the recovered LoRA and the merged model; by default the same.
-            settings: of the recovery.
+            settings: of the recovery, by default one without the correction.
         """
         trained = self._trained(model, folder / "adapter_pruned")
         masked = lr.PruningPlan.load(trained).masks is not None
@@ -95,7 +95,7 @@ class Study:
             base=self.base,
             output=(recovered or folder) / "recovered",
             form="delta" if masked else "adapter",
-            **settings,
+            **{"correction": False, **settings},
         )
         return self._merged(lr.recover(recovery).output, recovered or folder)
 

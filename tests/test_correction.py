@@ -29,11 +29,13 @@ from test_recovery import CASES, PREFIX, kept_of, make_pruned
 import loram_ray as lr
 from loram_ray import nf4
 from loram_ray.correction import limited, orthonormal, projected
+from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.manifest import MANIFEST_FILE, read_manifest
 from loram_ray.modeling import load_model
 from loram_ray.plan import PruningPlan
 from loram_ray.stage import StageDirectory, run_stage
 from loram_ray.stages import recover_corrected
+from loram_ray.stages.train import train_by
 from loram_ray.tensorfile import Checkpoint, TensorFile
 
 ADAPTER = "adapter_model.safetensors"
@@ -493,6 +495,61 @@ def test_it_is_refused_after_masked_training(tmp_path: Path, form: str) -> None:
     case = masked.make_case(tmp_path, "2:4")
     message = refusal(tmp_path, case.trained, case.base, form=form)
     assert message.startswith("recover.correction must be false for a 2:4 pruning")
+
+
+def test_a_batch_and_a_sweep_refuse_it_before_masked_training(
+    tmp_path: Path, embedded_ray: None
+) -> None:
+    case = masked.make_case(tmp_path, "2:4")
+    data = str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(8)))
+    shared: dict[str, Any] = {
+        "model": case.pruned, "base": str(case.base), "output": tmp_path / "out", "correction": True
+    }  # fmt: skip
+    with pytest.raises(lr.LoramError, match=r"^batch.correction must be false for a 2:4 pruning"):
+        lr.batch(lr.BatchConfig(**shared, tasks=[{"data": data}]))
+    run = lr.RunConfig(
+        base=str(case.base),
+        output=tmp_path,
+        sweep={**shared, "data": data, "train": {"eval_share": 0.5}, "grid": {"lora.r": [2]}},
+    )
+    with pytest.raises(lr.LoramError, match=r"^sweep.correction must be false for a 2:4 pruning"):
+        lr.sweep(run)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "corrected"), [("", False), ("aligned", True), ("nf4", True), ("aligned nf4", True)]
+)
+def test_by_default_an_adapter_is_corrected_where_its_model_moved(
+    tmp_path: Path, kind: str, corrected: bool
+) -> None:
+    """Trained by the train stage, whose manifest says what was trained on."""
+    case = make_case(tmp_path, kind, {"r": 2})
+    config = lr.TrainConfig(
+        model=case.model,
+        output=tmp_path / "by_the_stage",
+        data=str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions(8))),
+        lora={"r": 2, "dropout": 0.0},
+        steps=2,
+        batch_size=4,
+        max_length=64,
+        precision="fp32",
+        optimiser={"learning_rate": 1e-2, "warmup_steps": 0},
+    )
+    trained = train_by(config, train_adapter).output
+    found = recover(trained, case.base, tmp_path / "default", correction=None)
+    asked = recover(trained, case.base, tmp_path / "asked", correction=corrected).output
+    other = recover(trained, case.base, tmp_path / "other", correction=not corrected).output
+    assert (found.output / ADAPTER).read_bytes() == (asked / ADAPTER).read_bytes()
+    assert ("corrected_modules" in found.manifest.details) == corrected
+    differs = (found.output / ADAPTER).read_bytes() != (other / ADAPTER).read_bytes()
+    assert differs == corrected  # where nothing moved there is nothing to correct
+    case.model.rename(tmp_path / "gone")
+    if corrected:
+        message = refusal(tmp_path, trained, case.base, correction=None)
+        assert message.endswith("or set recover.correction to false")
+    else:
+        recover(trained, case.base, tmp_path / "without", correction=None)
 
 
 @pytest.mark.parametrize("value", [0, -1])

@@ -22,7 +22,7 @@ from loram_ray.progress import METRICS_FILE, Reporter, last_line
 from loram_ray.results import write_results
 from loram_ray.schedule import Outcome, Schedule, run_tasks
 from loram_ray.stage import StageDirectory
-from loram_ray.stages.recover import recover
+from loram_ray.stages.recover import recover, require_recovery
 from loram_ray.stages.train import require_room, train_by
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
     tasks = {task.name: task for task in tasks_of(config)}
     family_of(config.model)
     identity = identify_model(config.model, "batch.model")
+    require_recovery(config.model, config.correction, "batch.correction")
     config.output.mkdir(parents=True, exist_ok=True)
     each = config.adapters_per_actor
     workers = min(config.actors, -(-len(tasks) // each))

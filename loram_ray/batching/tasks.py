@@ -104,7 +104,7 @@ def _task(
     settings = with_values(over(config.train, task.train), grid)
     if task.seed is not None:
         settings["seed"] = task.seed
-    trained, recover = recovery_in(folder, config.model, config.base)
+    trained, recover = recovery_in(folder, config.model, config.base, config.correction)
     settings.update(
         model=config.model,
         output=trained,

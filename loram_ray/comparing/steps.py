@@ -295,7 +295,7 @@ class _Planner:
         self, folder: str, trained: str, task: str, masked: bool, corrected_by: str | None = None
     ) -> str:
         """Recover an adapter, and merge it where it is exact as a delta alone; score it."""
-        settings: dict[str, Any] = {"form": "delta"} if masked else {}
+        settings: dict[str, Any] = {"form": "delta"} if masked else {"correction": False}
         if corrected_by is not None:
             settings = {"correction": True, "model": self._root / corrected_by}
             if self._run.recover is not None:

@@ -36,6 +36,9 @@ class BatchConfig(Section):
     base: str | None = Field(
         None, description="what was pruned: adapters trained on a pruned model are recovered to it"
     )
+    correction: bool | None = Field(
+        None, description="of the recovered adapters, as recover.correction"
+    )
     tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
     train: dict[str, Any] = Field({}, description="keys of the train section that all tasks share")
     actors: int = Field(1, ge=1, description="processes that each keep a model and train on it")

@@ -30,10 +30,11 @@ class RecoverConfig(Section):
     max_svd_error: float = Field(
         0.1, ge=0, description="relative error of the truncated SVD beyond which there is a warning"
     )
-    correction: bool = Field(
-        False,
+    correction: bool | None = Field(
+        None,
         description="shift the adapter by how far alignment and NF4 moved the weights that it was "
-        "trained on from the base's, after EMLoC; after structured pruning",
+        "trained on from the base's, after EMLoC; default: yes after training on an aligned or "
+        "quantised model of structured pruning",
     )
     correction_lambda: float = Field(
         3.0,

@@ -52,6 +52,9 @@ class SweepConfig(Section):
     base: str | None = Field(
         None, description="what was pruned: the best adapter is recovered to it"
     )
+    correction: bool | None = Field(
+        None, description="of the recovered adapters, as recover.correction"
+    )
     output: Path = Field(description="directory to write")
     data: str = Field(description="rows as train takes them")
     train: dict[str, Any] = Field(

@@ -28,18 +28,26 @@ from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
 from loram_ray.serving import serving_note
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
-from loram_ray.stages.recover_corrected import Correction, trained_on
+from loram_ray.stages.recover_corrected import (
+    Correction,
+    corrects,
+    require_correctable,
+    trained_on,
+)
 from loram_ray.stages.recover_masked import write_delta, write_truncated
 from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
 
-def recovery_in(folder: Path, model: Path, base: str | None) -> tuple[Path, RecoverConfig | None]:
+def recovery_in(
+    folder: Path, model: Path, base: str | None, correction: bool | None
+) -> tuple[Path, RecoverConfig | None]:
     """Where a training's output goes, and how that is carried to the base.
 
     Args:
         folder: of the training, whose ``adapter`` is what is used in the end.
         model: that is trained on.
         base: to recover for, or None.
+        correction: as `RecoverConfig` has it.
 
     Returns:
         ``adapter``, and None where there is nothing to recover.
@@ -48,7 +56,23 @@ def recovery_in(folder: Path, model: Path, base: str | None) -> tuple[Path, Reco
     if base is None or not (model / PLAN_FILE).exists():
         return adapter, None
     trained = folder / "adapter_pruned"
-    return trained, RecoverConfig(adapter=trained, base=base, output=adapter)
+    recovery = RecoverConfig(adapter=trained, base=base, output=adapter, correction=correction)
+    return trained, recovery
+
+
+def require_recovery(model: Path, correction: bool | None, key: str) -> None:
+    """Refuse before training on a model what its adapters' recovery would refuse after it.
+
+    Args:
+        model: that is trained on.
+        correction: as `RecoverConfig` has it.
+        key: of the configuration that says it, to name.
+
+    Raises:
+        LoramError: a correction after non-structured pruning.
+    """
+    if correction and (model / PLAN_FILE).exists():
+        require_correctable(PruningPlan.load(model), key, f"{model} has")
 
 
 def recover(config: RecoverConfig) -> StageResult:
@@ -56,7 +80,7 @@ def recover(config: RecoverConfig) -> StageResult:
 
     After non-structured pruning that LoRA is the nearest of its rank, and ``form`` delta writes
     exactly what was trained. The base's fingerprint and shapes are read, and its weights only for
-    ``correction``, a block of rows at a time.
+    the correction, a block of rows at a time.
 
     Raises:
         LoramError: an adapter that is not of this base, or that recovery cannot express.
@@ -70,12 +94,8 @@ def recover(config: RecoverConfig) -> StageResult:
             f"recover.{key} for a structured pruning, which {config.adapter} was trained under: "
             "it is recovered exactly; leave recover.form and recover.svd_rank out"
         )
-    if masked and config.correction:
-        raise LoramError(
-            f"recover.correction must be false for a {plan.pattern} pruning, which "
-            f"{config.adapter} was trained under: a masked product is no function of A x, on which "
-            "the correction rests"
-        )
+    if config.correction:
+        require_correctable(plan, "recover.correction", f"{config.adapter} was trained under")
     base = resolve_base(config.base, "recover.base")
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(base))
@@ -94,7 +114,7 @@ def recover(config: RecoverConfig) -> StageResult:
         correction = None
         if masked:
             settings = {"form": config.form, "svd_rank": config.svd_rank}
-        elif config.correction:
+        elif corrects(config, manifest):
             settings = {"correction": True, "correction_lambda": config.correction_lambda}
             parents["model"] = manifest.parents.get("model", "unknown")
             model = stack.enter_context(Checkpoint(trained_on(config, adapter, manifest)))

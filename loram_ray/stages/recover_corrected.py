@@ -19,7 +19,38 @@ from loram_ray.progress import say
 from loram_ray.recovery import squared_norm
 from loram_ray.tensorfile import Checkpoint
 
+_MOVING = ("align", "quantize")  # stages after which the kept weights are no longer the base's
 _BLOCK_ELEMENTS = 2**22  # of a weight, in memory at a time; 16 MB in float32
+
+
+def corrects(config: RecoverConfig, manifest: Manifest) -> bool:
+    """Whether an adapter of structured pruning is corrected: as asked, or where its model moved.
+
+    Args:
+        config: the stage's configuration.
+        manifest: of the adapter.
+    """
+    if config.correction is None:
+        return manifest.details.get("model_stage") in _MOVING
+    return config.correction
+
+
+def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
+    """Refuse a correction after non-structured pruning.
+
+    Args:
+        plan: of the pruning.
+        key: of the configuration that asks for it, to name.
+        which: what has such a pruning, for the message.
+
+    Raises:
+        LoramError: the pruning is not structured.
+    """
+    if plan.masks is not None:
+        raise LoramError(
+            f"{key} must be false for a {plan.pattern} pruning, which {which}: a masked product is "
+            "no function of A x, on which the correction rests"
+        )
 
 
 def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> Path:

@@ -17,7 +17,7 @@ from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, r
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.manifest import digest_of, identify_model
+from loram_ray.manifest import digest_of, identify_model, read_manifest
 from loram_ray.model_files import family_of
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
@@ -137,7 +137,8 @@ def _write(target: StageDirectory, config: TrainConfig, training: Training) -> N
         template = read_template(config.chat_template, "train.chat_template")
         (target.path / TEMPLATE_FILE).write_text(template)
     (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
-    target.details.update(asdict(summary))
+    source = read_manifest(config.model)
+    target.details.update(asdict(summary), model_stage=source.stage if source else "base")
 
 
 def train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:

@@ -31,7 +31,7 @@ from loram_ray.results import write_results
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.stages.align import align
 from loram_ray.stages.prune import prune
-from loram_ray.stages.recover import recover, recovery_in
+from loram_ray.stages.recover import recover, recovery_in, require_recovery
 from loram_ray.stages.run import cpus_for_models
 from loram_ray.stages.train import absolute, digest_of_rows, train_by
 from loram_ray.sweeping.trials import ADAPTER, SUMMARY_FILE, WORK, Trial, trials_of
@@ -75,6 +75,8 @@ def sweep(run: RunConfig) -> StageResult:
             if model.align is not None:
                 align(model.align, run.ray)
         identities = _identified(models)
+        for model in models.values():
+            require_recovery(model.directory, config.correction, "sweep.correction")
         parents = {f"model {name}".strip(): digest for name, (digest, _) in identities.items()}
         parents["data"] = digest_of_rows(config.data, "sweep.data")
         if (eval_data := trials[0].train.eval_data) is not None:
@@ -247,7 +249,7 @@ def _finish(
         shutil.copyfile(folder / METRICS_FILE, work / METRICS_FILE)
         return TrainingSummary(**json.loads((folder / SUMMARY_FILE).read_text()))
 
-    trained, recovery = recovery_in(final, trial.train.model, config.base)
+    trained, recovery = recovery_in(final, trial.train.model, config.base, config.correction)
     train_by(trial.train.model_copy(update={"output": trained}), training, identity)
     if recovery is not None:
         recover(recovery)
