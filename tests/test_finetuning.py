@@ -141,10 +141,12 @@ def test_training_on_the_base_itself_gives_an_adapter_without_a_plan(
     )
 
 
+@pytest.mark.parametrize("init", ["default", "eva"])
 def test_a_training_killed_and_resumed_ends_bit_equal(
-    pruned: Path, data: Path, tmp_path: Path
+    init: str, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
-    changes = {"steps": 12, "lora": {"r": 4, "dropout": 0.1}}  # dropout: random state must resume
+    lora = {"r": 4, "dropout": 0.1, "init": init}  # dropout: random state must resume
+    changes = {"steps": 12, "lora": lora}
     untouched = run_directly(config(pruned, data, tmp_path, **changes), tmp_path / "untouched")
     folder = tmp_path / "killed"
     (folder / "work").mkdir(parents=True)
