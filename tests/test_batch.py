@@ -90,7 +90,8 @@ def alone(task: Any, folder: Path) -> Path:
 # One model, training after training
 
 
-@pytest.mark.parametrize("kind", ["pruned", pytest.param("quantized", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pruned", "quantized"])
 def test_a_model_is_as_before_after_each_training(
     kind: str, pruned: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -402,7 +402,7 @@ def test_two_blocks_of_weights_are_in_memory_at_a_time(
     assert max(watched) <= 4  # the next two are read before the names of the last are bound anew
 
 
-@pytest.mark.parametrize("kind", ["aligned", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("aligned", marks=pytest.mark.slow), "nf4"])
 def test_memory_is_bounded_by_one_linear_however_many_layers_there_are(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -365,7 +365,9 @@ def corpus(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("stream_rows", [None, 100], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "stream_rows", [None, pytest.param(100, marks=pytest.mark.slow)], ids=["whole", "streamed"]
+)
 def test_cached_targets_are_those_of_the_stock_model(
     stream_rows: int | None,
     teaching_base: Path,
@@ -491,7 +493,7 @@ def plain(
 @pytest.mark.parametrize(
     ("targets", "zero_stage", "workers"),
     [
-        ("cached", 1, 1),
+        pytest.param("cached", 1, 1, marks=pytest.mark.slow),
         pytest.param("live", 2, 1, marks=[pytest.mark.slow, pytest.mark.thorough]),
         pytest.param("live", 3, 2, marks=pytest.mark.slow),
     ],
@@ -534,6 +536,7 @@ def test_distilled_alignment_equals_a_plain_pytorch_loop(
     assert (moved - before).abs().max() > LR / 2
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_targets_of_isolated_documents_are_those_of_the_documents_alone(
     teaching_base: Path, pruned: Path, text: Path, corpus: StageResult, tmp_path: Path

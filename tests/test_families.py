@@ -372,6 +372,7 @@ assert not any(name.partition(".")[0] == "loram_ray" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_pruned_models_where_loram_ray_is_not_installed(
     tmp_path: Path,
 ) -> None:

@@ -131,6 +131,7 @@ def test_the_adapter_is_a_standard_peft_directory_that_trains_only_lora(
     assert b.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_training_on_the_base_itself_gives_an_adapter_without_a_plan(
     base: Path, data: Path, tmp_path: Path, embedded_ray: None
 ) -> None:

@@ -226,6 +226,7 @@ def test_an_adapter_trained_on_the_base_itself_merges(tmp_path: Path) -> None:
     torch.testing.assert_close(found, logits_of(adapted, IDS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_a_merged_model_where_loram_ray_is_not_installed(
     tmp_path: Path,
 ) -> None:

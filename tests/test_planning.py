@@ -124,7 +124,7 @@ def expected_and_measured(
         {},
         pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "fp32"}, marks=pytest.mark.slow),
-        {"lora": {"r": 4, "alpha": 8, "lm_head": True}},
+        pytest.param({"lora": {"r": 4, "alpha": 8, "lm_head": True}}, marks=pytest.mark.slow),
         pytest.param(
             {"lora": {"r": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}},
             marks=pytest.mark.slow,
@@ -229,6 +229,7 @@ def test_in_nf4_a_weight_is_made_whole_now_and_then() -> None:
     assert found.activations == pytest.approx(whole.activations, rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_a_gpu_cannot_hold_is_refused_with_what_it_can(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", hidden=128, intermediate=384, layers=2)
     config = training(base, tmp_path, tmp_path, batch_size=4, micro_batch_size=4, max_length=512)

@@ -106,7 +106,7 @@ def assert_as_alone(
     assert difference(folder / "adapter", expected / "adapter") < most
 
 
-@pytest.mark.parametrize("packing", ["none", "some"])
+@pytest.mark.parametrize("packing", ["none", pytest.param("some", marks=pytest.mark.slow)])
 def test_each_training_is_the_one_that_it_is_alone(
     packing: str, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +204,7 @@ def test_one_that_diverges_harms_no_other(
     assert_as_alone(folders[0], settings[0], tmp_path / "alone")
 
 
-@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("memory", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_pass_that_fails_is_done_one_by_one(
     memory: bool, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +240,15 @@ def test_what_cannot_join_takes_turns(
         assert difference(folders[number] / "adapter", expected / "adapter") < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["checkpointed", "bf16", "masked", "quantized"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "checkpointed",
+        pytest.param("bf16", marks=pytest.mark.slow),
+        "masked",
+        pytest.param("quantized", marks=pytest.mark.slow),
+    ],
+)
 def test_on_every_kind_of_model(
     kind: str, base: Path, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

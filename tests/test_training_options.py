@@ -269,6 +269,7 @@ def test_evaluations_leave_the_training_as_it_is(pruned: Path, data: Path, tmp_p
     assert losses(run_directly(judged, tmp_path / "with")) == losses(without)
 
 
+@pytest.mark.slow
 def test_evaluations_leave_the_training_of_nf4_as_it_is(
     pruned: Path, data: Path, tmp_path: Path
 ) -> None:
