@@ -30,7 +30,7 @@ from loram_ray.corpus.sources import SourceInfo, write_sources
 from loram_ray.corpus.stream import Share, list_blocks, open_order, read_chunk
 from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
 from loram_ray.losses import IGNORED
-from loram_ray.manifest import write_json
+from loram_ray.manifest import Manifest, write_json
 from loram_ray.modeling import load_model
 from loram_ray.progress import METRICS_FILE
 from loram_ray.stage import StageDirectory, StageResult, run_stage
@@ -457,6 +457,31 @@ def test_targets_that_were_cut_are_continued(
     assert (done.output / name).read_bytes() == (whole.output / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_seeds_that_share_a_corpus_have_targets_each(
+    teaching_base: Path, pruned: Path, text: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    """Alignments with one ``prepared`` reuse what is alike, and never meet what is not."""
+    corpus = StageResult(tmp_path / "corpus", Manifest("corpus", "id", "base", {}, {}), False)
+    write_corpus(corpus.output, tokens=True)
+
+    def prepared(**changes: Any) -> StageResult:
+        config = stage_config(
+            teaching_base, pruned, text, tmp_path / "a", prepared=tmp_path, steps=2, **changes
+        )
+        output = tmp_path / "targets"
+        return prepare_targets(config, teaching_base, "fingerprint", corpus, None, output)
+
+    first, second = prepared(seed=0), prepared(seed=1)
+    assert first.output != second.output
+    for done, seed in ((first, 0), (second, 1)):
+        config = stage_config(teaching_base, pruned, text, tmp_path / "a", steps=2, seed=seed)
+        visited = {target_file(block) for block in visited_blocks(config, corpus.output)}
+        assert {path.name for path in done.output.glob("*.parquet")} == visited
+    assert prepared(seed=0).skipped and prepared(seed=1).skipped
+
+
 @pytest.fixture(scope="module")
 def plain(
     teaching_base: Path, pruned: Path, text: Path, corpus: StageResult, tmp_path_factory: Any
@@ -603,16 +628,28 @@ def test_what_the_base_has_not_is_refused(
         lr.align(config)
 
 
+def write_corpus(folder: Path, tokens: bool = False) -> None:
+    """A prepared corpus of one source: ten blocks of a batch each."""
+    schema = pa.schema({"row_id": pa.int64()})
+    if tokens:
+        schema = schema.append(pa.field("input_ids", pa.list_(pa.int32(), LENGTH)))
+    folder.mkdir(exist_ok=True)
+    file = folder / "unit-000000.parquet"
+    ids = np.arange(BATCH * LENGTH, dtype=np.int32) % tiny.VOCABULARY
+    with pq.ParquetWriter(file, schema) as writer:
+        for _ in range(10):
+            columns: dict[str, Any] = {"row_id": np.arange(BATCH)}
+            if tokens:
+                columns["input_ids"] = pa.FixedSizeListArray.from_arrays(pa.array(ids), LENGTH)
+            writer.write_table(pa.table(columns, schema=schema))
+    source = SourceInfo(name="text", weight=None, share=1.0, unit_files=(file,), held_out_files=())
+    write_sources(folder, [source])
+
+
 def test_only_blocks_that_training_reads_are_asked_for(
     teaching_base: Path, pruned: Path, text: Path, tmp_path: Path
 ) -> None:
-    schema = pa.schema({"row_id": pa.int64()})
-    with pq.ParquetWriter(tmp_path / "unit-000000.parquet", schema) as writer:
-        for _ in range(10):
-            writer.write_table(pa.table({"row_id": np.arange(BATCH)}, schema=schema))
-    files = (tmp_path / "unit-000000.parquet",)
-    source = SourceInfo(name="text", weight=None, share=1.0, unit_files=files, held_out_files=())
-    write_sources(tmp_path, [source])
+    write_corpus(tmp_path)
     config = stage_config(teaching_base, pruned, text, tmp_path / "aligned", steps=3)
     found = visited_blocks(config, tmp_path)
     groups = [block.group for block in found]

@@ -57,13 +57,23 @@ def prepare_targets(
         fingerprint: its identity.
         corpus: the prepared corpus.
         closing: id of the token that ends a document, where documents do not see each other.
-        output: directory to write.
+        output: directory to write; where alignments share it, other blocks or settings, which
+            another seed may ask for, have directories of their own beside it.
 
     Raises:
         LoramError: the cluster can never place the actors, or the base cannot be read.
     """
     blocks = visited_blocks(config, corpus.output)
     distillation = config.distillation
+    settings = {
+        "top_k": distillation.top_k,
+        "temperature": distillation.temperature,
+        "precision": config.precision,
+        "closing": closing,
+        "blocks": digest_of([target_file(block) for block in blocks]),
+    }
+    if config.prepared is not None:
+        output = output.with_name(f"{output.name}-{digest_of(settings)[:12]}")
 
     def write(target: StageDirectory) -> None:
         gpus = distillation.gpus_per_worker if gpus_per_worker() else 0
@@ -90,13 +100,7 @@ def prepare_targets(
     return run_stage(
         output,
         "targets",
-        settings={
-            "top_k": distillation.top_k,
-            "temperature": distillation.temperature,
-            "precision": config.precision,
-            "closing": closing,
-            "blocks": digest_of([target_file(block) for block in blocks]),
-        },
+        settings=settings,
         parents={"base": fingerprint, "corpus": corpus.manifest.digest},
         base_fingerprint=fingerprint,
         write=write,
