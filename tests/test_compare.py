@@ -25,6 +25,7 @@ from loram_ray.comparing.claims import CLAIMS, Claim, verdict
 from loram_ray.comparing.run import claims_of, rows_of, run_steps
 from loram_ray.comparing.scores import Score, read_scores, scores_of, with_others, write_scores
 from loram_ray.comparing.steps import Cell, Step, comparison_of
+from loram_ray.comparing.table import as_markdown
 from loram_ray.config import RunConfig, Section, load_run
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.statistics import gain_kept
@@ -130,6 +131,52 @@ def test_methods_have_ratios_of_their_own(base: Path, tmp_path: Path) -> None:
     assert len({cell.evaluation for cell in pruned}) == 4
 
 
+def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
+    """Each is the align section with its keys over it; what several prepare, one does first."""
+    compare = {
+        "seeds": [0, 1],
+        "correction": True,
+        "alignments": {
+            "live": {"objective": "distillation", "distillation": {"targets": "live"}},
+            "longer": {"steps": 9},
+            "warm": {"objective": "distillation", "distillation": {"temperature": 2.0}},
+            "distilled": {"distillation": {"top_k": 7}},
+        },
+    }
+    planned = comparison_of(run_of(base, tmp_path, compare))
+    named = {cell.system for cell in planned.cells}
+    assert {"live", "longer", "warm", "live + correction", "distilled", "qloram"} <= named
+    found = {
+        name.partition("-0-")[2]: step
+        for name, step in planned.steps.items()
+        if isinstance(step.config, lr.AlignConfig) and "-0-" in name
+    }
+    said = {
+        name: (config.objective, config.steps, config.distillation.targets,
+               config.distillation.top_k, config.distillation.temperature)
+        for name, step in found.items()
+        if isinstance(config := step.config, lr.AlignConfig)
+    }  # fmt: skip
+    assert said == {
+        "causal": ("causal_lm", 2, "cached", 64, 1.0),
+        "distilled": ("distillation", 2, "cached", 7, 1.0),
+        "live": ("distillation", 2, "live", 64, 1.0),
+        "longer": ("causal_lm", 9, "cached", 64, 1.0),
+        "warm": ("distillation", 2, "cached", 64, 2.0),
+    }
+    root = "models/random-0.65-0"
+    pruned, corpus, targets = f"{root}-pruned", f"{root}-causal", f"{root}-distilled"
+    assert {name: set(step.needs) for name, step in found.items()} == {
+        "causal": {pruned},
+        "distilled": {pruned, corpus},
+        "live": {pruned, corpus},
+        "longer": {pruned, corpus},
+        "warm": {pruned, corpus, targets},
+    }
+    second = planned.steps["models/random-0.65-1-distilled"]
+    assert set(second.needs) == {"models/random-0.65-1-pruned", corpus}, "its targets are others"
+
+
 def test_a_comparison_cut_short_has_whole_ones_of_its_first_seeds(
     base: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +220,9 @@ def test_what_cannot_be_compared_is_one_line(
     ("compare", "message"),
     [
         ({"systems": ["sibling"]}, "sibling must name a smaller model"),
+        ({"systems": ["base", "live"]}, "systems must be of base, .*, distilled, got live"),
+        ({"alignments": {"qloram": {}}}, "must not be named as other systems are, got qloram"),
+        ({"alignments": {"a b": {}}}, "alignments"),
         ({"seeds": [1, 1]}, "must have each value once, got 1 twice"),
         ({"tasks": {}}, "tasks"),
         ({"methods": {"random": []}}, "must have ratios for random, got none"),
@@ -350,6 +400,22 @@ def test_rows_and_claims_are_over_seeds() -> None:
     assert (better["method"], better["ratio"]) == ("random", 0.5)
     assert "alignment is needed" not in claims
     assert isinstance(CLAIMS[0], Claim)
+
+
+def test_claims_about_alignments_of_ones_own() -> None:
+    of = {"method": "random", "ratio": 0.5}
+    values = {"causal": 6.0, "distilled": 4.0, "live": 5.0, "live + correction": 1.0}
+    scores = [scored(name, 0, value, **of) for name, value in values.items()]
+    found = {
+        (claim["better"], claim["worse"]): claim
+        for claim in claims_of(scores, "answer_perplexity")
+        if "live" in claim["claim"]
+    }
+    assert found["live", "causal"]["difference"] == pytest.approx(math.log(6 / 5))
+    assert found["distilled", "live"]["difference"] == pytest.approx(math.log(5 / 4))
+    assert len(found) == 2 and not any(claim["paper"] for claim in found.values())
+    page = as_markdown(rows_of(scores, "answer_perplexity"), [], "answer_perplexity")
+    assert "LoRAM, alignment live + correction" in page
 
 
 def scored(system: str, seed: int | None, value: float, **of: Any) -> Score:

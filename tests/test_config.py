@@ -371,11 +371,11 @@ def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
 def test_a_pattern_needs_no_quotes(tmp_path: Path, text: str, value: object) -> None:
     """4:8 would be 248 in YAML 1.1."""
     path = tmp_path / "run.yaml"
-    compared = f"{{tasks: {{t: {{data: a, held_out: b}}}}, distillation: {{k: {text}}}}}"
+    compared = f"{{tasks: {{t: {{data: a, held_out: b}}}}, alignments: {{a: {{k: {text}}}}}}}"
     path.write_text(f"base: b\noutput: o\ncompare: {compared}")
-    run = load_run(path, [f"compare.distillation.more={text}"])
+    run = load_run(path, [f"compare.alignments.a.more={text}"])
     assert run.compare is not None
-    assert run.compare.distillation == {"k": value, "more": value}
+    assert run.compare.alignments == {"a": {"k": value, "more": value}}
 
 
 def test_overrides_make_a_run_without_a_file() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CLAIMS_FILE = "claims.json"
@@ -45,6 +45,21 @@ CLAIMS = (
     Claim("distilled", "base", "LoRAM aligned by distillation improves on the base", paper=False),
     Claim("distilled + correction", "distilled", "the correction helps", paper=False),
 )
+
+
+def claims_about(alignments: Iterable[str]) -> list[Claim]:
+    """`CLAIMS`, and those about alignments of a comparison's own.
+
+    Args:
+        alignments: their systems' names.
+    """
+    claims = list(CLAIMS)
+    for name in alignments:
+        claims += [
+            Claim(name, "causal", f"alignment {name} beats the paper's", paper=False),
+            Claim("distilled", name, f"distillation beats alignment {name}", paper=False),
+        ]
+    return claims
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from loram_ray.cluster import ray_session
 from loram_ray.comparing.claims import (
-    CLAIMS,
     CLAIMS_FILE,
     Verdict,
+    claims_about,
     mean_and_deviation,
     verdict,
 )
@@ -31,7 +31,7 @@ from loram_ray.comparing.scores import (
     write_scores,
 )
 from loram_ray.comparing.steps import Cell, Comparison, Step, comparison_of
-from loram_ray.comparing.table import as_markdown
+from loram_ray.comparing.table import NAMES, as_markdown
 from loram_ray.config import CompareConfig, RunConfig, section_of
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.statistics import gain_kept, goodness
@@ -272,7 +272,8 @@ def claims_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
 
 
 def _verdicts(of_system: Mapping[str, Mapping[tuple[str, int], float]]) -> Iterator[Verdict]:
-    for claim in CLAIMS:
+    named = dict.fromkeys(system.partition(" ")[0] for system in of_system)
+    for claim in claims_about(name for name in named if name not in NAMES):
         better, worse = of_system.get(claim.better, {}), of_system.get(claim.worse, {})
         if better.keys() & worse.keys():
             yield verdict(claim, better, worse)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.config import (
+    ALIGNMENTS,
     MASKING_METHODS,
     AlignConfig,
     CompareConfig,
@@ -25,7 +26,6 @@ from loram_ray.config import (
 )
 from loram_ray.errors import LoramError
 
-ALIGNED = ("causal", "distilled")
 _OF_THE_RUN = {"model", "adapter", "output", "data", "base", "pruned"}
 
 
@@ -128,7 +128,7 @@ class _Planner:
     def __init__(self, run: RunConfig, config: CompareConfig) -> None:
         self._run, self._config = run, config
         self._root = config.output
-        self._first: dict[str, str] = {}  # alignment of each kind, which prepares for the others
+        self._first: dict[str, str] = {}  # the alignment that prepares what others share
         self._planned = Comparison()
         self._systems: tuple[str, ...] = config.systems or tuple(self._possible())
         if unknown := set(self._systems) - set(self._possible()):
@@ -148,11 +148,12 @@ class _Planner:
             return
         yield from ("pruned", "small", "unaligned")
         if self._run.align is not None:
-            yield from ALIGNED
+            yield from self._config.aligned
         yield "qloram"
 
     def _missing(self, systems: set[str]) -> str:
-        return "align" if self._run.prune is not None and systems <= set(ALIGNED) else "prune"
+        aligned = systems <= set(self._config.aligned)
+        return "align" if self._run.prune is not None and aligned else "prune"
 
     def planned(self) -> Comparison:
         for task in self._config.tasks:
@@ -253,7 +254,7 @@ class _Planner:
         models = {"unaligned": pruned}
         if run.align is not None:
             wanted = set(self._systems)
-            for system, more in (("causal", {}), ("distilled", self._distillation())):
+            for system, more in self._config.aligned.items():
                 for_others = system == "causal" and "small" in wanted
                 for_others |= system == self._of_qloram() and "qloram" in wanted
                 if system in wanted or for_others:
@@ -269,20 +270,19 @@ class _Planner:
         """What is quantised: the best aligned of those that are compared."""
         if self._run.align is None:
             return "unaligned"
-        return "causal" if set(ALIGNED) & set(self._systems) == {"causal"} else "distilled"
-
-    def _distillation(self) -> dict[str, Any]:
-        return {"objective": "distillation", **self._config.distillation}
+        return "causal" if set(ALIGNMENTS) & set(self._systems) == {"causal"} else "distilled"
 
     def _aligned(self, name: str, system: str, pruned: str, more: dict[str, Any], seed: int) -> str:
         assert self._run.align is not None
-        settings = over({**_given(self._run.align), "objective": "causal_lm"}, more)
+        settings = over(_given(self._run.align), more)
         settings |= {"base": self._run.base, "pruned": self._root / pruned, "seed": seed}
         settings |= {"output": self._root / name, "prepared": self._root / "models" / "prepared"}
         config = validate(AlignConfig, settings, f"compare, system {system}")
-        begun = [step for step in self._first.values() if step != name]
-        self._first.setdefault(system, name)
-        return self._planned.add(name, config, pruned, *begun)
+        shared = ["corpus"]
+        if config.objective == "distillation" and config.distillation.targets == "cached":
+            shared.append(f"targets of seed {seed}")
+        first = {self._first.setdefault(what, name) for what in shared} - {name}
+        return self._planned.add(name, config, pruned, *sorted(first))
 
     def _trained(self, name: str, model: Any, task: str, seed: int, *needs: str) -> str:
         assert self._run.train is not None

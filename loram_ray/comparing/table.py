@@ -25,7 +25,7 @@ COLUMNS = ("system", "method", "ratio", "task", "score", "gain kept", "seeds", "
 def name_of(system: str) -> str:
     """A system in words."""
     name, _, more = system.partition(" ")
-    return f"{NAMES[name]} {more}".strip()
+    return f"{NAMES.get(name) or f'LoRAM, alignment {name}'} {more}".strip()
 
 
 def cells_of(row: dict[str, Any]) -> tuple[str, ...]:

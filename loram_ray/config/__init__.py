@@ -7,7 +7,7 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 
 from loram_ray.config.align import AlignConfig, DistillationConfig
 from loram_ray.config.batch import BatchConfig, TaskConfig
-from loram_ray.config.compare import CompareConfig
+from loram_ray.config.compare import ALIGNMENTS, CompareConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
 from loram_ray.config.evaluate import EvaluateConfig
 from loram_ray.config.finetune import MergeConfig, RecoverConfig
@@ -39,6 +39,7 @@ __all__ = [
     "ExportConfig",
     "FilterConfig",
     "LoraConfig",
+    "ALIGNMENTS",
     "MASKING_METHODS",
     "MergeConfig",
     "OptimiserConfig",

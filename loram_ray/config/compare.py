@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.section import Section
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
-System = Literal[
-    "base",
-    "full",
-    "sibling",
-    "pruned",
-    "small",
-    "unaligned",
-    "causal",
-    "distilled",
-    "qloram",
-]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+_UNALIGNED = ("base", "full", "sibling", "pruned", "small", "unaligned", "qloram")
+ALIGNMENTS: dict[str, dict[str, Any]] = {
+    "causal": {"objective": "causal_lm"},
+    "distilled": {"objective": "distillation"},
+}
+"""Systems that are aligned, and what the align section is for each."""
 
 
 class ComparedTask(Section):
@@ -38,12 +34,12 @@ class CompareConfig(Section):
 
     output: Path = Field(description="directory to write, with one for each stage")
     tasks: dict[str, ComparedTask] = Field(min_length=1, description="what is learnt, by names")
-    systems: tuple[System, ...] = Field(
+    systems: tuple[str, ...] = Field(
         (),
         description="base: untouched; full: LoRA on it; sibling: LoRA on a smaller model; pruned: "
         "as it is; small: trained and used on the pruned model; LoRAM: unaligned, causal (the "
-        "paper's alignment), distilled, qloram (in NF4, of the best aligned); default: all that "
-        "the other sections allow",
+        "paper's alignment), distilled, qloram (in NF4, of the best aligned), and the names of "
+        "alignments; default: all that the other sections allow",
     )
     methods: tuple[str, ...] | dict[str, tuple[float | Pattern, ...]] = Field(
         (),
@@ -57,8 +53,11 @@ class CompareConfig(Section):
     correction: bool = Field(
         False, description="also with the correction of recover, where there is one"
     )
-    distillation: dict[str, Any] = Field(
-        {}, description="keys of the align section, over align, for system distilled"
+    alignments: dict[Name, dict[str, Any]] = Field(
+        {},
+        description="further systems, by name: keys of the align section, over align, as in "
+        "{live: {objective: distillation, distillation: {targets: live}}, longer: {steps: 90}}; "
+        "causal and distilled can be changed so, too",
     )
     sibling: str | None = Field(None, description="a smaller model: a directory or a hub id")
     metric: str = Field(
@@ -88,6 +87,13 @@ class CompareConfig(Section):
             cls._each_once(ratios)
         return methods
 
+    @field_validator("alignments")
+    @classmethod
+    def _of_their_own(cls, alignments: dict[str, Any]) -> dict[str, Any]:
+        if taken := set(_UNALIGNED) & set(alignments):
+            raise ValueError(f"must not be named as other systems are, got {min(taken)}; rename it")
+        return alignments
+
     @model_validator(mode="after")
     def _fits_together(self) -> CompareConfig:
         if isinstance(self.methods, dict) and self.ratios:
@@ -95,6 +101,20 @@ class CompareConfig(Section):
                 f"ratios must be left out where methods have their own, got {list(self.ratios)}; "
                 "remove one of them"
             )
+        known = (*_UNALIGNED, *self.aligned)
+        if unknown := set(self.systems) - set(known):
+            raise ValueError(
+                f"systems must be of {', '.join(known)}, got {min(unknown)}; change it, or add it "
+                "to alignments"
+            )
         if "sibling" in self.systems and self.sibling is None:
             raise ValueError("sibling must name a smaller model for system sibling; add it")
         return self
+
+    @property
+    def aligned(self) -> dict[str, dict[str, Any]]:
+        """Keys of the align section for each aligned system, those of every comparison first."""
+        given = {
+            name: {**ALIGNMENTS.get(name, {}), **more} for name, more in self.alignments.items()
+        }
+        return {**ALIGNMENTS, **given}
