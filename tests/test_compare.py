@@ -413,7 +413,8 @@ def test_claims_about_alignments_of_ones_own() -> None:
     }
     assert found["live", "causal"]["difference"] == pytest.approx(math.log(6 / 5))
     assert found["distilled", "live"]["difference"] == pytest.approx(math.log(5 / 4))
-    assert len(found) == 2 and not any(claim["paper"] for claim in found.values())
+    assert found["live + correction", "live"]["difference"] == pytest.approx(math.log(5))
+    assert len(found) == 3 and not any(claim["paper"] for claim in found.values())
     page = as_markdown(rows_of(scores, "answer_perplexity"), [], "answer_perplexity")
     assert "LoRAM, alignment live + correction" in page
 

@@ -43,7 +43,14 @@ CLAIMS = (
     Claim("qloram", "base", "QLoRAM improves on the untouched base"),
     Claim("distilled", "causal", "alignment by distillation beats the paper's", paper=False),
     Claim("distilled", "base", "LoRAM aligned by distillation improves on the base", paper=False),
-    Claim("distilled + correction", "distilled", "the correction helps", paper=False),
+    Claim("causal + correction", "causal", "the correction helps LoRAM", paper=False),
+    Claim(
+        "distilled + correction",
+        "distilled",
+        "the correction helps LoRAM aligned by distillation",
+        paper=False,
+    ),
+    Claim("qloram + correction", "qloram", "the correction helps QLoRAM", paper=False),
 )
 
 
@@ -58,6 +65,7 @@ def claims_about(alignments: Iterable[str]) -> list[Claim]:
         claims += [
             Claim(name, "causal", f"alignment {name} beats the paper's", paper=False),
             Claim("distilled", name, f"distillation beats alignment {name}", paper=False),
+            Claim(f"{name} + correction", name, f"the correction helps alignment {name}", False),
         ]
     return claims
 
