@@ -10,7 +10,6 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prepare_demo import write_lines
 
@@ -77,27 +76,18 @@ class Study:
         """Documents that were not held out."""
         return self.output / "text.jsonl"
 
-    def adapted(
-        self, model: Path, folder: Path, recovered: Path | None = None, **settings: Any
-    ) -> Path:
-        """Train a LoRA on a pruned or aligned model, recover and merge; return the merged model.
-
-        Args:
-            model: pruned, aligned or quantised.
-            folder: of the trained LoRA.
-            recovered: of the recovered LoRA and the merged model; by default the same.
-            settings: of the recovery, by default one without the correction.
-        """
+    def adapted(self, model: Path, folder: Path) -> Path:
+        """Train a LoRA on a pruned or aligned model, recover and merge; return the merged model."""
         trained = self._trained(model, folder / "adapter_pruned")
         masked = lr.PruningPlan.load(trained).masks is not None
         recovery = lr.RecoverConfig(
             adapter=trained,
             base=self.base,
-            output=(recovered or folder) / "recovered",
+            output=folder / "recovered",
             form="delta" if masked else "adapter",
-            **{"correction": False, **settings},
+            correction=False,
         )
-        return self._merged(lr.recover(recovery).output, recovered or folder)
+        return self._merged(lr.recover(recovery).output, folder)
 
     def full_lora(self, folder: Path) -> Path:
         """LoRA on the base itself, merged."""

@@ -196,12 +196,6 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
             "| 0.35",
             3,
         ),
-        (
-            "compare_correction",
-            ["--ratios", "0.35", "--steps", "2", "--lambdas", "1", "3"],
-            "| 0.35",
-            3,
-        ),
     ],
 )
 def test_a_comparison_is_made_by_its_command(

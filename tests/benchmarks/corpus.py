@@ -1,17 +1,15 @@
 """Tokenising and packing text against Hugging Face datasets, and memory as one archive grows.
 
-The peer has an environment of its own, with the same tokenizers:
+    PYTHONPATH=.venv/lm-eval python tests/benchmarks/corpus.py FOLDER
 
-    python3.11 -m venv /tmp/peer && /tmp/peer/bin/pip install datasets transformers==5.23.0
-    python tests/benchmarks/corpus.py FOLDER --peer /tmp/peer/bin/python
-
-FOLDER gets SmolLM2's tokenizer and text. Without ``--peer`` only ours is measured. ``--megabytes``,
+The peer, datasets, comes with lm-eval. FOLDER gets SmolLM2's tokenizer and text. ``--megabytes``,
 ``--rounds`` and ``--archives`` make it smaller.
 
 Both read the same JSON lines with two processes, tokenise with the same tokenizer, close each
 document with the end-of-text token, cut sequences of 1,024 tokens and write them. The peer does so
 as Hugging Face's examples do: ``map`` to tokenise, ``map`` to group, both batched. Starting Ray and
-its workers, and loading the tokenizer, are not in the time; the peer's processes are forked.
+its workers, and loading the tokenizer, are not in the time; the peer's processes are forked. Ray's
+workers have the priority that the peer's have.
 """
 
 from __future__ import annotations
@@ -21,14 +19,15 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
-LENGTH, PROCESSES, ROUNDS, MEGABYTES, ARCHIVES = 1024, 2, 3, 64, (10, 250)
+from measure import in_fresh_process, median, peak_memory
+
+LENGTH, PROCESSES, ROUNDS, MEGABYTES, ARCHIVES = 1024, 2, 3, 64, (10, 100, 1000)
 MB = 1e6
 
 
@@ -109,8 +108,6 @@ def peers(folder: Path) -> dict[str, Any]:
 
 def memory(folder: Path, size: str) -> dict[str, Any]:
     """Peak memory of one process that compares and prepares one archive, which is one unit."""
-    from measure import peak_memory
-
     from loram_ray.config import TextSource
     from loram_ray.corpus.duplicates import duplicates_of, find_duplicates, write_hashes
     from loram_ray.corpus.prepare import prepare_unit
@@ -132,19 +129,9 @@ def memory(folder: Path, size: str) -> dict[str, Any]:
     return {"bytes": peak_memory(), "before": before, "tokens": counts.tokens}
 
 
-def measure(python: str, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [python, __file__, *arguments], stdout=subprocess.PIPE, check=True, env=environment
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--peer", help="interpreter of an environment with datasets")
     parser.add_argument("--megabytes", type=int, default=MEGABYTES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--archives", type=int, nargs="*", default=ARCHIVES)
@@ -157,17 +144,22 @@ def main() -> None:
     if options.only:
         print(json.dumps(memory(folder, options.only)))
         return
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAY_worker_niceness": "0"}
     write_inputs(folder, options.megabytes, options.archives)
-    found: dict[str, Any] = {"megabytes": options.megabytes, "rounds": []}
+
+    def measured(what: str) -> dict[str, Any]:
+        return in_fresh_process(Path(__file__), str(folder), "--only", what)
+
+    rounds = []
     for _ in range(options.rounds):  # in turns, for what else the machine does
-        one = {"ours": measure(sys.executable, str(folder), "--only", "ours")}
-        if options.peer:
-            one["peer"] = measure(options.peer, str(folder), "--only", "peers")
-            one["ratio"] = _rate(one["ours"]) / _rate(one["peer"])
-        found["rounds"].append(one)
-    found["memory"] = {
-        str(size): measure(sys.executable, str(folder), "--only", str(size))
-        for size in options.archives
+        one = {"ours": measured("ours"), "peer": measured("peers")}
+        rounds.append({**one, "ratio": _rate(one["ours"]) / _rate(one["peer"])})
+    found = {
+        "megabytes": options.megabytes,
+        "rounds": rounds,
+        "rows_per_s": {who: median([_rate(r[who]) for r in rounds]) for who in ("ours", "peer")},
+        "ratio": median([r["ratio"] for r in rounds]),
+        "memory": {str(size): measured(str(size)) for size in options.archives},
     }
     print(json.dumps(found))
 

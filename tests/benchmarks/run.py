@@ -4,11 +4,11 @@
     python tests/benchmarks/run.py [recovery] [correction] [pruning] [alignment] [calibration]
                                    [sparse] [trainer] [finetuning] [together] [evaluation]
                                    [batching] [scheduling] [submitting] [thousand]
-                                   [partitions] [targets] [standstill]
+                                   [partitions] [targets] [standstill] [corpus]
 
-evaluation wants lm-eval: PYTHONPATH=.venv/lm-eval. PEER and TRL in the environment name the Python
-of environments that have the peers of sparse and finetuning. gpu.py, which needs a GPU, is a
-command of its own.
+evaluation and corpus want lm-eval: PYTHONPATH=.venv/lm-eval. PEER and TRL in the environment name
+the Python of environments that have the peers of sparse and finetuning. gpu.py, which needs a GPU,
+is a command of its own.
 
 Each measurement runs in a process of its own. Times are medians of rounds in which ours and the
 peer take turns; ratios are medians of the rounds' ratios.
@@ -157,7 +157,7 @@ BENCHMARKS = {
     "scheduling": scheduling,
     **{
         name: alone(name)
-        for name in ("trainer", "evaluation", "partitions", "targets", "standstill")
+        for name in ("corpus", "trainer", "evaluation", "partitions", "targets", "standstill")
     },
     **{name: alone(name) for name in ("batching", "submitting", "thousand")},
 }
