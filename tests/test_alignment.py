@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
@@ -23,6 +24,7 @@ from loram_ray.alignment.deepspeed import (
     import_deepspeed,
     load_partitioned,
     require_async_io,
+    size_swap_buffers,
 )
 from loram_ray.alignment.loop import ROWS_FILE
 from loram_ray.config import CorpusConfig
@@ -420,6 +422,65 @@ def test_offloading_and_checkpointed_activations_change_nothing_and_what_is_froz
         frozen = any(part in name for part in ("lm_head", "embed_tokens", "norm"))
         assert torch.equal(plain[name], tensor) == frozen, name
         assert (plain[name] - saved[name]).abs().mean() < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_offloading_to_nvme_changes_nothing(
+    corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    """DeepSpeed's extension compiles for minutes; partitions of a megabyte and more are swapped."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+    base = tiny.write_base(tmp_path / "base", hidden=512, intermediate=2048)
+    pruned, swapped = tmp_path / "pruned", tmp_path / "swapped"
+    lr.prune(lr.PruneConfig(base=str(base), output=pruned, ratio=0.5, layers=(1, 3)))
+    settings = {"zero_stage": 3, "steps": 3}
+    lr.align(config(pruned, corpus, tmp_path / "plain", **settings))
+    seen: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            files = [path for path in (tmp_path / "fast").rglob("*") if path.is_file()]
+            seen.update(str(path.relative_to(tmp_path / "fast").parent) for path in files)
+
+    (tmp_path / "fast").mkdir()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    nvme = {"offload_optimiser": "nvme", "offload_parameters": "nvme"}
+    lr.align(config(pruned, corpus, swapped, offload_folder=tmp_path / "fast", **settings, **nvme))
+    ended.set()
+    watcher.join()
+    assert {path.split("/")[1] for path in seen} == {"float32params", "optimizer"}
+    assert losses(swapped) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    plain = weights(tmp_path / "plain")
+    for name, tensor in weights(swapped).items():
+        assert (tensor - plain[name]).abs().mean() < 1e-6, name
+
+
+@pytest.mark.parametrize(("workers", "elements"), [(1, 1000), (3, 334)])
+def test_swap_buffers_hold_the_largest_partition(
+    workers: int, elements: int, tmp_path: Path
+) -> None:
+    for name, shape in (("pruned", (10, 90)), ("base", (10, 100))):
+        (tmp_path / name).mkdir()
+        tensors = {"small": torch.zeros(3), "large": torch.zeros(shape)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    models = [tmp_path / "pruned", tmp_path / "base"]
+    nvme = {"zero_stage": 3, "offload_parameters": "nvme", "offload_folder": "/fast"}
+    found = built(**nvme)
+    size_swap_buffers(found, models, workers)
+    assert found["zero_optimization"]["offload_param"]["buffer_size"] == elements
+    users = {"zero_optimization": {"offload_param": {"buffer_size": 7}}}
+    kept = built(users, **nvme)
+    size_swap_buffers(kept, models, workers)
+    assert kept["zero_optimization"]["offload_param"]["buffer_size"] == 7
+    on_cpu = built(zero_stage=3, offload_parameters="cpu")
+    size_swap_buffers(on_cpu, [], workers)
+    assert on_cpu == built(zero_stage=3, offload_parameters="cpu")
 
 
 @pytest.mark.slow

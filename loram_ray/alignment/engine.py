@@ -14,6 +14,7 @@ from loram_ray.alignment.deepspeed import (
     import_deepspeed,
     load_partitioned,
     require_async_io,
+    size_swap_buffers,
 )
 from loram_ray.alignment.objective import AlignmentModel
 from loram_ray.config import AlignConfig
@@ -45,6 +46,7 @@ def start_engine(
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config, users, workers)
     require_async_io(ds_config)
+    size_swap_buffers(ds_config, [config.pruned, *([teacher] if teacher else [])], workers)
     if universal:
         ds_config["checkpoint"] = {**ds_config.get("checkpoint", {}), "load_universal": True}
     model = load_partitioned(config.pruned, ds_config, config.precision)
