@@ -12,6 +12,7 @@ import families
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import tiny
 import torch
 import yaml
@@ -19,14 +20,15 @@ from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
+from loram_ray.alignment.checkpoints import last_checkpoint
 from loram_ray.alignment.deepspeed import (
     deepspeed_config,
     import_deepspeed,
     load_partitioned,
-    require_async_io,
-    size_swap_buffers,
 )
 from loram_ray.alignment.loop import ROWS_FILE
+from loram_ray.alignment.nvme import require_async_io, size_swap_buffers
+from loram_ray.alignment.reshape import note_workers
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import list_sources
@@ -389,6 +391,16 @@ def test_a_deepspeed_file_that_is_none_is_refused(
         ({"offload_optimiser": "cpu", "zero_stage": 0}, "zero_stage must be at least 1"),
         ({"offload_optimiser": "nvme", "zero_stage": 2}, "zero_stage must be 3 to offload to nvme"),
         ({"offload_optimiser": "nvme", "zero_stage": 3}, "offload_folder must be given for nvme"),
+        (
+            {
+                "offload_optimiser": "nvme",
+                "zero_stage": 3,
+                "offload_folder": "/fast",
+                "workers": 2,
+                "min_workers": 1,
+            },
+            "min_workers must be left out where offload_optimiser is nvme, got 1",
+        ),
         ({"tokens": 1000}, "steps must be left out where tokens is given, got 6 and 1000"),
     ],
 )
@@ -426,7 +438,7 @@ def test_offloading_and_checkpointed_activations_change_nothing_and_what_is_froz
 
 @pytest.mark.slow
 @pytest.mark.thorough
-def test_offloading_to_nvme_changes_nothing(
+def test_offloading_to_nvme_changes_nothing_though_a_worker_was_killed(
     corpus: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
     """DeepSpeed's extension compiles for minutes; partitions of a megabyte and more are swapped."""
@@ -437,7 +449,7 @@ def test_offloading_to_nvme_changes_nothing(
     base = tiny.write_base(tmp_path / "base", hidden=512, intermediate=2048)
     pruned, swapped = tmp_path / "pruned", tmp_path / "swapped"
     lr.prune(lr.PruneConfig(base=str(base), output=pruned, ratio=0.5, layers=(1, 3)))
-    settings = {"zero_stage": 3, "steps": 3}
+    settings = {"zero_stage": 3, "steps": 20}
     lr.align(config(pruned, corpus, tmp_path / "plain", **settings))
     seen: set[str] = set()
     ended = threading.Event()
@@ -448,17 +460,35 @@ def test_offloading_to_nvme_changes_nothing(
             seen.update(str(path.relative_to(tmp_path / "fast").parent) for path in files)
 
     (tmp_path / "fast").mkdir()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers_at_step, args=(swapped, 3, killed, True))
     watcher = threading.Thread(target=watch)
     watcher.start()
+    killer.start()
     nvme = {"offload_optimiser": "nvme", "offload_parameters": "nvme"}
     lr.align(config(pruned, corpus, swapped, offload_folder=tmp_path / "fast", **settings, **nvme))
     ended.set()
     watcher.join()
+    killer.join()
+    assert killed
     assert {path.split("/")[1] for path in seen} == {"float32params", "optimizer"}
     assert losses(swapped) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     plain = weights(tmp_path / "plain")
     for name, tensor in weights(swapped).items():
         assert (tensor - plain[name]).abs().mean() < 1e-6, name
+
+
+def test_other_workers_cannot_go_on_with_an_optimiser_on_nvme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the folder that DeepSpeed's checkpoints then have says so."""
+    saved = tmp_path / "step-00000002-1"
+    (saved / "state" / "offloaded_tensors").mkdir(parents=True)
+    note_workers(saved, 2)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: ray.train.Checkpoint(str(saved)))
+    assert last_checkpoint(tmp_path, worker=0, workers=2) == (saved, False)
+    with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* is nvme, got 3"):
+        last_checkpoint(tmp_path, worker=0, workers=3)
 
 
 @pytest.mark.parametrize(("workers", "elements"), [(1, 1000), (3, 334)])

@@ -20,6 +20,7 @@ from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 
 TAG = "state"
+_ON_NVME = "offloaded_tensors"  # in DeepSpeed's checkpoints
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ def naming_full_disks(step: int, where: Path) -> Iterator[None]:
 
 
 def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None, bool]:
-    """Return the run's last checkpoint, and whether it was made universal for these workers."""
+    """Return the run's last checkpoint, and whether it was made universal for these workers.
+
+    Raises:
+        LoramError: other workers wrote it, of an optimiser on NVMe, which DeepSpeed cannot convert.
+    """
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -75,6 +80,11 @@ def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None,
     found = Path(checkpoint.path)  # on storage that all workers share
     if workers_of(found) == workers:
         return found, False
+    if (found / TAG / _ON_NVME).is_dir():
+        raise LoramError(
+            f"align.workers must be {workers_of(found)}, as when {found.name} was saved, where "
+            f"align.offload_optimiser is nvme, got {workers}; go on with as many"
+        )
     universal = work / "universal" / found.name
     if worker == 0:
         make_universal(found, TAG, universal)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,47 +153,6 @@ def import_deepspeed() -> Any:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def require_async_io(ds_config: Mapping[str, Any]) -> None:
-    """Refuse to offload to NVMe where DeepSpeed cannot build what reads and writes there.
-
-    Raises:
-        LoramError: this machine lacks libaio, or a compiler.
-    """
-    zero = ds_config["zero_optimization"]
-    for key, ours in (
-        ("offload_optimizer", "offload_optimiser"),
-        ("offload_param", "offload_parameters"),
-    ):
-        if zero.get(key, {}).get("device") == "nvme":
-            from deepspeed.ops.op_builder import AsyncIOBuilder
-
-            if not AsyncIOBuilder().is_compatible(verbose=False):
-                raise LoramError(
-                    f"align.{ours} = nvme needs libaio with its headers and a C++ compiler on the "
-                    "machines of the workers; install them (libaio-dev, g++) or offload to cpu"
-                )
-
-
-def size_swap_buffers(ds_config: dict[str, Any], models: Iterable[Path], workers: int) -> None:
-    """Make buffers of parameters on NVMe as large as the largest partition, in place.
-
-    DeepSpeed's have 10^8 elements, whatever a model has: an eighth of a 70B model's embeddings does
-    not fit, and for a small model it is gigabytes. A user's own ``buffer_size`` stays.
-
-    Args:
-        ds_config: of `deepspeed_config`.
-        models: directories of the models that are partitioned.
-        workers: how many there are.
-    """
-    parameters = ds_config["zero_optimization"].get("offload_param", {})
-    if parameters.get("device") == "nvme" and "buffer_size" not in parameters:
-        largest = 0
-        for model in models:
-            with Checkpoint(model) as checkpoint:
-                largest = max(largest, *(prod(spec.shape) for spec in checkpoint.specs.values()))
-        parameters["buffer_size"] = -(-largest // workers)
 
 
 @freed_memory_returned()

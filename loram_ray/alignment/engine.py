@@ -13,6 +13,10 @@ from loram_ray.alignment.deepspeed import (
     deepspeed_config,
     import_deepspeed,
     load_partitioned,
+)
+from loram_ray.alignment.nvme import (
+    load_swapped,
+    require_all_swapped,
     require_async_io,
     size_swap_buffers,
 )
@@ -40,6 +44,9 @@ def start_engine(
 
     Returns:
         The engine, its module an `AlignmentModel`, and how far it is.
+
+    Raises:
+        LoramError: a part of an optimiser on NVMe could not be brought back later.
     """
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
@@ -65,9 +72,15 @@ def start_engine(
         lr_scheduler=lambda optimizer: _schedule(optimizer, config),
         dist_init_required=False,
     )
+    swapped = engine.zero_nvme_offload_optimizer()
+    if swapped:
+        require_all_swapped(engine)
     if checkpoint is None:
         return engine, Progress(0, 0.0)
-    _, state = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
+    if swapped:
+        state = load_swapped(engine, checkpoint, TAG)
+    else:
+        _, state = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
     return engine, Progress(int(state["steps"]), float(state["seconds"]))
 
 

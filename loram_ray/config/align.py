@@ -205,6 +205,11 @@ class AlignConfig(Section):
                 raise ValueError(f"zero_stage must be 3 to offload to nvme, got {stage}; raise it")
             if self.offload_folder is None:
                 raise ValueError("offload_folder must be given for nvme; name a folder there")
+        if self.offload_optimiser == "nvme" and self.min_workers is not None:
+            raise ValueError(
+                f"min_workers must be left out where offload_optimiser is nvme, got "
+                f"{self.min_workers}: such a run goes on with as many workers; remove it"
+            )
         return self
 
     @model_validator(mode="after")
