@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -196,6 +197,26 @@ def test_the_study_compares_all_systems_over_three_seeds() -> None:
     }  # fmt: skip
     assert {cell.seed for cell in cells if cell.system != "base"} == {0, 1, 2}
     assert len({cell.task for cell in cells}) == 2
+
+
+def test_the_objectives_are_compared_by_their_command() -> None:
+    """ALIGNMENT.md's command: its systems, beside those whose scores it counts in."""
+    benchmarks = Path(__file__).parent / "benchmarks"
+    lines = (benchmarks / "ALIGNMENT.md").read_text().splitlines()
+    [words] = [shlex.split(line) for line in lines if line.startswith("loram compare ")]
+    overrides = [value for key, value in zip(words, words[1:], strict=False) if key == "--set"]
+    repository = benchmarks.parents[1]
+    run = load_run(repository / words[words.index("--config") + 1], overrides)
+    assert run.compare is not None
+    planned = comparison_of(run)
+    assert {cell.system for cell in planned.cells} == {"base", "live", "longer"}
+    assert {(cell.ratio, cell.seed) for cell in planned.cells if cell.system == "live"} == {
+        (ratio, seed) for ratio in (0.35, 0.65) for seed in (0, 1, 2)
+    }
+    files = [repository / path for path in run.compare.others]
+    others = read_scores(files, run.compare.metric, planned.cells)
+    assert {score.system for score in others} >= {"full", "causal", "distilled"}
+    assert {score.seed for score in others} == {None, 0, 1, 2}
 
 
 @pytest.mark.parametrize(
