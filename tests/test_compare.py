@@ -174,6 +174,9 @@ def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
         "longer": {pruned, corpus},
         "warm": {pruned, corpus, targets},
     }
+    ratios = {**compare, "ratios": [0.35, 0.65]}
+    of_two = comparison_of(run_of(base, tmp_path, ratios)).steps["models/random-0.65-0-warm"]
+    assert "models/random-0.35-0-warm" in of_two.needs, "both would write the same targets"
     second = planned.steps["models/random-0.65-1-distilled"]
     assert set(second.needs) == {"models/random-0.65-1-pruned", corpus}, "its targets are others"
 

@@ -464,7 +464,7 @@ def test_seeds_that_share_a_corpus_have_targets_each(
 ) -> None:
     """Alignments with one ``prepared`` reuse what is alike, and never meet what is not."""
     corpus = StageResult(tmp_path / "corpus", Manifest("corpus", "id", "base", {}, {}), False)
-    write_corpus(corpus.output, tokens=True)
+    write_corpus(corpus.output)
 
     def prepared(**changes: Any) -> StageResult:
         config = stage_config(
@@ -628,19 +628,15 @@ def test_what_the_base_has_not_is_refused(
         lr.align(config)
 
 
-def write_corpus(folder: Path, tokens: bool = False) -> None:
+def write_corpus(folder: Path) -> None:
     """A prepared corpus of one source: ten blocks of a batch each."""
-    schema = pa.schema({"row_id": pa.int64()})
-    if tokens:
-        schema = schema.append(pa.field("input_ids", pa.list_(pa.int32(), LENGTH)))
+    schema = pa.schema({"row_id": pa.int64(), "input_ids": pa.list_(pa.int32(), LENGTH)})
     folder.mkdir(exist_ok=True)
     file = folder / "unit-000000.parquet"
-    ids = np.arange(BATCH * LENGTH, dtype=np.int32) % tiny.VOCABULARY
+    ids = pa.array(np.arange(BATCH * LENGTH, dtype=np.int32) % tiny.VOCABULARY)
+    columns = [pa.array(np.arange(BATCH)), pa.FixedSizeListArray.from_arrays(ids, LENGTH)]
     with pq.ParquetWriter(file, schema) as writer:
         for _ in range(10):
-            columns: dict[str, Any] = {"row_id": np.arange(BATCH)}
-            if tokens:
-                columns["input_ids"] = pa.FixedSizeListArray.from_arrays(pa.array(ids), LENGTH)
             writer.write_table(pa.table(columns, schema=schema))
     source = SourceInfo(name="text", weight=None, share=1.0, unit_files=(file,), held_out_files=())
     write_sources(folder, [source])

@@ -280,7 +280,8 @@ class _Planner:
         config = validate(AlignConfig, settings, f"compare, system {system}")
         shared = ["corpus"]
         if config.objective == "distillation" and config.distillation.targets == "cached":
-            shared.append(f"targets of seed {seed}")
+            # those of other alignments may be alike, those of its own are
+            shared += [f"targets of seed {seed}", f"targets of {system}, seed {seed}"]
         first = {self._first.setdefault(what, name) for what in shared} - {name}
         return self._planned.add(name, config, pruned, *sorted(first))
 

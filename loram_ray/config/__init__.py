@@ -29,6 +29,7 @@ from loram_ray.config.sweep import RangeConfig, SweepConfig
 from loram_ray.config.train import LoraConfig, TrainConfig
 
 __all__ = [
+    "ALIGNMENTS",
     "AlignConfig",
     "BatchConfig",
     "CalibrationConfig",
@@ -39,7 +40,6 @@ __all__ = [
     "ExportConfig",
     "FilterConfig",
     "LoraConfig",
-    "ALIGNMENTS",
     "MASKING_METHODS",
     "MergeConfig",
     "OptimiserConfig",
