@@ -181,6 +181,21 @@ def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
     assert set(second.needs) == {"models/random-0.65-1-pruned", corpus}, "its targets are others"
 
 
+@pytest.mark.parametrize(
+    "systems",
+    [["base"], ["distilled"], ["longer"], ["small"], ["qloram"], ["pruned", "causal"], []],
+)
+def test_no_step_is_for_nothing(systems: list[str], base: Path, tmp_path: Path) -> None:
+    compare = {"systems": systems, "seeds": [0, 1], "alignments": {"longer": {"steps": 9}}}
+    planned = comparison_of(run_of(base, tmp_path, compare))
+    wanted, reached = [cell.evaluation for cell in planned.cells], set[str]()
+    while wanted:
+        name = wanted.pop()
+        reached.add(name)
+        wanted += planned.steps[name].needs
+    assert reached == set(planned.steps)
+
+
 def test_a_comparison_cut_short_has_whole_ones_of_its_first_seeds(
     base: Path, tmp_path: Path
 ) -> None:

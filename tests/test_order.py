@@ -173,6 +173,25 @@ def test_rows_of_a_block_are_not_left_in_their_order(corpus: Path) -> None:
     assert (np.diff(seen) == 1).mean() < 0.4
 
 
+def test_a_short_training_sees_several_places_of_the_corpus(corpus: Path) -> None:
+    """Whole blocks one after another would give few kinds of text to a training of few rows."""
+    order = alone(corpus)
+    assert len(order.visited(4 * 5)) >= 7  # of nine; the sum of the four smallest holds 16 rows
+    total = sum(map(sum, SIZES.values()))
+    seen = row_ids(dataclasses.replace(order, window=3), total)
+    places = np.searchsorted(np.cumsum([0, *sum(SIZES.values(), ())]), positions_of(seen), "right")
+    assert (np.diff(places) != 0).sum() > 20  # blocks mix: one after another, it would be 8
+    spans = sorted((f[0], f[-1]) for b in range(1, 10) if len(f := np.flatnonzero(places == b)))
+    for before, after in ((spans[:3], spans[3:6]), (spans[3:6], spans[6:])):
+        assert max(last for _, last in before) < min(first for first, _ in after)
+
+
+def positions_of(row_ids: list[int]) -> list[int]:
+    """Row ids without gaps between the sources."""
+    before = np.cumsum([0, *map(sum, SIZES.values())])
+    return [int(before[source_of(row)]) + row % 2**32 for row in row_ids]
+
+
 @pytest.mark.parametrize("kind", [alone, mixture])
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("batch_size", [4, 8, 24, 64])

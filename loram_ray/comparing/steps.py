@@ -26,6 +26,7 @@ from loram_ray.config import (
 )
 from loram_ray.errors import LoramError
 
+_ON_WHOLE_MODELS = {"base", "full", "sibling"}
 _OF_THE_RUN = {"model", "adapter", "output", "data", "base", "pruned"}
 
 
@@ -171,7 +172,7 @@ class _Planner:
 
     def _prunings(self) -> Iterator[Pruning]:
         prune, methods = self._run.prune, self._config.methods
-        if prune is None:
+        if prune is None or set(self._systems) <= _ON_WHOLE_MODELS:
             return
         if not isinstance(methods, dict):
             methods = dict.fromkeys(
@@ -212,14 +213,14 @@ class _Planner:
                 )
                 cell("pruned", task, scored)
             for system, model in models.items():
-                of_small = system == self._of_small(models)
+                of_small = "small" in self._systems and system == self._of_small(models)
                 if system not in self._systems and not of_small:
                     continue
                 inner = f"{folder}/{system}/{task}"
                 trained = self._trained(
                     f"{inner}/adapter_pruned", self._root / model, task, seed, model
                 )
-                if of_small and "small" in self._systems:
+                if of_small:
                     scored = self._scored(
                         f"{folder}/small/{task}", task, self._root / model, self._root / trained,
                         trained,

@@ -3,8 +3,9 @@
 The order is a pure function of the sources and the seed, so a resumed run asks for the position
 where it stopped, and one worker or several see the same global batches. Which source a position
 takes is drawn by the weights. Within a source, blocks (row groups) are permuted, then the rows of
-each block, anew in every epoch: no sequence comes twice in an epoch of its source. A source that
-ends begins its next epoch while the others go on; training ends with its budget.
+some consecutive ones together, anew in every epoch: no sequence comes twice in an epoch of its
+source, and a short training sees several places of the corpus. A source that ends begins its next
+epoch while the others go on; training ends with its budget.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CHUNK = 512
+WINDOW = 8
 _MIXING = 2**32
 
 
@@ -78,11 +80,13 @@ class Order:
         sources: what is mixed.
         seed: of everything that is drawn.
         chunk: positions that are read together.
+        window: blocks of a source whose rows are shuffled together.
     """
 
     sources: tuple[MixedSource, ...]
     seed: int
     chunk: int = CHUNK
+    window: int = WINDOW
 
     def chunks(self, start: int, end: int) -> Iterator[Chunk]:
         """Yield the chunks that hold positions ``[start, end)``."""
@@ -105,14 +109,12 @@ class Order:
         return generator.choice(len(weights), self.chunk, p=weights / weights.sum())
 
     def pieces(self, chunk: Chunk) -> Iterator[Piece]:
-        """Yield what a chunk is made of; the positions of a source ascend."""
+        """Yield what a chunk is made of; positions ascend within a piece."""
         drawn = self.drawn(chunk.number)
         for number, before in enumerate(chunk.before):
             positions = self.positions(chunk)[drawn == number]
-            done = 0
-            for block, rows in self._rows(number, before, before + len(positions)):
-                yield Piece(block, rows, positions[done : done + len(rows)])
-                done += len(rows)
+            for block, rows, places in self._rows(number, before, before + len(positions)):
+                yield Piece(block, rows, positions[places])
 
     def visited(self, end: int) -> set[tuple[str, int]]:
         """Path and group of each block with a row at positions below ``end``."""
@@ -123,19 +125,26 @@ class Order:
             if (piece.positions < end).any()
         }
 
-    def _rows(self, number: int, start: int, end: int) -> Iterator[tuple[Block, np.ndarray]]:
-        """Yield the rows ``[start, end)`` of a source over all its epochs, block by block."""
+    def _rows(
+        self, number: int, start: int, end: int
+    ) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:
+        """Yield the rows ``[start, end)`` of a source over all its epochs, and their places."""
         blocks = self.sources[number].blocks
         sizes = np.array([block.rows for block in blocks])
         total = int(sizes.sum())
         for epoch in range(start // total, -(-end // total)):
             order = np.random.default_rng([self.seed, number, epoch]).permutation(len(blocks))
-            ends = epoch * total + np.cumsum(sizes[order])
-            for place in range(int(np.searchsorted(ends, start, side="right")), len(order)):
-                which = int(order[place])
-                first = int(ends[place]) - blocks[which].rows
+            lasts = np.minimum(np.arange(len(blocks), step=self.window) + self.window, len(blocks))
+            ends = epoch * total + np.cumsum(sizes[order])[lasts - 1]
+            for window in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+                which = order[window * self.window : (window + 1) * self.window]
+                owners = np.repeat(which, sizes[which])
+                first = int(ends[window]) - len(owners)
                 if first >= end:
                     break
-                shuffled = np.random.default_rng([self.seed, number, epoch, which])
-                rows = shuffled.permutation(blocks[which].rows)
-                yield blocks[which], rows[max(start - first, 0) : end - first]
+                shuffled = np.random.default_rng([self.seed, number, epoch, window])
+                taken = shuffled.permutation(len(owners))[max(start - first, 0) : end - first]
+                rows = np.concatenate([np.arange(size) for size in sizes[which]])[taken]
+                for block in np.unique(owners[taken]):
+                    mine = np.flatnonzero(owners[taken] == block)
+                    yield blocks[block], rows[mine], max(first - start, 0) + mine

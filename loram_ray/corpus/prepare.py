@@ -46,7 +46,7 @@ from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tokenizer import load_tokenizer
 
 QUARANTINE_FILE = "quarantine.jsonl"
-ROWS_PER_GROUP = 256
+ROWS_PER_GROUP = 32
 _UNIT_BITS = 32
 _HELD_OUT_BIT = 31
 _TOKENIZER_FILES = (

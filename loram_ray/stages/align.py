@@ -13,6 +13,7 @@ from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings
 from loram_ray.alignment.targets import prepare_targets
 from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, require_shared
 from loram_ray.config import AlignConfig, RayConfig
+from loram_ray.corpus.order import WINDOW
 from loram_ray.corpus.pack import end_of_text
 from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.corpus.sources import list_sources
@@ -132,7 +133,7 @@ def _prepared(config: AlignConfig, what: str) -> Path:
 def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
     """What determines the result besides the inputs."""
     settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
-    settings |= {"steps": config.total_steps, "deepspeed": users}
+    settings |= {"steps": config.total_steps, "deepspeed": users, "order_window": WINDOW}
     if config.objective == "distillation":
         settings["distillation"] = config.distillation.model_dump(
             mode="json", exclude=_NOT_LEARNT_FROM
