@@ -13,6 +13,7 @@ from loram_ray.config import AlignConfig
 from loram_ray.corpus.sources import SourceInfo
 from loram_ray.manifest import Manifest
 from loram_ray.plan import PruningPlan
+from loram_ray.progress import HELD_OUT
 
 CARD_FILE = "README.md"
 SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
@@ -25,6 +26,7 @@ def model_card(
     plan: PruningPlan,
     pruned: Manifest,
     sources: Sequence[SourceInfo],
+    first: dict[str, Any],
     last: dict[str, Any],
     steps: int,
 ) -> str:
@@ -35,6 +37,7 @@ def model_card(
         plan: of the pruning.
         pruned: manifest of the pruned model.
         sources: of the corpus.
+        first: metrics before the first step, where something is held out.
         last: metrics of the last step.
         steps: optimiser steps done.
     """
@@ -48,12 +51,14 @@ def model_card(
     }
     corpus = [
         f"| {source.name} | {source.share:.1%} | {source.documents:,} | {source.tokens:,} "
-        f"| {_perplexity(last.get(f'held_out_nll_{source.name}'))} |"
+        f"| {_perplexity(first.get(HELD_OUT + source.name))} "
+        f"| {_perplexity(last.get(HELD_OUT + source.name))} |"
         for source in sources
     ]
     sections = [
         "## Corpus",
-        "| source | share | documents | tokens | perplexity held out |\n|---|---|---|---|---|\n"
+        "| source | share | documents | tokens | perplexity held out, pruned | aligned |\n"
+        "|---|---|---|---|---|---|\n"
         + "\n".join(corpus),
     ]
     name, kind = config.output.name, "pruned and aligned"
@@ -173,4 +178,4 @@ def _objective(config: AlignConfig) -> str:
 
 
 def _perplexity(nll: float | None) -> str:
-    return "" if nll is None else f"{math.exp(nll):.2f}"
+    return "" if nll is None else f"{math.exp(nll):,.2f}"

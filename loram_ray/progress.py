@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 METRICS_FILE = "metrics.jsonl"
+HELD_OUT = "held_out_nll_"
+"""Begins the names of alignment's losses on what each source holds out."""
 _LINE_EVERY_SECONDS = 5.0
 _STILL_THERE_EVERY_SECONDS = 30.0
 _NOT_SHOWN = ("data_s", "checkpoint_s", "copy_s")
@@ -123,7 +125,7 @@ class MetricsLog:
     def __init__(self, path: Path, resume_at: int = 0, count_restarts: bool = True) -> None:
         before = read_lines(path)
         self._restarts = restarts_in(before) + 1 if count_restarts and path.exists() else 0
-        kept = [line for line in before if line["step"] <= resume_at]
+        kept = [line for line in before if resume_at and line["step"] <= resume_at]
         path.parent.mkdir(parents=True, exist_ok=True)
         sibling = path.with_name(f".{path.name}.{os.getpid()}")
         sibling.write_text("".join(json.dumps(line) + "\n" for line in kept))

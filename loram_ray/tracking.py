@@ -154,8 +154,8 @@ class Tracking:
 
 
 def last_tracked(note: Path) -> int:
-    """Step that was handed on last, 0 before the first."""
-    return int(json.loads(note.read_text())) if note.exists() else 0
+    """Step that was handed on last, -1 before the first."""
+    return int(json.loads(note.read_text())) if note.exists() else -1
 
 
 @contextmanager

@@ -541,9 +541,16 @@ def test_held_out_documents_of_each_source_are_evaluated(
     lr.align(lr.AlignConfig.model_validate(settings))
     lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
     keys = {"held_out_nll_web", "held_out_nll_code"}
-    assert [keys <= line.keys() for line in lines] == [False, True, True]
-    assert_card(output, lines[-1])
-    model = lr.load_pruned(output, "fp32")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [keys <= line.keys() for line in lines] == [True, False, True, True]
+    assert_card(output, lines[0], lines[-1])
+    assert_held_out_losses(output, pruned, lines[0])
+    assert_held_out_losses(output, output, lines[-1])
+
+
+def assert_held_out_losses(output: Path, directory: Path, line: dict[str, Any]) -> None:
+    """A line's losses are those of a model on the first seven rows that each source holds out."""
+    model = lr.load_pruned(directory, "fp32")
     for source in list_sources(output.with_name("aligned_corpus")):
         rows = [row for path in source.held_out_files for row in pq.read_table(path).to_pylist()]
         assert len(rows) > 7
@@ -552,15 +559,16 @@ def test_held_out_documents_of_each_source_are_evaluated(
             ids = torch.tensor([row["input_ids"][: row["length"]]])
             total += model(input_ids=ids, labels=ids).loss.item() * (row["length"] - 1)
             count += row["length"] - 1
-        assert lines[-1][f"held_out_nll_{source.name}"] == pytest.approx(total / count, rel=1e-4)
+        assert line[f"held_out_nll_{source.name}"] == pytest.approx(total / count, rel=1e-4)
 
 
-def assert_card(output: Path, last: dict[str, Any]) -> None:
+def assert_card(output: Path, first: dict[str, Any], last: dict[str, Any]) -> None:
     """The README of an aligned model has YAML that hubs read, and the numbers."""
     _, head, text = (output / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["tags"] == ["loram", "pruned", "random"]
     for name in ("web", "code"):
-        assert f"{math.exp(last[f'held_out_nll_{name}']):.2f}" in text
+        before, after = (math.exp(line[f"held_out_nll_{name}"]) for line in (first, last))
+        assert f"| {before:,.2f} | {after:,.2f} |" in text
     manifest = json.loads((output / "manifest.json").read_text())
     for value in (manifest["details"]["tokens"], last["loss"]):
         assert f"{value:,}" in text or f"{value:.4g}" in text

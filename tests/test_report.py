@@ -151,6 +151,21 @@ def test_restarts_of_a_training_are_told(run: Path, tmp_path: Path) -> None:
     assert ("adapter_pruned", "2") in zip(page.cells, page.cells[1:], strict=False)
 
 
+def test_held_out_losses_of_an_alignment_are_drawn(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "adapter_pruned"
+    said = json.loads((folder / MANIFEST_FILE).read_text())
+    (folder / MANIFEST_FILE).write_text(json.dumps({**said, "stage": "align"}))
+    held_out = {"held_out_nll_web": 3.0, "held_out_nll_code": 2.0}
+    lines = [{"step": 0, **held_out}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0, **held_out}]
+    tiny.write_jsonl(folder / "metrics.jsonl", lines)
+    found = report_on(found_in(tmp_path / "run"))
+    [losses] = [part for part in found.parts if part.title == "Losses"]
+    assert [figure.title for figure in losses.figures] == [
+        "Training loss: align", "Held-out loss on web: align", "Held-out loss on code: align"
+    ]  # fmt: skip
+
+
 def test_what_was_made_of_a_merged_model_belongs_to_the_run(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "evaluation" / "loram" / MANIFEST_FILE

@@ -47,13 +47,14 @@ def test_every_step_is_handed_on_once_in_order_also_by_a_driver_started_again(
     note = tmp_path / "tracked.json"
     first, second = Listening(), Listening()
     tracked = Tracking([first], note)
-    tracked(LINES[:1])
-    tracked(LINES[:2])
+    before = {"step": 0, "held_out_nll_text": 2.0}
+    tracked([before, *LINES[:1]])
+    tracked([before, *LINES[:2]])
     tracked([*LINES[:1]])  # a worker went back to its checkpoint
     tracked([])
     Tracking([second], note)([*LINES, {"step": 4, "loss": 0.0, "note": "text"}])
-    assert [step for step, _ in first.heard] == [1, 2]
-    assert first.heard[1] == (2, {"loss": 1.0, "tokens_per_s": 20.0})
+    assert [step for step, _ in first.heard] == [0, 1, 2]
+    assert first.heard[2] == (2, {"loss": 1.0, "tokens_per_s": 20.0})
     assert second.heard == [(3, {"loss": 0.0, "tokens_per_s": 30.0}), (4, {"loss": 0.0})]
 
 
@@ -73,12 +74,13 @@ def test_the_last_lines_are_followed_when_the_work_has_ended(tmp_path: Path) -> 
 
 def test_restarts_are_counted_and_only_steps_that_are_left_stand(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
-    for resume_at, steps in ((0, (1, 2, 3)), (2, (3, 4)), (2, (3,))):
+    for resume_at, steps in ((0, (0,)), (0, (0, 1, 2, 3)), (2, (3, 4)), (2, (3,))):
         log = MetricsLog(path, resume_at)
         for step in steps:
             log.write(step)
-    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "restarts": 2}]
-    assert restarts_in(read_lines(path)) == 2
+    first = [{"step": step, "restarts": 1} for step in (0, 1, 2)]
+    assert read_lines(path) == [*first, {"step": 3, "restarts": 3}]
+    assert restarts_in(read_lines(path)) == 3
     assert restarts_in(LINES) == restarts_in([]) == 0
 
 

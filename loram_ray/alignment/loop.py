@@ -29,7 +29,7 @@ from loram_ray.config import AlignConfig
 from loram_ray.losses import labelled
 from loram_ray.manifest import write_json
 from loram_ray.memory import peak_memory_gb
-from loram_ray.progress import METRICS_FILE, MetricsLog
+from loram_ray.progress import HELD_OUT, METRICS_FILE, MetricsLog
 from loram_ray.waiting import alone
 
 OUTCOME_FILE = "outcome.json"
@@ -111,6 +111,10 @@ def _train(
     notice, stood_still = PreemptionNotice(), 0.0
     module: AlignmentModel = engine.module
     mfu_per_rate = _mfu_per_rate(config, module, workers)
+    if config.evaluate_every and step == 0:
+        before = _evaluate(engine, loop, rank, workers)
+        if log is not None:
+            log.write(0, **before)
     batches = steps(config, loop.inputs, rank, workers, step, engine.device)
     while not is_last:
         started = time.perf_counter()
@@ -218,7 +222,7 @@ def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[
         workers,
         engine.device,
     )
-    return {f"held_out_nll_{name}": loss for name, loss in found.items()}
+    return {f"{HELD_OUT}{name}": loss for name, loss in found.items()}
 
 
 def _mfu_per_rate(config: AlignConfig, module: AlignmentModel, workers: int) -> float | None:

@@ -117,7 +117,8 @@ class AlignConfig(Section):
     evaluate_every: int | None = Field(
         None,
         ge=1,
-        description="steps between evaluations of what the sources hold out",
+        description="steps between evaluations of what the sources hold out; there is one before "
+        "the first step, too",
     )
     evaluate_sequences: int = Field(
         256, ge=1, description="held-out sequences of each source that are evaluated, at most"

@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import restarts_in
+from loram_ray.progress import HELD_OUT, restarts_in
 from loram_ray.reporting.figures import Curve, Draw, curves, figure_of, heat
 from loram_ray.reporting.figures import memory as memory_bars
 from loram_ray.reporting.found import Found
@@ -46,7 +46,16 @@ def _measured(found: Found, key: str) -> dict[str, list[Curve]]:
 def losses(found: Found) -> Part | None:
     """Losses by step; None where there is nothing to say, as below."""
     part = Part("Losses", "In nats a token.")
-    for key, label in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+    keys = {"loss": "training loss", "eval_loss": "held-out loss"}
+    for stage in found.stages:
+        if stage.manifest.stage == "align":
+            keys |= {
+                key: f"held-out loss on {key.removeprefix(HELD_OUT)}"
+                for line in stage.metrics
+                for key in line
+                if key.startswith(HELD_OUT)
+            }
+    for key, label in keys.items():
         for kind, some in _measured(found, key).items():
             part.figures.append(
                 figure_of(

@@ -22,7 +22,7 @@ from loram_ray.manifest import fingerprint, read_manifest, read_model_config, re
 from loram_ray.model_card import CARD_FILE, SIZES, model_card
 from loram_ray.model_files import resolve_base, write_model_files
 from loram_ray.plan import PruningPlan
-from loram_ray.progress import METRICS_FILE
+from loram_ray.progress import METRICS_FILE, read_lines
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tensorfile import Checkpoint
 from loram_ray.tokenizer import load_tokenizer
@@ -189,11 +189,10 @@ def _write(
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
     for name in (METRICS_FILE, *((ROWS_FILE,) if config.log_rows else ())):
         (target.path / name).write_bytes((target.work / name).read_bytes())
-    lines = (target.path / METRICS_FILE).read_text().splitlines()
-    pruned, last = read_manifest(config.pruned), json.loads(lines[-1])
+    lines, pruned = read_lines(target.path / METRICS_FILE), read_manifest(config.pruned)
     assert pruned is not None
     sources = list_sources(inputs.corpus)
-    card = model_card(config, plan, pruned, sources, last, outcome["steps"])
+    card = model_card(config, plan, pruned, sources, lines[0], lines[-1], outcome["steps"])
     (target.path / CARD_FILE).write_text(card)
     target.details.update(
         {key: pruned.details[key] for key in SIZES},
