@@ -157,7 +157,11 @@ def test_held_out_losses_of_an_alignment_are_drawn(run: Path, tmp_path: Path) ->
     said = json.loads((folder / MANIFEST_FILE).read_text())
     (folder / MANIFEST_FILE).write_text(json.dumps({**said, "stage": "align"}))
     held_out = {"held_out_nll_web": 3.0, "held_out_nll_code": 2.0}
-    lines = [{"step": 0, **held_out}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0, **held_out}]
+    lines = [
+        {"step": 0, **held_out},
+        {"step": 1, "loss": 4.0},
+        {"step": 2, "loss": 3.0, **held_out},
+    ]
     tiny.write_jsonl(folder / "metrics.jsonl", lines)
     found = report_on(found_in(tmp_path / "run"))
     [losses] = [part for part in found.parts if part.title == "Losses"]
