@@ -61,10 +61,15 @@ def distilled(name: str, folder: str, **settings: object) -> Objective:
 
 OBJECTIVES = (
     Objective("none", "none", None),
-    Objective("causal-LM (the paper)", "causal"),
+    Objective("causal-LM (the paper)", "causal", {"objective": "causal_lm"}),
     distilled("distilled, 64 likeliest tokens", "top64"),
     distilled("distilled, live", "live", targets="live"),
-    Objective("causal-LM, equal compute", "causal-long", {}, pays_for_base=True),
+    Objective(
+        "causal-LM, equal compute",
+        "causal-long",
+        {"objective": "causal_lm"},
+        pays_for_base=True,
+    ),
     distilled("distilled, 8 likeliest tokens", "top8", top_k=8),
     distilled("half distilled, half causal-LM", "half", causal_lm_weight=0.5),
     distilled("distilled at temperature 2", "warm", temperature=2.0),

@@ -130,6 +130,7 @@ class CriteriaStudy(Study):
                 "sources": [{"path": str(self.output / "alignment.jsonl")}],
                 "sequence_length": SEQUENCE,
             },
+            objective="causal_lm",
             steps=2 if self._quick else 6,
             batch_size=8,
             micro_batch_size=2,

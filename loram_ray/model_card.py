@@ -58,8 +58,7 @@ def model_card(
     sections = [
         "## Corpus",
         "| source | share | documents | tokens | perplexity held out, pruned | aligned |\n"
-        "|---|---|---|---|---|---|\n"
-        + "\n".join(corpus),
+        "|---|---|---|---|---|---|\n" + "\n".join(corpus),
     ]
     name, kind = config.output.name, "pruned and aligned"
     return _card(name, kind, config.base, plan, rows, sections)

@@ -59,6 +59,7 @@ def config(
         "pruned": pruned,
         "output": output,
         "corpus": {"sources": [{"path": str(corpus)}], "sequence_length": length},
+        "objective": "causal_lm",
         "steps": STEPS,
         "batch_size": BATCH,
         "micro_batch_size": 2,

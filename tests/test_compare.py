@@ -139,7 +139,7 @@ def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
         "correction": True,
         "alignments": {
             "live": {"objective": "distillation", "distillation": {"targets": "live"}},
-            "longer": {"steps": 9},
+            "longer": {"objective": "causal_lm", "steps": 9},
             "warm": {"objective": "distillation", "distillation": {"temperature": 2.0}},
             "distilled": {"distillation": {"top_k": 7}},
         },

@@ -446,7 +446,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_defaults_that_the_paper_names_stand() -> None:
-    align = AlignConfig(pruned="p", output="o", corpus=CORPUS)  # type: ignore[arg-type]
+    align = AlignConfig(pruned="p", output="o", base="b", corpus=CORPUS)  # type: ignore[arg-type]
     assert (align.batch_size, align.corpus.sequence_length) == (128, 512)
     assert (align.optimiser.learning_rate, align.optimiser.warmup_steps) == (5e-5, 100)
     assert align.total_steps == 1600

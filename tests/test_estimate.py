@@ -55,6 +55,7 @@ def config(**changes: object) -> lr.AlignConfig:
         "pruned": "unread",
         "output": "unwritten",
         "base": "unread",
+        "objective": "causal_lm",
         "corpus": {"sources": [{"path": "unread"}], "sequence_length": LENGTH},
         "batch_size": 4 * BATCH,
         "micro_batch_size": BATCH,

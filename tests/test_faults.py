@@ -81,6 +81,7 @@ def command(folder: Path, output: Path, address: str, *overrides: str) -> list[s
         "pruned": str(folder / "pruned"),
         "output": str(output),
         "corpus": {"sources": [{"path": str(folder / "text.jsonl")}], "sequence_length": 32},
+        "objective": "causal_lm",
         "steps": STEPS,
         "batch_size": BATCH,
         "micro_batch_size": 1,

@@ -339,6 +339,7 @@ def test_alignment_equals_a_plain_loop_whose_gradients_are_masked(
         pruned=case.pruned,
         output=tmp_path / "aligned",
         corpus={"sources": [{"path": str(text)}], "sequence_length": 32},
+        objective="causal_lm",
         steps=STEPS,
         batch_size=4,
         micro_batch_size=2,

@@ -415,7 +415,11 @@ def test_a_damaged_model_is_refused(pruned: Path, tmp_path: Path) -> None:
 def test_other_stages_refuse_a_quantised_model(quantized: Path, tmp_path: Path) -> None:
     corpus = {"sources": [{"path": str(tmp_path / "t.jsonl")}]}
     with pytest.raises(lr.LoramError, match=r"align.pruned .* holds the output of quantize"):
-        lr.align(lr.AlignConfig(pruned=quantized, output=tmp_path / "out", corpus=corpus))
+        lr.align(
+            lr.AlignConfig(
+                pruned=quantized, output=tmp_path / "out", corpus=corpus, objective="causal_lm"
+            )
+        )
     with pytest.raises(lr.LoramError, match=r"prune.base must be a model that is not pruned"):
         prune(quantized, tmp_path / "out")
 

@@ -206,6 +206,7 @@ def test_an_alignment_is_tracked_with_its_utilisation(
             pruned=pruned,
             output=tmp_path / "aligned",
             corpus={"sources": [{"path": str(text)}], "sequence_length": 32},
+            objective="causal_lm",
             steps=3,
             batch_size=4,
             peak_tflops=1.0,

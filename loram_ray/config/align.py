@@ -70,9 +70,9 @@ class AlignConfig(Section):
         False, description="documents packed into one sequence do not see each other"
     )
     objective: Literal["causal_lm", "distillation"] = Field(
-        "causal_lm",
-        description="causal_lm: predict the corpus, as the paper does; distillation: predict what "
-        "the base predicts on it",
+        "distillation",
+        description="distillation: predict what the base predicts on the corpus; causal_lm: "
+        "predict the corpus, as the paper does",
     )
     base: str | None = Field(None, description="base that was pruned; for distillation")
     distillation: DistillationConfig = DistillationConfig()
@@ -166,7 +166,10 @@ class AlignConfig(Section):
     @model_validator(mode="after")
     def _distillation_has_a_base(self) -> AlignConfig:
         if self.objective == "distillation" and self.base is None:
-            raise ValueError("base must be given for objective distillation; name the base model")
+            raise ValueError(
+                "base must be given for objective distillation; name the base model, or set "
+                "objective to causal_lm"
+            )
         return self
 
     @model_validator(mode="after")

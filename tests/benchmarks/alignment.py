@@ -30,6 +30,7 @@ def config(pruned: Path, text: Path, output: Path, workers: int, cpus: int) -> l
             "pruned": pruned,
             "output": output,
             "corpus": {"sources": [{"path": str(text)}], "sequence_length": LENGTH},
+            "objective": "causal_lm",
             "steps": STEPS,
             "batch_size": BATCH,
             "micro_batch_size": MICRO_BATCH,

@@ -36,6 +36,7 @@ def work(folder: Path, steps: int, every: int, length: int) -> dict[str, Any]:
                 "sources": [{"path": str(folder / "text.jsonl")}],
                 "sequence_length": length,
             },
+            "objective": "causal_lm",
             "steps": steps,
             "batch_size": BATCH,
             "micro_batch_size": MICRO_BATCH,

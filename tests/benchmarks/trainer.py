@@ -48,6 +48,7 @@ def settings_of(folder: Path, options: argparse.Namespace) -> lr.AlignConfig:
                 "sources": [{"path": str(folder / "text.jsonl")}],
                 "sequence_length": options.length,
             },
+            "objective": "causal_lm",
             "steps": options.steps,
             "batch_size": BATCH,
             "micro_batch_size": MICRO_BATCH,
