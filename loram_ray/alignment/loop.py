@@ -114,7 +114,8 @@ def _train(
     if config.evaluate_every and step == 0:
         before = _evaluate(engine, loop, rank, workers)
         if log is not None:
-            log.write(0, **before)
+            with naming_full_disks(step, loop.work):
+                log.write(step, **before)
     batches = steps(config, loop.inputs, rank, workers, step, engine.device)
     while not is_last:
         started = time.perf_counter()

@@ -145,6 +145,7 @@ class Order:
                 shuffled = np.random.default_rng([self.seed, number, epoch, window])
                 taken = shuffled.permutation(len(owners))[max(start - first, 0) : end - first]
                 rows = np.concatenate([np.arange(size) for size in sizes[which]])[taken]
-                for block in np.unique(owners[taken]):
-                    mine = np.flatnonzero(owners[taken] == block)
+                owners = owners[taken]
+                for block in np.unique(owners):
+                    mine = np.flatnonzero(owners == block)
                     yield blocks[block], rows[mine], max(first - start, 0) + mine
