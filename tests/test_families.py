@@ -404,7 +404,7 @@ def test_alignment_over_partitioned_weights_and_training_reach_a_merged_model(
     for stage, workers in ((1, 1), (3, 2)):
         output = tmp_path / f"aligned{stage}"
         settings = {"pruned": pruned, "output": output, "corpus": corpus, **steps}
-        settings |= {"zero_stage": stage, "workers": workers}
+        settings |= {"base": str(base), "zero_stage": stage, "workers": workers}
         lr.align(lr.AlignConfig.model_validate(settings))
         aligned.append(load_file(output / "model.safetensors"))
     whole, partitioned = aligned

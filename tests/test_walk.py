@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import shutil
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -886,8 +887,11 @@ def test_two_workers_of_which_one_dies_score_as_one_here_does(
             list(pool.run([("solve", arguments)]))
         assert "\n" not in str(caught.value)
         pool.close()
+        until = time.monotonic() + 60
         with pytest.raises(lr.LoramError, match="more than .*max_failures = 3 times") as caught:
-            list(pool.run([("embed", (0,))]))
+            # Ray returns from a kill before the actor is gone: a job may still succeed.
+            while time.monotonic() < until:
+                list(pool.run([("embed", (0,))]))
         assert "\n" not in str(caught.value)
     for layer, scores in expected.items():
         assert torch.equal(found[layer].kv_heads, scores.kv_heads)
