@@ -12,17 +12,20 @@ a run that was cut goes on where it stopped. The table is written to ``table.md`
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prepare_demo import write_lines
-from study import SEQUENCE, Study, Training, study_parser
 
 import loram_ray as lr
 from loram_ray.cluster import ray_session
+from loram_ray.evaluation.statistics import share_of_gain
 
+SEQUENCE = 256
+HOLD_OUT_EVERY, HELD_OUT = 25, 24
 LAYERS = (4, 28)
 STRUCTURED_RATIOS, UNSTRUCTURED_RATIOS = (0.35, 0.65), (0.5, 0.65)
 ALIGN_EVERY = 10
@@ -82,7 +85,7 @@ def criteria() -> list[Criterion]:
     return found
 
 
-class CriteriaStudy(Study):
+class Study:
     """The stages of every row.
 
     Args:
@@ -92,11 +95,15 @@ class CriteriaStudy(Study):
     """
 
     def __init__(self, inputs: Path, output: Path, quick: bool) -> None:
-        super().__init__(inputs, output, Training(2 if quick else 16), 8 if quick else None)
+        self.inputs, self.output = inputs, output
         self._quick = quick
-        with open(self.text) as lines:
+        output.mkdir(parents=True, exist_ok=True)
+        with open(inputs / "text.jsonl") as lines:
             rows = [json.loads(line) for line in lines]
-        write_lines(output / "alignment.jsonl", iter(rows[::ALIGN_EVERY]))
+        kept = [row for i, row in enumerate(rows) if i % HOLD_OUT_EVERY]
+        write_lines(output / "held_out.jsonl", iter(rows[::HOLD_OUT_EVERY][:HELD_OUT]))
+        write_lines(self.text, iter(kept))
+        write_lines(output / "alignment.jsonl", iter(kept[::ALIGN_EVERY]))
 
     def pruned(self, criterion: Criterion) -> Path:
         """Prune by a criterion."""
@@ -139,6 +146,78 @@ class CriteriaStudy(Study):
         )
         return lr.align(config).output
 
+    @property
+    def base(self) -> str:
+        """The base model."""
+        return str(self.inputs / "base")
+
+    @property
+    def text(self) -> Path:
+        """Documents that were not held out."""
+        return self.output / "text.jsonl"
+
+    def adapted(self, model: Path, folder: Path) -> Path:
+        """Train a LoRA on a pruned or aligned model, recover and merge; return the merged model."""
+        trained = self._trained(model, folder / "adapter_pruned")
+        masked = lr.PruningPlan.load(trained).masks is not None
+        recovery = lr.RecoverConfig(
+            adapter=trained,
+            base=self.base,
+            output=folder / "recovered",
+            form="delta" if masked else "adapter",
+            correction=False,
+        )
+        return self._merged(lr.recover(recovery).output, folder)
+
+    def full_lora(self, folder: Path) -> Path:
+        """LoRA on the base itself, merged."""
+        return self._merged(self._trained(Path(self.base), folder / "adapter"), folder)
+
+    def _trained(self, model: Path, output: Path) -> Path:
+        config = lr.TrainConfig(
+            model=model,
+            output=output,
+            data=str(self.inputs / "train.jsonl"),
+            lora={"r": 8, "alpha": 16, "dropout": 0.0},
+            steps=2 if self._quick else 16,
+            batch_size=8,
+            micro_batch_size=8,
+            max_length=SEQUENCE,
+            optimiser={"learning_rate": 1e-3, "warmup_steps": 3},
+        )
+        return lr.train(config).output
+
+    def _merged(self, adapter: Path, folder: Path) -> Path:
+        merging = lr.MergeConfig(base=self.base, adapter=adapter, output=folder / "merged")
+        return lr.merge(merging).output
+
+    def text_perplexity(self, model: Path | str, folder: Path) -> float:
+        """Perplexity of the held-out text."""
+        config = lr.EvaluateConfig(
+            model=str(model),
+            output=folder / "text_scores",
+            text={
+                "sources": [{"path": str(self.output / "held_out.jsonl")}],
+                "sequence_length": SEQUENCE,
+            },
+        )
+        return lr.evaluate(config).manifest.details["text_perplexity"]
+
+    def answer_perplexity(self, model: Path | str, folder: Path) -> float:
+        """Perplexity of the held-out answers."""
+        config = lr.EvaluateConfig(
+            model=str(model),
+            output=folder / "answer_scores",
+            data=str(self.inputs / "test.jsonl"),
+            limit=8 if self._quick else None,
+        )
+        return lr.evaluate(config).manifest.details["answer_perplexity"]
+
+    @staticmethod
+    def gain_kept(base: float, adapted: float, full: float) -> float:
+        """Of perplexities of answers: what one gains as a share of what full LoRA does."""
+        return share_of_gain("answer_perplexity", base, adapted, full)
+
 
 def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
     """The table."""
@@ -163,11 +242,14 @@ def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
 
 def main() -> None:
     """Fill the table row by row."""
-    parser = study_parser(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--inputs", type=Path, required=True, help="made by prepare_demo.py")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--quick", action="store_true", help="tiny settings: does it all run?")
     parser.add_argument("--only", nargs="*", help="methods, e.g. taylor flap")
     parser.add_argument("--pruning-only", action="store_true", help="leave LoRAM out")
     arguments = parser.parse_args()
-    study = CriteriaStudy(arguments.inputs, arguments.output, arguments.quick)
+    study = Study(arguments.inputs, arguments.output, arguments.quick)
     chosen = [c for c in criteria() if not arguments.only or c.settings["method"] in arguments.only]
     rows: list[dict[str, Any]] = []
     with ray_session(lr.RayConfig(), cpus=2):
