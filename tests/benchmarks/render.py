@@ -157,7 +157,7 @@ def _trainer(found: dict[str, Any]) -> str:
     )
     return f"""## Alignment against transformers' Trainer
 
-SmolLM2-135M pruned at 0.65 on two processes of one thread, bf16, {found["tokens_a_step"]:,} tokens
+SmolLM2-135M pruned at 0.65 on two processes of one thread, {found["precision"]}, {found["tokens_a_step"]:,} tokens
 a step, {found["steps"]} steps; the Trainer with the same DeepSpeed dictionary, the same rows in the
 same order, started by torch's launcher. Median steps after the warm-up ones; medians of rounds in
 turns. The whole command is from no process to weights on disk, with no corpus to prepare.
@@ -337,7 +337,7 @@ def _targets(found: dict[str, dict[str, float]]) -> str:
     )
     return f"""## What distillation costs
 
-SmolLM2-135M pruned at 0.65, one worker of one thread, bf16. *Together* is a token's pass through
+SmolLM2-135M pruned at 0.65, one worker of one thread, fp32. *Together* is a token's pass through
 the base and its training, each once.
 
 | targets | pass of the base, tokens/s | training, tokens/s | together | bytes a token \

@@ -33,9 +33,11 @@ from measure import in_fresh_process, median
 
 import loram_ray as lr
 from loram_ray.losses import IGNORED
+from loram_ray.modeling import DTYPES
 
 PROCESSES, STAGES, ROUNDS = 2, (1, 2), 3
 STEPS, BATCH, LENGTH, MICRO_BATCH, WARM = 12, 8, 256, 2, 4
+PRECISION = "a CPU that has only AVX2 multiplies in bf16 7 to 30 times as slowly as in fp32"
 QUICK = {"steps": 4, "length": 32, "rounds": 1}
 
 
@@ -55,6 +57,7 @@ def settings_of(folder: Path, options: argparse.Namespace) -> lr.AlignConfig:
             "workers": options.processes,
             "optimiser": {"learning_rate": 5e-5, "warmup_steps": 2},
             "zero_stage": options.stages[0],
+            "precision": options.precision,
             "checkpoint_every": options.steps,
         }
     )
@@ -119,7 +122,7 @@ def peers(settings: lr.AlignConfig, rows: Path, output: Path) -> dict[str, Any] 
             if "loss" in logs:
                 self.losses.append(logs["loss"])
 
-    model = AutoModelForCausalLM.from_pretrained(settings.pruned, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(settings.pruned, dtype=DTYPES[settings.precision])
     model.get_output_embeddings().requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -131,7 +134,7 @@ def peers(settings: lr.AlignConfig, rows: Path, output: Path) -> dict[str, Any] 
         lr_scheduler_type="cosine",
         weight_decay=settings.optimiser.weight_decay,
         max_grad_norm=settings.optimiser.max_grad_norm,
-        bf16=True,
+        bf16=settings.precision == "bf16",
         use_cpu=True,
         deepspeed=deepspeed_config(settings, {}, settings.workers),
         logging_steps=1,
@@ -198,7 +201,7 @@ def compare(folder: Path, stage: int, options: argparse.Namespace) -> dict[str, 
 
 
 def sizes_of(options: argparse.Namespace) -> tuple[str, ...]:
-    names = ("steps", "length", "processes")
+    names = ("steps", "length", "processes", "precision")
     return tuple(word for name in names for word in (f"--{name}", str(getattr(options, name))))
 
 
@@ -210,6 +213,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help=PRECISION)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
     parser.add_argument("--work", choices=["prepare", "ours", "peer"])
     options = parser.parse_args()
@@ -222,7 +226,7 @@ def main() -> None:
         in_fresh_process(Path(__file__), str(folder), *sizes_of(options), "--work", "prepare")
         found = {str(stage): compare(folder, stage, options) for stage in options.stages}
         one = argparse.Namespace(**{**vars(options), "processes": 1})
-        sizes = {"steps": options.steps, "tokens_a_step": BATCH * options.length}
+        sizes = {"steps": options.steps, "precision": options.precision, "tokens_a_step": BATCH * options.length}
         print(json.dumps({**sizes, "stages": found, "one_process": compare(folder, 1, one)}))
         return
     settings = settings_of(folder, options)
