@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import loram_ray as lr
+from loram_ray import cluster
 from loram_ray.adapter import ADAPTER_FILE
 from loram_ray.corpus.batches import padded
 from loram_ray.corpus.examples import Example, load_examples
@@ -227,6 +228,25 @@ def test_same_seed_gives_the_same_adapter(
     first = run_directly(settings, tmp_path / "first") / "adapter" / "adapter_model.safetensors"
     second = run_directly(settings, tmp_path / "second") / "adapter" / "adapter_model.safetensors"
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_that_bf16_is_slow_on_this_cpu_is_said_once(
+    pruned: Path,
+    data: Path,
+    tmp_path: Path,
+    embedded_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cluster, "_advised", set())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    cluster.advise_precision("bf16", "train")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    cluster.advise_precision("fp32", "train")
+    assert "AVX-512" not in capsys.readouterr().err
+    lr.train(config(pruned, data, tmp_path / "adapter", steps=1, precision="bf16"))
+    cluster.advise_precision("bf16", "train")
+    assert capsys.readouterr().err.count("train.precision=fp32 is many times faster") == 1
 
 
 SHARING = """

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from loram_ray.actors import Actors
 from loram_ray.batching.tasks import Task, tasks_of
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, require_resources
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import identify_model
@@ -75,6 +75,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
         Reporter("batch", len(tasks), "task") as reporter,
     ):
         require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
+        advise_precision(next(iter(tasks.values())).train.precision, "batch.train")
         state = _Progress(reporter, tasks)
         actors = Actors(TaskActor, (each,), config.cpus, config.gpus, each)
         schedule = Schedule(list(tasks), config.max_failures)

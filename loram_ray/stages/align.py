@@ -11,7 +11,13 @@ from loram_ray.alignment.deepspeed import deepspeed_config, read_users
 from loram_ray.alignment.fit import fit
 from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings
 from loram_ray.alignment.targets import prepare_targets
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, require_shared
+from loram_ray.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+    require_shared,
+)
 from loram_ray.config import AlignConfig, RayConfig
 from loram_ray.corpus.order import WINDOW
 from loram_ray.corpus.pack import end_of_text
@@ -95,6 +101,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
             gpus_per_worker(),
             "align.workers",
         )
+        advise_precision(config.precision, "align")
         corpus = prepare_corpus(config.corpus, config.pruned, _prepared(config, "corpus"))
         parents = {"pruned": manifest.digest, "corpus": corpus.manifest.digest}
         closing = None

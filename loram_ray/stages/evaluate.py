@@ -11,7 +11,7 @@ from typing import Any
 from loram_ray.actors import Actors
 from loram_ray.adapter import CONFIG_FILE
 from loram_ray.changes import is_delta
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, require_resources
 from loram_ray.config import EvaluateConfig, RayConfig, TextConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.corpus.read import identify
@@ -181,6 +181,7 @@ def _write(
         Reporter("evaluate", plan.items, "item") as reporter,
     ):
         require_resources(workers, cpus, gpus_per_worker(config.gpus), "evaluate.actors")
+        advise_precision(config.precision, "evaluate")
         actors = Actors(Scorer, (absolute,), cpus, config.gpus)
 
         def work(worker: int, name: str) -> Outcome:

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 from loram_ray.adapter import TEMPLATE_FILE
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
+from loram_ray.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+    run_in_actor,
+)
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.finetuning.summary import TrainingSummary
@@ -62,6 +68,7 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
             Reporter("train", config.steps, "step") as reporter,
         ):
             require_resources(1, cpus, gpus_per_worker(config.gpus), "train.cpus")
+            advise_precision(settings.precision, "train")
             summary: TrainingSummary = run_in_actor(
                 train_where_it_fits,
                 (settings, work, output),

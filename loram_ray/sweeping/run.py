@@ -12,7 +12,13 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources, run_in_actor
+from loram_ray.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+    run_in_actor,
+)
 from loram_ray.config import (
     AlignConfig,
     PruneConfig,
@@ -139,6 +145,7 @@ def _write(
 
     gpus = gpus_per_worker(config.gpus)
     require_resources(min(config.actors, len(trials)), config.cpus, gpus, "sweep.actors")
+    advise_precision(trials[0].train.precision, "sweep.train")
     folder = target.work.resolve() / "trials"
     reasons = try_all(config, trials, folder, target.work.resolve() / "tune", gpus)
     rows = [_row(trial, folder / trial.name, reasons[trial.name]) for trial in trials]

@@ -7,8 +7,8 @@ SmolLM2-135M pruned at 0.65, one worker of one thread, fp32. Cached: tokens a se
 the base (by the actor's own clock, writing included), bytes that each token takes on disk, and
 tokens a second of training. Live: tokens a second of training. Rates of training are of the median
 step after the warm-up ones. A training visits each token once: its rate with the pass is ``1 / (1 /
-pass + 1 / training)``. In fp32, because a CPU that has only AVX2 multiplies in bf16 7 to 30 times as
-slowly.
+pass + 1 / training)``. In fp32, because a CPU that has AVX2 alone multiplies in bf16 7 to 30 times
+as slowly.
 """
 
 from __future__ import annotations

@@ -226,7 +226,11 @@ def main() -> None:
         in_fresh_process(Path(__file__), str(folder), *sizes_of(options), "--work", "prepare")
         found = {str(stage): compare(folder, stage, options) for stage in options.stages}
         one = argparse.Namespace(**{**vars(options), "processes": 1})
-        sizes = {"steps": options.steps, "precision": options.precision, "tokens_a_step": BATCH * options.length}
+        sizes = {
+            "steps": options.steps,
+            "precision": options.precision,
+            "tokens_a_step": BATCH * options.length,
+        }
         print(json.dumps({**sizes, "stages": found, "one_process": compare(folder, 1, one)}))
         return
     settings = settings_of(folder, options)
