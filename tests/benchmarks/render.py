@@ -160,7 +160,8 @@ def _trainer(found: dict[str, Any]) -> str:
 SmolLM2-135M pruned at 0.65 on two processes of one thread, {found["precision"]},
 {found["tokens_a_step"]:,} tokens a step, {found["steps"]} steps; the Trainer with the same
 DeepSpeed dictionary, the same rows in the same order, started by torch's launcher. Median steps
-after the warm-up ones; medians of rounds in turns. The whole command is from no process to weights on disk, with no corpus to prepare.
+after the warm-up ones; medians of rounds in turns. The whole command is from no process to weights
+on disk, with no corpus to prepare.
 
 | | tokens/s | Trainer's | ratio (target at least 1) | whole command | Trainer's | ratio \
 | losses differ by at most |
