@@ -36,9 +36,11 @@ class TopTokens:
         """Choose from logits ``[..., vocabulary]``."""
         scaled = logits.float() / temperature
         values, token_ids = scaled.topk(k)
-        others = scaled.scatter(-1, token_ids, -torch.inf).logsumexp(-1)
-        total = scaled.logsumexp(-1)
-        return cls(token_ids, values - total[..., None], (others - total).exp())
+        values = values - values[..., :1]
+        weights = scaled.sub_(scaled.gather(-1, token_ids[..., :1])).exp_()
+        total = weights.sum(-1, keepdim=True)
+        missing = weights.scatter_(-1, token_ids, 0).sum(-1) / total[..., 0]
+        return cls(token_ids, values - total.log(), missing)
 
     @classmethod
     def rounded(

@@ -80,6 +80,9 @@ def test_top_tokens_are_the_likeliest_and_what_they_miss(
     assert torch.equal(top.token_ids, order[:, :7])
     torch.testing.assert_close(top.log_probs.exp(), expected[:, :7])
     torch.testing.assert_close(top.missing, expected[:, 7:].sum(-1))
+    given = logits[1].float()
+    TopTokens.of(given, 7, temperature)
+    assert torch.equal(given, logits[1].float()), "what was given has changed"
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
