@@ -150,7 +150,9 @@ def advise_precision(precision: str, stage: str) -> None:
     import ray
     import torch
 
-    if precision != "bf16" or stage in _advised or gpus_per_worker():
+    if precision != "bf16" or stage in _advised or _autoscaling.get() != "off":
+        return
+    if gpus_per_worker():
         return
     elsewhere = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     elsewhere -= {ray.get_runtime_context().get_node_id()}
