@@ -631,6 +631,25 @@ def test_what_the_base_has_not_is_refused(
         lr.align(config)
 
 
+@pytest.mark.parametrize(
+    ("workers", "distillation", "actors"),
+    [
+        (1, {}, 1),
+        (8, {}, 8),
+        (8, {"gpus_per_worker": 4}, 2),
+        (2, {"gpus_per_worker": 4}, 1),
+        (8, {"workers": 3}, 3),
+    ],
+)
+def test_targets_are_computed_on_what_training_will_have(
+    workers: int, distillation: dict[str, Any], actors: int, tmp_path: Path
+) -> None:
+    config = stage_config(
+        tmp_path, tmp_path, tmp_path, tmp_path, distillation=distillation, workers=workers
+    )
+    assert (config.target_workers, config.actors) == (actors, workers)
+
+
 def write_corpus(folder: Path) -> None:
     """A prepared corpus of one source: ten blocks of a batch each."""
     schema = pa.schema({"row_id": pa.int64(), "input_ids": pa.list_(pa.int32(), LENGTH)})

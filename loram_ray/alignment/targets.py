@@ -78,7 +78,7 @@ def prepare_targets(
     def write(target: StageDirectory) -> None:
         gpus = distillation.gpus_per_worker if gpus_per_worker() else 0
         cpus = config.cpus_per_worker
-        require_resources(distillation.workers, cpus, gpus, "align.distillation.workers")
+        require_resources(config.target_workers, cpus, gpus, "align.distillation.workers")
         teaching = Teaching(
             base=base.resolve(),
             work=target.work.resolve(),
@@ -91,7 +91,7 @@ def prepare_targets(
             gpus=gpus,
             closing=closing,
         )
-        _compute(teaching, distillation.workers, _groups(blocks, distillation.stream_rows))
+        _compute(teaching, config.target_workers, _groups(blocks, distillation.stream_rows))
         for block in blocks:
             name = target_file(block)
             os.link(target.work / name, target.path / name)  # a cut run finds its blocks again

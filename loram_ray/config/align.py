@@ -32,7 +32,9 @@ class DistillationConfig(Section):
     hidden_weight: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="of the relative squared error of those outputs"
     )
-    workers: int = Field(1, ge=1, description="cached: actors (one GPU each where there are)")
+    workers: int | None = Field(
+        None, ge=1, description="cached: actors; default: as many as align.workers' GPUs will hold"
+    )
     gpus_per_worker: int = Field(
         1, ge=1, description="cached: GPUs that an actor shares the base out over, where there are"
     )
@@ -159,9 +161,15 @@ class AlignConfig(Section):
         return -(-self.batch_size // (self.micro_batch_size * workers))
 
     @property
+    def target_workers(self) -> int:
+        """Actors that compute targets."""
+        wanted = self.distillation.workers
+        return wanted or max(self.workers // self.distillation.gpus_per_worker, 1)
+
+    @property
     def actors(self) -> int:
         """Workers at a time, of training or of the computation of targets."""
-        return max(self.workers, self.distillation.workers)
+        return max(self.workers, self.target_workers)
 
     @model_validator(mode="after")
     def _distillation_has_a_base(self) -> AlignConfig:
