@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
+from loram_ray.cluster import actor_of, gpus_per_worker, ray_session, require_resources
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.pruning.text import KEY
@@ -57,14 +57,7 @@ class RayPool:
 
         self._ray = ray
         self._max_failures = config.max_failures
-        threads = {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}
-        actor_class = ray.remote(CalibrationWorker).options(
-            num_cpus=cpus,
-            num_gpus=gpus_per_worker(),
-            max_restarts=config.max_failures,
-            max_task_retries=config.max_failures,
-            runtime_env={"env_vars": threads},
-        )
+        actor_class = actor_of(CalibrationWorker, cpus, 1, config.max_failures)
         self._actors = [actor_class.remote(setup) for _ in range(config.workers)]
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
