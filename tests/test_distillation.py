@@ -634,20 +634,21 @@ def test_what_the_base_has_not_is_refused(
 @pytest.mark.parametrize(
     ("workers", "distillation", "actors"),
     [
-        (1, {}, 1),
-        (8, {}, 8),
-        (8, {"gpus_per_worker": 4}, 2),
-        (2, {"gpus_per_worker": 4}, 1),
-        (8, {"workers": 3}, 3),
+        ({}, {}, 1),
+        ({"workers": 8}, {}, 8),
+        ({"workers": 8}, {"gpus_per_worker": 4}, 2),
+        ({"workers": 2}, {"gpus_per_worker": 4}, 1),
+        ({"workers": 8, "min_workers": 2}, {}, 2),
+        ({"workers": 8, "min_workers": 2}, {"workers": 3}, 3),
     ],
 )
 def test_targets_are_computed_on_what_training_will_have(
-    workers: int, distillation: dict[str, Any], actors: int, tmp_path: Path
+    workers: dict[str, int], distillation: dict[str, Any], actors: int, tmp_path: Path
 ) -> None:
     config = stage_config(
-        tmp_path, tmp_path, tmp_path, tmp_path, distillation=distillation, workers=workers
+        tmp_path, tmp_path, tmp_path, tmp_path, distillation=distillation, **workers
     )
-    assert (config.target_workers, config.actors) == (actors, workers)
+    assert (config.target_workers, config.actors) == (actors, config.workers)
 
 
 def write_corpus(folder: Path) -> None:

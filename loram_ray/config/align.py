@@ -33,7 +33,7 @@ class DistillationConfig(Section):
         1.0, ge=0, allow_inf_nan=False, description="of the relative squared error of those outputs"
     )
     workers: int | None = Field(
-        None, ge=1, description="cached: actors; default: as many as align.workers' GPUs will hold"
+        None, ge=1, description="cached: actors; default: as many as the workers' GPUs will hold"
     )
     gpus_per_worker: int = Field(
         1, ge=1, description="cached: GPUs that an actor shares the base out over, where there are"
@@ -162,9 +162,9 @@ class AlignConfig(Section):
 
     @property
     def target_workers(self) -> int:
-        """Actors that compute targets."""
-        wanted = self.distillation.workers
-        return wanted or max(self.workers // self.distillation.gpus_per_worker, 1)
+        """Actors that compute targets; by default as many as there are GPUs for in any case."""
+        workers = self.min_workers or self.workers
+        return self.distillation.workers or max(workers // self.distillation.gpus_per_worker, 1)
 
     @property
     def actors(self) -> int:
