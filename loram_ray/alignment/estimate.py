@@ -188,7 +188,7 @@ def _targets_of(
         return None
     length = config.corpus.sequence_length
     tokens = config.total_steps * config.batch_size * length
-    workers = max(cluster.gpus // distillation.gpus_per_worker, 1)
+    workers = distillation.copies(cluster.gpus)
     hours = tokens * sum(forward_of(base, length)) / (workers * peak * cluster.mfu) / 3600
     weights = BYTES[config.precision] * base.parameters / distillation.gpus_per_worker
     return Targets(

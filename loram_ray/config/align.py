@@ -46,6 +46,10 @@ class DistillationConfig(Section):
         "hidden states on disk; for a base that does not fit. default: load it whole",
     )
 
+    def copies(self, gpus: int) -> int:
+        """Copies of the base that so many GPUs hold, an actor each; one at least."""
+        return max(gpus // self.gpus_per_worker, 1)
+
     @model_validator(mode="after")
     def _hidden_states_are_live(self) -> DistillationConfig:
         if self.hidden_layers and self.targets != "live":
@@ -164,7 +168,7 @@ class AlignConfig(Section):
     def target_workers(self) -> int:
         """Actors that compute targets; by default as many as there are GPUs for in any case."""
         workers = self.min_workers or self.workers
-        return self.distillation.workers or max(workers // self.distillation.gpus_per_worker, 1)
+        return self.distillation.workers or self.distillation.copies(workers)
 
     @property
     def actors(self) -> int:
