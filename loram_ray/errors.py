@@ -23,3 +23,11 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the candidate closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value as messages show it: on one line, of a bounded length."""
+    if isinstance(value, int) and abs(value) >= 10**limit:
+        return "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
