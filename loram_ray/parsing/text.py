@@ -73,6 +73,11 @@ def read_text(
 
 
 def decode(data: bytes, name: str, remedy: str) -> str:
+    """Decode UTF-8, without a byte order mark at the beginning.
+
+    Raises:
+        LoramError: it is not UTF-8; the message names the line.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -90,6 +95,7 @@ def shown_reason(error: BaseException, limit: int = 160) -> str:
 
 
 def too_deep(name: str, remedy: str) -> LoramError:
+    """The error of a document that is nested too deeply."""
     return LoramError(f"{name} must be nested at most {MAX_DEPTH} deep, got more; {remedy}")
 
 

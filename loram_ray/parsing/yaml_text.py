@@ -17,10 +17,8 @@ MAX_YAML_BYTES = 2**20
 MAX_ALIASED = 100_000
 """Nodes of a document that aliases may add to those written out."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TAGS = {
-    f"tag:yaml.org,2002:{kind}"
-    for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")
-}
+_KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
 _FLOAT, _INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 
 
@@ -95,6 +93,7 @@ def parse_yaml(text: str, name: str) -> Any:
 def comment_in(text: str) -> str | None:
     """The comment that YAML would cut off a text, from its ``#``, or None."""
     outside, end = [], 0
+    event: Any
     for event in yaml.parse(text, Loader=_PARSER):
         if isinstance(event, yaml.ScalarEvent):
             outside.append((end, event.start_mark.index))
@@ -109,6 +108,7 @@ def _require_bounded(text: str, name: str) -> None:
     sizes: dict[str, int] = {}
     open_: list[tuple[str | None, int]] = []  # anchor and nodes before of each open collection
     count = aliased = 0
+    event: Any
     for event in yaml.parse(text, Loader=_PARSER):
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_):
