@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from loram_ray.adapter import own_template
-from loram_ray.corpus.examples import end_of_answer
+from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.templates import TemplateFault, ids_of, render
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.generation import before_end, stop_tokens
 from loram_ray.evaluation.scoring import with_adapter
 from loram_ray.model_files import resolve_base
 from loram_ray.modeling import load_model
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.tokenizer import continuation, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,41 +62,75 @@ class Chat:
 
         Returns:
             The answer.
+
+        Raises:
+            LoramError: the chat template refuses the conversation.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
-        ids = self.tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
+        try:
+            text = render(self.tokenizer, Conversation("", asked), len(asked), prompt=True)
+        except TemplateFault as error:
+            raise LoramError(
+                f"{error}; ask otherwise, or give another template with --chat-template FILE"
+            ) from error
+        prompt = ids_of(self.tokenizer, text)
+        ids = torch.tensor([prompt], device=self.model.device)
         torch.manual_seed(self.sampling.seed)
         hot = self.sampling.temperature > 0
-        ends = {self.tokenizer.eos_token_id, end_of_answer(self.tokenizer)} - {None}
-        found = self.model.generate(
-            **ids,
+        ends = stop_tokens(self.model, self.tokenizer)
+        pieces = _Pieces(self.tokenizer, prompt, ends, show)
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=self.sampling.max_new_tokens,
             do_sample=hot,
             temperature=self.sampling.temperature if hot else None,
             top_p=None,
             top_k=None,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=self.tokenizer.eos_token_id,
-            streamer=_Pieces(self.tokenizer, show),
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else None,
+            streamer=pieces,
         )
-        new = found[0, ids["input_ids"].shape[1] :]
-        answer = str(self.tokenizer.decode(new, skip_special_tokens=True))
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
-        return answer
+        self.messages = [*asked, {"role": "assistant", "content": pieces.text}]
+        return pieces.text
 
 
-class _Pieces(TextStreamer):
-    """Hands whole words on, the prompt not among them."""
+class _Pieces(BaseStreamer):
+    """Hands whole words of an answer on as they are generated.
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show = show
+    Args:
+        tokenizer: of the model.
+        prompt: token ids before the answer.
+        ends: tokens that end it.
+        show: is given each piece.
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by generate."""
-        self._show(text + ("\n" if stream_end else ""))
+    Attributes:
+        text: the answer so far.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt: list[int], ends: list[int], show: Callable[[str], None]
+    ) -> None:
+        self._tokenizer, self._prompt, self._ends, self._show = tokenizer, prompt, ends, show
+        self._new: list[int] | None = None
+        self._shown = 0
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate, with the prompt first."""
+        if self._new is None:
+            self._new = []
+            return
+        self._new += value.flatten().tolist()
+        self.text = continuation(self._tokenizer, self._prompt, before_end(self._new, self._ends))
+        words = max(self.text.rfind(space) for space in " \n") + 1
+        if words > self._shown:
+            self._show(self.text[self._shown : words])
+            self._shown = words
+
+    def end(self) -> None:
+        """Called by generate when the answer is whole."""
+        self._show(self.text[self._shown :] + "\n")
 
 
 def open_chat(

@@ -2,12 +2,126 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from loram_ray.errors import LoramError, first_line
+
+_PROBES = ("Hello.", "a", "0")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens around a document: those with which the tokenizer itself begins and ends a text.
+
+    Attributes:
+        opening: token ids in front; none for many tokenizers, BOS for others (Llama, Gemma).
+        closing: token ids behind, the end-of-text token among them.
+    """
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The last token of every document."""
+        return self.closing[-1]
+
+    @property
+    def settings(self) -> dict[str, list[int]]:
+        """What a stage's identity holds of it: nothing where only one token is added, at the end.
+
+        Without it the outputs of earlier versions, which added no other, stay valid.
+        """
+        if not self.opening and len(self.closing) == 1:
+            return {}
+        return {"opening": list(self.opening), "closing": list(self.closing)}
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of a document, opened and closed."""
+        return [*_opened(ids, self.opening), *self.closing]
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """How documents begin and end.
+
+    Raises:
+        LoramError: the tokenizer has no end-of-text token.
+    """
+    opening, closing = _added(tokenizer)
+    end = end_of_text(tokenizer)
+    return Frame(opening, closing if end in closing else (*closing, end))
+
+
+def end_of_text(tokenizer: Any) -> int:
+    """Id of the token that closes a document, and pads.
+
+    Raises:
+        LoramError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise LoramError(
+            f"{tokenizer.name_or_path} must have an end-of-text token, its tokenizer has none; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def ids_to_continue(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that is to be continued: begun as the tokenizer does, and not ended."""
+    opening, _ = _added(tokenizer)
+    return _opened(tokenizer(text, add_special_tokens=False)["input_ids"], opening)
+
+
+def continuation(
+    tokenizer: Any, prompt: Sequence[int], new: Sequence[int], skip_special_tokens: bool = True
+) -> str:
+    """Text of generated tokens, decoded behind their prompt, whose text is cut off.
+
+    Decoded alone, tokens lose a space in front under SentencePiece, and a character that the prompt
+    has the first bytes of.
+
+    Args:
+        tokenizer: of the model.
+        prompt: token ids before them; the last few are enough.
+        new: generated token ids.
+        skip_special_tokens: whether special tokens are left out of the text.
+    """
+    before, whole = tokenizer.batch_decode(
+        [[*prompt], [*prompt, *new]], skip_special_tokens=skip_special_tokens
+    )
+    return str(whole[len(os.path.commonprefix([before, whole])) :])
+
+
+def _opened(ids: Sequence[int], opening: tuple[int, ...]) -> list[int]:
+    """Put the opening in front, unless the text holds it already."""
+    return [*ids] if tuple(ids[: len(opening)]) == opening else [*opening, *ids]
+
+
+def _added(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that the tokenizer adds in front of a text and behind it.
+
+    They are seen in what it does to a text: flags such as ``add_bos_token`` need not agree.
+
+    Raises:
+        LoramError: it adds tokens elsewhere.
+    """
+    for text in _PROBES:
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(text)["input_ids"]
+        for begin in range(len(whole) - len(plain) + 1) if plain else ():
+            end = begin + len(plain)
+            if whole[begin:end] == plain:
+                return tuple(whole[:begin]), tuple(whole[end:])
+    raise LoramError(
+        f"{tokenizer.name_or_path} must have a tokenizer that adds special tokens around a text "
+        "only; use its base's tokenizer files"
+    )
 
 
 def load_tokenizer(

@@ -35,6 +35,7 @@ from loram_ray.modeling import load_model
 from loram_ray.progress import METRICS_FILE
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tensorfile import Checkpoint
+from loram_ray.tokenizer import frame_of
 
 POSITIONS, VOCABULARY = 5, 40
 
@@ -578,9 +579,9 @@ def test_targets_of_isolated_documents_are_those_of_the_documents_alone(
         steps=1000,
         distillation={"top_k": 3},
     )
-    closing = tiny.tokenizer().eos_token_id
+    frame = frame_of(tiny.tokenizer())
     output = tmp_path / "targets"
-    done = prepare_targets(config, teaching_base, "fingerprint", corpus, closing, output)
+    done = prepare_targets(config, teaching_base, "fingerprint", corpus, frame, output)
     model = load_model(teaching_base, "fp32")
     [block, *_] = list_blocks(corpus.output)
     table = pq.ParquetFile(block.path).read_row_group(block.group)
@@ -589,7 +590,7 @@ def test_targets_of_isolated_documents_are_those_of_the_documents_alone(
     split = 0
     for row in range(6):
         ids = table["input_ids"][row].as_py()
-        ends = [i + 1 for i, token in enumerate(ids) if token == closing]
+        ends = [i + 1 for i, token in enumerate(ids) if token == frame.end]
         edges = [0, *ends, len(ids)]
         for begin, end in zip(edges, edges[1:], strict=False):
             if begin == end:

@@ -320,7 +320,11 @@ def test_a_template_that_does_not_begin_the_answer_with_its_prompt_is_told(
     )
     bad = tokenise_row(tokenizer, conversation, 512)
     assert isinstance(bad, BadRow)
-    assert str(bad) == "file:8: the chat template's prompt is not a prefix of prompt and answer"
+    assert str(bad) == (
+        "file:8: the chat template's prompt is not a prefix of prompt and answer: it asks for an "
+        "answer with '<answer>', where with the answer it writes '[assistant]y'; give a template "
+        "that writes both alike as chat_template"
+    )
 
 
 def test_a_table_gives_back_the_examples_and_labels_nothing_else(tmp_path: Path) -> None:

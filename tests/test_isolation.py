@@ -10,13 +10,15 @@ import torch
 from loram_ray.alignment.batches import to_device
 from loram_ray.corpus.isolation import document_positions
 from loram_ray.losses import IGNORED
+from loram_ray.tokenizer import Frame
 
 CLOSING = 0
+FRAME = Frame((), (CLOSING,))
 
 
 def test_positions_begin_anew_after_every_closing_token() -> None:
     ids = torch.tensor([[5, 6, 0, 7, 0, 0, 8, 9], [0, 1, 2, 3, 4, 5, 6, 0]])
-    assert document_positions(ids, CLOSING).tolist() == [
+    assert document_positions(ids, FRAME).tolist() == [
         [0, 1, 2, 0, 1, 0, 0, 1],
         [0, 0, 1, 2, 3, 4, 5, 6],
     ]
@@ -34,7 +36,7 @@ def test_packed_documents_are_what_each_is_alone(family: str) -> None:
         [torch.cat(documents[:4]), torch.cat([*documents[4:], *documents[:4]])[:37]]
     )
     with torch.inference_mode():
-        positions = document_positions(packed, CLOSING)
+        positions = document_positions(packed, FRAME)
         found = model.get_decoder()(input_ids=packed, position_ids=positions, use_cache=False)[0]
         seen = model.get_decoder()(input_ids=packed, use_cache=False)[0]
         begin = 0
@@ -52,9 +54,9 @@ def test_the_first_token_of_an_isolated_document_carries_no_label() -> None:
         "length": np.array([5], dtype=np.int32),
         "row_id": np.array([3]),
     }
-    isolated = to_device(batch, torch.device("cpu"), CLOSING)
+    isolated = to_device(batch, torch.device("cpu"), FRAME, isolated=True)
     assert isolated.labels.tolist() == [[IGNORED, 6, 0, IGNORED, 8, IGNORED]]
     assert isolated.positions is not None
-    together = to_device(batch, torch.device("cpu"), None)
+    together = to_device(batch, torch.device("cpu"), FRAME, isolated=False)
     assert together.labels.tolist() == [[5, 6, 0, 7, 8, IGNORED]]
     assert together.positions is None

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loram_ray.config import EvaluateConfig
 from loram_ray.corpus.conversations import Conversation
-from loram_ray.corpus.examples import Example, prompt_ids
+from loram_ray.corpus.examples import Example
+from loram_ray.corpus.templates import prompt_ids
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.answers import exact_answers
 from loram_ray.evaluation.engine import Engine

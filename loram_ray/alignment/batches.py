@@ -13,10 +13,11 @@ import torch
 
 from loram_ray.alignment.targets import LISTS, read_targets
 from loram_ray.config import AlignConfig
-from loram_ray.corpus.isolation import document_positions
+from loram_ray.corpus.isolation import document_positions, openings
 from loram_ray.corpus.stream import Share, open_order, stream
 from loram_ray.distillation import TopTokens
 from loram_ray.losses import IGNORED
+from loram_ray.tokenizer import Frame
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Inputs:
         corpus: prepared corpus.
         targets: directory of the base's likeliest tokens over it, or None.
         teacher: the base, whose distributions are computed live, or None.
-        closing: id of the token that ends a document, where documents do not see each other.
+        frame: how documents begin and end.
+        isolated: whether documents do not see each other.
     """
 
     corpus: Path
     targets: Path | None
     teacher: Path | None
-    closing: int | None
+    frame: Frame
+    isolated: bool
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class MicroBatch:
 
     Attributes:
         input_ids: int64 ``[batch, seq]``.
-        labels: int64 ``[batch, seq]``; padding carries none.
+        labels: int64 ``[batch, seq]``; padding and openings carry none.
         top: the base's likeliest tokens, where they were computed before.
         positions: int64 ``[batch, seq]``, beginning anew where documents do not see each other.
         row_ids: of the corpus.
@@ -92,7 +95,7 @@ def steps(
     shape = (config.micro_batch_size, config.corpus.sequence_length)
     for _ in range(first, config.total_steps):
         found = [
-            to_device(batch, device, inputs.closing)
+            to_device(batch, device, inputs.frame, inputs.isolated)
             for batch in islice(batches, share.rows // config.micro_batch_size)
         ]
         empty = config.accumulation(workers) - len(found)
@@ -100,16 +103,16 @@ def steps(
 
 
 def to_device(
-    batch: dict[str, np.ndarray], device: torch.device, closing: int | None
+    batch: dict[str, np.ndarray], device: torch.device, frame: Frame, isolated: bool
 ) -> MicroBatch:
-    """Make a micro-batch of a batch of the stream; padding carries no label."""
+    """Make a micro-batch of a batch of the stream; padding and openings carry no label."""
     input_ids = torch.from_numpy(batch["input_ids"].astype(np.int64))
     places = torch.arange(input_ids.shape[1])
     padding = places >= torch.from_numpy(batch["length"].copy())[:, None]
-    labels = input_ids.masked_fill(padding, IGNORED)
+    labels = input_ids.masked_fill(padding | openings(input_ids, frame), IGNORED)
     positions = None
-    if closing is not None:
-        positions = document_positions(input_ids, closing)
+    if isolated:
+        positions = document_positions(input_ids, frame)
         labels = labels.masked_fill(positions == 0, IGNORED)  # nothing before it says what it is
     top = None
     if "missing" in batch:

@@ -14,6 +14,7 @@ from loram_ray.config import AlignConfig
 from loram_ray.corpus.sources import SourceInfo, list_sources
 from loram_ray.corpus.stream import columns_of
 from loram_ray.losses import summed_loss
+from loram_ray.tokenizer import Frame
 
 
 @torch.no_grad()
@@ -21,7 +22,8 @@ def held_out_losses(
     model: Any,
     config: AlignConfig,
     corpus: Path,
-    closing: int | None,
+    frame: Frame,
+    isolated: bool,
     worker: int,
     workers: int,
     device: torch.device,
@@ -34,7 +36,8 @@ def held_out_losses(
         model: the causal LM.
         config: the stage's configuration.
         corpus: the prepared corpus.
-        closing: id of the token that ends a document, where documents do not see each other.
+        frame: how documents begin and end.
+        isolated: whether documents do not see each other.
         worker: this worker's number.
         workers: how many there are.
         device: where the model is.
@@ -52,7 +55,7 @@ def held_out_losses(
             start = first + worker * config.micro_batch_size
             if start < rows:
                 end = min(start + config.micro_batch_size, rows)
-                batch = to_device(_read(source, start, end), device, closing)
+                batch = to_device(_read(source, start, end), device, frame, isolated)
             total, count = summed_loss(
                 model, batch.input_ids, None, batch.labels, positions=batch.positions
             )

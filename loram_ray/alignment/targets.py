@@ -35,6 +35,7 @@ from loram_ray.distillation import TopTokens
 from loram_ray.manifest import digest_of, write_json
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.tokenizer import Frame
 
 LISTS = ("token_ids", "log_probs", "missing")
 
@@ -44,7 +45,7 @@ def prepare_targets(
     base: Path,
     fingerprint: str,
     corpus: StageResult,
-    closing: int | None,
+    frame: Frame | None,
     output: Path,
 ) -> StageResult:
     """Compute the base's likeliest tokens wherever training will look; reuse what is complete.
@@ -56,7 +57,7 @@ def prepare_targets(
         base: model directory.
         fingerprint: its identity.
         corpus: the prepared corpus.
-        closing: id of the token that ends a document, where documents do not see each other.
+        frame: how documents begin and end, where they do not see each other.
         output: directory to write; where alignments share it, other blocks or settings, which
             another seed may ask for, have directories of their own beside it.
 
@@ -69,7 +70,7 @@ def prepare_targets(
         "top_k": distillation.top_k,
         "temperature": distillation.temperature,
         "precision": config.precision,
-        "closing": closing,
+        "closing": frame and frame.end,
         "blocks": digest_of([target_file(block) for block in blocks]),
     }
     if config.prepared is not None:
@@ -89,7 +90,7 @@ def prepare_targets(
             cpus=cpus,
             streamed=distillation.stream_rows is not None,
             gpus=gpus,
-            closing=closing,
+            frame=frame,
         )
         _compute(teaching, config.target_workers, _groups(blocks, distillation.stream_rows))
         for block in blocks:

@@ -19,6 +19,7 @@ from loram_ray.losses import CHUNK, logits_of
 from loram_ray.memory import return_freed_memory
 from loram_ray.model_files import family_of
 from loram_ray.modeling import load_model
+from loram_ray.tokenizer import Frame
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Teaching:
         batch_size: sequences in one forward.
         cpus: threads.
         streamed: whether the base runs a layer at a time, its hidden states on disk.
-        closing: id of the token that ends a document, where documents do not see each other.
+        frame: how documents begin and end, where they do not see each other.
         gpus: GPUs that the base is sharded over; with one or none it is not.
     """
 
@@ -47,7 +48,7 @@ class Teaching:
     cpus: int
     streamed: bool
     gpus: int
-    closing: int | None = None
+    frame: Frame | None = None
 
     def top(self, states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> TopTokens:
         """Likeliest tokens ``[rows, seq, k]`` of states ``[rows, seq, hidden]``, on the CPU."""
@@ -79,8 +80,8 @@ class WholeTeacher:
         decoder = self._model.get_decoder()
         for ids in batches:
             ids = ids.to(self._model.device)
-            closing = self._teaching.closing
-            positions = None if closing is None else document_positions(ids, closing)
+            frame = self._teaching.frame
+            positions = None if frame is None else document_positions(ids, frame)
             states = decoder(input_ids=ids, position_ids=positions, use_cache=False)[0]
             yield self._teaching.top(states, lambda part: logits_of(self._model, part))
 

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loram_ray.corpus.files import EXAMPLES, list_files
+from loram_ray.corpus.messages import (
+    KEYS_OF_WEIGHT,
+    BadMessages,
+    checked_messages,
+    parsed,
+    without_nulls,
+)
 from loram_ray.corpus.read import BadRow
 from loram_ray.corpus.rows import read_rows
 
 _FORMS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'"
-_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
-_ROLES = ("system", "user", "assistant")
+_OF_TEMPLATES = ("tools", "chat_template_kwargs", "documents")
+_REFUSED = {
+    "rejected": "preferences are not learnt",
+    "chosen": "preferences are not learnt",
+    "kto_tag": "preferences are not learnt",
+    "image": "only text is learnt",
+    "images": "only text is learnt",
+    "video": "only text is learnt",
+    "videos": "only text is learnt",
+    "audio": "only text is learnt",
+    "audios": "only text is learnt",
+    "functions": "they are an earlier form of 'tools'; give those",
+    "enable_thinking": "a template's arguments belong in 'chat_template_kwargs'",
+    "reasoning_content": "an answer's thoughts belong in the assistant's message",
+    "thinking": "an answer's thoughts belong in the assistant's message",
+    "assistant_masks": "the loss is on whole answers; weigh messages by 'weight'",
+    "completion_mask": "the loss is on whole answers; weigh messages by 'weight'",
+    "loss_mask": "the loss is on whole answers; weigh messages by 'weight'",
+    "weight": "rows weigh the same; weigh messages by 'weight', 0 or 1",
+    "train": "rows weigh the same; weigh messages by 'weight', 0 or 1",
+    "label": "an answer that is marked as good or bad is not learnt so; choose the good ones",
+}
+"""Columns with which a row means something else to the trainers that know them, and why it is bad.
+
+Null, empty, and what those trainers do anyway, are fine; see `_is_refused`.
+"""
+_REFUSED_WITH_TEXT = ("assistant_masks", "completion_mask", "loss_mask", "weight", "train")
+_COLUMNS = (
+    *("messages", "prompt", "completion", "instruction", "input", "output", "text"),
+    *("system", "history"),
+    *_OF_TEMPLATES,
+    *_REFUSED,
+)
 
 
 @dataclass(frozen=True)
@@ -22,10 +60,16 @@ class Conversation:
     Attributes:
         place: ``file:line``.
         messages: in OpenAI's form; the last is the assistant's.
+        tools: JSON schemas of the tools that the assistant may call.
+        arguments: other arguments of the chat template, by name.
+        given: numbers of the assistant's messages that carry no loss.
     """
 
     place: str
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    given: frozenset[int] = frozenset()
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -36,6 +80,22 @@ class Conversation:
     def answer(self) -> str:
         """Text of the last answer."""
         return str(self.messages[-1]["content"])
+
+    @property
+    def learnt(self) -> list[int]:
+        """Numbers of the assistant's messages that carry loss."""
+        return [
+            number
+            for number, message in enumerate(self.messages)
+            if message["role"] == "assistant" and number not in self.given
+        ]
+
+    @property
+    def content(self) -> Any:
+        """All that makes it another conversation, as JSON has it."""
+        if self.tools is None and not self.arguments and not self.given:
+            return self.messages
+        return [self.messages, self.tools, self.arguments, sorted(self.given)]
 
 
 @dataclass(frozen=True)
@@ -75,65 +135,104 @@ def parse_row(place: str, row: dict[str, Any]) -> Conversation | Document | BadR
 
     Where a row could be several of these, the first counts.
     """
+    try:
+        messages = _messages_of(row)
+        names = _REFUSED if messages is not None else _REFUSED_WITH_TEXT
+        refused = [name for name in names if _is_refused(name, row)]
+        if refused:
+            raise BadMessages(f"its '{refused[0]}' cannot be learnt from: {_REFUSED[refused[0]]}")
+        if messages is None:
+            text = row.get("text")
+            if isinstance(text, str) and text.strip():
+                return Document(place, text)
+            raise BadMessages(f"it must have text in {_FORMS}")
+        checked, given = checked_messages(messages)
+        return Conversation(place, checked, _tools_of(row), _arguments_of(row), given)
+    except BadMessages as error:
+        return BadRow(place, str(error))
+
+
+def _messages_of(row: dict[str, Any]) -> object | None:
+    """The messages that a row holds in one of the forms; None where it has none of them."""
     messages = row.get("messages")
     if messages is None:
-        question, answer = _question_and_answer(row)
-        text = row.get("text")
-        if isinstance(question, str) and isinstance(answer, str):
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-        elif question is None and answer is None and isinstance(text, str) and text.strip():
-            return Document(place, text)
-        else:
-            return BadRow(place, f"it must have text in {_FORMS}")
-    messages = _without_nothing(messages)
-    problem = _problem_with(messages)
-    return BadRow(place, problem) if problem else Conversation(place, messages)
-
-
-def _question_and_answer(row: dict[str, Any]) -> tuple[Any, Any]:
-    """A row's pair, Alpaca's input after its instruction; None for what is not there."""
-    question, answer = row.get("prompt"), row.get("completion")
-    if question is not None or answer is not None:
-        return question, answer
-    question, context = row.get("instruction"), row.get("input")
-    if isinstance(question, str) and isinstance(context, str) and context.strip():
-        question = f"{question}\n\n{context}"
-    return question, row.get("output")
-
-
-def _without_nothing(messages: object) -> Any:
-    """Leave out what a table's columns have for every message and most have not."""
-    if not isinstance(messages, list):
+        messages = _question_and_answer(row)
+    system, history = row.get("system"), row.get("history")
+    if messages is None or not (system or history):
         return messages
+    if not isinstance(messages, list) or (history and row.get("messages") is not None):
+        raise BadMessages("its 'history' belongs to 'instruction' and 'output'; leave it out")
+    turns = []
+    for turn in history or ():
+        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
+            raise BadMessages("its 'history' must be a list of questions with answers")
+        turns += _turn(*turn)
+    if not system:
+        return [*turns, *messages]
+    if not isinstance(system, str):
+        raise BadMessages("its 'system' must be text")
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if first.get("role") == "system":
+        if first.get("content") != system:
+            raise BadMessages("its 'system' is another than its messages'; leave one out")
+        return messages
+    return [{"role": "system", "content": system}, *turns, *messages]
+
+
+def _question_and_answer(row: dict[str, Any]) -> list[Any] | None:
+    """Messages of a row's pair, Alpaca's input behind its instruction; None where there is none."""
+    question, answer = row.get("prompt"), row.get("completion")
+    if question is None and answer is None:
+        question, answer = row.get("instruction"), row.get("output")
+        context = row.get("input")
+        if isinstance(question, str) and isinstance(context, str) and context.strip():
+            question = f"{question}\n\n{context}"
+    if question is None and answer is None:
+        return None
+    if isinstance(question, str) and isinstance(answer, str):
+        return _turn(question, answer)
+    if isinstance(question, list) and isinstance(answer, list):  # messages too: TRL's form
+        before = [_without_loss(message) for message in question]
+        return [*before, *answer]
+    raise BadMessages(f"it must have text in {_FORMS}")
+
+
+def _turn(question: str, answer: str) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in message.items() if v is not None}
-        if isinstance(message, dict)
-        else message
-        for message in messages
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
     ]
 
 
-def _problem_with(messages: object) -> str | None:
-    if not isinstance(messages, list) or len(messages) < 2:
-        return "'messages' must be a list of at least a user's and an assistant's message"
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            return f"a message's role must be one of {', '.join(_ROLES)}"
-        if not isinstance(message.get("content"), str):
-            return "a message's content must be text"
-    if messages[-1]["role"] != "assistant":
-        return "no answer: the last message must be the assistant's"
-    turns = [message["role"] for message in messages]
-    turns = turns[1:] if turns[0] == "system" else turns
-    for number, role in enumerate(turns):
-        if role != ("user", "assistant")[number % 2]:
-            return (
-                "roles out of order: a system message may come first, then user and assistant take "
-                f"turns; message {len(messages) - len(turns) + number + 1} is the {role}'s"
-            )
-    if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
-        return "no answer: an assistant's message must have text"
-    return None
+def _without_loss(message: Any) -> Any:
+    is_answer = isinstance(message, dict) and message.get("role") == "assistant"
+    return {**message, KEYS_OF_WEIGHT[0]: 0} if is_answer else message
+
+
+def _is_refused(name: str, row: dict[str, Any]) -> bool:
+    value = row.get(name)
+    if name == "label":  # of a preference; numbers and names are ordinary classes
+        return isinstance(value, bool)
+    if name in KEYS_OF_WEIGHT:
+        return value is not None and value != 1
+    return bool(value)
+
+
+def _tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = without_nulls(parsed(row.get("tools"), "tools"))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadMessages("its 'tools' must be a list of JSON schemas")
+    return tools
+
+
+def _arguments_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the chat template besides messages and tools."""
+    given = without_nulls(parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")) or {}
+    if not isinstance(given, dict):
+        raise BadMessages("its 'chat_template_kwargs' must be an object")
+    documents = row.get("documents")
+    if isinstance(documents, list) and documents and isinstance(documents[0], dict):
+        given = {**given, "documents": documents}  # lists of names are no template's documents
+    return given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from jinja2 import TemplateError
 
 from loram_ray.corpus.conversations import Conversation, Document, conversations
-from loram_ray.corpus.pack import tokenise_batch
+from loram_ray.corpus.pack import pack, tokenise_batch
 from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.corpus.selection import below_share
+from loram_ray.corpus.templates import (
+    TemplateFault,
+    end_of_answer,
+    ids_behind,
+    ids_of,
+    render,
+    require_read,
+)
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED
+from loram_ray.tokenizer import frame_of
 
 _ROWS_PER_BATCH = 1024
 
@@ -60,7 +69,7 @@ def tokenise_row(
     """Turn a conversation into an example, or a text into one for each piece.
 
     Conversations longer than ``max_length`` are cut on the right; one of which no answer's token is
-    left is a bad row. A text, closed by the end-of-text token, is cut into pieces.
+    left is a bad row. A text is cut into pieces, each begun as the tokenizer begins a text.
 
     Args:
         tokenizer: of the model; with a chat template, for conversations.
@@ -68,90 +77,95 @@ def tokenise_row(
         max_length: of an example, in tokens.
     """
     if isinstance(row, Document):
-        [ids] = tokenise_batch(tokenizer, [row.text])
-        pieces = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
-        # of a piece the first token is not predicted
-        return [Example(row.place, p, ((1, len(p)),)) for p in pieces if len(p) > 1]
+        frame = frame_of(tokenizer)
+        tokenised = tokenise_batch(tokenizer, [row.text])
+        rows, lengths = pack(tokenised, max_length, frame.end, frame.opening)
+        pieces = [ids[:n].tolist() for ids, n in zip(rows, lengths.tolist(), strict=True)]
+        given = max(len(frame.opening), 1)  # of a piece the first token is not predicted
+        return [Example(row.place, p, ((given, len(p)),)) for p in pieces if len(p) > given]
     try:
-        ids, answers = _tokenise(tokenizer, row.messages)
-    except _TemplateFault as error:
+        require_read(tokenizer, row)
+        found = _tokenise(tokenizer, row)
+    except TemplateFault as error:
         return BadRow(row.place, str(error))
-    learnt = tuple((begin, min(end, max_length)) for begin, end in answers if begin < max_length)
-    if not learnt:
+    examples = []
+    for ids, answers in found:
+        learnt = tuple(
+            (begin, min(end, max_length)) for begin, end in answers if begin < max_length
+        )
+        if learnt:
+            examples.append(Example(row.place, ids[:max_length], learnt))
+    if not examples:
         return BadRow(
             row.place,
             f"no answer token is left in max_length = {max_length} (the prompt has "
-            f"{answers[0][0]})",
+            f"{found[0][1][0][0]})",
         )
-    return [Example(row.place, ids[:max_length], learnt)]
+    return examples
 
 
-class _TemplateFault(ValueError):
-    """The chat template does not do what is needed of it."""
+def _tokenise(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int], Spans]]:
+    """Token ids of a conversation, and where its answers are.
 
+    An answer begins behind the tokens of its prompt as generation is given them, and goes on to
+    where the conversation up to here would end, or, where the template renders earlier answers
+    otherwise than the last (Qwen 3), through the token that closes an answer.
 
-def _tokenise(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], Spans]:
-    """Apply the chat template; an answer's tokens are those after its generation prompt.
-
-    They go on to where the conversation up to here would end, or, where the template renders
-    earlier answers otherwise than the last (Qwen 3), through the token that closes an answer.
+    Where the tokenizer joins a prompt's end with an answer's beginning, a prompt that ends inside
+    the conversation would be tokenised otherwise in it: each answer makes an example of its own.
     """
-    whole = _template(tokenizer, messages, add_generation_prompt=False)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _template(tokenizer, messages[:number], add_generation_prompt=True)
-        begin, end = len(prompt), len(whole)
-        if whole[:begin] != prompt or begin == end:
-            raise _TemplateFault("the chat template's prompt is not a prefix of prompt and answer")
-        if number < len(messages) - 1:
-            through = _template(tokenizer, messages[: number + 1], add_generation_prompt=False)
-            end = len(through)
-            if whole[:end] != through:
-                end = _closed(tokenizer, whole, begin)
-        spans.append((begin, end))
-    return whole, tuple(spans)
+    whole = render(tokenizer, conversation, len(conversation.messages), prompt=False)
+    places = [_place_of(tokenizer, conversation, number, whole) for number in conversation.learnt]
+    ids = ids_of(tokenizer, whole)
+    prompts = [ids_of(tokenizer, whole[:begin]) for begin, _ in places]
+    through = [ids_of(tokenizer, whole[:end]) for _, end in places]
+    if all(ids[: len(part)] == part for part in (*prompts, *through)):
+        return [(ids, tuple(zip(map(len, prompts), map(len, through), strict=True)))]
+    return [
+        ([*prompt, *answer], ((len(prompt), len(prompt) + len(answer)),))
+        for prompt, (begin, end) in zip(prompts, places, strict=True)
+        for answer in [ids_behind(tokenizer, prompt, whole[begin:end])]
+    ]
 
 
-def _closed(tokenizer: Any, ids: list[int], begin: int) -> int:
+def _place_of(
+    tokenizer: Any, conversation: Conversation, number: int, whole: str
+) -> tuple[int, int]:
+    """Where in the conversation's text an answer begins and ends, in characters."""
+    prompt = render(tokenizer, conversation, number, prompt=True)
+    begin, end = len(prompt), len(whole)
+    if not whole.startswith(prompt):
+        raise TemplateFault(_what_differs(prompt, whole))
+    if number < len(conversation.messages) - 1:
+        through = render(tokenizer, conversation, number + 1, prompt=False)
+        alike = whole.startswith(through) and len(through) > begin
+        end = len(through) if alike else _closed(tokenizer, whole, begin)
+    if begin == end:
+        raise TemplateFault("the chat template renders no answer behind its prompt")
+    return begin, end
+
+
+def _what_differs(prompt: str, whole: str) -> str:
+    """Why a template cannot be learnt from that does not begin an answer as it asks for one."""
+    begin = len(os.path.commonprefix([prompt, whole]))
+    return (
+        f"the chat template's prompt is not a prefix of prompt and answer: it asks for an answer "
+        f"with {prompt[begin:]!r:.60}, where with the answer it writes {whole[begin:]!r:.40}; give "
+        "a template that writes both alike as chat_template"
+    )
+
+
+def _closed(tokenizer: Any, whole: str, begin: int) -> int:
+    """Where an answer ends that begins there: behind its closing token."""
     closing = end_of_answer(tokenizer)
-    if closing is None or closing not in ids[begin:]:
-        raise _TemplateFault(
+    mark = "" if closing is None else str(tokenizer.convert_ids_to_tokens(closing))
+    found = whole.find(mark, begin) if mark else -1
+    if found < 0:
+        raise TemplateFault(
             "the chat template renders an earlier answer otherwise than the last, and closes none "
             "by a special token"
         )
-    return ids.index(closing, begin) + 1
-
-
-def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """Token ids of the prompt up to where the last answer begins."""
-    return _template(tokenizer, conversation.prompt, add_generation_prompt=True)
-
-
-def end_of_answer(tokenizer: Any) -> int | None:
-    """Special token with which the chat template closes an answer, or None where it has none.
-
-    It is often another than the tokenizer's end-of-text token, at which generation stops.
-    """
-    question = {"role": "user", "content": "question"}
-    answer = {"role": "assistant", "content": "answer"}
-    text = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
-
-
-def _template(
-    tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool
-) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise _TemplateFault(f"the chat template refuses it ({error})") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return found + len(mark)
 
 
 def each_row(
@@ -233,7 +247,7 @@ def require_some(good: int, data: str, key: str) -> None:
 
 def is_held_out(row: Conversation | Document, share: float, seed: int) -> bool:
     """Whether a row is one of the share that is held out; equal rows are on the same side."""
-    content = row.text if isinstance(row, Document) else json.dumps(row.messages, sort_keys=True)
+    content = row.text if isinstance(row, Document) else json.dumps(row.content, sort_keys=True)
     return below_share(content, share, seed)
 
 

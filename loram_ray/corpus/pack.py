@@ -1,4 +1,8 @@
-"""Tokenised documents, joined by the end-of-text token and cut into equal sequences."""
+"""Tokenised documents, each begun and ended as the tokenizer does it, cut into equal sequences.
+
+A document that is cut begins again in the next sequence: models that lean on their first token
+(Llama, Gemma) are lost without it.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loram_ray.errors import LoramError
+from loram_ray.tokenizer import end_of_text, frame_of
 
 _DOCUMENTS_AT_ONCE = 512
 _CHARACTERS_AT_ONCE = 2**20
 
 
-def end_of_text(tokenizer: Any) -> int:
-    """Id of the token that closes a document, and pads.
-
-    Raises:
-        LoramError: the tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise LoramError(
-            f"{tokenizer.name_or_path} must have an end-of-text token, its tokenizer has none; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return int(tokenizer.eos_token_id)
-
-
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
-    """Yield each document's token ids, closed by the end-of-text token, no others added."""
+    """Yield each document's token ids with those that begin and end it; see `frame_of`."""
     batch: list[str] = []
     for document in documents:
         batch.append(document)
@@ -47,29 +38,40 @@ def _is_full(batch: list[str]) -> bool:
 
 def tokenise_batch(tokenizer: Any, documents: list[str]) -> list[list[int]]:
     """Return each document's token ids, as `tokenise` yields them."""
-    closing = end_of_text(tokenizer)
+    frame = frame_of(tokenizer)
     if not documents:
         return []
     encoded = tokenizer(
         documents, add_special_tokens=False, return_attention_mask=False, verbose=False
     )
-    return [[*ids, closing] for ids in encoded["input_ids"]]
+    return [frame.around(ids) for ids in encoded["input_ids"]]
 
 
 def pack(
-    documents: Iterable[Sequence[int] | np.ndarray], sequence_length: int, padding: int
+    documents: Iterable[Sequence[int] | np.ndarray],
+    sequence_length: int,
+    padding: int,
+    opening: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Join documents and cut them into sequences; only the last one is padded.
 
     Args:
-        documents: token ids.
+        documents: token ids; each begins with the opening.
         sequence_length: tokens in a sequence.
         padding: token id after the end of the last sequence.
+        opening: token ids that every sequence begins with.
 
     Returns:
         int32 ``[sequences, sequence_length]`` and the true length of each, int32 ``[sequences]``.
+
+    Raises:
+        LoramError: the opening fills a sequence.
     """
-    parts = [np.asarray(ids, dtype=np.int32) for ids in documents]
+    parts: list[np.ndarray] = []
+    filled = 0
+    for ids in documents:
+        parts.append(_opened_again(ids, filled, sequence_length, opening))
+        filled += len(parts[-1])
     tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
     count = -(-len(tokens) // sequence_length)
     lengths = np.full(count, sequence_length, dtype=np.int32)
@@ -78,6 +80,35 @@ def pack(
     padded = np.full(count * sequence_length, padding, dtype=np.int32)
     padded[: len(tokens)] = tokens
     return padded.reshape(count, sequence_length), lengths
+
+
+def _opened_again(
+    ids: Sequence[int] | np.ndarray, filled: int, sequence_length: int, opening: Sequence[int]
+) -> np.ndarray:
+    """Put the opening where a document goes on in another sequence, int32 ``[tokens]``.
+
+    Args:
+        ids: of the document, which begins with the opening.
+        filled: tokens of all documents before it.
+        sequence_length: tokens in a sequence.
+        opening: token ids.
+    """
+    document = np.asarray(ids, dtype=np.int32)
+    room = sequence_length - filled % sequence_length
+    if not opening or len(document) <= room:
+        return document
+    inner = sequence_length - len(opening)
+    if inner < 1:
+        raise LoramError(
+            f"a sequence must be longer than the {len(opening)} tokens that the tokenizer begins "
+            f"each text with, got {sequence_length}; raise sequence_length or max_length"
+        )
+    rest = document[max(room, len(opening)) :]
+    rows = -(-len(rest) // inner)
+    again = np.empty((rows, sequence_length), dtype=np.int32)
+    again[:, : len(opening)] = opening
+    again[:, len(opening) :] = np.pad(rest, (0, rows * inner - len(rest))).reshape(rows, inner)
+    return np.concatenate([document[:room], again.reshape(-1)[: len(rest) + rows * len(opening)]])
 
 
 class PackedFile:
@@ -106,7 +137,7 @@ class PackedFile:
         self.sequences = self.tokens = 0
         self._path, self._partial = path, path.with_suffix(".tmp")
         self._tokenizer, self._length, self._rows = tokenizer, sequence_length, rows_per_group
-        self._padding = end_of_text(tokenizer)
+        self._padding, self._opening = end_of_text(tokenizer), frame_of(tokenizer).opening
         self._next_id = first_row_id
         self._batch: list[str] = []
         self._waiting: list[np.ndarray] = []
@@ -129,8 +160,9 @@ class PackedFile:
     def _tokenise(self) -> None:
         """Tokenise the documents at hand and write the row groups that are full."""
         for ids in tokenise_batch(self._tokenizer, self._batch):
-            self._waiting.append(np.asarray(ids, dtype=np.int32))
-            self._count += len(ids)
+            part = _opened_again(ids, self._count, self._length, self._opening)
+            self._waiting.append(part)
+            self._count += len(part)
         self._batch = []
         group = self._rows * self._length
         if self._count >= group:

@@ -27,7 +27,7 @@ from loram_ray.corpus.duplicates import (
     hash_file_of,
     write_hashes,
 )
-from loram_ray.corpus.pack import PackedFile, end_of_text
+from loram_ray.corpus.pack import PackedFile
 from loram_ray.corpus.read import (
     CORPUS_KEY,
     NAMED_BAD_ROWS,
@@ -43,7 +43,7 @@ from loram_ray.corpus.spread import spread
 from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, hash_file, read_manifest, write_json
 from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.tokenizer import frame_of, load_tokenizer
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 32
@@ -77,13 +77,13 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
     """
     config = config.resolved()
     units = require_text(config)
-    end_of_text(load_tokenizer(model))  # a worker would find out too late to say so clearly
+    frame = frame_of(load_tokenizer(model))  # a worker would fail too late to say so clearly
     tokenizer = digest_of_tokenizer(model)
     _refuse_other_tokenizer(output, model, tokenizer)
     return run_stage(
         output,
         "corpus",
-        settings=_settings(config),
+        settings={**_settings(config), **frame.settings},
         parents={"tokenizer": tokenizer},
         base_fingerprint="",
         write=lambda target: _write(target, config, model, units),

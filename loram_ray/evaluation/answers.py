@@ -11,7 +11,14 @@ from typing import Any
 
 from loram_ray.config.evaluate import GenerationBenchmark, GymBenchmark
 from loram_ray.corpus.conversations import Conversation
-from loram_ray.corpus.examples import prompt_ids
+from loram_ray.corpus.templates import (
+    NONE,
+    Surroundings,
+    ids_of,
+    render,
+    visible,
+    visible_surroundings,
+)
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
@@ -40,11 +47,13 @@ class Question:
         place: ``file:line``, or a number.
         prompt: token ids.
         right: a reference text, or an entry of reasoning-gym.
+        learnt: what training on the reference would have the model write, where that is known.
     """
 
     place: str
     prompt: list[int]
     right: Any
+    learnt: str | None = None
 
 
 @dataclass
@@ -54,10 +63,12 @@ class Answers(Measurement):
     Attributes:
         sampling: how they are generated.
         begin: tokens that all prompts begin with.
+        template: what the chat template itself writes around an answer, which is cut off.
     """
 
     sampling: Sampling
     begin: int = 0
+    template: Surroundings = NONE
 
     @property
     def title(self) -> str:
@@ -83,11 +94,12 @@ class Answers(Measurement):
 
     def judged(self, item: Question, answer: str) -> Found:
         """What an answer is worth."""
-        number = number_of_reference(item.right)
+        own, number = self.template.cut_off(answer), number_of_reference(item.right)
         return {
             "right": item.right,
-            "exact_match": answer.strip() == item.right.strip(),
-            "last_number_match": None if number is None else last_number(answer) == number,
+            "exact_match": own.strip() == item.right.strip()
+            or (item.learnt is not None and answer.strip() == item.learnt.strip()),
+            "last_number_match": None if number is None else last_number(own) == number,
         }
 
     def summed_up(self, found: Sequence[Found]) -> Scores:
@@ -115,7 +127,7 @@ class GymAnswers(Answers):
     def judged(self, item: Question, answer: str) -> Found:
         """The score that the data set gives, from 0 to 1."""
         tagged = _TAGGED.search(answer)
-        said = (tagged.group(1) if tagged else answer).strip()
+        said = (tagged.group(1) if tagged else self.template.cut_off(answer)).strip()
         return {"score": float(self._scorer.score_answer(said, item.right))}
 
     @cached_property
@@ -143,9 +155,20 @@ def exact_answers(
     name: str, tokenizer: Any, asked: Sequence[Conversation], max_new_tokens: int
 ) -> Answers:
     """Conversations whose last answers are to be generated."""
-    items = [Question(c.place, prompt_ids(tokenizer, c), c.answer) for c in asked]
+    items = [_question_of(tokenizer, conversation) for conversation in asked]
     begin = common_beginning([item.prompt for item in items])
-    return Answers(name, items, Sampling(max_new_tokens), begin)
+    template = visible_surroundings(tokenizer)
+    return Answers(name, items, Sampling(max_new_tokens), begin, template)
+
+
+def _question_of(tokenizer: Any, conversation: Conversation) -> Question:
+    """A conversation's last question, with its answer as it is and as it is learnt."""
+    count = len(conversation.messages)
+    prompt = render(tokenizer, conversation, count - 1, prompt=True)
+    whole = render(tokenizer, conversation, count, prompt=False)
+    learnt = visible(tokenizer, whole[len(prompt) :])
+    right = conversation.answer if conversation.answer.strip() else learnt
+    return Question(conversation.place, ids_of(tokenizer, prompt), right, learnt)
 
 
 def generated_answers(
@@ -173,7 +196,10 @@ def generated_answers(
         for place, question, answer in solved(config.data, f"{key}.data", config.limit)
     ]
     sampling = Sampling(config.max_new_tokens, () if config.chat else config.stop)
-    return Answers(name, items, sampling, common_beginning([item.prompt for item in items]))
+    template = visible_surroundings(tokenizer) if config.chat else NONE
+    return Answers(
+        name, items, sampling, common_beginning([item.prompt for item in items]), template
+    )
 
 
 def gym_answers(name: str, tokenizer: Any, config: GymBenchmark, key: str) -> GymAnswers:
@@ -192,7 +218,8 @@ def gym_answers(name: str, tokenizer: Any, config: GymBenchmark, key: str) -> Gy
     ]
     begin = common_beginning([item.prompt for item in items])
     sampling = Sampling(config.max_new_tokens)
-    return GymAnswers(name, items, sampling, begin, config.dataset, config.options)
+    template = visible_surroundings(tokenizer) if config.chat else NONE
+    return GymAnswers(name, items, sampling, begin, template, config.dataset, config.options)
 
 
 def gym_dataset(name: str, size: int, seed: int, options: dict[str, Any], key: str) -> Any:

@@ -16,6 +16,7 @@ from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.prompts import good_rows, rows_of
 from loram_ray.evaluation.sandbox import Limits, Verdict, require_sandbox, run_program
 from loram_ray.evaluation.statistics import mean_and_error, pass_at_k
+from loram_ray.tokenizer import ids_to_continue
 
 _COLUMNS = ("prompt", "test", "entry_point")
 
@@ -130,7 +131,7 @@ def programs(
         Problem(
             place,
             row["prompt"],
-            tokenizer(row["prompt"])["input_ids"],
+            ids_to_continue(tokenizer, row["prompt"]),
             f"{row['test']}\ncheck({row['entry_point']})\n",
         )
         for place, row in rows

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from loram_ray.corpus.examples import end_of_answer
+from loram_ray.corpus.templates import end_of_answer
 from loram_ray.evaluation.engine import Engine
+from loram_ray.tokenizer import continuation
 
 _MARGIN = 4
 """Tokens looked at besides those that the longest stop text could have."""
+_CONTEXT = 4
+"""Tokens before them that they are decoded with."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def answers(
             prompt at most all but the last.
         seed: of torch's random numbers, where there is sampling.
     """
+    ends = stop_tokens(engine.model, engine.tokenizer)
     longest = max(map(len, prompts))
     if engine.window() is not None and longest + sampling.max_new_tokens > (engine.window() or 0):
         begin = 0
@@ -80,12 +85,20 @@ def answers(
         input_ids=torch.tensor(ids, device=engine.device),
         attention_mask=torch.tensor(mask, device=engine.device),
         max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=engine.padding,
-        eos_token_id=stop_tokens(engine.model, engine.tokenizer),
+        pad_token_id=ends[0] if ends else engine.padding,  # behind a row that ended before others
+        eos_token_id=ends or None,
         **options,
     )
-    texts = engine.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    texts = [
+        continuation(engine.tokenizer, prompt, before_end(new, ends))
+        for prompt, new in zip(prompts, generated[:, longest:].tolist(), strict=True)
+    ]
     return [cut_off(text, sampling.stop) for text in texts]
+
+
+def before_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """Generated tokens before the first that ends an answer."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def cut_off(text: str, stops: Sequence[str]) -> str:
@@ -97,9 +110,10 @@ def cut_off(text: str, stops: Sequence[str]) -> str:
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Tokens at which an answer ends: the model's, the tokenizer's, and the chat template's."""
     of_model = model.generation_config.eos_token_id
-    found = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
+    listed = [*of_model] if isinstance(of_model, list | tuple) else [of_model]
+    found = [*listed, tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        found.append(end_of_answer(tokenizer))
+        found.append(end_of_answer(tokenizer, listed))
     return sorted({token for token in found if token is not None})
 
 
@@ -111,7 +125,11 @@ class _Stops:
         self._looked_at = max(len(stop.encode()) for stop in stops) + _MARGIN
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        newest = input_ids[:, max(self._begins, input_ids.shape[1] - self._looked_at) :]
-        texts = self._tokenizer.batch_decode(newest)
+        begin = max(self._begins, input_ids.shape[1] - self._looked_at)
+        before, newest = input_ids[:, max(begin - _CONTEXT, 0) : begin], input_ids[:, begin:]
+        texts = [
+            continuation(self._tokenizer, *row, skip_special_tokens=False)
+            for row in zip(before.tolist(), newest.tolist(), strict=True)
+        ]
         ended = [any(stop in text for stop in self._stops) for text in texts]
         return torch.tensor(ended, device=input_ids.device)

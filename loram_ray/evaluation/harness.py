@@ -25,6 +25,7 @@ from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
 from loram_ray.evaluation.likelihood import Branches, nlls_of_branches
 from loram_ray.evaluation.measurement import Scores
+from loram_ray.tokenizer import ids_to_continue
 
 _NEW_TOKENS = 256  # where a task does not say
 _POSITIONS = 2048  # where a model does not say
@@ -89,8 +90,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     ) -> list[int]:
         """Token ids, with special ones as the tokenizer has them unless it is said."""
         begins = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        special = not begins if add_special_tokens is None else add_special_tokens
-        ids: list[int] = self.tokenizer(string, add_special_tokens=special)["input_ids"]
+        if not begins if add_special_tokens is None else add_special_tokens:
+            return ids_to_continue(self.tokenizer, string)
+        ids: list[int] = self.tokenizer(string, add_special_tokens=False)["input_ids"]
         return ids
 
     def _loglikelihood_tokens(

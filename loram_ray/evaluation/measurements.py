@@ -15,6 +15,7 @@ from loram_ray.config.evaluate import (
     GymBenchmark,
     PerplexityBenchmark,
 )
+from loram_ray.corpus.conversations import Conversation
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.answers import exact_answers, generated_answers, gym_answers
 from loram_ray.evaluation.choice import multiple_choice
@@ -35,12 +36,13 @@ def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Measurement]
     """
     found: list[Measurement] = []
     if config.data is not None:
-        answers, asked = perplexity_of_answers(
+        answers, rows = perplexity_of_answers(
             "", tokenizer, config, config.data, "evaluate.data", config.limit
         )
         found.append(answers)
         if config.exact_match:
-            if len(asked) < len(answers.items):
+            asked = [row for row in rows if isinstance(row, Conversation)]
+            if len(asked) < len(rows):
                 raise LoramError(
                     "evaluate.exact_match needs questions with answers, "
                     f"{config.data} holds plain text; set it to false or give other data"

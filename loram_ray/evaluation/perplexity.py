@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import torch
 
 from loram_ray.config import EvaluateConfig, TextConfig
-from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.conversations import Conversation, Document
 from loram_ray.corpus.examples import Example, Spans, labels_of, load_examples
-from loram_ray.corpus.pack import end_of_text, pack, tokenise
+from loram_ray.corpus.isolation import openings
+from loram_ray.corpus.pack import pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.likelihood import nlls_of_rows
 from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.statistics import perplexity_and_error
+from loram_ray.tokenizer import frame_of
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,23 @@ class Perplexity(Measurement):
 
 def perplexity_of_answers(
     name: str, tokenizer: Any, config: EvaluateConfig, data: str, key: str, limit: int | None
-) -> tuple[Perplexity, list[Conversation]]:
-    """Read data as train takes them; the conversations among them are the second result."""
-    rows = list(load_examples(tokenizer, data, config.max_length, config.max_bad_share, key, limit))
-    asked = [row for row, _ in rows if isinstance(row, Conversation)]
-    return Perplexity(name, [Stretch.of(example) for _, example in rows], "answer"), asked
+) -> tuple[Perplexity, list[Conversation | Document]]:
+    """Read data as train takes them; the second result is the rows, once each."""
+    found = load_examples(tokenizer, data, config.max_length, config.max_bad_share, key, limit)
+    items = []
+    rows: list[Conversation | Document] = []
+    for row, example in found:
+        items.append(Stretch.of(example))
+        if not rows or rows[-1] is not row:
+            rows.append(row)
+    return Perplexity(name, items, "answer"), rows
 
 
 def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) -> Perplexity:
-    """Read plain text, packed into sequences; the first token of each is not predicted.
+    """Read plain text, packed into sequences.
+
+    Predicted are the documents' tokens and their ends, but neither what opens a document nor the
+    first token of a sequence, where the tokenizer opens none.
 
     Raises:
         LoramError: no text, or too many bad rows.
@@ -106,12 +117,24 @@ def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) 
                     good += 1
                     yield document
 
+    frame = frame_of(tokenizer)
     sequences, lengths = pack(
-        tokenise(tokenizer, texts()), corpus.sequence_length, end_of_text(tokenizer)
+        tokenise(tokenizer, texts()), corpus.sequence_length, frame.end, frame.opening
     )
     refuse_bad_rows(bad, good + len(bad), corpus.max_bad_share, f"{key}.max_bad_share")
     if not len(sequences):
         raise LoramError(f"{key}.sources must hold text, no document was found; add some")
-    rows = zip(sequences, lengths.tolist(), strict=True)
-    items = [Stretch(ids[:length], ((1, length),)) for ids, length in rows if length > 1]
+    predicted = ~openings(torch.from_numpy(sequences), frame).numpy()
+    predicted[:, 0] = False
+    items = [
+        Stretch(ids[:length], spans)
+        for ids, length, mask in zip(sequences, lengths.tolist(), predicted, strict=True)
+        if (spans := _runs(mask[:length]))
+    ]
     return Perplexity(name, items, "text")
+
+
+def _runs(mask: numpy.ndarray[Any, Any]) -> Spans:
+    """First place and the one past the last of each run of true values."""
+    edges = numpy.flatnonzero(numpy.diff(mask, prepend=False, append=False))
+    return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -15,6 +15,7 @@ from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.corpus.rows import Row, read_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.measurement import require_items
+from loram_ray.tokenizer import ids_to_continue
 
 _COLUMN = re.compile(r"\{(\w+)\}")
 _BETWEEN_SHOTS = "\n\n"
@@ -148,7 +149,9 @@ class Asker:
 
     def ids(self, text: str) -> list[int]:
         """Token ids; a chat has its special tokens already."""
-        found: list[int] = self._tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+        if not self.chat:
+            return ids_to_continue(self._tokenizer, text)
+        found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
 

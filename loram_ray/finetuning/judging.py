@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.config import TrainConfig
-from loram_ray.corpus.pack import end_of_text
 from loram_ray.finetuning.data import tables
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.masked import put_adapter_on
 from loram_ray.finetuning.trainer import collator_of, mean_loss
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.tokenizer import end_of_text, load_tokenizer
 from loram_ray.waiting import alone
 
 

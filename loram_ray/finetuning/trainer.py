@@ -24,7 +24,6 @@ from transformers import (
 from loram_ray.config import TrainConfig
 from loram_ray.corpus.batches import longest_first, packed, padded
 from loram_ray.corpus.examples import ExampleTable
-from loram_ray.corpus.pack import end_of_text
 from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.adapters import save_adapter
@@ -36,7 +35,7 @@ from loram_ray.finetuning.together import Seat, Together
 from loram_ray.memory import peak_memory_gb
 from loram_ray.modeling import parameters_and_bytes
 from loram_ray.progress import METRICS_FILE, MetricsLog
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.tokenizer import end_of_text, load_tokenizer
 from loram_ray.waiting import alone
 
 _OPTIMISERS = {

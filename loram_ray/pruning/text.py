@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loram_ray.config import CalibrationConfig
-from loram_ray.corpus.pack import end_of_text, pack, tokenise
+from loram_ray.corpus.pack import pack, tokenise
 from loram_ray.corpus.read import Unit, documents, list_units
 from loram_ray.errors import LoramError
 from loram_ray.progress import say
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.tokenizer import frame_of, load_tokenizer
 
 KEY = "prune.calibration"
 _WINDOW_CHARACTERS = 2**24
@@ -33,6 +32,7 @@ def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> t
         LoramError: no file, or not text enough for one sequence.
     """
     tokenizer = load_tokenizer(base)
+    frame = frame_of(tokenizer)
     length, wanted = config.sequence_length, config.samples
     units = list_units(config.sources, f"{KEY}.sources")
     random.Random(seed).shuffle(units)
@@ -42,30 +42,40 @@ def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> t
         share = -(-(wanted - sum(map(len, found))) // (len(units) - number))
         if share <= 0:
             break
-        tokens = islice(_tokens(tokenizer, unit, seed), share * length)
-        sequences, lengths = pack([list(tokens)], length, end_of_text(tokenizer))
-        whole = int((lengths == length).sum())
+        drawn = _enough(_tokenised(tokenizer, unit, seed), share * length)
+        sequences, lengths = pack(drawn, length, frame.end, frame.opening)
+        whole = min(int((lengths == length).sum()), share)
         found.append(torch.from_numpy(sequences[:whole].astype("int64")))
-        left_over.append(sequences[whole:].reshape(-1)[: int(lengths[whole:].sum())].tolist())
-    found.append(_join(left_over, length))
-    drawn = torch.cat([*found, torch.empty(0, length, dtype=torch.int64)])[:wanted]
-    if not len(drawn):
+        if whole < share and whole < len(sequences):
+            left_over.append(sequences[whole, : lengths[whole]].tolist())
+    sequences, lengths = pack(left_over, length, frame.end, frame.opening)
+    found.append(torch.from_numpy(sequences[lengths == length].astype("int64")))
+    samples = torch.cat([*found, torch.empty(0, length, dtype=torch.int64)])[:wanted]
+    if not len(samples):
         raise LoramError(
             f"{KEY}.sources must hold at least one sequence of {length} tokens, they hold "
             f"{sum(map(len, left_over))}; give more text or lower {KEY}.sequence_length"
         )
-    if len(drawn) < wanted:
-        say("prune", f"{KEY}.sources hold {len(drawn)} samples of {wanted}; going on with those")
-    return drawn
+    if len(samples) < wanted:
+        say("prune", f"{KEY}.sources hold {len(samples)} samples of {wanted}; going on with those")
+    return samples
 
 
-def _tokens(tokenizer: Any, unit: Unit, seed: int) -> Iterator[int]:
-    """Token ids of a unit's documents in a seeded order; unreadable rows are passed over."""
+def _tokenised(tokenizer: Any, unit: Unit, seed: int) -> Iterator[list[int]]:
+    """Token ids of each of a unit's documents in a seeded order; unreadable rows are skipped."""
     draw = random.Random((seed << 20) + unit.index)
     for texts in _windows(document for document in documents(unit) if isinstance(document, str)):
         draw.shuffle(texts)
-        for ids in tokenise(tokenizer, texts):
-            yield from ids
+        yield from tokenise(tokenizer, texts)
+
+
+def _enough(documents: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
+    """Documents until they hold so many tokens."""
+    for ids in documents:
+        yield ids
+        tokens -= len(ids)
+        if tokens <= 0:
+            return
 
 
 def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -79,10 +89,3 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
             window, characters = [], 0
     if window:
         yield window
-
-
-def _join(parts: Sequence[list[int]], length: int) -> torch.Tensor:
-    """Whole sequences out of what single units had left over, int64 ``[sequences, length]``."""
-    tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int64)
-    whole = len(tokens) // length
-    return tokens[: whole * length].view(whole, length)

@@ -20,7 +20,6 @@ from loram_ray.cluster import (
 )
 from loram_ray.config import AlignConfig, RayConfig
 from loram_ray.corpus.order import WINDOW
-from loram_ray.corpus.pack import end_of_text
 from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.corpus.sources import list_sources
 from loram_ray.errors import LoramError
@@ -31,7 +30,7 @@ from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, read_lines
 from loram_ray.stage import StageDirectory, StageResult, run_stage
 from loram_ray.tensorfile import Checkpoint
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.tokenizer import frame_of, load_tokenizer
 from loram_ray.tracking import require_trackers
 
 # Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
@@ -104,21 +103,25 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         advise_precision(config.precision, "align")
         corpus = prepare_corpus(config.corpus, config.pruned, _prepared(config, "corpus"))
         parents = {"pruned": manifest.digest, "corpus": corpus.manifest.digest}
-        closing = None
-        if config.isolate_documents:
-            closing = end_of_text(load_tokenizer(config.pruned))
+        frame = frame_of(load_tokenizer(config.pruned))
         targets = None
         if base is not None and config.distillation.targets == "cached":
             output = _prepared(config, "targets")
             targets = prepare_targets(
-                config, base, manifest.base_fingerprint, corpus, closing, output
+                config,
+                base,
+                manifest.base_fingerprint,
+                corpus,
+                frame if config.isolate_documents else None,
+                output,
             )
             parents["targets"] = targets.manifest.digest
         inputs = Inputs(
             corpus=corpus.output,
             targets=targets.output if targets is not None else None,
             teacher=base if targets is None else None,
-            closing=closing,
+            frame=frame,
+            isolated=config.isolate_documents,
         )
         return run_stage(
             config.output,

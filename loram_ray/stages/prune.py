@@ -27,6 +27,7 @@ from loram_ray.pruning.text import KEY
 from loram_ray.pruning.walk import solved_file
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec, TensorWriter
+from loram_ray.tokenizer import frame_of, load_tokenizer
 
 _NOT_IN_IDENTITY: dict[str, Any] = {
     "base": True,
@@ -103,7 +104,9 @@ def _parents(config: PruneConfig, base: Base, identity: str) -> dict[str, str]:
         parents["scores"] = manifest.digest
     elif config.calibrates and config.calibration is not None:
         text = identify(config.calibration.sources, f"{KEY}.sources")
-        parents["calibration"] = digest_of([text, digest_of_tokenizer(base.directory)])
+        read = [text, digest_of_tokenizer(base.directory)]
+        frame = frame_of(load_tokenizer(base.directory)).settings
+        parents["calibration"] = digest_of([*read, frame] if frame else read)
     return parents
 
 

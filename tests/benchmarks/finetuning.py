@@ -189,8 +189,7 @@ def trainer_with_peft(folder: Path, options: argparse.Namespace) -> dict[str, An
 
     from loram_ray.corpus.batches import padded
     from loram_ray.corpus.examples import ExampleTable, load_examples
-    from loram_ray.corpus.pack import end_of_text
-    from loram_ray.tokenizer import load_tokenizer
+    from loram_ray.tokenizer import end_of_text, load_tokenizer
 
     settings = settings_of(folder, options)
     tokenizer = load_tokenizer(settings.model)

@@ -1,0 +1,161 @@
+"""Messages of a conversation in OpenAI's form: what they may hold, and which carry loss."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+KEYS_OF_WEIGHT = ("weight", "train")
+"""Whether a message carries loss: OpenAI's key, 0 or 1, and Axolotl's, false or true."""
+_ROLES = ("system", "user", "assistant", "tool")
+_REFUSED = {
+    "train_detail": "weigh whole messages by 'weight', 0 or 1",
+    "loss_mask": "weigh whole messages by 'weight', 0 or 1",
+    "refusal": "write it as its 'content'",
+    "audio": "only text is learnt",
+    "images": "only text is learnt",
+    "videos": "only text is learnt",
+}
+_CALLS = ("tool_calls", "function_call")
+
+
+class BadMessages(ValueError):
+    """Why messages cannot be learnt from."""
+
+
+def checked_messages(messages: object) -> tuple[list[dict[str, Any]], frozenset[int]]:
+    """Check messages and write them one way: content as text, calls' arguments as objects.
+
+    Messages behind the last that is learnt are left out.
+
+    Returns:
+        The messages, and the numbers of the assistant's messages that carry no loss.
+
+    Raises:
+        BadMessages: they cannot be learnt from.
+    """
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise BadMessages(
+            "'messages' must be a list of at least a user's and an assistant's message"
+        )
+    given = set()
+    checked = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise BadMessages(f"a message's role must be one of {', '.join(_ROLES)}")
+        message = without_nulls(message)
+        if not _takes_loss(message):
+            given.add(number)
+        checked.append(_checked(message))
+    if checked[-1]["role"] != "assistant":
+        raise BadMessages("no answer: the last message must be the assistant's")
+    _require_turns([message["role"] for message in checked])
+    if any(m["role"] == "assistant" and not _says_something(m) for m in checked):
+        raise BadMessages("no answer: an assistant's message must have text")
+    answers = [n for n, m in enumerate(checked) if m["role"] == "assistant"]
+    learnt = [number for number in answers if number not in given]
+    if not learnt:
+        raise BadMessages("no answer: every assistant's message has weight 0")
+    return checked[: learnt[-1] + 1], frozenset(n for n in answers if n in given and n < learnt[-1])
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave out what a table's columns have for every row and this one has not, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def parsed(value: Any, name: str) -> Any:
+    """A value that may be written as JSON text, as tables often have it.
+
+    Raises:
+        BadMessages: it is no JSON.
+    """
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadMessages(f"its '{name}' must be JSON ({error})") from error
+
+
+def _takes_loss(message: dict[str, Any]) -> bool:
+    """Read a message's weight, and take the key away."""
+    takes = True
+    for key in KEYS_OF_WEIGHT:
+        weight = message.pop(key, None)
+        if weight is None:
+            continue
+        if weight not in (0, 1):
+            raise BadMessages(f"a message's {key} must be 0 or 1, got {weight!r:.40}")
+        if weight and key == "train" and message["role"] != "assistant":
+            raise BadMessages(f"only the assistant's messages are learnt, {key} is on another's")
+        takes = takes and bool(weight)
+    return takes
+
+
+def _checked(message: dict[str, Any]) -> dict[str, Any]:
+    for name, remedy in _REFUSED.items():
+        if message.get(name):
+            raise BadMessages(f"a message's '{name}' cannot be learnt from: {remedy}")
+    message = {**message, "content": _text_of(message)}
+    calls = message.get("tool_calls")
+    if calls is None:
+        return message
+    if message["role"] != "assistant" or not isinstance(calls, list):
+        raise BadMessages("'tool_calls' must be a list in an assistant's message")
+    if not calls:
+        del message["tool_calls"]
+    else:
+        message["tool_calls"] = [_checked_call(call) for call in calls]
+    return message
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """A message's text; of a list of parts that of all of them."""
+    content = message.get("content")
+    if content is None and any(message.get(name) for name in _CALLS):
+        return ""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        for part in content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise BadMessages(f"only text is learnt, a message has a part {part!r:.60}")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadMessages("a message's content must be text")
+    return content
+
+
+def _checked_call(call: Any) -> dict[str, Any]:
+    """A tool's call, its arguments as an object, as chat templates read them."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadMessages("each of 'tool_calls' must hold a 'function' with a 'name'")
+    arguments = parsed(function.get("arguments"), "arguments")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise BadMessages(f"a call's 'arguments' must be an object, got {arguments!r:.40}")
+    return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    return bool(message["content"].strip()) or any(message.get(name) for name in _CALLS)
+
+
+def _require_turns(roles: list[str]) -> None:
+    """A system message may come first; users and assistant take turns, tools answer the latter."""
+    follows = {
+        "": ("system", "user"),
+        "system": ("user",),
+        "user": ("assistant",),
+        "assistant": ("user", "tool"),
+        "tool": ("assistant", "tool"),
+    }
+    before = ""
+    for number, role in enumerate(roles, start=1):
+        if role not in follows[before]:
+            raise BadMessages(
+                "roles out of order: a system message may come first, then user and assistant take "
+                f"turns; message {number} is the {role}'s"
+            )
+        before = role

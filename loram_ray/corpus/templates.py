@@ -1,0 +1,186 @@
+"""What a chat template makes of a conversation, and what it writes around an answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from loram_ray.corpus.conversations import Conversation
+from loram_ray.errors import first_line
+from loram_ray.tokenizer import continuation
+
+_ANSWER = "xyzzy"  # what no template writes by itself
+_ANCHORS = ("", "\n", ">", "a", "|")
+_MEANINGFUL = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
+
+
+class TemplateFault(ValueError):
+    """The chat template cannot render a conversation, or not as training needs it."""
+
+
+class Surroundings(NamedTuple):
+    """Text that a template itself writes around an answer.
+
+    Attributes:
+        before: between the generation prompt and the answer, such as an empty block of thoughts.
+        after: behind the answer, its closing token included.
+    """
+
+    before: str
+    after: str
+
+    def cut_off(self, answer: str) -> str:
+        """A generated answer without them, whatever stands between the first and last line before.
+
+        A block of thoughts need not be empty as the template's own is.
+        """
+        text = answer.strip()
+        lines = self.before.split("\n")
+        first, last = lines[0].strip(), lines[-1].strip()
+        found = text.find(last, len(first) if len(lines) > 1 else 0)
+        if first and text.startswith(first) and found >= 0:
+            text = text[found + len(last) :].strip()
+        elif not (self.after and text.endswith(self.after)):
+            return answer
+        return text.removesuffix(self.after).strip()
+
+
+NONE = Surroundings("", "")
+
+
+def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool) -> str:
+    """Apply the chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        conversation: whose messages, tools and template arguments are rendered.
+        count: messages, from the first on.
+        prompt: whether the generation prompt follows.
+
+    Raises:
+        TemplateFault: the template refuses them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            conversation.messages[:count],
+            tools=conversation.tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **conversation.arguments,
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise TemplateFault(f"the chat template refuses it ({first_line(error)})") from error
+    return text
+
+
+def require_read(tokenizer: Any, conversation: Conversation) -> None:
+    """Refuse a conversation of which the template would leave something out in silence.
+
+    Raises:
+        TemplateFault: the template does not read the tools, an argument, or a key of a message.
+    """
+    names = [*conversation.arguments]
+    if conversation.tools is not None:
+        names.append("tools")
+    for message in conversation.messages:
+        names += [key for key in _MEANINGFUL if message.get(key)]
+        if message["role"] != "tool" and "name" in message:  # a tool's is told by its call
+            names.append("name")
+    if not names:
+        return
+    reserved = [name for name in names if name in _RESERVED]
+    if reserved:
+        raise TemplateFault(
+            f"'chat_template_kwargs' must hold arguments of the template's own, got "
+            f"'{reserved[0]}', which is set here"
+        )
+    source = tokenizer.get_chat_template(tools=conversation.tools)
+    for name in names:
+        if not re.search(rf"\b{re.escape(name)}\b", source):
+            raise TemplateFault(
+                f"the chat template does not read '{name}', which the row has; give a template "
+                "that does as chat_template, or leave it out of the row"
+            )
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of rendered text, which holds its special tokens already."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def ids_behind(tokenizer: Any, prompt: list[int], text: str) -> list[int]:
+    """Token ids of a text that follows a prompt, where they must not join with its last.
+
+    Tokenisers of SentencePiece put a space in front of what they are given: it is tokenised behind
+    a character, whose tokens are cut off, so that decoded behind the prompt it is the same text.
+    """
+    for anchor in _ANCHORS:
+        front = ids_of(tokenizer, anchor)
+        found = ids_of(tokenizer, anchor + text)
+        if found[: len(front)] == front:
+            ids = found[len(front) :]
+            if continuation(tokenizer, prompt, ids, skip_special_tokens=False) == text:
+                return ids
+    return ids_of(tokenizer, text)
+
+
+def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """Token ids of the prompt up to where the last answer begins.
+
+    Raises:
+        TemplateFault: the template refuses it.
+    """
+    count = len(conversation.messages) - 1
+    return ids_of(tokenizer, render(tokenizer, conversation, count, prompt=True))
+
+
+def surroundings(tokenizer: Any) -> Surroundings:
+    """What the template writes around a plain answer to a plain question."""
+    asked = {"role": "user", "content": "question"}
+    answered = Conversation("", [asked, {"role": "assistant", "content": _ANSWER}])
+    try:
+        prompt = render(tokenizer, answered, 1, prompt=True)
+        begin, found, after = render(tokenizer, answered, 2, prompt=False).rpartition(_ANSWER)
+    except TemplateFault:
+        return NONE
+    before = begin[len(prompt) :] if begin.startswith(prompt) else ""
+    return Surroundings(before, after) if found else NONE
+
+
+def visible_surroundings(tokenizer: Any) -> Surroundings:
+    """Those of `surroundings` that are seen in a decoded answer, without space around them."""
+    found = surroundings(tokenizer)
+    return Surroundings(*(visible(tokenizer, text).strip() for text in found))
+
+
+def visible(tokenizer: Any, text: str) -> str:
+    """What is seen of rendered text when it is generated and decoded: no special tokens."""
+    closing = end_of_answer(tokenizer)
+    ids = ids_of(tokenizer, text)
+    ids = ids[: ids.index(closing)] if closing in ids else ids
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def end_of_answer(tokenizer: Any, listed: Collection[int] = ()) -> int | None:
+    """Token with which the chat template closes an answer, or None where it has none.
+
+    It is often another than the tokenizer's end-of-text token, at which generation stops. Templates
+    may write text in front of it. A special token counts first, then any added one: some models
+    (those with ChatML added to them) do not mark theirs as special.
+
+    Args:
+        tokenizer: with a chat template.
+        listed: tokens at which the model's own configuration ends generation.
+    """
+    ids = ids_of(tokenizer, surroundings(tokenizer).after)
+    added = tokenizer.added_tokens_decoder
+    marked = {token for token, entry in added.items() if entry.special}
+    special = marked | {*tokenizer.all_special_ids, *listed}
+    for closing in (special, added):
+        for token in ids:
+            if token in closing:
+                return token
+    return None
