@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from loram_ray.alignment.batches import to_device, without_labels
+from loram_ray.columnar import open_parquet
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.sources import SourceInfo, list_sources
 from loram_ray.corpus.stream import columns_of
@@ -71,7 +71,7 @@ def _read(source: SourceInfo, start: int, end: int) -> dict[str, np.ndarray]:
     parts: list[dict[str, np.ndarray]] = []
     before = 0
     for path in source.held_out_files:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path, str(path))
         rows = file.metadata.num_rows
         first, last = max(start - before, 0), min(end - before, rows)
         if first < last:

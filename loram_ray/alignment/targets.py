@@ -27,10 +27,11 @@ import torch
 
 from loram_ray.alignment.teacher import StreamedTeacher, Teaching, WholeTeacher, teacher_of
 from loram_ray.cluster import gpus_per_worker, require_resources
+from loram_ray.columnar import open_parquet
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.order import Block
 from loram_ray.corpus.spread import failure_of, raise_failures
-from loram_ray.corpus.stream import list_blocks, matrix_of, open_order
+from loram_ray.corpus.stream import list_blocks, matrix_of, open_order, read_block
 from loram_ray.distillation import TopTokens
 from loram_ray.manifest import digest_of, write_json
 from loram_ray.progress import Reporter
@@ -193,7 +194,7 @@ class TargetWorker:
 
     def _do(self, blocks: Sequence[Block]) -> None:
         started = time.perf_counter()
-        tables = [pq.ParquetFile(block.path).read_row_group(block.group) for block in blocks]
+        tables = [read_block(block) for block in blocks]
         batches = [
             torch.from_numpy(matrix_of(table["input_ids"]).astype(np.int64)).split(
                 self._teaching.batch_size
@@ -256,7 +257,8 @@ def read_targets(folder: Path, block: Block, rows: np.ndarray) -> dict[str, np.n
         ``token_ids`` int32 and ``log_probs`` float16 ``[n, seq, k]``, ``missing`` float32
         ``[n, seq]``.
     """
-    table = pq.read_table(folder / target_file(block), columns=list(LISTS))
+    path = folder / target_file(block)
+    table = open_parquet(path, str(path)).read(list(LISTS))
     missing = matrix_of(table["missing"])[rows]
     wide = {
         name: matrix_of(table[name])[rows].reshape(*missing.shape, -1)

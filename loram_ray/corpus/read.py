@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
+from loram_ray.columnar import arrow_batches, open_parquet
 from loram_ray.config import TextSource
 from loram_ray.corpus.files import (
     DataFile,
@@ -29,7 +29,6 @@ CORPUS_KEY = "align.corpus.sources"
 _UNIT_BYTES = 8 * 2**20
 _ROWS_AT_ONCE = 256
 _FILES_AT_ONCE = 16
-_ARROW_FILE = b"ARROW1"
 NAMED_BAD_ROWS = 5
 
 
@@ -88,12 +87,8 @@ def list_units(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[Uni
 
 def _spans(file: DataFile) -> list[tuple[int, int]]:
     if file.form.kind == ".parquet":
-        try:
-            with open_random(file.path) as stream:
-                return [(group, 0) for group in range(pq.ParquetFile(stream).num_row_groups)]
-        except (ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise LoramError(f"{file.path} is not a Parquet file ({reason}); restore it") from error
+        with open_random(file.path) as stream:
+            return [(group, 0) for group in range(open_parquet(stream, file.path).num_row_groups)]
     if file.form.codec is not None or file.form.kind == ".arrow":
         return [(0, file.size)] if file.size else []
     return [(s, min(s + _UNIT_BYTES, file.size)) for s in range(0, file.size, _UNIT_BYTES)]
@@ -253,7 +248,7 @@ def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
 def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
     place = f"{unit.path}:group {unit.start}"
     with open_random(unit.path) as stream:
-        file = pq.ParquetFile(stream, buffer_size=2**20)  # pages, not the whole row group
+        file = open_parquet(stream, unit.path, 2**20)  # pages, not the whole row group
         if unit.field not in file.schema_arrow.names:
             yield BadRow(place, f"column '{unit.field}' is not there")
             return
@@ -267,24 +262,12 @@ def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
 def _arrow_documents(unit: Unit) -> Iterator[str | BadRow]:
     with open_random(unit.path) as file:
         try:
-            yield from _column_documents(arrow_batches(file), unit.field, unit.path)
+            yield from _column_documents(arrow_batches(file, unit.path), unit.field, unit.path)
         except (ArrowException, OSError) as error:
             raise LoramError(
                 f"{unit.path} is cut or damaged ({' '.join(str(error).split())}); get the file "
                 "again, or leave it out"
             ) from error
-
-
-def arrow_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of an Arrow file or stream."""
-    magic = file.read(len(_ARROW_FILE))
-    file.seek(0)
-    if magic != _ARROW_FILE:
-        yield from pa.ipc.open_stream(file)
-        return
-    reader = pa.ipc.open_file(file)
-    for number in range(reader.num_record_batches):
-        yield reader.get_batch(number)
 
 
 def _column_documents(

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
+from loram_ray.columnar import arrow_batches, open_parquet
 from loram_ray.corpus.files import DataFile, open_at, open_random, read_lines
-from loram_ray.corpus.read import BadRow, arrow_batches, documents_of, parse_object
+from loram_ray.corpus.read import BadRow, documents_of, parse_object
 from loram_ray.errors import LoramError
 
 _ROWS_AT_ONCE = 256
@@ -121,10 +121,10 @@ def _batches(
     file: DataFile, stream: pa.NativeFile, columns: Collection[str]
 ) -> Iterator[pa.RecordBatch]:
     if file.form.kind == ".arrow":
-        for batch in arrow_batches(stream):
+        for batch in arrow_batches(stream, file.path):
             for start in range(0, len(batch), _ROWS_AT_ONCE):
                 yield batch.slice(start, _ROWS_AT_ONCE)
         return
-    parquet = pq.ParquetFile(stream, buffer_size=2**20)
+    parquet = open_parquet(stream, file.path, 2**20)
     wanted = [name for name in parquet.schema_arrow.names if name in columns]
     yield from parquet.iter_batches(_ROWS_AT_ONCE, columns=wanted)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from loram_ray.columnar import open_parquet
 from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
 from loram_ray.corpus.sources import list_sources
 
@@ -43,7 +43,7 @@ def list_blocks(corpus: Path) -> list[Block]:
 
 def _blocks_of(files: Sequence[Path]) -> Iterator[Block]:
     for path in files:
-        metadata = pq.ParquetFile(path).metadata
+        metadata = open_parquet(path, str(path)).metadata
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             if rows:
@@ -102,8 +102,13 @@ def read_chunk(
     return {name: np.concatenate([part[name] for part in parts])[places] for name in parts[0]}
 
 
+def read_block(block: Block) -> pa.Table:
+    """Read all rows of a block."""
+    return open_parquet(Path(block.path), block.path).read_row_group(block.group)
+
+
 def _read(block: Block, rows: np.ndarray, beside: Beside | None) -> dict[str, np.ndarray]:
-    table = pq.ParquetFile(block.path).read_row_group(block.group)
+    table = read_block(block)
     return {
         **{name: column[rows] for name, column in columns_of(table).items()},
         **(beside(block, rows) if beside is not None else {}),

@@ -1,0 +1,189 @@
+"""Parquet and Arrow files, opened so that reading them runs no code.
+
+Arrow rebuilds an extension type with the class that the process registered for its name, as soon as
+a schema is read, and that class may run anything: the values of Ray's
+``ray.data.arrow_pickled_object``, registered by ``import ray.data``, are unpickled. So the bytes of
+a schema are searched for extension types before Arrow interprets them, and files with any are
+refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.lib import ArrowException
+
+from loram_ray.errors import LoramError
+
+_EXTENSION, _HARMLESS = b"ARROW:extension:name", b"ARROW:extension_name"
+_ARROW_SCHEMA = b"ARROW:schema"
+_ARROW_MAGIC, _PARQUET_MAGIC = b"ARROW1", b"PAR1"
+_TAIL = 2**16
+
+
+def open_parquet(source: Path | pa.NativeFile, name: str, buffer_size: int = 0) -> pq.ParquetFile:
+    """Open a Parquet file whose columns are of plain types.
+
+    Args:
+        source: a local path, or the open file.
+        name: how messages name it.
+        buffer_size: bytes read at once; 0: whole column chunks.
+
+    Raises:
+        LoramError: it is not a Parquet file, it has an extension type, or two columns have the same
+            name.
+    """
+    try:
+        file = pa.OSFile(str(source)) if isinstance(source, Path) else source
+        footer = _footer(file, _PARQUET_MAGIC, 0)
+        for schema in _arrow_schemas_in(footer):
+            _refuse_extensions(schema, _schema_of_message, name)
+        # opened with the footer that was checked
+        metadata = _metadata_of(footer)
+        opened = pq.ParquetFile(
+            file, metadata=metadata, buffer_size=buffer_size, arrow_extensions_enabled=False
+        )
+        names = opened.schema_arrow.names
+    except (ArrowException, OSError, binascii.Error) as error:
+        reason = " ".join(str(error).split())
+        raise LoramError(f"{name} is not a Parquet file ({reason}); get the file again") from error
+    refuse_repeated(names, name)
+    return opened
+
+
+def arrow_batches(file: pa.NativeFile, name: str) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file or stream whose columns are of plain types.
+
+    Args:
+        file: open, at its beginning.
+        name: how messages name it.
+
+    Raises:
+        LoramError: it has an extension type, or two columns have the same name.
+        ArrowException: it is cut or damaged.
+    """
+    is_stream = file.read(len(_ARROW_MAGIC)) != _ARROW_MAGIC
+    if is_stream:
+        file.seek(0)
+        _refuse_extensions(_first_message(file), _schema_of_message, name)
+        file.seek(0)
+        reader = pa.ipc.open_stream(file)
+        batches = iter(reader)
+    else:
+        _refuse_extensions(_footer(file, _ARROW_MAGIC, 2), _schema_of_footer, name)
+        file.seek(0)
+        reader = pa.ipc.open_file(file)
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    refuse_repeated(reader.schema.names, name)
+    yield from batches
+
+
+def refuse_repeated(names: Sequence[str], where: str) -> None:
+    """Refuse columns of the same name.
+
+    Raises:
+        LoramError: two have; columns without a name are not compared.
+    """
+    seen = {""}
+    for name in names:
+        if name and name in seen:
+            raise LoramError(
+                f"{where} must have one column '{name}', it has several; rename the others"
+            )
+        seen.add(name)
+
+
+def _footer(file: pa.NativeFile, magic: bytes, padding: int) -> bytes:
+    """Read what both formats end with: the footer, its length in four bytes, and the magic bytes.
+
+    Args:
+        file: the open file.
+        magic: of the format.
+        padding: bytes that follow the magic bytes at the beginning.
+    """
+    size, closing = file.size(), 4 + len(magic)
+    file.seek(max(size - _TAIL, 0))
+    tail = file.read(_TAIL)  # a far file's footer is one round trip
+    length = int.from_bytes(tail[-closing : -len(magic)], "little", signed=True)
+    if not tail.endswith(magic) or not 0 < length <= size - closing - len(magic) - padding:
+        raise pa.ArrowInvalid("it does not end with a footer")
+    if length + closing > len(tail):
+        file.seek(size - closing - length)
+        tail = file.read(length + closing)
+    return bytes(tail[-closing - length : -closing])
+
+
+def _metadata_of(footer: bytes) -> pq.FileMetaData:
+    """What a Parquet footer says, without the file's data."""
+    whole = _PARQUET_MAGIC + footer + len(footer).to_bytes(4, "little") + _PARQUET_MAGIC
+    return pq.ParquetFile(pa.BufferReader(whole), arrow_extensions_enabled=False).metadata
+
+
+def _arrow_schemas_in(footer: bytes) -> list[bytes]:
+    """Arrow schemas that a Parquet footer carries, of which Arrow would rebuild the first.
+
+    Under another key of the same length Arrow does not recognise them.
+    """
+    number = itertools.count()
+    names = [b"ARROW:%06d" % next(number) for _ in range(footer.count(_ARROW_SCHEMA))]
+    parts = footer.split(_ARROW_SCHEMA)
+    renamed = b"".join(x for pair in zip(parts, [*names, b""], strict=True) for x in pair)
+    found = _metadata_of(renamed).metadata or {}
+    return [base64.b64decode(found[name], validate=True) for name in names if name in found]
+
+
+def _first_message(file: pa.NativeFile) -> bytes:
+    """The message that an Arrow stream begins with, its schema, as it is; not interpreted."""
+    try:
+        message = pa.ipc.read_message(file)
+    except EOFError as error:
+        raise pa.ArrowInvalid("it is empty") from error
+    return bytes(message.serialize())
+
+
+def _schema_of_message(message: bytes) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(message))
+
+
+def _schema_of_footer(footer: bytes) -> pa.Schema:
+    opening, closing = _ARROW_MAGIC + b"\0\0", len(footer).to_bytes(4, "little") + _ARROW_MAGIC
+    return pa.ipc.open_file(pa.BufferReader(opening + footer + closing)).schema
+
+
+def _refuse_extensions(schema: bytes, parse: Callable[[Any], pa.Schema], name: str) -> None:
+    """Refuse extension types.
+
+    Args:
+        schema: as Arrow serialises it; the names of keys are in it byte by byte.
+        parse: reads it.
+        name: of the file.
+
+    Raises:
+        LoramError: there are some; the message names the first.
+    """
+    if _EXTENSION not in schema:
+        return
+    harmless = parse(schema.replace(_EXTENSION, _HARMLESS))
+    found = (pair for field in harmless for pair in _extensions_in(field))
+    column, kind = next(found, ("?", "?"))
+    raise LoramError(
+        f"{name} must have columns of plain types, '{column}' is of the extension type '{kind}', "
+        "and reading one can run code; write the file without that column"
+    )
+
+
+def _extensions_in(field: pa.Field) -> Iterator[tuple[str, str]]:
+    kind = (field.metadata or {}).get(_HARMLESS)
+    if kind is not None:
+        yield field.name, kind.decode(errors="replace")
+    type_ = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    for number in range(type_.num_fields):
+        for name, inner in _extensions_in(type_.field(number)):
+            yield f"{field.name}.{name}", inner
