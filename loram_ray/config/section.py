@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,13 @@ class Section(BaseModel):
     """A configuration section: unknown keys are refused, values are fixed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Marks a dictionary of settings that a stage's section checks later."""
+
+    stage: str
 
 
 class RayConfig(Section):
