@@ -18,7 +18,9 @@ from pydantic_core import PydanticUndefined
 import loram_ray
 from loram_ray import cli_jobs
 from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
-from loram_ray.errors import LoramError
+from loram_ray.errors import LoramError, on_a_place
+from loram_ray.printing import plain, show
+from loram_ray.streams import reader_is_gone, safe_streams
 from loram_ray.terminal import (
     AsJson,
     Config,
@@ -118,10 +120,10 @@ def _run_stage(stage: str, settings: RunConfig, as_json: bool) -> None:
         print_json({"output": str(result.output), **asdict(result.manifest)})
         return
     state = "complete before, skipped" if result.skipped else "done"
-    print(f"{stage}: {state}: {result.output}")
+    show(f"{stage}: {state}: {result.output}")
     for key, value in result.manifest.details.items():
         shown = _spread(value) if isinstance(value, dict) and value else value
-        print(f"  {key}: {shown}")
+        show(f"  {key}: {shown}")
 
 
 def _spread(values: dict[str, float]) -> str:
@@ -156,7 +158,7 @@ def train_command(
         if isinstance(row, Preview):
             shown.append(row)
         else:
-            print(f"loram: cannot be used: {row}", file=sys.stderr)
+            print(plain(f"loram: cannot be used: {row}"), file=sys.stderr)
     if as_json:
         print_json([row.as_json() for row in shown])
         return
@@ -188,7 +190,7 @@ def evaluate_command(
         print_json({"output": str(result.output), **asdict(result.manifest)})
         return
     print_scores(result.manifest.details)
-    print(f"evaluate: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
+    show(f"evaluate: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
 
 
 _OWN_COMMANDS: dict[str, Callable[..., None]] = {
@@ -215,7 +217,7 @@ def batch_command(
         print_json(result.rows)
     else:
         print_tasks(result.rows)
-        print(f"results: {result.output}")
+        show(f"results: {result.output}")
     if result.failed:
         print(f"loram: batch: {result.failed} of {len(result.rows)} tasks failed", file=sys.stderr)
         raise typer.Exit(1)
@@ -237,7 +239,7 @@ def sweep_command(
         print_json(rows)
         return
     print_trials(rows)
-    print(f"sweep: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
+    show(f"sweep: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
 
 
 @app.command("compare", help=_help("compare"))
@@ -253,10 +255,10 @@ def compare_command(
         print_json({"rows": result.rows, "claims": result.claims})
     else:
         print_systems(result.rows, result.claims)
-        print(f"results: {result.output}")
+        show(f"results: {result.output}")
     if result.failed:
         for name, reason in result.failed.items():
-            print(f"loram: compare: {name}: {reason}", file=sys.stderr)
+            print(plain(f"loram: compare: {name}: {reason}"), file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -272,7 +274,7 @@ def publish_command(
     if as_json:
         print_json(asdict(result))
         return
-    print(f"publish: {'done' if result.changed else 'the same before, nothing sent'}: {result.url}")
+    show(f"publish: {'done' if result.changed else 'the same before, nothing sent'}: {result.url}")
     print(f"  commit: {result.commit}")
 
 
@@ -291,7 +293,7 @@ def run_command(
         return
     if result.rows:
         print_comparison(result.rows)
-    print(f"results: {result.output}")
+    show(f"results: {result.output}")
 
 
 app.command("submit", help=cli_jobs.SUBMIT_HELP)(cli_jobs.submit_command)
@@ -365,7 +367,7 @@ def report_command(
     if as_json:
         print_json({"page": str(page)})
     else:
-        print(f"report: done: {page}")
+        show(f"report: done: {page}")
 
 
 _CHAT_HELP = """Talk to a model, for a quick look at what was learnt; on a GPU where there is one.
@@ -406,7 +408,13 @@ def chat_command(
     sampling = Sampling(max_new_tokens, temperature, seed)
     chat = open_chat(model, adapter, template, system, sampling)
     for question in _questions(prompt):
-        chat.ask(question, lambda text: print(text, end="", flush=True))
+        chat.ask(question, _show_piece)
+
+
+def _show_piece(text: str) -> None:
+    show(text, end="")
+    if reader_is_gone():
+        raise typer.Exit(0)
 
 
 def _questions(prompt: str | None) -> Iterator[str]:
@@ -433,6 +441,15 @@ def main(*before: str) -> None:
     Args:
         before: words of the command that come before those of the process.
     """
+    try:
+        with safe_streams():
+            _run_command(*before)
+    except LoramError as error:  # of standard output itself
+        print(f"loram: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run_command(*before: str) -> None:
     sys.argv[1:1] = before
     # bitsandbytes warns that a kernel nobody asked for is not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -441,8 +458,8 @@ def main(*before: str) -> None:
     except LoramError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        for line in str(error).splitlines():
-            print(f"loram: {line}", file=sys.stderr)
+        for line in error.lines:
+            print(plain(f"loram: {line}"), file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C
@@ -451,7 +468,12 @@ def main(*before: str) -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"loram: failed: {_short(error)} (--debug shows more)", file=sys.stderr)
+        cause = getattr(error, "cause", None)  # of an error in a Ray worker
+        place = on_a_place(cause if isinstance(cause, Exception) else error)
+        if place is not None:
+            print(plain(f"loram: {place}"), file=sys.stderr)
+            sys.exit(2)
+        print(plain(f"loram: failed: {_short(error)} (--debug shows more)"), file=sys.stderr)
         sys.exit(1)
 
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from loram_ray.config import STAGES, load_run, section_of
 from loram_ray.errors import LoramError
+from loram_ray.printing import plain, show, without_colours
+from loram_ray.streams import reader_is_gone
 from loram_ray.submission import ADDRESS, Environment, Jobs, JobSpec, require_directory, run_job
 from loram_ray.terminal import AsJson, Debug, Overrides, console, print_json
 
@@ -164,7 +166,7 @@ def logs_command(
 @app.command("stop")
 def stop_command(name: Name, address: Address = ADDRESS, debug: Debug = False) -> None:
     """Stop a job; the same stage submitted again goes on from its last checkpoint."""
-    print(f"{name}: {Jobs(address, _say).stop(name).lower()}")
+    show(f"{name}: {Jobs(address, _say).stop(name).lower()}")
 
 
 def _row(job: Any) -> dict[str, Any]:
@@ -193,8 +195,10 @@ def _pairs(lines: list[str] | None, option: str) -> dict[str, str]:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    show(without_colours(text), end="")
+    if reader_is_gone():
+        raise typer.Exit(0)
 
 
 def _say(line: str) -> None:
-    print(f"loram: {line}", file=sys.stderr, flush=True)
+    print(plain(f"loram: {line}"), file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.errors import LoramError
+from loram_ray.files import open_regular, read_regular_text, write_whole
+from loram_ray.names import is_inside
 from loram_ray.tensorfile import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
@@ -60,7 +62,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         LoramError: it is missing or not JSON.
     """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_regular_text(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LoramError(f"{path.parent} holds no {path.name}; give a model directory") from error
     except ValueError as error:
@@ -111,12 +113,19 @@ def read_manifest(directory: Path | str) -> Manifest | None:
         LoramError: it is there but cannot be read.
     """
     path = Path(directory) / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # which raises nothing, where the name is too long for one
         return None
     try:
-        return Manifest(**json.loads(path.read_text()))
+        manifest = Manifest(**json.loads(read_regular_text(path)))
     except (ValueError, TypeError) as error:
         raise LoramError(f"{path} is not a manifest ({error}); make the directory again") from error
+    for name in manifest.files:
+        if not is_inside(name):
+            raise LoramError(
+                f"{path} must name files below its directory, got {name!r:.80}; make the directory "
+                "again"
+            )
+    return manifest
 
 
 def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> Manifest:
@@ -178,16 +187,10 @@ def identify_model(directory: Path | str, key: str) -> tuple[str, str]:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON durably: to a sibling, synced, renamed."""
-    sibling = path.with_name(f".{path.name}.tmp")
-    with open(sibling, "w") as file:
-        json.dump(value, file, indent=1, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sibling.replace(path)
+    write_whole(path, json.dumps(value, indent=1, default=str) + "\n", durably=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from loram_ray.files import read_regular_text, write_whole
+from loram_ray.printing import PlainConsole, plain
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT = "held_out_nll_"
@@ -39,12 +40,12 @@ class Reporter:
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description:<10}"),
+                TextColumn("{task.description:<10}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[amount]}  {task.fields[metrics]}"),
+                TextColumn("{task.fields[amount]}  {task.fields[metrics]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=PlainConsole(stderr=True),
             )
             self._task = self._bar.add_task(stage, total=self._total, amount="", metrics="")
 
@@ -71,7 +72,7 @@ class Reporter:
         if self._first_done is None:
             self._first_done = done
             self._started_first = time.monotonic()
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in metrics.items())
+        shown = plain("  ".join(f"{k} {_short(v)}" for k, v in metrics.items()))
         if self._bar is not None:
             self._bar.update(
                 self._task, completed=done, total=self._total, amount=self._amount(), metrics=shown
@@ -82,7 +83,7 @@ class Reporter:
     def waiting(self, reason: str) -> None:
         """Say now and then that nothing is done yet, and why."""
         if self._bar is not None:
-            self._bar.update(self._task, amount=self._amount(), metrics=reason)
+            self._bar.update(self._task, amount=self._amount(), metrics=plain(reason))
         elif self._line_is_due():
             self._line(reason)
 
@@ -105,12 +106,12 @@ class Reporter:
 
     def _line(self, text: str) -> None:
         self._last_line, self._shown = time.monotonic(), self._done
-        print(f"{self._stage:<10} {self._amount()}  {text}", file=sys.stderr, flush=True)
+        say(self._stage, f"{self._amount()}  {text}")
 
 
 def say(stage: str, text: str) -> None:
     """Print one line about a stage on standard error."""
-    print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
+    print(plain(f"{stage:<10} {text}"), file=sys.stderr, flush=True)
 
 
 class MetricsLog:
@@ -127,9 +128,7 @@ class MetricsLog:
         self._restarts = restarts_in(before) + 1 if count_restarts and path.exists() else 0
         kept = [line for line in before if resume_at and line["step"] <= resume_at]
         path.parent.mkdir(parents=True, exist_ok=True)
-        sibling = path.with_name(f".{path.name}.{os.getpid()}")
-        sibling.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        sibling.replace(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
 
     def write(self, step: int, **metrics: float | str | list[int]) -> None:
@@ -179,10 +178,12 @@ def last_line(path: Path, having: str = "step") -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of ``metrics.jsonl``; none without one."""
-    if not path.exists():
+    try:
+        text = read_regular_text(path)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from typing import Any
 
 from loram_ray.disk import FULL
 from loram_ray.errors import LoramError
+from loram_ray.files import open_lock, read_regular_text, require_directory, write_whole
 from loram_ray.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -30,9 +31,13 @@ from loram_ray.manifest import (
     require_files,
     write_json,
 )
+from loram_ray.names import fault_of_name
 
 _IDENTITY_NOTE = "identity"
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_NOT_WRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EISDIR,
+)  # fmt: skip
 _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
 
 
@@ -78,6 +83,7 @@ def run_stage(
     parents: dict[str, str],
     base_fingerprint: str,
     write: Callable[[StageDirectory], None],
+    reads: Iterable[str | Path | None] = (),
 ) -> StageResult:
     """Run a stage's ``write`` unless its output is complete.
 
@@ -88,15 +94,18 @@ def run_stage(
         parents: digest of each input, by role.
         base_fingerprint: the base at the root of the lineage.
         write: writes the files into ``StageDirectory.path``.
+        reads: local inputs, which the output must be neither in nor around.
 
     Raises:
-        LoramError: the output holds something else, another process writes it, or the disk is full.
+        LoramError: the output holds something else or is no place for a directory, another process
+            writes it, or the disk is full.
     """
     identity = digest_of([FORMAT, stage, settings, parents])
-    manifest = read_manifest(output) if Path(output).is_dir() else None
+    manifest = read_manifest(output) if os.path.isdir(output) else None
     if manifest is not None and manifest.identity == identity:
         require_files(Path(output), manifest)
         return StageResult(Path(output), manifest, skipped=True)
+    require_place(Path(output), f"{stage}.output", reads)
     lineage = Manifest(stage, identity, base_fingerprint, parents, settings)
     with _stage_directory(Path(output), lineage) as target:
         write(target)
@@ -111,9 +120,9 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
 
     Work of an interrupted run is kept in ``work`` if it has the same identity, else cleared.
     """
-    require_free(output, key=f"{lineage.stage}.output")
     target = StageDirectory(output)
-    with _naming_full_disks(target.output):
+    with _naming_full_disks(target):
+        require_free(output, key=f"{lineage.stage}.output")
         target.output.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.lock, target.output):
             _prepare(target, lineage.identity)
@@ -133,17 +142,53 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
                 raise
 
 
-def require_free(output: Path, key: str) -> None:
-    """Refuse an output directory that holds something else.
+def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = ()) -> None:
+    """Refuse an output where no directory can be made, or that would change what is read.
+
+    Args:
+        output: directory to make.
+        key: its configuration key, for messages.
+        reads: local inputs; what does not exist is no local input.
 
     Raises:
-        LoramError: it exists and is not an empty directory, or is the one we are in.
+        LoramError: it is the current directory, has no name of its own, is a symbolic link, lies
+            below a file, or is in or around an input.
     """
-    if output.exists() and output.samefile("."):
+    if os.path.exists(output) and output.samefile("."):
         raise LoramError(
             f"{key} must not be the current directory, which a stage cannot replace, got {output}; "
             "name a new directory in it"
         )
+    if (fault := fault_of_name(output.name)) is not None:
+        raise LoramError(f"{key} must be a directory whose name is {fault}, got {output}; name one")
+    try:
+        if output.is_symlink():
+            raise LoramError(
+                f"{key} must be a directory of its own, {output} is a symbolic link; remove it or "
+                "name another"
+            )
+        place = output.resolve()
+        for path in reads:
+            if path is None or not os.path.exists(path):
+                continue
+            read = Path(path).resolve()
+            if place == read or read in place.parents or place in read.parents:
+                raise LoramError(
+                    f"{key} must be apart from what is read, {output} is "
+                    f"{'it' if place == read else 'inside' if read in place.parents else 'around'}"
+                    f"{'' if place == read else f' {path}'}; name another directory"
+                )
+    except (OSError, RuntimeError) as error:  # pathlib's own error for a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise LoramError(f"{key} cannot be {output} ({reason}); name another directory") from error
+
+
+def require_free(output: Path, key: str) -> None:
+    """Refuse an output directory that holds something else.
+
+    Raises:
+        LoramError: it exists and is not an empty directory.
+    """
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():
@@ -168,13 +213,15 @@ def require_space(directory: Path, nbytes: int) -> None:
 
 
 def _prepare(target: StageDirectory, identity: str) -> None:
+    for directory in (target.path, target.work):
+        require_directory(directory)
     shutil.rmtree(target.path, ignore_errors=True)
     target.path.mkdir()
     note = target.work / _IDENTITY_NOTE
-    if not note.exists() or note.read_text() != identity:
+    if not os.path.lexists(note) or read_regular_text(note) != identity:
         shutil.rmtree(target.work, ignore_errors=True)
         target.work.mkdir()
-        note.write_text(identity)
+        write_whole(note, identity)
 
 
 def _publish(target: StageDirectory) -> None:
@@ -216,10 +263,11 @@ def _versions() -> dict[str, str]:
 @contextmanager
 def _exclusive(lock: Path, output: Path) -> Iterator[None]:
     """Hold an advisory lock that the kernel releases when its process dies."""
-    with open(lock, "w") as file:
+    descriptor = open_lock(lock)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(descriptor), lock.stat())
         except (BlockingIOError, FileNotFoundError):  # held, or just let go and removed
             held = False
         if not held:
@@ -230,10 +278,14 @@ def _exclusive(lock: Path, output: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
-def _naming_full_disks(output: Path) -> Iterator[None]:
+def _naming_full_disks(target: StageDirectory) -> Iterator[None]:
+    """Name the output in errors of writing it; what is read elsewhere is named by the command."""
+    output = target.output
     try:
         yield
     except OSError as error:
@@ -242,8 +294,18 @@ def _naming_full_disks(output: Path) -> Iterator[None]:
                 f"the disk of {output} is full; nothing was left half-written there, free some "
                 "space or choose an output on another disk"
             ) from error
-        if error.errno in _NOT_WRITABLE:
+        if error.errno in _NOT_WRITABLE and _is_of(error, target):
             raise LoramError(
                 f"{output} cannot be written ({error.strerror}); choose another output"
             ) from error
         raise
+
+
+def _is_of(error: OSError, target: StageDirectory) -> bool:
+    """Whether an error is of a file that the stage writes, or of a parent of its output."""
+    names = (error.filename, error.filename2)
+    paths = [Path(os.fsdecode(name)).absolute() for name in names if isinstance(name, str | bytes)]
+    own = [path.absolute() for path in (target.path, target.work, target.lock, target.output)]
+    return not paths or any(
+        path == one or one in path.parents or path in one.parents for path in paths for one in own
+    )

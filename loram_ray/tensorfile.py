@@ -22,6 +22,8 @@ from types import TracebackType
 import torch
 
 from loram_ray.errors import LoramError
+from loram_ray.files import open_descriptor, read_regular_text
+from loram_ray.names import fault_of_name
 
 MODEL = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -77,7 +79,7 @@ class TensorFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._fd = open_descriptor(self.path)
             try:
                 self.specs, self.metadata, self._offsets = self._read_header()
             except BaseException:
@@ -285,10 +287,17 @@ class Checkpoint:
             self.files[self._single] = TensorFile(self.directory / self._single)
         elif index.exists():
             try:
-                weight_map = dict(json.loads(index.read_text())["weight_map"])
-                paths = {name: self.directory / name for name in sorted(set(weight_map.values()))}
+                weight_map = dict(json.loads(read_regular_text(index))["weight_map"])
+                names = sorted(set(weight_map.values()))
             except (ValueError, KeyError, TypeError) as error:
                 raise LoramError(f"{index} cannot be read ({error}); download it again") from error
+            for name in names:
+                if (fault := fault_of_name(name)) is not None:
+                    raise LoramError(
+                        f"{index} must name files that are {fault}, got {name!r:.80}; download it "
+                        "again"
+                    )
+            paths = {name: self.directory / name for name in names}
             for file_name, path in paths.items():
                 self.files[file_name] = TensorFile(path)
             for name, file_name in weight_map.items():

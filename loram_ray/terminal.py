@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from loram_ray.printing import PlainConsole
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="YAML file with a section per stage.")
@@ -22,9 +23,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
-def console(width: int) -> Console:
+def console(width: int) -> PlainConsole:
     """Standard output as a console: as wide as the terminal, or this many characters."""
-    return Console(width=None if sys.stdout.isatty() else width)
+    return PlainConsole(width=None if sys.stdout.isatty() else width)
 
 
 def print_json(value: object) -> None:

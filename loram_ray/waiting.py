@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from loram_ray.files import open_lock
 
 
 @contextmanager
@@ -15,9 +18,12 @@ def alone(work: Path) -> Iterator[None]:
     When a driver is killed, its worker lives on for a moment. The kernel releases the lock when
     that worker ends.
     """
-    with open(work / "worker.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = open_lock(work / "worker.lock")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def backing_off(most: float, first: float = 1.0, longest: float = 60.0) -> Iterator[float]:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 for _folder in ("jobs", "cluster"):
     sys.path.insert(0, str(Path(__file__).parents[1] / _folder))
 
+import command  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
@@ -101,3 +102,9 @@ def embedded_ray(until_the_end: contextlib.ExitStack) -> None:
 
     if not ray.is_initialized():
         until_the_end.enter_context(ray_session(RayConfig(num_cpus=4), cpus=4))
+
+
+@pytest.fixture
+def loram(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> command.Command:
+    """The command, in this process."""
+    return command.Command(monkeypatch, capsys)

@@ -20,6 +20,8 @@ from loram_ray.config import (
     with_values,
 )
 from loram_ray.errors import LoramError
+from loram_ray.names import fault_of_output, first_clash
+from loram_ray.results import RESULTS_FILE, TABLE_FILE
 from loram_ray.stages.recover import recovery_in
 
 
@@ -49,20 +51,19 @@ def tasks_of(config: BatchConfig) -> list[Task]:
     """The tasks of a batch, those that begin first in front.
 
     Raises:
-        LoramError: none, two of one name, or settings that train does not take.
+        LoramError: none, names that are no folder's or not distinct, or settings that train does
+            not take.
     """
     found = [
         task for number, one in enumerate(config.tasks) for task in _expand(config, number, one)
     ]
     if not found:
         raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
-    seen: set[str] = set()
-    for task in found:
-        if task.name in seen:
-            raise LoramError(
-                f"batch.tasks must have names of their own, two are {task.name}; give them a name"
-            )
-        seen.add(task.name)
+    if (clash := first_clash(task.name for task in found)) is not None:
+        raise LoramError(
+            f"batch.tasks must have names that differ by more than case, got {clash[0]} and "
+            f"{clash[1]}; give them a name"
+        )
     _require_one_model(config, found)
     return sorted(found, key=lambda task: -task.priority)
 
@@ -90,6 +91,10 @@ def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task
             if task.name and len(files) > 1:
                 name = f"{task.name}-{_stem(file)}"
             name = named(name, settings)
+            if (fault := fault_of_output(name, (RESULTS_FILE, TABLE_FILE))) is not None:
+                raise LoramError(
+                    f"{key}.name must be {fault}, got {name!r:.80} for {file}; give the task a name"
+                )
             yield _task(config, task, name, file, settings, key)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import KeysOf, Section
+from loram_ray.config.section import Section
+from loram_ray.names import fault_of_output
 
 OF_THE_WHOLE = {"model", "output", "data", "cpus", "gpus", "max_failures"}
 """Keys of the train section that many trainings share."""
@@ -20,14 +21,19 @@ class TaskConfig(Section):
         None, description="of its directory; default: the data file's, with the grid's values"
     )
     data: str = Field(description="rows as train takes them: a file, or a glob of a file a task")
-    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
-        {}, description="keys of the train section, over batch.train"
-    )
+    train: dict[str, Any] = Field({}, description="keys of the train section, over batch.train")
     grid: dict[str, tuple[Any, ...]] = Field(
         {}, description="dotted keys of the train section with values to combine, e.g. lora.r"
     )
     seed: int | None = Field(None, ge=0, lt=2**32, description="of its training")
     priority: int = Field(0, description="tasks of a higher one begin first")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str | None) -> str | None:
+        if name is not None and (fault := fault_of_output(name)) is not None:
+            raise ValueError(f"must be {fault}, got {name!r:.80}; rename the task")
+        return name
 
 
 class BatchConfig(Section):
@@ -42,9 +48,7 @@ class BatchConfig(Section):
         None, description="of the recovered adapters, as recover.correction"
     )
     tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
-    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
-        {}, description="keys of the train section that all tasks share"
-    )
+    train: dict[str, Any] = Field({}, description="keys of the train section that all tasks share")
     actors: int = Field(1, ge=1, description="processes that each keep a model and train on it")
     adapters_per_actor: int = Field(
         1,

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import KeysOf, Section
+from loram_ray.config.section import Section
+from loram_ray.names import fault_of_output, first_clash, folded
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -53,7 +54,7 @@ class CompareConfig(Section):
     correction: bool = Field(
         False, description="also with the correction of recover, where there is one"
     )
-    alignments: dict[Name, Annotated[dict[str, Any], KeysOf("align")]] = Field(
+    alignments: dict[Name, dict[str, Any]] = Field(
         {},
         description="further systems, by name: keys of the align section, over align, as in "
         "{live: {objective: distillation, distillation: {targets: live}}, longer: {steps: 90}}; "
@@ -87,11 +88,27 @@ class CompareConfig(Section):
             cls._each_once(ratios)
         return methods
 
+    @field_validator("tasks", "alignments")
+    @classmethod
+    def _name_folders(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if (fault := fault_of_output(name)) is not None:
+                raise ValueError(f"must have names that are {fault}, got {name!r:.80}; rename it")
+        if (clash := first_clash(named)) is not None:
+            raise ValueError(
+                f"must have names that differ by more than case, got {clash[0]} and {clash[1]}; "
+                "rename one"
+            )
+        return named
+
     @field_validator("alignments")
     @classmethod
     def _of_their_own(cls, alignments: dict[str, Any]) -> dict[str, Any]:
-        if taken := set(_UNALIGNED) & set(alignments):
+        if taken := {name for name in alignments if folded(name) in _UNALIGNED}:
             raise ValueError(f"must not be named as other systems are, got {min(taken)}; rename it")
+        clash = first_clash([*ALIGNMENTS, *(name for name in alignments if name not in ALIGNMENTS)])
+        if clash is not None:
+            raise ValueError(f"must not be named as {clash[0]} is, got {clash[1]}; rename it")
         return alignments
 
     @model_validator(mode="after")

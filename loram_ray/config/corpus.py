@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.section import Section
+from loram_ray.names import is_control
 
 _IN_AUTHORITY = re.compile(r"^\w+://[^/@]*:[^/@]*@")
 
@@ -106,6 +107,15 @@ class SourceConfig(TextSource):
         "content and the corpus's seed decide (deduplicate, and no copy in another source is "
         "trained on)",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_shown(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip() or any(map(is_control, name))):
+            raise ValueError(
+                f"must be text without control characters, got {name!r:.80}; rename the source"
+            )
+        return name
 
     @field_validator("weight")
     @classmethod

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["bf16", "fp32"]
 
@@ -16,12 +16,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-
-@dataclass(frozen=True)
-class KeysOf:
-    """Marks a dictionary of settings that a stage's section checks later."""
-
-    stage: str
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """Refuse what no file system, no table and no log can hold."""
+        for key, value in data.items() if isinstance(data, Mapping) else ():
+            for text in _texts_in(value):
+                if "\0" in text or not _is_utf8(text):
+                    raise ValueError(
+                        f"{key} must be text in UTF-8 without null characters, got {text!r:.80}; "
+                        "change or rename it"
+                    )
+        return data
 
 
 class RayConfig(Section):
@@ -48,6 +54,20 @@ class OptimiserConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """A value's text or path, or those of a list's items and of a dictionary's keys and values."""
+    if isinstance(value, str | Path):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for text in pair if isinstance(text, str))
+    elif isinstance(value, list | tuple):
+        yield from (str(item) for item in value if isinstance(item, str | Path))
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

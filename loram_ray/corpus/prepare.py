@@ -87,6 +87,7 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
         parents={"tokenizer": tokenizer},
         base_fingerprint="",
         write=lambda target: _write(target, config, model, units),
+        reads=[source.path for source in config.sources],
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loram_ray.errors import LoramError
 from loram_ray.manifest import write_json
+from loram_ray.names import is_plain
 
 SOURCES_FILE = "sources.json"
 
@@ -90,6 +91,11 @@ def list_sources(corpus: Path) -> list[SourceInfo]:
     found = []
     for entry in entries:
         for key in ("unit_files", "held_out_files"):
+            if not all(map(is_plain, entry[key])):
+                raise LoramError(
+                    f"{corpus / SOURCES_FILE} must name files beside it, got {entry[key]!r:.80}; "
+                    "move the corpus away to have it made again"
+                )
             entry[key] = tuple(corpus / name for name in entry[key])
         found.append(SourceInfo(**entry))
     return found

@@ -42,10 +42,10 @@ def read_bytes(
     try:
         kind = os.stat(path).st_mode  # opening some devices has effects
         if not stat.S_ISREG(kind):
-            raise LoramError(f"{name} cannot be read (it is {_kind(kind)}); {remedy}")
+            raise LoramError(f"{name} must be a regular file, got {_kind(kind)}; {remedy}")
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise LoramError(f"{name} cannot be read (it is no file any more); {remedy}")
+                raise LoramError(f"{name} must be a regular file; {remedy}")
             data = file.read(limit + 1)
     except FileNotFoundError as error:
         raise LoramError(f"{name} does not exist; {remedy}") from error
@@ -83,7 +83,7 @@ def decode(data: bytes, name: str, remedy: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise LoramError(
-            f"{name} cannot be read (line {line} is not UTF-8: {error.reason}); {remedy}"
+            f"{name} must be UTF-8 text, line {line} is not ({error.reason}); {remedy}"
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from loram_ray.comparing.claims import CLAIMS_FILE
 from loram_ray.errors import LoramError
 from loram_ray.manifest import MANIFEST_FILE, Manifest, read_manifest
+from loram_ray.names import is_plain
 from loram_ray.progress import METRICS_FILE, read_lines
 from loram_ray.results import RESULTS_FILE
 from loram_ray.stage import StageDirectory
@@ -90,6 +91,8 @@ class Found:
 
     def _metrics_of_tasks(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         for row in self.rows:
+            if not is_plain(row["name"]):
+                continue
             for folder in ("adapter_pruned", "adapter"):
                 output = self.root / row["name"] / folder
                 paths = (output / METRICS_FILE, StageDirectory(output).work / METRICS_FILE)

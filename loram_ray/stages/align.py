@@ -130,6 +130,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
             parents=parents,
             base_fingerprint=manifest.base_fingerprint,
             write=lambda target: _write(target, config, users, inputs, corpus.manifest.details),
+            reads=(config.base, config.pruned, *(s.path for s in config.corpus.sources)),
         )
 
 

@@ -28,6 +28,7 @@ from loram_ray.manifest import (
     write_json,
 )
 from loram_ray.model_files import resolve_base
+from loram_ray.names import slug
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines
 from loram_ray.schedule import Outcome, Schedule, run_tasks
@@ -77,6 +78,7 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, model, ray_config or RayConfig()),
+        reads=(config.model, config.adapter, config.data),
     )
 
 
@@ -217,7 +219,7 @@ def _write(
     (target.path / ITEMS).mkdir()
     for title, found in (items | harness.samples).items():
         lines = "".join(json.dumps(one, default=str) + "\n" for one in found)
-        (target.path / ITEMS / f"{title}.jsonl").write_text(lines)
+        (target.path / ITEMS / f"{slug(title)}.jsonl").write_text(lines)
     target.details.update(scores)
 
 

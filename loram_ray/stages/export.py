@@ -40,6 +40,7 @@ def export(config: ExportConfig) -> StageResult:
         parents={"model": digest},
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, model),
+        reads=(model,),
     )
 
 

@@ -70,6 +70,7 @@ def merge(config: MergeConfig) -> StageResult:
             parents={"base": identity, "adapter": change.digest},
             base_fingerprint=identity,
             write=write,
+            reads=(config.base, config.adapter),
         )
 
 

@@ -72,7 +72,13 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
             parents=_parents(config, base, identity),
             base_fingerprint=identity,
             write=work.write,
+            reads=(config.base, config.scores, *_texts(config)),
         )
+
+
+def _texts(config: PruneConfig) -> list[str]:
+    """Where the text of the calibration is."""
+    return [source.path for source in config.calibration.sources] if config.calibration else []
 
 
 def _settings(config: PruneConfig) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def quantize(config: QuantizeConfig) -> StageResult:
             parents={"model": manifest.digest},
             base_fingerprint=manifest.base_fingerprint,
             write=lambda target: _write(target, config, checkpoint, plan, manifest),
+            reads=(config.model,),
         )
 
 

@@ -140,6 +140,7 @@ def recover(config: RecoverConfig) -> StageResult:
             parents=parents,
             base_fingerprint=plan.base_fingerprint,
             write=write,
+            reads=(config.adapter, config.base, config.model),
         )
 
 

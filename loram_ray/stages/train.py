@@ -111,6 +111,7 @@ def train_by(
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, training),
+        reads=(config.model, config.data, config.eval_data),
     )
 
 

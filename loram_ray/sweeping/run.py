@@ -32,6 +32,7 @@ from loram_ray.errors import LoramError
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import identify_model
 from loram_ray.model_files import family_of, resolve_base
+from loram_ray.names import folded, is_plain
 from loram_ray.progress import METRICS_FILE, last_line, say
 from loram_ray.results import write_results
 from loram_ray.stage import StageDirectory, StageResult, run_stage
@@ -94,14 +95,15 @@ def sweep(run: RunConfig) -> StageResult:
             parents=parents,
             base_fingerprint=next(fingerprint for _, fingerprint in identities.values()),
             write=lambda target: _write(target, config, trials, identities),
+            reads=(*(model.directory for model in models.values()), config.data),
         )
 
 
 def _models_of(run: RunConfig, config: SweepConfig) -> dict[str, _Model]:
     if not config.ratios:
         directories = config.models or (config.model,)
-        names = [directory.name if config.models else "" for directory in directories]
-        if len(set(names)) < len(names):
+        names = [_name_of(directory) if config.models else "" for directory in directories]
+        if len(set(map(folded, names))) < len(names):
             names = [f"{number}-{name}" for number, name in enumerate(names)]
         return {n: _Model(directory) for n, directory in zip(names, directories, strict=True)}
     if run.prune is None:
@@ -119,6 +121,11 @@ def _models_of(run: RunConfig, config: SweepConfig) -> dict[str, _Model]:
         aligning = run.align.model_copy(update={"pruned": pruned, "output": aligned})
         found[name] = _Model(aligned, pruning, aligning)
     return found
+
+
+def _name_of(directory: Path) -> str:
+    """The name of a directory, also of ``.`` and ``..``."""
+    return directory.name if is_plain(directory.name) else directory.resolve().name
 
 
 def _identified(models: Mapping[str, _Model]) -> dict[str, tuple[str, str]]:

@@ -21,6 +21,7 @@ from loram_ray.config import (
     with_values,
 )
 from loram_ray.errors import LoramError
+from loram_ray.names import fault_of_output, first_clash
 
 ADAPTER, WORK, SUMMARY_FILE = "adapter", "work", "summary.json"
 """In a trial's directory; it is complete when the last of them is there."""
@@ -55,7 +56,8 @@ def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
         models: directories of the models to try, by name.
 
     Raises:
-        LoramError: settings that train does not take, or no held-out examples.
+        LoramError: settings that train does not take, no held-out examples, or names that are no
+            folder's or not distinct.
     """
     found = [
         _trial(config, model, directory, values)
@@ -65,6 +67,17 @@ def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
         raise LoramError(
             "sweep.train must hold out examples, by whose loss trials are judged, got none; add "
             "eval_share, e.g. 0.1, or eval_data"
+        )
+    for trial in found:
+        if (fault := fault_of_output(trial.name)) is not None:
+            raise LoramError(
+                f"sweep must try values that give trials names which are {fault}, got "
+                f"{trial.name!r:.80}; rename the model or try other values"
+            )
+    if (clash := first_clash(trial.name for trial in found)) is not None:
+        raise LoramError(
+            f"sweep must try values that give trials different names, got {clash[0]} and "
+            f"{clash[1]}; rename the files that they name"
         )
     grace, steps = config.grace_steps or 1, found[0].train.steps
     if grace > steps:

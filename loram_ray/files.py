@@ -1,0 +1,162 @@
+"""Files opened and written so that nothing hangs and nothing else is overwritten.
+
+A FIFO in place of a file blocks whoever opens it, a symbolic link in place of a temporary file or a
+lock has its target truncated. What this package opens by name therefore goes through here.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+from loram_ray.errors import LoramError
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISLNK, "a symbolic link"),
+)
+
+
+def kind_of_file(mode: int) -> str:
+    """What a file of this ``st_mode`` is, in words."""
+    return next((kind for test, kind in _KINDS if test(mode)), "a file")
+
+
+def open_descriptor(path: Path | str) -> int:
+    """Open a regular file for reading, without waiting for the other end of a FIFO.
+
+    Returns:
+        A file descriptor, which the caller closes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotADirectoryError: a parent is no directory.
+        LoramError: it is not a regular file, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except ValueError as error:  # a null character
+        raise LoramError(f"{path} must be the path of a file ({error}); correct it") from error
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise _not_regular(path, "a socket") from error
+        raise LoramError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _not_regular(path, kind_of_file(mode))
+    return descriptor
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """Open a regular file for reading bytes; raises as `open_descriptor` does."""
+    return io.open(open_descriptor(path), "rb")  # noqa: UP020 - a descriptor, not a path
+
+
+def read_regular(path: Path | str) -> bytes:
+    """Return the bytes of a regular file; raises as `open_descriptor` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_regular_text(path: Path | str) -> str:
+    """Return the UTF-8 text of a regular file; raises as `open_descriptor` does.
+
+    Raises:
+        LoramError: also where the file is not UTF-8.
+    """
+    try:
+        return read_regular(path).decode()
+    except UnicodeDecodeError as error:
+        raise LoramError(f"{path} must be UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def write_whole(path: Path, content: bytes | str, durably: bool = False) -> None:
+    """Write a file whole or not at all: to a new sibling, which is renamed.
+
+    Args:
+        path: the file; a symbolic link or FIFO of this name is replaced, not followed.
+        content: bytes, or text that becomes UTF-8.
+        durably: have it reach the disk before it gets its name.
+
+    Raises:
+        LoramError: the name is taken by a directory.
+        OSError: the directory cannot be written.
+    """
+    sibling = path.with_name(f".{path.name}.{os.getpid()}")
+    sibling.unlink(missing_ok=True)
+    try:
+        with open(sibling, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
+        sibling.replace(path)
+    except IsADirectoryError as error:
+        sibling.unlink(missing_ok=True)
+        raise LoramError(f"{path} must be a file, got a directory; move it away") from error
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, which is made if it is missing; it is never followed or truncated.
+
+    Returns:
+        A file descriptor, which the caller closes.
+
+    Raises:
+        LoramError: something else has its name.
+        OSError: the directory cannot be written.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        kinds = {
+            errno.ELOOP: "a symbolic link",
+            errno.EISDIR: "a directory",
+            errno.ENXIO: "a socket",
+        }
+        if error.errno in kinds and os.path.lexists(path):
+            raise _in_the_way(path, kinds[error.errno]) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _in_the_way(path, kind_of_file(mode))
+    return descriptor
+
+
+def require_directory(path: Path) -> None:
+    """Refuse anything but a directory, or nothing, at a path that is about to become one.
+
+    Raises:
+        LoramError: a file, or a symbolic link, has its name.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        raise _in_the_way(path, kind_of_file(mode))
+
+
+def _not_regular(path: Path | str, kind: str) -> LoramError:
+    return LoramError(f"{path} must be a regular file, got {kind}; replace it")
+
+
+def _in_the_way(path: Path, kind: str) -> LoramError:
+    return LoramError(f"{path} is needed while the output is written, it is {kind}; remove it")
