@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from loram_ray.errors import LoramError
+from loram_ray.parsing import parse_json
+
 KEYS_OF_WEIGHT = ("weight", "train")
 """Whether a message carries loss: OpenAI's key, 0 or 1, and Axolotl's, false or true."""
 _ROLES = ("system", "user", "assistant", "tool")
@@ -75,9 +78,9 @@ def parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadMessages(f"its '{name}' must be JSON ({error})") from error
+        return parse_json(value, f"its '{name}'", kind=object, remedy="fix the row")
+    except LoramError as error:
+        raise BadMessages(str(error)) from error
 
 
 def _takes_loss(message: dict[str, Any]) -> bool:
@@ -136,6 +139,26 @@ def _checked_call(call: Any) -> dict[str, Any]:
     if arguments is not None and not isinstance(arguments, dict):
         raise BadMessages(f"a call's 'arguments' must be an object, got {arguments!r:.40}")
     return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def arguments_of_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each of a checked message's calls."""
+    return [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+
+
+def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A checked message with its calls' arguments as JSON text, as OpenAI's interface has them."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _says_something(message: dict[str, Any]) -> bool:

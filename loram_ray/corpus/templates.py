@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from loram_ray.corpus.conversations import Conversation
+from loram_ray.corpus.messages import arguments_of_calls, with_arguments_as_text
 from loram_ray.errors import first_line
 from loram_ray.tokenizer import continuation
 
 _ANSWER = "xyzzy"  # what no template writes by itself
 _ANCHORS = ("", "\n", ">", "a", "|")
 _MEANINGFUL = ("tool_calls", "function_call", "reasoning_content", "thinking")
-_RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
+_RESERVED = frozenset(
+    {"messages", "tools", "conversation", "chat_template"}
+    | {"add_generation_prompt", "continue_final_message", "sanitize_control_tokens", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
+"""Names in `apply_chat_template` that are no argument of a template's own."""
 
 
 class TemplateFault(ValueError):
@@ -53,6 +61,9 @@ NONE = Surroundings("", "")
 def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool) -> str:
     """Apply the chat template.
 
+    The arguments of calls are given as objects, as transformers has it; where the template prints
+    them as they are, it was written for JSON text, and is given that.
+
     Args:
         tokenizer: with a chat template.
         conversation: whose messages, tools and template arguments are rendered.
@@ -62,16 +73,25 @@ def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool)
     Raises:
         TemplateFault: the template refuses them.
     """
-    try:
-        text: str = tokenizer.apply_chat_template(
-            conversation.messages[:count],
-            tools=conversation.tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **conversation.arguments,
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        raise TemplateFault(f"the chat template refuses it ({first_line(error)})") from error
+    messages = conversation.messages[:count]
+
+    def apply(messages: list[dict[str, Any]]) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                messages,
+                tools=conversation.tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **conversation.arguments,
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise TemplateFault(f"the chat template refuses it ({first_line(error)})") from error
+        return text
+
+    text = apply(messages)
+    objects = [arguments for message in messages for arguments in arguments_of_calls(message)]
+    if any(str(arguments) in text for arguments in objects if arguments):
+        text = apply([with_arguments_as_text(message) for message in messages])
     return text
 
 
@@ -81,28 +101,52 @@ def require_read(tokenizer: Any, conversation: Conversation) -> None:
     Raises:
         TemplateFault: the template does not read the tools, an argument, or a key of a message.
     """
+    reserved = [name for name in conversation.arguments if name in _RESERVED]
+    if reserved:
+        raise TemplateFault(f"'chat_template_kwargs' must not hold '{reserved[0]}'; leave it out")
     names = [*conversation.arguments]
     if conversation.tools is not None:
         names.append("tools")
     for message in conversation.messages:
         names += [key for key in _MEANINGFUL if message.get(key)]
-        if message["role"] != "tool" and "name" in message:  # a tool's is told by its call
-            names.append("name")
-    if not names:
-        return
-    reserved = [name for name in names if name in _RESERVED]
-    if reserved:
-        raise TemplateFault(
-            f"'chat_template_kwargs' must hold arguments of the template's own, got "
-            f"'{reserved[0]}', which is set here"
-        )
-    source = tokenizer.get_chat_template(tools=conversation.tools)
     for name in names:
-        if not re.search(rf"\b{re.escape(name)}\b", source):
-            raise TemplateFault(
-                f"the chat template does not read '{name}', which the row has; give a template "
-                "that does as chat_template, or leave it out of the row"
-            )
+        if not re.search(rf"\b{re.escape(name)}\b", _source_of(tokenizer, conversation)):
+            raise _unread(f"'{name}'")
+    if not any(m["role"] in ("system", "tool") or "name" in m for m in conversation.messages):
+        return
+    text = render(tokenizer, conversation, len(conversation.messages), prompt=False)
+    for number, message in enumerate(conversation.messages):
+        role, content = message["role"], message["content"].strip()
+        if role != "tool" and "name" in message:  # a tool's is told by its call
+            _require_change(tokenizer, conversation, number, "name", text, f"the {role}'s 'name'")
+        if role in ("system", "tool") and content not in text:
+            _require_change(tokenizer, conversation, number, "content", text, f"the {role}'s words")
+
+
+def _require_change(
+    tokenizer: Any, conversation: Conversation, number: int, key: str, text: str, what: str
+) -> None:
+    """Refuse a message's key that changes nothing in the conversation's text."""
+    messages = [*conversation.messages]
+    messages[number] = {**messages[number], key: f"{messages[number][key]} {_ANSWER}"}
+    other = dataclasses.replace(conversation, messages=messages)
+    if render(tokenizer, other, len(messages), prompt=False) == text:
+        raise _unread(what)
+
+
+def _unread(what: str) -> TemplateFault:
+    return TemplateFault(
+        f"the chat template does not read {what}; give a template that does as chat_template, or "
+        "leave it out of the row"
+    )
+
+
+def _source_of(tokenizer: Any, conversation: Conversation) -> str:
+    try:
+        source: str = tokenizer.get_chat_template(tools=conversation.tools)
+    except ValueError as error:
+        raise TemplateFault(first_line(error)) from error
+    return source
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

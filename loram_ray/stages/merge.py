@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from loram_ray.adapter import copy_template
+from loram_ray.adapter import copy_template, own_template
 from loram_ray.architectures import Architecture
 from loram_ray.changes import Change, open_change
 from loram_ray.config import MergeConfig
+from loram_ray.corpus.templates import end_of_answer
 from loram_ray.errors import LoramError
 from loram_ray.layerwise.parity import parity_of
 from loram_ray.manifest import (
@@ -18,13 +20,17 @@ from loram_ray.manifest import (
     read_manifest,
     read_model_config,
     require_stage,
+    write_json,
 )
 from loram_ray.model_files import family_of, resolve_base, write_model_files
+from loram_ray.parsing import read_json
 from loram_ray.plan import PLAN_FILE
 from loram_ray.progress import Reporter, say
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.tokenizer import load_tokenizer
 
+GENERATION_FILE = "generation_config.json"
 _EXACT = 1e-3
 _MORE_THAN_ROUNDING = 10
 _FELT, _LOST = 0.1, 0.5
@@ -58,20 +64,56 @@ def merge(config: MergeConfig) -> StageResult:
         for name, module in targets.items():
             _require_shapes(change, module, checkpoint.specs[name])
 
+        ends = _learnt_ends(base, base_config, change.directory)
+
         def write(target: StageDirectory) -> None:
             rounded = _write(target, checkpoint, change, targets, family, config.max_shard_bytes)
+            if ends is not None:
+                write_json(target.path / GENERATION_FILE, ends)
             if config.parity:
                 _require_parity(target, base, change, family, rounded)
 
         return run_stage(
             config.output,
             "merge",
-            settings={"max_shard_bytes": config.max_shard_bytes},
+            settings={
+                "max_shard_bytes": config.max_shard_bytes,
+                **({} if ends is None else {"eos_token_id": ends["eos_token_id"]}),
+            },
             parents={"base": identity, "adapter": change.digest},
             base_fingerprint=identity,
             write=write,
             reads=(config.base, config.adapter),
         )
+
+
+def _learnt_ends(base: Path, config: dict[str, Any], adapter: Path) -> dict[str, Any] | None:
+    """Generation's settings with the token that closes a learnt answer, where they lack it.
+
+    Training on conversations teaches the token with which the chat template closes an answer; where
+    the base's settings do not end generation there, whoever serves the merged model runs past it.
+
+    Returns:
+        Content of the file of settings, or None where the base's own will do.
+    """
+    template = own_template(adapter)
+    try:
+        tokenizer = load_tokenizer(base, template, "merge.adapter")
+    except LoramError:
+        return None  # a base without a tokenizer: it is served with another's files
+    if not tokenizer.chat_template:
+        return None
+    path = base / GENERATION_FILE
+    settings: dict[str, Any] = read_json(path) if path.exists() else {}
+    if not settings:  # what transformers takes from config.json then
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: config[name] for name in names if config.get(name) is not None}
+    listed = settings.get("eos_token_id")
+    ends = [*listed] if isinstance(listed, list) else [] if listed is None else [listed]
+    closing = end_of_answer(tokenizer, ends)
+    if closing is None or closing in ends:
+        return None
+    return {**settings, "eos_token_id": [*ends, closing]}
 
 
 def _require_base(change: Change, identity: str, base: str) -> None:
