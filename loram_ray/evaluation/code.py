@@ -14,7 +14,7 @@ from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
 from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.prompts import good_rows, rows_of
-from loram_ray.evaluation.sandbox import Limits, Verdict, require_sandbox, run_program
+from loram_ray.evaluation.sandbox import Limits, Tests, Verdict, require_sandbox, run_program
 from loram_ray.evaluation.statistics import mean_and_error, pass_at_k
 from loram_ray.tokenizer import ids_to_continue
 
@@ -29,13 +29,13 @@ class Problem:
         place: ``file:line``.
         text: how the program begins.
         prompt: its token ids.
-        ending: what follows the generated part: tests, and their call.
+        tests: to test it by, apart from it.
     """
 
     place: str
     text: str
     prompt: list[int]
-    ending: str
+    tests: Tests
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Programs(Measurement):
 
         def run(number: int) -> Verdict:
             item = items[number]
-            return run_program(f"{item.text}{said[number]}\n{item.ending}", self.limits)
+            return run_program(f"{item.text}{said[number]}\n", self.limits, item.tests)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             verdicts = list(pool.map(run, range(len(items))))
@@ -132,7 +132,11 @@ def programs(
             place,
             row["prompt"],
             ids_to_continue(tokenizer, row["prompt"]),
-            f"{row['test']}\ncheck({row['entry_point']})\n",
+            Tests(
+                row["prompt"],
+                f"{row['test']}\ncheck({row['entry_point']})\n",
+                row["entry_point"],
+            ),
         )
         for place, row in rows
         for _ in range(config.samples)

@@ -1,20 +1,33 @@
-"""Running programs that nobody has read: each in a process of its own that can harm nothing.
+"""Running programs that nobody has read: each in processes of its own that can harm nothing.
 
 What a program may do is limited by the kernel, from inside its process (see `confined`); here it is
 started with an empty environment in an empty directory, watched, and ended. No privilege, container
 or other program is needed; Linux 5.13 or newer is.
+
+A program and its tests run in two processes (see `sandboxed`). The tests call the program as they
+would call a function: values are copied into its process, and its answers are copied back as plain
+data. The verdict is written by the tests' process, of which the program's process has no memory, no
+file descriptor and no secret. A program therefore passes by giving the right answers, and by
+nothing else: neither by an early exit, nor by what it does to the interpreter, to ``check`` or to
+``==``.
+
+What remains: answers learnt by heart; tests that accept anything (a bare ``except``, a comparison
+with an argument that the program may change); and objects of a class that only the program defines,
+which are compared with each other, though never with plain data, by its own methods. A program
+without tests (``tests=None``) passes by coming to its end, which only its own process can say: that
+is forged by a program that knows the messages of `sandboxed`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import os
 import platform
 import secrets
-import selectors
 import subprocess
 import sys
 import tempfile
@@ -22,14 +35,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.trial import Limits as Limits
+from loram_ray.evaluation.trial import Trial
+from loram_ray.evaluation.trial import Verdict as Verdict
 
 _CONFINED = Path(__file__).with_name("confined.py")
-_LOOK_EVERY_SECONDS = 0.05
-_MOST_OUTPUT, _TAIL = 2**20, 2000
-_MOST_FILES = 200
-_OPEN_FILES, _THREADS = 64, 64
+_OPEN_FILES = 64
+_USUAL = Limits()
 _READABLE = (
     "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero",
     "/dev/random", "/dev/urandom",
@@ -37,79 +52,49 @@ _READABLE = (
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a program has.
+class Tests:
+    """What a program is tested by.
 
     Attributes:
-        seconds: of the wall clock.
-        memory_mb: of address space, the interpreter's own (about 20) included.
-        files_mb: that it may keep in its directory.
+        prompt: how the program begins, as the benchmark gives it; what it defines in full (imports,
+            helper functions, classes) is defined for the tests as well, out of the program's reach.
+        source: of the tests, their call included, as in ``def check(candidate): ...``.
+        entry_point: expression for what they call; its names are taken from the program.
     """
 
-    seconds: float = 10.0
-    memory_mb: int = 1024
-    files_mb: int = 16
+    prompt: str
+    source: str
+    entry_point: str
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a program.
+def run_program(source: str, limits: Limits = _USUAL, tests: Tests | None = None) -> Verdict:
+    """Run a Python program in a sandbox, and its tests in another process.
 
-    Attributes:
-        passed: it came to its end.
-        reason: why not: what it raised, or which limit it met.
-        seconds: of the wall clock.
-    """
-
-    passed: bool
-    reason: str
-    seconds: float
-
-
-def run_program(source: str, limits: Limits = Limits()) -> Verdict:
-    """Run a Python program in a sandbox.
-
-    It passes if it comes to the end of its source without an exception; leaving early, even with
-    exit code 0, is not enough.
+    It passes if it comes to the end of its source without an exception, and its tests do as well;
+    leaving early, even with exit code 0, is not enough. It ends when its tests do, with all of its
+    threads.
 
     Args:
         source: of the program; the standard library is there, and nothing is on standard input.
-        limits: what it has.
-
-    Raises:
-        LoramError: this machine cannot confine a program.
+        limits: what each of the two processes may use.
+        tests: to test it by; without, its coming to its end is taken on its own word.
     """
-    mark = secrets.token_hex(16)
-    ending = f"\nimport os as _os\n_os.write(1, b'{mark}')\n"
     started = time.monotonic()
-    with _new_folder() as folder:
+    job = {"program": source, "tests": tests and dataclasses.asdict(tests)}
+    with _new_folder() as (path, folder), _pipe() as (verdicts, writing):
         process = subprocess.Popen(
-            _command(limits),
-            cwd=folder,
-            env={"HOME": folder, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
+            _command(limits, writing.fileno()),
+            cwd=path,
+            env={"HOME": path, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=[writing.fileno()],
         )
-        try:
-            assert process.stdin is not None
-            try:
-                process.stdin.write((source + ending).encode("utf-8", "surrogateescape"))
-                process.stdin.close()
-            except BrokenPipeError:
-                pass
-            met, said = _watch(process, Path(folder), started + limits.seconds, limits)
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-    seconds = time.monotonic() - started
-    text = said.decode("utf-8", "replace")
-    if met is None and process.returncode == 0 and mark in text:
-        return Verdict(True, "", seconds)
-    return Verdict(False, met or _reason(process.returncode, text.replace(mark, "")), seconds)
+        writing.close()
+        trial = Trial(process, verdicts, folder, limits)
+        return trial.run(json.dumps(job).encode() + b"\n", started + limits.seconds)
 
 
 @functools.cache
@@ -130,13 +115,23 @@ def require_sandbox() -> None:
 
 
 @contextlib.contextmanager
-def _new_folder() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="sandbox-")
+def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as read, open(writing, "wb", buffering=0) as write:
+        yield read, write
+
+
+@contextlib.contextmanager
+def _new_folder() -> Iterator[tuple[str, int]]:
+    """An empty directory: its path and a file descriptor of it."""
+    path = tempfile.mkdtemp(prefix="sandbox-")
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield folder
+        yield path, folder
     finally:
+        os.close(folder)
         with contextlib.suppress(OSError):  # what may be left harms no evaluation
-            _remove(folder)
+            _remove(path)
 
 
 def _remove(folder: str) -> None:
@@ -161,63 +156,17 @@ def _remove(folder: str) -> None:
     os.rmdir(folder)
 
 
-def _command(limits: Limits) -> list[str]:
-    told = {
+def _command(limits: Limits, verdict: int) -> list[str]:
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    settings = {
         "memory": limits.memory_mb * 10**6,
         "seconds": math.ceil(limits.seconds) + 1,
         "file": limits.files_mb * 10**6,
         "files": _OPEN_FILES,
-        "threads": _THREADS,
+        "readable": [sys.base_prefix, sys.prefix, *packages, *_READABLE],
+        "packages": packages,
+        "inside": str(Path(__file__).parent),
+        "parent": os.getpid(),
+        "verdict": verdict,
     }
-    readable = [sys.base_prefix, sys.prefix, *_READABLE]
-    return [sys.executable, "-I", "-B", str(_CONFINED), json.dumps(told), json.dumps(readable)]
-
-
-def _watch(
-    process: subprocess.Popen[bytes], folder: Path, until: float, limits: Limits
-) -> tuple[str | None, bytes]:
-    """Wait for the end; which limit was met, if any, and the end of what was said."""
-    assert process.stdout is not None
-    said, amount = b"", 0
-    os.set_blocking(process.stdout.fileno(), False)
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if selector.select(_LOOK_EVERY_SECONDS):
-                piece = process.stdout.read(_MOST_OUTPUT)
-                if piece == b"" and process.poll() is not None:
-                    return None, said
-                if piece == b"":  # it closed its output, and goes on
-                    time.sleep(_LOOK_EVERY_SECONDS)
-                amount += len(piece or b"")
-                said = (said + (piece or b""))[-_TAIL:]
-            if amount > _MOST_OUTPUT:
-                return f"it said more than {_MOST_OUTPUT:,} bytes", said
-            if time.monotonic() > until:
-                return f"it took longer than {limits.seconds:g} s", said
-            if _is_too_much(folder, limits.files_mb * 10**6):
-                return f"its files were more than {limits.files_mb} MB or {_MOST_FILES}", said
-
-
-def _is_too_much(folder: Path, most: int) -> bool:
-    """Whether there are too many files below a folder, or too large ones; looks at few."""
-    count = size = 0
-    for inside, directories, files in os.walk(folder):
-        for name in (*directories, *files):
-            count += 1
-            try:
-                size += os.lstat(os.path.join(inside, name)).st_size
-            except OSError:
-                continue
-            if count > _MOST_FILES or size > most:
-                return True
-    return False
-
-
-def _reason(code: int, said: str) -> str:
-    if code < 0:
-        return f"it was ended by signal {-code}"
-    lines = [line for line in said.strip().splitlines() if line.strip()]
-    if code == 0:
-        return "it left before its end"
-    return lines[-1][:200] if lines else f"it ended with exit code {code}"
+    return [sys.executable, "-I", "-S", "-B", str(_CONFINED), json.dumps(settings)]
