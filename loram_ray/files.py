@@ -154,6 +154,29 @@ def require_directory(path: Path) -> None:
         raise _in_the_way(path, kind_of_file(mode))
 
 
+def make_directory(path: Path, key: str) -> None:
+    """Make a directory that results are written to, with its parents, unless it is there.
+
+    Args:
+        path: the directory.
+        key: configuration key or option it was given under, for messages.
+
+    Raises:
+        LoramError: it cannot be made, or not written to.
+    """
+    reason = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    except ValueError as error:
+        reason = str(error)
+    if reason is not None:
+        raise LoramError(f"{key} must be a directory to write to, got {path} ({reason}); change it")
+
+
 def _not_regular(path: Path | str, kind: str) -> LoramError:
     return LoramError(f"{path} must be a regular file, got {kind}; replace it")
 

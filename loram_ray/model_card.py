@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from loram_ray.config import AlignConfig
+from loram_ray.config.publish import is_repo
 from loram_ray.corpus.sources import SourceInfo
+from loram_ray.errors import LoramError
 from loram_ray.manifest import Manifest
+from loram_ray.parsing import parse_yaml
 from loram_ray.plan import PruningPlan
+from loram_ray.printing import markdown
 from loram_ray.progress import HELD_OUT
+from loram_ray.results import markdown_table
 
 CARD_FILE = "README.md"
 SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
@@ -49,17 +54,19 @@ def model_card(
         f"{config.optimiser.warmup_steps} warm-up steps",
         "loss at the end": f"{last['loss']:.4g}",
     }
+    head = ("source", "share", "documents", "tokens", "perplexity held out, pruned", "aligned")
     corpus = [
-        f"| {source.name} | {source.share:.1%} | {source.documents:,} | {source.tokens:,} "
-        f"| {_perplexity(first.get(HELD_OUT + source.name))} "
-        f"| {_perplexity(last.get(HELD_OUT + source.name))} |"
+        (
+            source.name,
+            f"{source.share:.1%}",
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            _perplexity(first.get(HELD_OUT + source.name)),
+            _perplexity(last.get(HELD_OUT + source.name)),
+        )
         for source in sources
     ]
-    sections = [
-        "## Corpus",
-        "| source | share | documents | tokens | perplexity held out, pruned | aligned |\n"
-        "|---|---|---|---|---|---|\n" + "\n".join(corpus),
-    ]
+    sections = ["## Corpus", markdown_table(head, corpus)]
     name, kind = config.output.name, "pruned and aligned"
     return _card(name, kind, config.base, plan, rows, sections)
 
@@ -99,7 +106,7 @@ def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
     )
     title, _, rest = body.partition("\n")
     if title.startswith("# "):
-        body = f"# {name}\n{rest}"
+        body = f"# {markdown(name)}\n{rest}"
     before, use, after = body.partition(_USE)
     return f"{_yaml(head)}{before}{section}{use}{after}"
 
@@ -135,7 +142,7 @@ def _card(
         **({"base_model": named, "base_model_relation": "finetune"} if named else {}),
     }
     lines = [
-        f"{_yaml(head)}# {name}",
+        f"{_yaml(head)}# {markdown(name)}",
         f"A {kind} language model to train LoRA adapters on, by "
         "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained here is *recovered* to the "
         "shapes of the base and used with the base, which training never loads.",
@@ -157,15 +164,23 @@ def _yaml(head: dict[str, Any]) -> str:
 
 
 def _split_head(card: str) -> tuple[dict[str, Any], str]:
-    _, head, body = card.split("---\n", 2)
-    return yaml.safe_load(head), body.lstrip("\n")
+    """The YAML of a card and its text; a card of others may have no YAML, or no list of tags."""
+    before, _, rest = card.partition("---\n")
+    written, end, body = rest.partition("---\n")
+    if before.strip() or not end:
+        return {}, card
+    head = parse_yaml(written, f"the head of {CARD_FILE}")
+    if not isinstance(head, dict) or not isinstance(head.get("tags", []), list):
+        raise LoramError(
+            f"{CARD_FILE} must begin with keys and values between lines of ---, tags a list; "
+            "remove it or correct it"
+        )
+    return head, body.lstrip("\n")
 
 
 def hub_id(base: str | None) -> str | None:
     """The base, where it is named as on a hub: no path of a machine goes into a card."""
-    if base is None or Path(base).exists() or base.count("/") != 1 or base[0] in "/.~":
-        return None
-    return base
+    return base if base is not None and is_repo(base) and not os.path.exists(base) else None
 
 
 def _objective(config: AlignConfig) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from loram_ray.names import is_control
 
-_SPECIAL_IN_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$!&])")
+_SPECIAL_IN_MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~$!&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loram_ray.manifest import write_json
+from loram_ray.printing import markdown, plain
 
 RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
 
@@ -46,12 +47,25 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
             found |= {f"{key}.{inner}": of_it for inner, of_it in value.items()}
         else:
             found[key] = value
-    return found
+    return {key: plain(v) if isinstance(v, str) else v for key, v in found.items()}
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; bars in cells are escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], bold: str | None = None
+) -> str:
+    """A table in Markdown, whose cells are text and nothing else.
+
+    Args:
+        head: names of the columns.
+        rows: of cells.
+        bold: name of a column whose cells are printed bold.
+    """
+    shown = [
+        [
+            f"**{markdown(cell)}**" if name == bold else markdown(cell)
+            for name, cell in zip(head, row, strict=True)
+        ]
+        for row in rows
+    ]
+    lines = [list(map(markdown, head)), ["---"] * len(head), *shown]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

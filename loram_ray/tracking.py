@@ -18,6 +18,8 @@ from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, write_json
 
 _NOTE = "tracked.json"
+_NOT_IN_METRICS = re.compile(r"[^A-Za-z0-9_. :/-]")
+_LONGEST_METRIC = 250
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -99,11 +101,17 @@ class MLflow:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step."""
         for name, value in metrics.items():
-            self._client.log_metric(self._run, name, value, step=step)
+            self._client.log_metric(self._run, metric_of_mlflow(name), value, step=step)
 
     def close(self) -> None:
         """Say that the run has ended."""
         self._client.set_terminated(self._run)
+
+
+def metric_of_mlflow(name: str) -> str:
+    """A metric's name, which may hold a corpus source's, as MLflow takes it: it refuses others."""
+    parts = (part.strip(".") for part in _NOT_IN_METRICS.sub("_", name).split("/"))
+    return "/".join(filter(None, parts))[:_LONGEST_METRIC].rstrip("/")
 
 
 class Prometheus:
@@ -119,7 +127,7 @@ class Prometheus:
 
         for name, value in {"step": float(step), **metrics}.items():
             if name not in self._gauges:
-                safe = re.sub(r"\W", "_", f"loram_{self._stage}_{name}")
+                safe = re.sub(r"\W", "_", f"loram_{self._stage}_{name}", flags=re.ASCII)
                 self._gauges[name] = Gauge(safe, f"{name} of {self._stage}", tag_keys=("run",))
             self._gauges[name].set(value, tags={"run": self._name})
 

@@ -15,6 +15,7 @@ from loram_ray.actors import Actors
 from loram_ray.batching.tasks import Task, tasks_of
 from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, require_resources
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
+from loram_ray.files import make_directory
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import identify_model
 from loram_ray.model_files import family_of
@@ -66,7 +67,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
     family_of(config.model)
     identity = identify_model(config.model, "batch.model")
     require_recovery(config.model, config.correction, "batch.correction")
-    config.output.mkdir(parents=True, exist_ok=True)
+    make_directory(config.output, "batch.output")
     each = config.adapters_per_actor
     workers = min(config.actors, -(-len(tasks) // each))
     cpus = workers * config.cpus

@@ -35,6 +35,7 @@ from loram_ray.comparing.table import NAMES, as_markdown
 from loram_ray.config import CompareConfig, RunConfig, section_of
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.statistics import gain_kept, goodness
+from loram_ray.files import make_directory, write_whole
 from loram_ray.manifest import write_json
 from loram_ray.progress import say
 from loram_ray.results import write_results
@@ -77,7 +78,7 @@ def compare(run: RunConfig) -> ComparisonResult:
     config: CompareConfig = section_of(run, "compare")
     planned = comparison_of(run)
     others = read_scores(config.others, config.metric, planned.cells)
-    config.output.mkdir(parents=True, exist_ok=True)
+    make_directory(config.output, "compare.output")
     say("compare", f"{len(planned.steps)} stages, {len(planned.cells)} scores")
     with ray_session(run.ray, cpus_for_models(run)):
         done, failed = run_steps(
@@ -96,7 +97,7 @@ def compare(run: RunConfig) -> ComparisonResult:
     claims = claims_of(scores, config.metric)
     write_results(config.output, rows, _columns())
     write_json(config.output / CLAIMS_FILE, claims)
-    (config.output / PAGE_FILE).write_text(as_markdown(rows, claims, config.metric))
+    write_whole(config.output / PAGE_FILE, as_markdown(rows, claims, config.metric))
     return ComparisonResult(config.output, rows, claims, failed)
 
 

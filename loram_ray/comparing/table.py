@@ -88,9 +88,6 @@ def as_markdown(
         "95% interval (Student's t). Noise is what seeds change within a task; of one seed, what "
         "tasks differ by. *Seen*: the interval is above zero; *not seen*: below; *within noise*: "
         "it holds zero; *one pair*: of noise nothing is known.\n",
-        markdown_table(
-            CLAIM_COLUMNS,
-            [cells_of_claim({**claim, "seen": f"**{claim['seen']}**"}) for claim in claims],
-        ),
+        markdown_table(CLAIM_COLUMNS, map(cells_of_claim, claims), bold="what is seen"),
     ]
     return "\n".join(parts) + "\n"

@@ -11,7 +11,15 @@ from pydantic import Field, field_validator
 from loram_ray.config.section import Section
 
 _REPO_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_NOT_IN_REPOS = re.compile(r"--|\.\.|\.git$")
 _MAX_REPO_LENGTH = 96
+
+
+def is_repo(name: str) -> bool:
+    """Whether a name is ``owner/name`` as hubs have it."""
+    parts = name.split("/")
+    well_formed = len(parts) == 2 and all(_REPO_PART.fullmatch(part) for part in parts)
+    return well_formed and len(name) <= _MAX_REPO_LENGTH and not _NOT_IN_REPOS.search(name)
 
 
 class QuantizeConfig(Section):
@@ -58,9 +66,7 @@ class PublishConfig(Section):
     @field_validator("repo")
     @classmethod
     def _owner_and_name(cls, repo: str) -> str:
-        parts = repo.split("/")
-        well_formed = len(parts) == 2 and all(_REPO_PART.fullmatch(part) for part in parts)
-        if not well_formed or len(repo) > _MAX_REPO_LENGTH or re.search(r"--|\.\.|\.git$", repo):
+        if not is_repo(repo):
             raise ValueError(
                 f"must be owner/name, each of letters, digits, '-', '_' and '.', got {repo!r}; "
                 "e.g. --set publish.repo=my-organisation/my-model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy
 
 from loram_ray.errors import LoramError
+from loram_ray.names import slug
 from loram_ray.planning.gpus import GPUS
+from loram_ray.printing import plain
 
 _INK = "#13579b"  # stands for the page's own colour of text
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -21,6 +24,7 @@ _MARKERS = "osD^vPX*<"  # one more than colours, so that pairs do not come again
 _FAR = 1.5  # a perplexity so many times the base's is told beside the plot
 _POINTS, _BINS = 400, 30
 _MOST_CURVES = 12
+_LONGEST_LABEL = 60
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Figure:
     """A plot.
 
     Attributes:
-        name: of its file.
+        name: of its file, made of the one that was given.
         title: what it shows.
         says: how to read it, in a sentence.
         svg: with the text's colour as ``currentColor``, without a background.
@@ -84,7 +88,9 @@ def figure_of(
             "axes.spines.right": False,
             "legend.frameon": False,
         }
-        with rc_context(settings):
+        with rc_context(settings), warnings.catch_warnings():
+            # a character of a name that the font lacks: PNG has a box for it, SVG the text itself
+            warnings.filterwarnings("ignore", message=r"Glyph \d+")
             canvas = Canvas(figsize=size, layout="constrained")
             draw(canvas.add_subplot())
             buffer = io.BytesIO()
@@ -98,7 +104,15 @@ def figure_of(
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)  # it is as wide as there is room
     svg = f"{head}>{rest}"
     svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg)  # which several plots would share
-    return Figure(name, title, says, svg, drawn("#000000", "png", dpi=150))
+    return Figure(slug(name), title, says, svg, drawn("#000000", "png", dpi=150))
+
+
+def _label(text: str) -> str:
+    """Text in a plot: never a formula, never left out of a legend, on one line."""
+    shown = plain(text)
+    if len(shown) > _LONGEST_LABEL:
+        shown = f"{shown[: _LONGEST_LABEL - 1]}…"
+    return (f" {shown}" if shown.startswith("_") else shown).replace("$", r"\$")
 
 
 def curves(axes: Any, found: Sequence[Curve], label: str, log: bool = False) -> None:
@@ -115,10 +129,10 @@ def curves(axes: Any, found: Sequence[Curve], label: str, log: bool = False) -> 
                 linestyle="-" if number < len(COLOURS) else "--",
                 linewidth=1.4,
                 marker="o" if len(steps) < 3 else None,
-                label=curve.name,
+                label=_label(curve.name),
             )
     axes.legend(fontsize=8)
-    axes.set(xlabel="step", ylabel=label)
+    axes.set(xlabel="step", ylabel=_label(label))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if log:
         axes.set_yscale("log")
@@ -157,13 +171,13 @@ def _bands(axes: Any, found: Sequence[Curve]) -> None:
 def histogram(axes: Any, values: Sequence[float], label: str, unit: str) -> None:
     """How often a value is."""
     axes.hist(values, bins=min(_BINS, max(len(values) // 2, 5)), color=COLOURS[0])
-    axes.set(xlabel=label, ylabel=unit)
+    axes.set(xlabel=_label(label), ylabel=unit)
     axes.grid(alpha=0.25, axis="y")
 
 
 def memory(axes: Any, peaks: Sequence[tuple[str, float]]) -> None:
     """Peak memory of stages, in GB, against that of GPUs."""
-    names = [name for name, _ in peaks]
+    names = [_label(name) for name, _ in peaks]
     values = [gigabytes for _, gigabytes in peaks]
     axes.barh(range(len(peaks)), values, color=COLOURS[0], height=0.6)
     axes.set_yticks(range(len(peaks)), names)
@@ -182,7 +196,7 @@ def heat(axes: Any, shares: Any, names: tuple[str, str]) -> None:
     """Shares from 0 to 1: rows and columns of ``shares`` are what the names say."""
     image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=1,
                         interpolation="nearest", origin="lower")  # fmt: skip
-    axes.set(ylabel=names[0], xlabel=names[1])
+    axes.set(ylabel=_label(names[0]), xlabel=_label(names[1]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(image, ax=axes, label="share kept")
@@ -206,9 +220,9 @@ def bars(
             textcoords="offset points", va="center",
         )  # fmt: skip
     axes.margins(x=0.12)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [_label(name) for name, _, _ in rows])
     axes.invert_yaxis()
-    axes.set(xlabel=label)
+    axes.set(xlabel=_label(label))
     axes.grid(alpha=0.25, axis="x")
 
 
@@ -217,10 +231,10 @@ def dots(axes: Any, rows: Sequence[tuple[str, float, float | None]], label: str)
     errors = [0.0 if error is None else error for _, _, error in rows]
     axes.errorbar([value for _, value, _ in rows], range(len(rows)), xerr=errors, fmt="o",
                   color=COLOURS[0], ecolor=COLOURS[1], capsize=3)  # fmt: skip
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [_label(name) for name, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set(xlabel=f"{label} (logarithmic)")
+    axes.set(xlabel=f"{_label(label)} (logarithmic)")
     axes.grid(alpha=0.25, axis="x", which="both")
 
 
@@ -261,8 +275,8 @@ def quality(axes: Any, points: Sequence[Point], label: str, is_perplexity: bool)
             linestyle="-" if len(shown) > 1 else "none",
             linewidth=1.2,
             capsize=3,
-            label=f"{system} (far above: {far})" if far else system,
+            label=f"{_label(system)} (far above: {far})" if far else _label(system),
         )
-    axes.set(xlabel="reduction of the parameters trained on (base / model)", ylabel=label)
+    axes.set(xlabel="reduction of the parameters trained on (base / model)", ylabel=_label(label))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

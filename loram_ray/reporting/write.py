@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from loram_ray.files import make_directory, write_whole
+from loram_ray.printing import markdown, plain_lines
 from loram_ray.reporting.content import report_on
 from loram_ray.reporting.found import found_in
 from loram_ray.reporting.parts import Report
@@ -32,44 +34,43 @@ def report(directory: Path, output: Path | None = None) -> Path:
     """
     found = report_on(found_in(directory))
     output = output or directory / "report"
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output, "--output")
     for part in found.parts:
         for figure in part.figures:
-            _write(output / f"{figure.name}.png", figure.png)
-    _write(output / TEXT_FILE, as_markdown(found).encode())
-    _write(output / PAGE_FILE, as_html(found).encode())
+            write_whole(output / f"{figure.name}.png", figure.png)
+    write_whole(output / TEXT_FILE, as_markdown(found))
+    write_whole(output / PAGE_FILE, as_html(found))
     return output / PAGE_FILE
-
-
-def _write(path: Path, content: bytes) -> None:
-    sibling = path.with_name(f".{path.name}.{os.getpid()}")
-    sibling.write_bytes(content)
-    sibling.replace(path)
 
 
 def as_html(report: Report) -> str:
     """The page; what results say is escaped."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
     )
-    return environment.from_string(_TEMPLATE.read_text()).render(report=report)
+    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(report=report)
+
+
+def _shown(value: Any) -> Any:
+    """What an expression in the page becomes; markup stays, text has no control characters."""
+    return plain_lines(value) if type(value) is str else value
 
 
 def as_markdown(report: Report) -> str:
-    """The page as Markdown, with its plots as PNG files beside it."""
-    lines = [f"# {report.title}", "", f"State: {report.state}.", ""]
-    lines += [f"- {name}: {value}" for name, value in report.facts]
+    """The page as Markdown, with its plots as PNG files beside it; what results say is escaped."""
+    lines = [f"# {markdown(report.title)}", "", f"State: {markdown(report.state)}.", ""]
+    lines += [f"- {markdown(name)}: {markdown(value)}" for name, value in report.facts]
     if report.flow:
         flow = [[box.name, " · ".join(box.lines)] for box in report.flow]
         lines += ["", markdown_table(("stage", "what it made"), flow)]
     for part in report.parts:
-        lines += ["", f"## {part.title}", ""]
-        lines += [part.says, ""] if part.says else []
+        lines += ["", f"## {markdown(part.title)}", ""]
+        lines += [markdown(part.says), ""] if part.says else []
         for figure in part.figures:
             lines += [
-                f"![{figure.title}]({figure.name}.png)",
+                f"![{markdown(figure.title)}]({figure.name}.png)",
                 "",
-                f"{figure.title}. {figure.says}",
+                f"{markdown(figure.title)}. {markdown(figure.says)}",
                 "",
             ]
         for table in part.tables:

@@ -63,10 +63,11 @@ def publish(config: PublishConfig) -> PublishResult:
     earlier publication, are deleted in the same commit.
 
     Raises:
-        LoramError: not a finished directory, one that names paths of this machine, no token, or a
-            token that may not write there.
+        LoramError: not a finished directory, one that names paths of this machine or links to
+            them, no token, or a token that may not write there.
     """
     manifest = require_stage(config.directory, PUBLISHED, "publish.directory")
+    _refuse_links(config.directory, manifest)
     contents = _contents(config, manifest)
     _refuse_local_paths(config.directory, contents)
     if get_token() is None:
@@ -135,6 +136,17 @@ def _contents(config: PublishConfig, manifest: Manifest) -> dict[str, Path | byt
     described = replace(manifest, files={**manifest.files, **entries})
     contents[MANIFEST_FILE] = _json(asdict(described))
     return contents
+
+
+def _refuse_links(directory: Path, manifest: Manifest) -> None:
+    """Refuse files that lie elsewhere: whoever made the directory may have linked secrets."""
+    root = directory.resolve()
+    for name in (*manifest.files, MANIFEST_FILE):
+        if not (directory / name).resolve().is_relative_to(root):
+            raise LoramError(
+                f"publish.directory must hold its files itself, {directory / name} is a link to "
+                "another place; copy the file"
+            )
 
 
 def _refuse_local_paths(directory: Path, contents: dict[str, Path | bytes]) -> None:
