@@ -16,13 +16,15 @@ from test_scores import evaluation, naive_nll
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loram_ray.alignment.batches import to_device
-from loram_ray.config import CalibrationConfig
-from loram_ray.corpus.conversations import Document
+from loram_ray.config import CalibrationConfig, EvaluateConfig, TrainConfig
+from loram_ray.corpus.conversations import Document, forms_of
 from loram_ray.corpus.examples import tokenise_row
 from loram_ray.corpus.isolation import document_positions, openings
 from loram_ray.corpus.pack import PackedFile, pack, tokenise
+from loram_ray.evaluation.traits import settings_of_reading
 from loram_ray.losses import IGNORED
 from loram_ray.pruning.text import calibration_sequences
+from loram_ray.stages.train import _settings_of_rows
 from loram_ray.tokenizer import Frame, frame_of, ids_to_continue, load_tokenizer
 
 TEXTS = [row["text"] for row in tiny.texts(9)]
@@ -237,3 +239,54 @@ def test_a_conversation_begins_as_its_template_says(tmp_path: Path) -> None:
 def test_a_saved_tokenizer_begins_texts_as_it_did(tmp_path: Path) -> None:
     tokenizers_of.framed("<bos>").save_pretrained(tmp_path)
     assert frame_of(load_tokenizer(tmp_path)) == frame_of(tokenizers_of.framed("<bos>"))
+
+
+def test_identities_of_trainings_change_with_what_is_read_otherwise(tmp_path: Path) -> None:
+    """Of plain questions they do not, whatever the tokenizer: such outputs stay valid."""
+    plain = [{"prompt": "a", "completion": "b", "id": 3, "label": 1, "tools": None, "images": []}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    spaced = [{"prompt": "a", "completion": " b"}]
+    weighed = [{"messages": [messages[0], {**messages[1], "weight": 1}]}]
+    for rows, bad, bos, expected in (
+        (plain, 0.5, True, {}),
+        ([{"messages": messages}], 0.5, True, {}),
+        (tiny.texts(2), 0.5, False, {}),
+        (tiny.texts(2), 0.0, True, {"opening": [259], "closing": [0]}),
+        ([*plain, {**plain[0], "system": "s"}], 0.0, True, {"rows": ["columns"]}),
+        (weighed, 0.0, False, {"rows": ["columns"]}),
+        ([{**plain[0], "rejected": "c"}], 0.5, False, {"rows": ["columns"]}),
+        (spaced, 0.0, False, {}),  # refused before: there is no such output
+        (spaced, 0.5, False, {"rows": ["spaces"]}),
+    ):
+        model = tmp_path / f"model-{bos}"
+        (tokenizers_of.framed("<bos>") if bos else tiny.tokenizer()).save_pretrained(model)
+        data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+        config = TrainConfig(
+            model=model, data=str(data), output=tmp_path / "out", max_bad_share=bad
+        )
+        assert _settings_of_rows(forms_of(str(data), "train.data"), config) == expected, rows
+
+
+def test_identities_of_evaluations_change_with_what_is_scored_otherwise(tmp_path: Path) -> None:
+    data = str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.questions(2)))
+    text = {"sources": [{"path": str(tiny.write_jsonl(tmp_path / "t.jsonl", tiny.texts(2)))}]}
+
+    def found(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> dict[str, Any]:
+        config = EvaluateConfig.model_validate(
+            {"model": "m", "output": tmp_path / "out", **settings}
+        )
+        return settings_of_reading(config, tmp_path, tokenizer)
+
+    everything = {"data": data, "text": text, "exact_match": True}
+    bos = tokenizers_of.framed("<bos>")
+    assert found(tiny.tokenizer(), **everything) == {}
+    assert found(bos, data=data, exact_match=True) == {}
+    assert found(bos, text=text) == {"opening": [259], "closing": [0]}
+    llama2 = tokenizers_of.llama2()
+    llama2.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    assert found(llama2, data=data) == {}
+    assert found(llama2, data=data, exact_match=True) == {
+        "answers": ["no padding token", "decoded with the prompt"]
+    }
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 77]}')
+    assert found(tiny.tokenizer(), **everything) == {"answers": ["ended by 77"]}

@@ -11,6 +11,7 @@ from loram_ray.corpus.messages import (
     KEYS_OF_WEIGHT,
     BadMessages,
     checked_messages,
+    is_special,
     parsed,
     without_nulls,
 )
@@ -128,6 +129,43 @@ def conversations(
                 return
             read += 1
             yield row if isinstance(row, BadRow) else parse_row(*row)
+
+
+def forms_of(data: str, key: str) -> frozenset[str]:
+    """What the rows of files hold besides questions with answers.
+
+    Args:
+        data: a file, a directory, an address or a glob.
+        key: configuration key, for messages.
+
+    Returns:
+        ``text``: plain texts; ``columns``: columns or keys of messages that change what a row
+        means; ``spaces``: answers that begin with white space.
+    """
+    return frozenset(
+        form
+        for file in list_files(data, key, EXAMPLES)
+        for row in read_rows(file, _COLUMNS)
+        if not isinstance(row, BadRow)
+        for form in _forms_of_row(row[1])
+    )
+
+
+def _forms_of_row(row: dict[str, Any]) -> Iterator[str]:
+    found, messages = parse_row("", row), row.get("messages")
+    if isinstance(found, Document):
+        yield "text"
+        return
+    if isinstance(found, Conversation):
+        means_more = bool(found.tools or found.arguments or found.given)
+        if any(found.messages[number]["content"][:1].isspace() for number in found.learnt):
+            yield "spaces"
+    else:
+        refused = any(_is_refused(name, row) for name in _REFUSED)
+        means_more = refused or any(row.get(name) for name in _OF_TEMPLATES)
+    of_messages = isinstance(messages, list) and any(map(is_special, messages))
+    if means_more or of_messages or row.get("system") or row.get("history"):
+        yield "columns"
 
 
 def parse_row(place: str, row: dict[str, Any]) -> Conversation | Document | BadRow:

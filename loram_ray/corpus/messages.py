@@ -62,6 +62,15 @@ def checked_messages(messages: object) -> tuple[list[dict[str, Any]], frozenset[
     return checked[: learnt[-1] + 1], frozenset(n for n in answers if n in given and n < learnt[-1])
 
 
+def is_special(message: object) -> bool:
+    """Whether a message holds more than its role, and its content as text."""
+    if not isinstance(message, dict):
+        return False
+    keys = (*KEYS_OF_WEIGHT, *_CALLS, *_REFUSED, "name")
+    special = any(message.get(key) is not None for key in keys)
+    return special or message.get("role") == "tool" or isinstance(message.get("content"), list)
+
+
 def without_nulls(value: Any) -> Any:
     """Leave out what a table's columns have for every row and this one has not, at any depth."""
     if isinstance(value, dict):

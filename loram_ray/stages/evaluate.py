@@ -18,7 +18,8 @@ from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.measurement import Found, Scores
 from loram_ray.evaluation.measurements import name_of
-from loram_ray.evaluation.scoring import Plan, Scorer
+from loram_ray.evaluation.scoring import Plan, Scorer, tokenizer_of
+from loram_ray.evaluation.traits import settings_of_reading
 from loram_ray.manifest import (
     digest_of,
     hash_file,
@@ -71,10 +72,11 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
     if config.chat_template is not None:
         template = read_template(config.chat_template, "evaluate.chat_template")
         parents["chat_template"] = digest_of(template)
+    tokenizer = tokenizer_of(config.model_copy(update={"model": str(model)}))
     return run_stage(
         config.output,
         "evaluate",
-        settings=_settings(config),
+        settings={**_settings(config), **settings_of_reading(config, model, tokenizer)},
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, model, ray_config or RayConfig()),

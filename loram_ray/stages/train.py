@@ -5,10 +5,12 @@ What only the actor needs is imported there: transformers and PEFT take seconds.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from loram_ray.cluster import (
     run_in_actor,
 )
 from loram_ray.config import RayConfig, TextSource, TrainConfig
+from loram_ray.corpus.conversations import forms_of
 from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import digest_of, identify_model, read_manifest
@@ -28,7 +31,7 @@ from loram_ray.model_files import family_of
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import read_template
+from loram_ray.tokenizer import frame_of, load_tokenizer, read_template
 
 _OF_EVALUATION = {"eval_every", "patience"}
 _NOT_IN_IDENTITY = {
@@ -104,10 +107,15 @@ def train_by(
         template = read_template(config.chat_template, "train.chat_template")
         parents["chat_template"] = digest_of(template)
     left_out = _NOT_IN_IDENTITY | (set() if config.evaluates else _OF_EVALUATION)
+    settings = config.model_dump(mode="json", exclude=left_out)
+    for data, key in ((config.data, "train.data"), (config.eval_data, "train.eval_data")):
+        if data is not None:
+            forms = _forms_of(data, key, parents[key.removeprefix("train.")])
+            settings |= _settings_of_rows(forms, config)
     return run_stage(
         config.output,
         "train",
-        settings=config.model_dump(mode="json", exclude=left_out),
+        settings=settings,
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, training),
@@ -123,6 +131,19 @@ def digest_of_rows(data: str, key: str) -> str:
         key: of the configuration, to name.
     """
     return digest_of([hash_content(file.path) for file in list_files(data, key, EXAMPLES)])
+
+
+@functools.lru_cache(maxsize=64)
+def _forms_of(data: str, key: str, digest: str) -> frozenset[str]:
+    """`forms_of` rows, which many trainings may share; their digest tells them from others."""
+    return forms_of(data, key)
+
+
+def _settings_of_rows(forms: frozenset[str], config: TrainConfig) -> dict[str, Any]:
+    """What an identity holds of how rows are read: nothing of plain questions with answers."""
+    frame = frame_of(load_tokenizer(config.model)).settings if "text" in forms else {}
+    named = (forms - {"text"}) if config.max_bad_share else (forms & {"columns"})
+    return {**frame, **({"rows": sorted(named)} if named else {})}
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
