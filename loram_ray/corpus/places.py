@@ -1,0 +1,121 @@
+"""Places where files are: a path or an address, its file system, and what is below it."""
+
+from __future__ import annotations
+
+import functools
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyarrow import fs
+
+from loram_ray.corpus.splits import matches
+from loram_ray.errors import LoramError
+
+_STORES = ("s3", "gs", "hf", "file")
+_RETRY_SECONDS = 60
+
+
+class Place:
+    """A path taken apart: the scheme, what the file system calls it, and what is for that."""
+
+    def __init__(self, path: str) -> None:
+        scheme, separator, rest = path.partition("://")
+        if not separator:
+            self.scheme, self.inner, self._prefix, self._query = "", path, "", ""
+            return
+        if scheme not in _STORES:
+            stores = ", ".join(f"{store}://" for store in _STORES)
+            raise LoramError(f"{path} must be a local path or begin with {stores}; copy it there")
+        rest, mark, query = rest.partition("?")
+        authority, slash, key = rest.partition("/")
+        if scheme == "file" and authority:
+            raise LoramError(f"{path} must have three slashes after file:, and no host; mend it")
+        user, at, bucket = authority.rpartition("@")
+        self.scheme, self.inner = scheme, bucket + slash + key
+        self._prefix, self._query = f"{scheme}://{user}{at}", mark + query
+        self._authority = authority
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """The file system that the path is on."""
+        if self.scheme in ("", "file"):
+            return fs.LocalFileSystem()
+        return _store(self.scheme, self._authority, self._query)
+
+    def name_of(self, inner: str) -> str:
+        """Return how the user would name something on the same file system."""
+        return f"{self._prefix}{inner.removeprefix('./')}{self._query}"
+
+
+@functools.cache
+def _store(scheme: str, authority: str, query: str) -> fs.FileSystem:
+    if scheme == "hf":
+        from huggingface_hub import HfFileSystem
+
+        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+    if scheme == "gs" and "retry_limit_seconds=" not in query:
+        # by itself it would try for a quarter of an hour
+        query += ("&" if query else "?") + f"retry_limit_seconds={_RETRY_SECONDS}"
+    return fs.FileSystem.from_uri(f"{scheme}://{authority}{query}")[0]
+
+
+def matching(place: Place) -> list[fs.FileInfo]:
+    """Files that a glob matches; ``**`` stands for any number of folders."""
+    parts = place.inner.split("/")
+    plain = _plain_parts(place)
+    if plain == len(parts):
+        return []
+    base = folder_of(place)
+    skipped = len(base.rstrip("/")) + 1
+    return [
+        info
+        for info in walk(place, base, recursive=len(parts) - plain > 1 or parts[-1] == "**")
+        if matches(info.path[skipped:].split("/"), parts[plain:])
+    ]
+
+
+def walk(place: Place, base: str, recursive: bool = True) -> list[fs.FileInfo]:
+    """Files below a folder, hidden ones and those in hidden folders excepted."""
+    selector = fs.FileSelector(base, allow_not_found=True, recursive=recursive)
+    skipped = len(base.rstrip("/"))
+    return [
+        info
+        for info in place.filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File and "/." not in f"/{info.path[skipped:].lstrip('/')}"
+    ]
+
+
+def folder_of(place: Place) -> str:
+    """The folder below which a glob's files are."""
+    parts = place.inner.split("/")[: _plain_parts(place)]
+    return "/".join(parts) or ("/" if place.inner.startswith("/") else ".")
+
+
+def _plain_parts(place: Place) -> int:
+    """How many of a path's parts come before the first that is a pattern."""
+    parts = place.inner.split("/")
+    return next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+
+
+@contextmanager
+def saying_why(what: str) -> Iterator[None]:
+    """Turn a store's own error into one line.
+
+    Raises:
+        LoramError: ``what`` cannot be listed.
+    """
+    try:
+        yield
+    except LoramError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise LoramError(
+            f"{what} cannot be listed ({in_one_line(error):.300}); check the address, the "
+            "connection and your credentials"
+        ) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, without its line ends."""
+    return " ".join(str(error).split())
