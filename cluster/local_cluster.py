@@ -4,7 +4,7 @@
     python cluster/local_cluster.py --workers 3 --cpus 2
     python cluster/local_cluster.py --autoscale 3
 
-Its token is that of RAY_AUTH_TOKEN, or else a new one. It prints what other terminals have to set,
+Nothing of it listens on other addresses than loopback. Its token is that of RAY_AUTH_TOKEN, or else a new one. It prints what other terminals have to set,
 and runs until Ctrl-C, which ends its nodes and no other Ray. Nodes are processes: they share the
 machine's cores, and a "GPU" of theirs is only a number, there for trying out how work is placed
 (--gpus). With --autoscale, worker nodes come when work waits for them and go when they are idle, as
@@ -34,7 +34,16 @@ import yaml
 
 HOST = "127.0.0.1"
 _HEAD = "ray.head.default"  # as Ray's provider of such nodes calls it
-_RAY = Path(sys.executable).with_name("ray")
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where it is 0, Ray takes 127.0.0.1 for this machine's address, and listens on nothing else."""
+_RAY = """
+import ray._private.ray_constants as constants
+import ray._private.services as services
+services.resolve_ip_for_localhost = lambda host: host  # else it is what other machines see
+constants.ENABLE_RAY_CLUSTER = True  # for this process, which may join a cluster on loopback
+from ray.scripts.scripts import main
+main()
+"""
 _ATTEMPTS = 3
 
 
@@ -96,7 +105,11 @@ def cluster(
     if not token.exists():
         token.touch(mode=0o600)
         token.write_text(os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token.read_text(),
+        _LOOPBACK: "0",
+    }
     started = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **environment,
@@ -205,7 +218,7 @@ def _start(
         "runtime-env-agent",
         "metrics-export",
     )
-    line = [str(_RAY), "start", *arguments, "--block", "--disable-usage-stats"]
+    line = [sys.executable, "-c", _RAY, "start", *arguments, "--block", "--disable-usage-stats"]
     line += [f"--{name}-port={free_port()}" for name in ports]
     line += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free
     with log.open("wb") as output:
@@ -276,7 +289,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the session; default: a temporary one")
     options = parser.parse_args()
     workers = options.workers if options.workers is not None else 0 if options.autoscale else 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory("-loram")))
         local = stack.enter_context(
@@ -292,6 +306,7 @@ def main() -> None:
         )
         print("A cluster runs until Ctrl-C. In other terminals:\n")
         print(f"    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={local.folder / 'token'}")
+        print(f"    export {_LOOPBACK}=0    # it listens on loopback alone")
         print(
             f"    export RAY_ADDRESS={HOST}:{local.port} RAY_API_SERVER_ADDRESS={local.dashboard}"
         )

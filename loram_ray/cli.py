@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -18,7 +20,9 @@ from pydantic_core import PydanticUndefined
 import loram_ray
 from loram_ray import cli_jobs
 from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
-from loram_ray.errors import LoramError, on_a_place
+from loram_ray.errors import LoramError, on_a_place, one_line, root_of
+from loram_ray.interruption import Ending, Interruption
+from loram_ray.launchers import forget_launchers
 from loram_ray.printing import plain, show
 from loram_ray.streams import reader_is_gone, safe_streams
 from loram_ray.terminal import (
@@ -34,8 +38,6 @@ from loram_ray.terminal import (
     print_tasks,
     print_trials,
 )
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="loram",
@@ -438,6 +440,8 @@ def _questions(prompt: str | None) -> Iterator[str]:
 def main(*before: str) -> None:
     """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1.
 
+    An interruption is one line, too; the exit code says by which signal.
+
     Args:
         before: words of the command that come before those of the process.
     """
@@ -453,37 +457,43 @@ def _run_command(*before: str) -> None:
     sys.argv[1:1] = before
     # bitsandbytes warns that a kernel nobody asked for is not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        app()
-    except LoramError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        for line in error.lines:
-            print(plain(f"loram: {line}"), file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C
-            print("loram: interrupted; run the same command again to continue", file=sys.stderr)
-        raise
-    except Exception as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        cause = getattr(error, "cause", None)  # of an error in a Ray worker
-        place = on_a_place(cause if isinstance(cause, Exception) else error)
-        if place is not None:
-            print(plain(f"loram: {place}"), file=sys.stderr)
-            sys.exit(2)
-        print(plain(f"loram: failed: {_short(error)} (--debug shows more)"), file=sys.stderr)
-        sys.exit(1)
+    with Interruption() as interruption:
+        try:
+            forget_launchers()
+            app()
+        except BaseException as error:
+            if "--debug" in sys.argv and not isinstance(error, SystemExit):
+                traceback.print_exc()
+            if interruption.ending is not None:
+                _end(interruption.ending)
+            if isinstance(error, SystemExit):
+                raise
+            sys.exit(_tell(error))
 
 
-def _short(error: Exception) -> str:
-    """One line on an error; of an error in a Ray worker, the worker's own."""
-    cause = getattr(error, "cause", None)
-    shown = cause if isinstance(cause, Exception) else error
-    lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
-    ends = dict.fromkeys([*lines[:1], *lines[-1:]])  # a traceback's last line says what happened
-    return f"{type(shown).__name__}: {' '.join(ends)}"
+def _end(ending: Ending) -> None:
+    """End at once: threads that were interrupted must not go on while Python is taken down."""
+    print(f"loram: {ending.line}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(ending.code)
+
+
+def _tell(error: BaseException) -> int:
+    """Print an error, one line for each mistake; return the exit code."""
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    root = root_of(error)
+    if isinstance(root, LoramError):
+        code, lines = 2, [f"{line} ({notes})" if notes else line for line in root.lines]
+    elif (place := on_a_place(root)) is not None:
+        code, lines = 2, [place]
+    else:
+        more = f"--debug shows more; {notes}" if notes else "--debug shows more"
+        code, lines = 1, [f"failed: {one_line(error)} ({more})"]
+    for line in lines:
+        print(plain(f"loram: {' '.join(line.splitlines())}"), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from loram_ray.config import STAGES, load_run, section_of
 from loram_ray.errors import LoramError
+from loram_ray.interruption import current
 from loram_ray.printing import plain, show, without_colours
 from loram_ray.streams import reader_is_gone
 from loram_ray.submission import ADDRESS, Environment, Jobs, JobSpec, require_directory, run_job
@@ -115,14 +116,10 @@ def submit_command(
     def tell(job: str) -> None:
         began.append(job)
         _say(f"submitted {job} to {address}; loram jobs stop {job} stops it")
+        if (interruption := current()) is not None:
+            interruption.remedy = f"{job} goes on; loram jobs logs {job} --follow shows more"
 
-    try:
-        code = run_job(jobs, spec, _show, tell)
-    except KeyboardInterrupt:
-        if not began:
-            raise
-        _say(f"{began[-1]} goes on; loram jobs logs {began[-1]} --follow shows more")
-        raise typer.Exit(130) from None
+    code = run_job(jobs, spec, _show, tell)
     if code:
         _say(f"{began[-1]} ended with exit code {code}")
         raise typer.Exit(code)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loram_ray.config import RayConfig
+from loram_ray.embedded import authenticate, embedded_ray
 from loram_ray.errors import LoramError
+from loram_ray.joined import joined_ray
+from loram_ray.launchers import forget_launchers, without_launchers
 from loram_ray.progress import say
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _CPUS_FOR_DATA = 2
 _ROUNDING = 1e-9
@@ -40,7 +39,7 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
         cpus: logical CPUs that a stage's workers ask for, besides those of Ray Data.
 
     Raises:
-        LoramError: there is no cluster at the address.
+        LoramError: there is no cluster at the address, or it does not take the token.
     """
     before = _autoscaling.set(config.autoscaling)
     try:
@@ -52,39 +51,47 @@ def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
 
 @contextmanager
 def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
-    if config.address == "local":
-        _authenticate_embedded_ray()
+    local = config.address == "local"
+    if _is_initialised():
+        yield
+        return
+    if local:
+        authenticate()
+    else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    import ray
+    # Ray would print a stack where we print a line
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if ray.is_initialized():
+    options = {"runtime_env": _runtime_env(), "log_to_driver": False}
+    count = config.num_cpus or max(os.cpu_count() or 1, cpus + _CPUS_FOR_DATA)
+    with (
+        without_launchers(),
+        embedded_ray(count, options) if local else joined_ray(config.address, options),
+        # Ray prints what befalls nodes to standard output, where a command's result belongs.
+        redirect_stdout(sys.stderr),
+    ):
         yield
-        return
+
+
+def _is_initialised() -> bool:
+    """Whether this process has a Ray; one that has not even imported it has none."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What Ray's workers get: some of our variables, and none of a launcher's."""
     environment = {k: os.environ[k] for k in _WORKER_ENVIRONMENT if k in os.environ}
     for name in _job_variables():  # which workers have anyway, and Ray refuses to be told twice
         environment.pop(name, None)
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False}
-    if config.address == "local":
-        count = config.num_cpus or max(os.cpu_count() or 1, cpus + _CPUS_FOR_DATA)
-        options.update(num_cpus=count, include_dashboard=False)
-    else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
-    try:
-        ray.init(address=config.address, logging_level="ERROR", **options)
-    except (ConnectionError, ValueError) as error:
-        raise LoramError(
-            f"ray.address must be 'local' or a running cluster, got '{config.address}' ({error}); "
-            "start one or use 'local'"
-        ) from error
-    try:
-        # Ray prints what befalls nodes to standard output, where a command's result belongs.
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        ray.shutdown()
+    return {
+        "env_vars": environment,
+        "worker_process_setup_hook": f"{forget_launchers.__module__}.{forget_launchers.__name__}",
+    }
 
 
 def _job_variables() -> set[str]:
@@ -210,88 +217,3 @@ def require_shared(folder: Path, key: str) -> None:
 
 def _exists(path: str) -> bool:
     return Path(path).exists()
-
-
-def run_in_actor(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    cpus: int,
-    max_failures: int,
-    wait: Callable[[Callable[[float], bool]], None],
-    gpus: float = 1,
-) -> Any:
-    """Run a function in one Ray actor with a GPU where there is one, and return its result.
-
-    An actor that dies is replaced and the function called again, so it must resume by itself.
-
-    Args:
-        function: a function of a module (not a closure).
-        arguments: its arguments.
-        cpus: logical CPUs, and threads, of the actor.
-        max_failures: deaths survived.
-        wait: called with a function that waits some seconds and tells whether the work is done.
-        gpus: share of a GPU, where there is one.
-
-    Raises:
-        LoramError: the function raised it, or the actor died too often.
-    """
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    actor = actor_of(_Caller, cpus, gpus, max_failures).remote()
-    result = actor.call.remote(function, arguments)
-
-    def finished(seconds: float) -> bool:
-        return bool(ray.wait([result], timeout=seconds)[0])
-
-    try:
-        wait(finished)
-        return ray.get(result)
-    except RayTaskError as error:
-        raise cause_of(error) from error
-    except RayActorError as error:
-        raise LoramError(
-            f"the worker died more than max_failures = {max_failures} times ({error}); "
-            "see Ray's logs, often it is memory: lower micro_batch_size or max_length"
-        ) from error
-    finally:
-        ray.kill(actor)
-
-
-def actor_of(
-    kind: type, cpus: int, gpus: float, max_failures: int, calls_at_a_time: int = 1
-) -> Any:
-    """A class of actors of so many logical CPUs, and threads, with a share of a GPU, if any."""
-    import ray
-
-    return ray.remote(kind).options(
-        num_cpus=cpus,
-        num_gpus=gpus_per_worker(gpus),
-        max_restarts=max_failures,
-        max_task_retries=max_failures,
-        max_concurrency=calls_at_a_time,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus), "TOKENIZERS_PARALLELISM": "false"}},
-    )
-
-
-def cause_of(error: Any) -> BaseException:
-    """What was raised in a worker: our errors and the system's as they are, with their errno."""
-    found: BaseException = error
-    return error.cause if isinstance(error.cause, LoramError | OSError) else found
-
-
-class _Caller:
-    """The actor: calls what it is given."""
-
-    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        return function(*arguments)
-
-
-def _authenticate_embedded_ray() -> None:
-    """Give an embedded Ray a token of its own, unless the user has chosen otherwise.
-
-    Ray reads these when it is first imported; other users of the machine cannot connect without.
-    """
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 _OF_A_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.ENXIO, errno.ENOTEMPTY,
 )  # fmt: skip
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_DEPTH = 10  # of errors in errors
+_LONGEST = 600
 
 
 class LoramError(Exception):
@@ -27,6 +31,36 @@ class LoramError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.lines))
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The error that a worker raised, out of what Ray wraps it in."""
+    for _ in range(_DEPTH):
+        inside = [getattr(error, name, None) for name in ("cause", "_base_exc")]
+        inside += list((getattr(error, "worker_failures", None) or {}).values())
+        inside.append(getattr(error, "controller_failure", None))
+        inner = next((one for one in inside if isinstance(one, BaseException)), error)
+        if inner is error:
+            break
+        error = inner
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """An unexpected error in one line: its type and what it says; of a traceback the last line."""
+    root = root_of(error)
+    lines = [line.strip() for line in _COLOUR.sub("", str(root)).splitlines() if line.strip()]
+    if any(line.startswith("Traceback ") for line in lines):
+        lines = lines[-1:]
+    ends = dict.fromkeys([*lines[:1], *lines[-1:]])
+    kind = "" if isinstance(root, LoramError) else f"{type(root).__name__}: "
+    return shortened(f"{kind}{' '.join(ends)}".rstrip(": "))
+
+
+def shortened(text: str) -> str:
+    """A text in one line of a bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def first_line(error: BaseException) -> str:

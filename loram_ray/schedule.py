@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from loram_ray.errors import LoramError
+from loram_ray.errors import one_line
+
+_CLEANING = 10.0
+"""Seconds that threads have to clean up after an interruption."""
 
 
 class WorkerDied(Exception):
@@ -26,6 +30,7 @@ class Outcome:
         reason: why it failed.
         deaths: workers that died of it and of nothing else.
         details: results.
+        error: that made it fail, unless its worker died.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Outcome:
     reason: str = ""
     deaths: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 class Schedule:
@@ -125,8 +131,11 @@ def run_tasks(
     tick: Callable[[], None] = lambda: None,
     tasks_per_worker: int = 1,
     idle: Callable[[int], None] = lambda worker: None,
+    stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Work through a schedule, several tasks at a time; one that fails harms no other.
+
+    An interruption stops the workers and waits a moment for the threads, which clean up.
 
     Args:
         schedule: of the tasks.
@@ -137,6 +146,7 @@ def run_tasks(
         tick: called now and then while there is work.
         tasks_per_worker: tasks at a time in a worker.
         idle: told the number of a worker that gets no more task.
+        stop: ends all workers; called when the schedule ends before its tasks.
     """
     lock = threading.Lock()
     stopped = threading.Event()
@@ -164,8 +174,7 @@ def run_tasks(
         except Exception as error:
             if stopped.is_set():
                 return
-            kind = "" if isinstance(error, LoramError) else f"{type(error).__name__}: "
-            outcome = Outcome(name, "failed", f"{kind}{error}")
+            outcome = Outcome(name, "failed", one_line(error), error=error)
         with lock:
             ended(schedule.ended(outcome))
 
@@ -197,8 +206,12 @@ def run_tasks(
             while thread.is_alive():
                 thread.join(0.5)  # so that an interrupt is heard
                 tick()
+        if broken:
+            raise broken[0]
     except BaseException:
         stopped.set()
+        stop()
+        until = time.monotonic() + _CLEANING
+        for thread in threads:
+            thread.join(max(until - time.monotonic(), 0))
         raise
-    if broken:
-        raise broken[0]

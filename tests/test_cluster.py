@@ -198,6 +198,39 @@ def test_a_launched_cluster_asks_for_a_token_and_shows_no_dashboard(cloud: str) 
     assert "0.0.0.0" not in text and "--ray-client-server" not in text
 
 
+def test_nobody_outside_reaches_ssh_but_where_a_firewall_of_the_user_says_so() -> None:
+    """Azure's rules are Ray's own and let in everybody; AWS' and GCP's are the user's."""
+    azure, gcp, aws = (documents(cloud)[0] for cloud in ("azure", "gcp", "aws"))
+    assert azure["provider"]["use_internal_ips"] is True
+    assert "use_external_head_ip" not in azure["provider"]
+    for kind, node in gcp["available_node_types"].items():
+        (interface,) = node["node_config"]["networkInterfaces"]
+        assert "REPLACE" in interface["subnetwork"]
+        assert ("accessConfigs" in interface) == (kind == "head")
+    for node in aws["available_node_types"].values():
+        assert node["node_config"]["SecurityGroupIds"] == ["sg-REPLACE"]
+
+
+def test_azure_workers_cannot_ask_for_the_head_s_identity() -> None:
+    (config,) = documents("azure")
+    common = config["initialization_commands"]
+    for kind, node in config["available_node_types"].items():
+        if kind == "head":
+            assert "initialization_commands" not in node
+            continue
+        first, *others = node["initialization_commands"]
+        assert first == "sudo iptables -I OUTPUT -d 169.254.169.254 -j REJECT"
+        assert others == common  # which these replace
+
+
+def test_the_network_policy_names_the_operator_as_its_chart_labels_it() -> None:
+    """``kuberay-operator.selectorLabels`` of the chart: the chart's name."""
+    policy = next(one for one in documents("raycluster") if one["kind"] == "NetworkPolicy")
+    _, operator = policy["spec"]["ingress"][0]["from"]
+    labels = {"app.kubernetes.io/name": "kuberay-operator"}
+    assert operator["podSelector"]["matchLabels"] == labels
+
+
 def test_only_the_head_may_do_anything_in_the_account() -> None:
     (config,) = documents("aws")
     nodes = config["available_node_types"]

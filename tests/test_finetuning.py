@@ -254,7 +254,8 @@ import os, sys, threading, time
 from pathlib import Path
 
 import ray
-from loram_ray.cluster import gpus_per_worker, require_resources, run_in_actor
+from loram_ray.actors import run_in_actor
+from loram_ray.cluster import gpus_per_worker, require_resources
 
 def meet(folder, number, others):
     (folder / str(number)).touch()

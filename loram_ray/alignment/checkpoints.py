@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
 from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
+from loram_ray.scratch import remove_abandoned, temporary_directory
 
 TAG = "state"
 _ON_NVME = "offloaded_tensors"  # in DeepSpeed's checkpoints
@@ -34,6 +34,25 @@ class Progress:
 
     steps: int
     seconds: float
+
+
+def staging_prefix(storage: Path) -> str:
+    """Begins the names of the folders that a run's workers write their parts to first."""
+    return f"loram-staging-{hashlib.sha256(str(storage).encode()).hexdigest()[:16]}-"
+
+
+def remove_staging(storage: Path, staging: Path | None, seconds: float) -> None:
+    """Remove what workers that have been killed left on this machine.
+
+    Args:
+        storage: Ray Train's folder of the run.
+        staging: where their folders are; default: the system's directory for temporary files.
+        seconds: to wait for workers that are about to end.
+    """
+    until = time.monotonic() + seconds
+    parent = staging or temporary_directory()
+    while remove_abandoned(staging_prefix(storage), parent) and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 class FailedStep(LoramError):
@@ -113,21 +132,15 @@ class Checkpoints:
         storage: Ray Train's folder of the run, on storage that all workers share.
         worker: number of the worker.
         resumed_at: steps of the checkpoint that was loaded; 0 without one.
-        staging: folder on the worker's own disk, the system's temporary one by default.
+        staging: empty folder on the worker's own disk.
     """
 
-    def __init__(
-        self, storage: Path, worker: int, resumed_at: int, staging: Path | None = None
-    ) -> None:
-        self._storage = storage
-        run = hashlib.sha256(str(storage).encode()).hexdigest()[:16]
-        parent = staging or Path(tempfile.gettempdir())
-        self._staging = parent / f"loram-ray-{run}" / str(worker)
+    def __init__(self, storage: Path, worker: int, resumed_at: int, staging: Path) -> None:
+        self._storage, self._staging = storage, staging
         self._worker = worker
         self._copy_seconds = 0.0
         self._copied = threading.Event()
         self._copied.set()
-        shutil.rmtree(self._staging, ignore_errors=True)  # of an attempt that was killed
         if worker == 0:
             self._remove_unfinished(resumed_at)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.checkpoints import (
     FailedStep,
     complete_checkpoints,
+    remove_staging,
     step_of,
 )
 from loram_ray.alignment.loop import LoopSettings, train_loop
@@ -17,8 +19,11 @@ from loram_ray.alignment.whole_files import whole_files
 from loram_ray.cluster import gpus_per_worker
 from loram_ray.disk import FULL, full_disk
 from loram_ray.errors import LoramError
+from loram_ray.interruption import handlers_kept
 from loram_ray.progress import METRICS_FILE, Reporter, follow, last_step
 from loram_ray.tracking import tracking
+
+_ABORTING = 5.0  # seconds that workers have to end
 
 
 def fit(loop: LoopSettings) -> None:
@@ -30,8 +35,23 @@ def fit(loop: LoopSettings) -> None:
         LoramError: what the user can mend, which is not tried again.
         ray.train.TrainingFailedError: workers died more often than is survived.
     """
+    import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Leaves Ctrl-C to this process; Ray Train would take it until the process ends."""
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
+        def abort(self) -> None:
+            """Have the workers end; a Ray that this process did not start lives on."""
+            if self.controller is not None:
+                with suppress(Exception):
+                    ray.get(self.controller.abort.remote(), timeout=_ABORTING)
 
     class StopAtMistakes(ray.train.UserCallback):
         """Ends a run at once where another attempt would fail for the same reason."""
@@ -51,7 +71,7 @@ def fit(loop: LoopSettings) -> None:
                 raise mistake
 
     config, gpus = loop.config, gpus_per_worker()
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop,
         train_loop_config={"loop": loop},
         scaling_config=ray.train.ScalingConfig(
@@ -87,7 +107,11 @@ def fit(loop: LoopSettings) -> None:
         )
         watcher.start()
         try:
-            trainer.fit()
+            with handlers_kept():
+                trainer.fit()
+        except KeyboardInterrupt:
+            trainer.abort()
+            raise
         except ray.train.TrainingFailedError as error:
             failures = getattr(error, "worker_failures", {}).values()
             mistake = _mistake_in([*failures, getattr(error, "controller_failure", None)])
@@ -95,6 +119,7 @@ def fit(loop: LoopSettings) -> None:
         finally:
             ended.set()
             watcher.join()
+            remove_staging(loop.storage, config.staging_folder, _ABORTING)
 
 
 def _last_good(complete: dict[int, str], until: int) -> str:

@@ -19,6 +19,7 @@ from loram_ray.alignment.checkpoints import (
     Progress,
     last_checkpoint,
     naming_full_disks,
+    staging_prefix,
 )
 from loram_ray.alignment.deepspeed import export_partitioned
 from loram_ray.alignment.engine import start_engine
@@ -30,6 +31,7 @@ from loram_ray.losses import labelled
 from loram_ray.manifest import write_json
 from loram_ray.memory import peak_memory_gb
 from loram_ray.progress import HELD_OUT, METRICS_FILE, MetricsLog
+from loram_ray.scratch import scratch
 from loram_ray.waiting import alone
 
 OUTCOME_FILE = "outcome.json"
@@ -75,13 +77,15 @@ def train_loop(settings: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())
-    with alone(loop.work) if rank == 0 else nullcontext():
+    with (
+        alone(loop.work) if rank == 0 else nullcontext(),
+        scratch(staging_prefix(loop.storage), loop.config.staging_folder) as staging,
+    ):
         checkpoint, universal = last_checkpoint(loop.work, rank, workers)
         teacher = loop.inputs.teacher
         engine, progress = start_engine(
             loop.config, loop.deepspeed, teacher, workers, checkpoint, universal
         )
-        staging = loop.config.staging_folder
         checkpoints = Checkpoints(loop.storage, rank, progress.steps, staging)
         progress = _train(engine, loop, rank, workers, progress, checkpoints)
         partitioned = loop.config.zero_stage == 3

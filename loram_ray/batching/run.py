@@ -89,6 +89,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
                 state.show,
                 each,
                 actors.release,
+                actors.stop,
             )
         finally:
             actors.stop()

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from loram_ray.cluster import actor_of, gpus_per_worker, ray_session, require_resources
+from loram_ray.actors import actor_of, cause_of, death_of
+from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import CalibrationConfig, RayConfig
-from loram_ray.errors import LoramError
 from loram_ray.pruning.text import KEY
 from loram_ray.pruning.worker import CalibrationWorker, Setup
 
@@ -94,15 +94,9 @@ class RayPool:
         try:
             return self._ray.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, LoramError | OSError):
-                raise error.cause from error
-            raise
+            raise cause_of(error) from error
         except RayActorError as error:
-            why = str(error).partition("\n")[0]
-            raise LoramError(
-                f"a worker died more than prune.calibration.max_failures = {self._max_failures} "
-                f"times ({why}); often it is memory: lower prune.calibration.batch_size"
-            ) from error
+            raise death_of(error, f"{KEY}.max_failures", self._max_failures) from error
 
 
 def threads_of(config: CalibrationConfig) -> int:

@@ -198,7 +198,7 @@ def _write(
 
         def ended(outcome: Outcome) -> None:
             if outcome.state == "failed":
-                raise LoramError(outcome.reason)
+                raise outcome.error or LoramError(outcome.reason)
             show()
 
         def show() -> None:
@@ -209,7 +209,8 @@ def _write(
         try:
             size = actors.call(0, "size")
             names = [*([_HARNESS] if harness.waits else []), *waiting]
-            run_tasks(Schedule(names, config.max_failures), workers, work, ended, show)
+            schedule = Schedule(names, config.max_failures)
+            run_tasks(schedule, workers, work, ended, show, stop=actors.stop)
         finally:
             actors.stop()
     scores = {**size, **plan.scores(record.found), **harness.scores, "seconds": record.seconds}

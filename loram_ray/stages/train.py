@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from loram_ray.actors import run_in_actor
 from loram_ray.adapter import TEMPLATE_FILE
 from loram_ray.cluster import (
     advise_precision,
     gpus_per_worker,
     ray_session,
     require_resources,
-    run_in_actor,
 )
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.conversations import forms_of

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from loram_ray.actors import run_in_actor
 from loram_ray.cluster import (
     advise_precision,
     gpus_per_worker,
     ray_session,
     require_resources,
-    run_in_actor,
 )
 from loram_ray.config import (
     AlignConfig,

@@ -1,0 +1,221 @@
+"""Signals that end a command: one exception in the main thread, one line, one exit code.
+
+The first signal raises `Interrupted` in the main thread, so that stages and Ray end in order. A
+second one, or cleaning up that takes too long, ends the process and its children at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CONTINUE = "run the same command again to continue"
+_SETTLING = 1.0
+"""Seconds in which a second signal is the first: some send it to a process and to its group."""
+_PATIENCE = 30.0
+"""Seconds that cleaning up may take."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command must end now.
+
+    A `KeyboardInterrupt`, the only exception that Ray passes on out of ``ray.get``.
+    """
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an interrupted command ends.
+
+    Attributes:
+        line: printed on standard error.
+        code: exit code.
+    """
+
+    line: str
+    code: int
+
+
+class Interruption:
+    """Handles this process's signals inside its block.
+
+    Signals that were ignored before stay ignored: ``nohup`` and shells ignore some on purpose.
+
+    Attributes:
+        ending: how the command ends, or None as long as nothing ends it.
+        remedy: what to do after an interruption; part of the line.
+    """
+
+    def __init__(self) -> None:
+        self.ending: Ending | None = None
+        self.remedy = CONTINUE
+        self._since = 0.0
+        self._raised = False
+        self._handlers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Interruption:
+        global _current
+        _current = self
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._received)
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._not_raised
+        threading.Thread(target=self._watch, args=(self._reading,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _current
+        _current = None
+        self._raised = True
+        sys.unraisablehook = self._unraisable
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._writing.close()
+
+    def fail(self, line: str, code: int = 1) -> None:
+        """End the command for another reason than a signal; may be called in any thread.
+
+        Args:
+            line: printed on standard error.
+            code: exit code.
+        """
+        self._end(Ending(line, code))
+        main = threading.main_thread().ident
+        if self._handlers and main is not None:
+            signal.pthread_kill(main, next(iter(self._handlers)))
+
+    def handler(self, number: int) -> Any:
+        """This object's handler of a signal, or None if it does not handle it."""
+        return self._received if number in self._handlers else None
+
+    def _end(self, ending: Ending) -> bool:
+        """Decide how the command ends; False if that was decided before."""
+        with self._lock:
+            if self.ending is not None:
+                return False
+            self.ending, self._since = ending, time.monotonic()
+            return True
+
+    def _by(self, number: int) -> Ending:
+        name = signal.Signals(number).name
+        return Ending(f"interrupted by {name}; {self.remedy}", 128 + number)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if self._raised:
+            return
+        self._raised = True
+        if self.ending is None:
+            self._end(self._by(number))
+        assert self.ending is not None
+        raise Interrupted(self.ending.line)
+
+    def _not_raised(self, unraisable: Any) -> None:
+        """Raise the exception again if Python could not raise it where the signal found it."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._unraisable(unraisable)
+            return
+        self._raised = False
+        main = threading.main_thread().ident
+        again = (main, next(iter(self._handlers)))
+        threading.Timer(0.1, lambda: signal.pthread_kill(*again)).start()  # type: ignore[arg-type]
+
+    def _watch(self, reading: socket.socket) -> None:
+        """See each signal at once, even while the main thread is inside C code."""
+        while True:
+            left = None
+            if self.ending is not None:
+                left = max(self._since + _PATIENCE - time.monotonic(), 0.0)
+            ready, _, _ = select.select([reading], [], [], left)
+            numbers = reading.recv(64) if ready else b""
+            if ready and not numbers:
+                reading.close()
+                return  # the block has ended
+            for number in numbers:
+                if number in self._handlers and not self._end(self._by(number)):
+                    self._exit_after(_SETTLING)
+            if not ready and self.ending is not None:
+                self._exit_after(_PATIENCE)
+
+    def _exit_after(self, seconds: float) -> None:
+        """End the process and its children at once, if the ending was decided so long ago."""
+        assert self.ending is not None
+        if time.monotonic() - self._since < seconds:
+            return
+        with contextlib.suppress(Exception):
+            print(f"loram: {self.ending.line}", file=sys.stderr, flush=True)
+        end_processes(descendants())
+        os._exit(self.ending.code)
+
+
+_current: Interruption | None = None
+
+
+def current() -> Interruption | None:
+    """The `Interruption` whose block the process is in."""
+    return _current
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Give back the signal handlers that code in the block replaces.
+
+    A default action is left to the replacement, which at least cleans up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler not in (signal.SIG_DFL, None):
+                signal.signal(number, handler)
+
+
+def descendants() -> list[Any]:
+    """All processes that this one started, and those that they started, as psutil's."""
+    import psutil
+
+    try:
+        return psutil.Process().children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def end_processes(processes: list[Any], seconds: float = 0.0) -> None:
+    """Kill processes that do not end by themselves.
+
+    Args:
+        processes: psutil's; those that have ended are passed over.
+        seconds: to wait for them first.
+    """
+    import psutil
+
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)

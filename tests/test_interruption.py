@@ -1,0 +1,150 @@
+"""Signals end each command with one line, one exit code, and nothing left; the same goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import yaml
+from commands import Command, contents, has_bytes, lines_in, write_run
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+Moment = Callable[[Path, Command], bool]
+
+
+def _partial(name: str) -> Moment:
+    return lambda out, command: has_bytes(out / f".{name}.partial")
+
+
+def _steps(name: str, count: int = 3) -> Moment:
+    return lambda out, command: lines_in(out / f".{name}.work" / "metrics.jsonl") >= count
+
+
+def _starting(out: Path, command: Command) -> bool:
+    return any("gcs_server" in process.name() for process in command.processes())
+
+
+# stage, the moment of the signal
+MOMENTS: dict[str, tuple[str, Moment]] = {
+    "prune": ("prune", lambda out, c: has_bytes(out / ".pruned.work")),
+    "Ray starts": ("prune", _starting),
+    "corpus": ("align", lambda out, c: (out / ".aligned_corpus.work").exists()),
+    "align": ("align", _steps("aligned")),
+    "train": ("train", _steps("adapter_pruned")),
+    "recover": ("recover", _partial("adapter")),
+    "merge": ("merge", _partial("merged")),
+    "evaluate": ("evaluate", lambda out, c: (out / "evaluation" / ".loram.work").exists()),
+}
+"""Where a signal is sent."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was left alone, on a model large enough to be hit while it is written."""
+    folder = tmp_path_factory.mktemp("finished")
+    sizes = {"hidden": 256, "head_dim": 32, "intermediate": 1024, "layers": 4}
+    base = tiny.write_base(folder / "base", **sizes)
+    write_run(folder, base, steps=40)
+    command = Command(folder, "run", "--config", "run.yaml")
+    assert command.end(600) == 0, command.err[-2000:]
+    return folder
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A temporary directory of its own for the command, short enough for sockets."""
+    folder = Path("/tmp") / f"l{os.getpid() % 10**6}-{abs(hash(tmp_path)) % 10**6}"
+    folder.mkdir(mode=0o700)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def copy_until(finished: Path, stage: str, folder: Path) -> None:
+    """The run as it was before a stage."""
+    made = {
+        "prune": (),
+        "align": ("pruned",),
+        "train": ("pruned", "aligned"),
+        "recover": ("pruned", "aligned", "adapter_pruned"),
+        "merge": ("pruned", "aligned", "adapter_pruned", "adapter"),
+        "evaluate": ("pruned", "aligned", "adapter_pruned", "adapter", "merged"),
+    }[stage]
+    for name in ("run.yaml", "data.jsonl", "text.jsonl"):
+        shutil.copy(finished / name, folder / name)
+    for name in made:
+        shutil.copytree(finished / "out" / name, folder / "out" / name)
+
+
+OUTPUTS = {
+    "prune": "pruned",
+    "align": "aligned",
+    "train": "adapter_pruned",
+    "recover": "adapter",
+    "merge": "merged",
+    "evaluate": "evaluation/loram",
+}
+
+
+def assert_interrupted(command: Command, number: signal.Signals, scratch: Path) -> None:
+    code = command.end(90)
+    line = f"loram: interrupted by {number.name}; run the same command again to continue"
+    assert (code, command.own_lines()) == (128 + number, [line]), command.err[-3000:]
+    rest = [text for text in command.err.splitlines() if not text.startswith("loram: ")]
+    assert not [text for text in rest if not is_progress(text)], command.err[-3000:]
+    deadline = time.monotonic() + 5
+    while (left := command.processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    assert not list(scratch.iterdir())
+
+
+def is_progress(line: str) -> bool:
+    return line.split()[0] in (*OUTPUTS, "corpus", "batch", "sweep", "run", "calibration", "targets")
+
+
+def _cases() -> list[object]:
+    """All signals in all stages; the default tests have each once."""
+    cases: list[object] = []
+    for number, place in enumerate(MOMENTS):
+        for turn, which in enumerate(SIGNALS):
+            group = (number + turn) % 2 == 0
+            marks = [pytest.mark.slow, pytest.mark.timeout(600)]
+            if turn != number % 3:
+                marks.append(pytest.mark.thorough)
+            name = f"{place}-{which.name}-{'group' if group else 'process'}"
+            cases.append(pytest.param(place, which, group, marks=marks, id=name))
+    return cases
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("place", "number", "group"), _cases())
+def test_a_signal_in_a_stage_is_one_line_and_the_same_command_goes_on(
+    finished: Path, tmp_path: Path, scratch: Path, place: str, number: signal.Signals, group: bool
+) -> None:
+    stage, reached = MOMENTS[place]
+    copy_until(finished, stage, tmp_path)
+    command = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
+    try:
+        command.when(lambda: reached(tmp_path / "out", command))
+        command.send(number, group)
+        assert_interrupted(command, number, scratch)
+    finally:
+        command.kill()
+    output = tmp_path / "out" / OUTPUTS[stage]
+    assert not output.exists()
+    assert not list(output.parent.glob(".*.partial"))
+    again = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
+    assert again.end() == 0, again.err[-2000:]
+    assert not list(scratch.iterdir())
+    if stage != "evaluate":
+        assert contents(output) == contents(finished / "out" / OUTPUTS[stage])

@@ -1,0 +1,125 @@
+"""What listens where: an embedded Ray and a local cluster on loopback, and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import local_cluster
+import psutil
+import pytest
+
+EMBEDDED = """
+from loram_ray.cluster import ray_session
+from loram_ray.config import RayConfig
+
+class Worker:
+    def ready(self):
+        return True
+
+with ray_session(RayConfig(num_cpus=2)):
+    import ray
+    assert ray.get(ray.remote(Worker).remote().ready.remote())
+    print("ready", file=__import__("sys").__stdout__, flush=True)
+    input()
+"""
+JOINING = """
+import os, sys
+from loram_ray.cluster import ray_session
+from loram_ray.config import RayConfig
+with ray_session(RayConfig(address=sys.argv[1])):
+    import ray
+    print(len(ray.nodes()), file=sys.__stdout__, flush=True)
+    input()
+"""
+
+
+def elsewhere(processes: list[psutil.Process]) -> list[str]:
+    """Addresses that processes listen on and other machines may reach."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("inet"):
+                if connection.status not in (psutil.CONN_LISTEN, psutil.CONN_NONE):
+                    continue
+                if connection.status == psutil.CONN_NONE and not connection.laddr:
+                    continue
+                address = ipaddress.ip_address(connection.laddr.ip)
+                address = getattr(address, "ipv4_mapped", None) or address
+                if not address.is_loopback:
+                    found.append(f"{process.name()} {connection.laddr}")
+    return found
+
+
+def listeners(processes: list[psutil.Process]) -> int:
+    return sum(
+        connection.status == psutil.CONN_LISTEN
+        for process in processes
+        for connection in process.net_connections("inet")
+    )
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(180)
+def test_an_embedded_ray_listens_on_loopback_alone_and_leaves_nothing(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="l") as scratch:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment["TMPDIR"] = scratch
+        driver = subprocess.Popen(
+            [sys.executable, "-c", EMBEDDED],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        assert driver.stdin is not None and driver.stdout is not None
+        try:
+            assert driver.stdout.readline() == "ready\n"
+            ours = psutil.Process(driver.pid)
+            processes = [ours, *ours.children(recursive=True)]
+            assert listeners(processes) >= 5
+            assert elsewhere(processes) == []
+            (folder,) = Path(scratch).iterdir()
+            assert folder.stat().st_mode & 0o777 == 0o700
+            driver.communicate("\n")
+            assert driver.returncode == 0
+        finally:
+            driver.kill()
+        assert not [process for process in processes if process.is_running()]
+        assert not list(Path(scratch).iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_local_cluster_listens_on_loopback_alone_and_is_joined_there() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="loram-") as folder,
+        local_cluster.cluster(Path(folder), workers=1) as local,
+    ):
+        # without what the printed exports say of loopback: `ray_session` finds out
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment |= {k: v for k, v in local.environment.items() if k.startswith("RAY_AUTH")}
+        driver = subprocess.Popen(
+            [sys.executable, "-c", JOINING, f"127.0.0.1:{local.port}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        assert driver.stdout is not None
+        try:
+            assert driver.stdout.readline() == "2\n"
+            ours = psutil.Process()
+            processes = [p for p in ours.children(recursive=True) if p.is_running()]
+            assert listeners(processes) >= 8
+            assert elsewhere(processes) == []
+            driver.communicate("\n")
+            assert driver.returncode == 0
+        finally:
+            driver.kill()
