@@ -4,11 +4,11 @@
     python cluster/local_cluster.py --workers 3 --cpus 2
     python cluster/local_cluster.py --autoscale 3
 
-Nothing of it listens on other addresses than loopback. Its token is that of RAY_AUTH_TOKEN, or else a new one. It prints what other terminals have to set,
-and runs until Ctrl-C, which ends its nodes and no other Ray. Nodes are processes: they share the
-machine's cores, and a "GPU" of theirs is only a number, there for trying out how work is placed
-(--gpus). With --autoscale, worker nodes come when work waits for them and go when they are idle, as
-in a cloud.
+Nothing of it listens on other addresses than loopback. Its token is that of RAY_AUTH_TOKEN, or else
+a new one. It prints what other terminals have to set, and runs until Ctrl-C, which ends its nodes
+and no other Ray. Nodes are processes: they share the machine's cores, and a "GPU" of theirs is only
+a number, there for trying out how work is placed (--gpus). With --autoscale, worker nodes come when
+work waits for them and go when they are idle, as in a cloud.
 """
 
 from __future__ import annotations

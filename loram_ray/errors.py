@@ -49,12 +49,13 @@ def root_of(error: BaseException) -> BaseException:
 def one_line(error: BaseException) -> str:
     """An unexpected error in one line: its type and what it says; of a traceback the last line."""
     root = root_of(error)
+    if isinstance(root, LoramError):
+        return " ".join(line.strip() for line in str(root).splitlines())
     lines = [line.strip() for line in _COLOUR.sub("", str(root)).splitlines() if line.strip()]
-    if any(line.startswith("Traceback ") for line in lines):
+    if any(line.startswith(("Traceback (", 'File "')) for line in lines):
         lines = lines[-1:]
     ends = dict.fromkeys([*lines[:1], *lines[-1:]])
-    kind = "" if isinstance(root, LoramError) else f"{type(root).__name__}: "
-    return shortened(f"{kind}{' '.join(ends)}".rstrip(": "))
+    return shortened(f"{type(root).__name__}: {' '.join(ends)}".rstrip(": "))
 
 
 def shortened(text: str) -> str:

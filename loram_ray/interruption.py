@@ -7,6 +7,7 @@ second one, or cleaning up that takes too long, ends the process and its childre
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CONTINUE = "run the same command again to continue"
@@ -47,6 +48,47 @@ class Ending:
     code: int
 
 
+class _OfMainThread(io.TextIOBase):
+    """A stream that only the main thread writes to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if threading.current_thread() is threading.main_thread():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+def _duplicate(descriptor: int) -> int | None:
+    """A copy of a file descriptor, or None if it is closed."""
+    try:
+        return os.dup(descriptor)
+    except OSError:
+        return None
+
+
+def _mute_others() -> None:
+    """Leave standard error to the main thread.
+
+    Others, Ray's and those of its C++ code above all, tell at length what an interruption does to
+    them.
+    """
+    stream = sys.stderr
+    if stream is sys.__stderr__:
+        stream = open(os.dup(2), "w", buffering=1)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+    sys.stdout = _OfMainThread(sys.stdout)  # type: ignore[assignment]
+    sys.stderr = _OfMainThread(stream)  # type: ignore[assignment]
+
+
 class Interruption:
     """Handles this process's signals inside its block.
 
@@ -74,6 +116,7 @@ class Interruption:
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        self._stderr = _duplicate(2)
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._not_raised
         threading.Thread(target=self._watch, args=(self._reading,), daemon=True).start()
@@ -93,6 +136,8 @@ class Interruption:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._writing.close()
+        if self._stderr is not None:
+            os.close(self._stderr)
 
     def fail(self, line: str, code: int = 1) -> None:
         """End the command for another reason than a signal; may be called in any thread.
@@ -129,6 +174,8 @@ class Interruption:
         if self.ending is None:
             self._end(self._by(number))
         assert self.ending is not None
+        with contextlib.suppress(OSError, ValueError):  # they may be closed
+            _mute_others()
         raise Interrupted(self.ending.line)
 
     def _not_raised(self, unraisable: Any) -> None:
@@ -164,7 +211,8 @@ class Interruption:
         if time.monotonic() - self._since < seconds:
             return
         with contextlib.suppress(Exception):
-            print(f"loram: {self.ending.line}", file=sys.stderr, flush=True)
+            if self._stderr is not None:
+                os.write(self._stderr, f"loram: {self.ending.line}\n".encode())
         end_processes(descendants())
         os._exit(self.ending.code)
 

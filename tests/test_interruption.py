@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import tiny
-import yaml
 from commands import Command, contents, has_bytes, lines_in, write_run
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -109,7 +104,15 @@ def assert_interrupted(command: Command, number: signal.Signals, scratch: Path) 
 
 
 def is_progress(line: str) -> bool:
-    return line.split()[0] in (*OUTPUTS, "corpus", "batch", "sweep", "run", "calibration", "targets")
+    return line.split()[0] in (
+        *OUTPUTS,
+        "corpus",
+        "batch",
+        "sweep",
+        "run",
+        "calibration",
+        "targets",
+    )
 
 
 def _cases() -> list[object]:
