@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402, I001 - signals come first: the imports below take seconds
+from loram_ray.interruption import Ending, Interruption, end_early
+
+end_early()
+
 import inspect
 import logging
 import os
@@ -21,7 +26,6 @@ import loram_ray
 from loram_ray import cli_jobs
 from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
 from loram_ray.errors import LoramError, on_a_place, one_line, root_of
-from loram_ray.interruption import Ending, Interruption
 from loram_ray.launchers import forget_launchers
 from loram_ray.printing import plain, show
 from loram_ray.streams import reader_is_gone, safe_streams

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -81,12 +82,20 @@ def _mute_others() -> None:
     them.
     """
     stream = sys.stderr
-    if stream is sys.__stderr__:
-        stream = open(os.dup(2), "w", buffering=1)
+    if _descriptor_of(stream) == 2:
+        stream = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
     sys.stdout = _OfMainThread(sys.stdout)  # type: ignore[assignment]
     sys.stderr = _OfMainThread(stream)  # type: ignore[assignment]
+
+
+def _descriptor_of(stream: TextIO) -> int | None:
+    """The file descriptor that a stream writes to, if it writes to one."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 class Interruption:
@@ -163,16 +172,12 @@ class Interruption:
             self.ending, self._since = ending, time.monotonic()
             return True
 
-    def _by(self, number: int) -> Ending:
-        name = signal.Signals(number).name
-        return Ending(f"interrupted by {name}; {self.remedy}", 128 + number)
-
     def _received(self, number: int, frame: FrameType | None) -> None:
         if self._raised:
             return
         self._raised = True
         if self.ending is None:
-            self._end(self._by(number))
+            self._end(_by(number, self.remedy))
         assert self.ending is not None
         with contextlib.suppress(OSError, ValueError):  # they may be closed
             _mute_others()
@@ -200,7 +205,7 @@ class Interruption:
                 reading.close()
                 return  # the block has ended
             for number in numbers:
-                if number in self._handlers and not self._end(self._by(number)):
+                if number in self._handlers and not self._end(_by(number, self.remedy)):
                     self._exit_after(_SETTLING)
             if not ready and self.ending is not None:
                 self._exit_after(_PATIENCE)
@@ -215,6 +220,27 @@ class Interruption:
                 os.write(self._stderr, f"loram: {self.ending.line}\n".encode())
         end_processes(descendants())
         os._exit(self.ending.code)
+
+
+def end_early() -> None:
+    """Until there is an `Interruption`, have signals end the ``loram`` command with their line."""
+    if Path(sys.argv[0]).stem not in ("loram", "cli"):
+        return  # this process is another program's
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end_at_once)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"loram: {_by(number).line}\n".encode())
+    os._exit(_by(number).code)
+
+
+def _by(number: int, remedy: str = CONTINUE) -> Ending:
+    """How a signal ends the command."""
+    name = signal.Signals(number).name
+    return Ending(f"interrupted by {name}; {remedy}", 128 + number)
 
 
 _current: Interruption | None = None

@@ -19,6 +19,7 @@ import yaml
 
 from loram_ray import cli
 from loram_ray.config import STAGES, PruneConfig, RunConfig
+from loram_ray.interruption import CONTINUE
 from loram_ray.stages.prune import prune
 
 COMMAND = [sys.executable, "-m", "loram_ray.cli"]
@@ -335,7 +336,7 @@ def test_an_interrupted_command_says_how_to_go_on(config_only: Path) -> None:
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (out, err) == ("", "loram: interrupted; run the same command again to continue\n")
+    assert (out, err) == ("", f"loram: interrupted by SIGINT; {CONTINUE}\n")
 
 
 def keys_of(stage: str) -> list[str]:

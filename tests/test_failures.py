@@ -17,7 +17,7 @@ from loram_ray import cli
 from loram_ray.actors import Actors, run_in_actor
 from loram_ray.cluster import ray_session
 from loram_ray.config import RayConfig
-from loram_ray.errors import LoramError, Mistakes, one_line
+from loram_ray.errors import LoramError, one_line
 from loram_ray.launchers import forget_launchers, launcher_variables
 from loram_ray.schedule import Outcome, Schedule, WorkerDied, run_tasks
 from loram_ray.scratch import keep, remove_abandoned, scratch
@@ -147,7 +147,7 @@ def test_several_mistakes_of_a_config_are_one_line_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def mistakes() -> None:
-        raise Mistakes("a must be b\nc must be d")
+        raise LoramError("a must be b", "c must be d")
 
     assert said(mistakes, monkeypatch, capsys) == (2, ["loram: a must be b", "loram: c must be d"])
 
