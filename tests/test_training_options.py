@@ -138,6 +138,23 @@ def test_a_training_on_packed_examples_is_that_on_padded_ones(
         torch.testing.assert_close(adapter(packing)[name], tensor, rtol=1e-2, atol=1e-4)
 
 
+def test_a_step_is_the_same_however_uneven_answers_are_shared_out(
+    pruned: Path, tmp_path: Path
+) -> None:
+    """Each label weighs the same in an accumulated batch, as in one forward over all of it."""
+    rows = [{"prompt": "a", "completion": "x" * n} for n in (1, 40, 3, 90, 7, 20, 2, 60)]
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    found = []
+    for size, packing in ((8, False), (8, True), (1, False), (1, True)):
+        changes = {"batch_size": 8, "micro_batch_size": size, "packing": packing, "steps": 1}
+        folder = run_directly(
+            config(pruned, data, tmp_path, **changes), tmp_path / f"{size}-{packing}"
+        )
+        found.append([lines(folder, key)[0][1] for key in ("loss", "grad_norm")])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
 # Held-out examples
 
 
