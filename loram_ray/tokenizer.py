@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from loram_ray.errors import LoramError, first_line
 
@@ -155,7 +155,7 @@ def load_tokenizer(
                 f"{key} {chat_template} is no chat template: {error} in line {error.lineno}; "
                 "mend it"
             ) from error
-        except TemplateError:  # it refuses this conversation, and says so of others when they come
+        except Exception:  # it refuses this conversation, and says so of others when they come
             pass
     return tokenizer
 

@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -29,41 +28,6 @@ from loram_ray.evaluation.generation import Sampling, answers, stop_tokens
 from loram_ray.tokenizer import continuation
 
 
-def scripted(tokenizer: PreTrainedTokenizerFast, *rows: list[int]) -> LlamaForCausalLM:
-    """A model in which each token of a row is followed by the row's next one."""
-    config = tiny.llama_config(layers=1)
-    config.vocab_size = len(tokenizer)
-    model = LlamaForCausalLM(config).eval()
-    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
-    assert len({first for first, _ in pairs}) == len(pairs) <= config.hidden_size
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.model.norm.weight.fill_(1.0)
-        for place, (first, following) in enumerate(pairs):
-            model.model.embed_tokens.weight[first, place] = 1.0
-            model.lm_head.weight[following, place] = 1.0
-    return model
-
-
-def bytes_first(**settings: object) -> PreTrainedTokenizerFast:
-    """The byte tokenizer as Llama 3's is: token 0 is ``!``, and there is none for padding."""
-    backend = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
-    words = [word for word in backend["model"]["vocab"] if word not in tiny.SPECIAL]
-    words.sort(key=lambda word: (word != "!", word))
-    backend["model"]["vocab"] = {word: n for n, word in enumerate([*words, *tiny.SPECIAL])}
-    for token in backend["added_tokens"]:
-        token["id"] = backend["model"]["vocab"][token["content"]]
-    from tokenizers import Tokenizer
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        eos_token=tiny.SPECIAL[0],
-        additional_special_tokens=tiny.SPECIAL[1:],
-        chat_template=tiny.CHAT_TEMPLATE,
-    )
-
-
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return found
@@ -71,10 +35,12 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 @pytest.mark.parametrize("stop", [(), ("W",)])
 def test_an_answer_is_the_same_alone_and_beside_a_longer_one(stop: tuple[str, ...]) -> None:
-    tokenizer = bytes_first()
+    tokenizer = tokenizers_of.bytes_first()
     assert tokenizer.pad_token_id is None and ids(tokenizer, "!") == [0]
     end = tokenizer.eos_token_id
-    model = scripted(tokenizer, [*ids(tokenizer, "aX"), end], [*ids(tokenizer, "bYZ12345W67"), end])
+    model = tokenizers_of.scripted(
+        tokenizer, [*ids(tokenizer, "aX"), end], [*ids(tokenizer, "bYZ12345W67"), end]
+    )
     engine = Engine(model, tokenizer)
     sampling = Sampling(12, stop)
     prompts = [ids(tokenizer, "a"), ids(tokenizer, "..b")]
@@ -85,9 +51,9 @@ def test_an_answer_is_the_same_alone_and_beside_a_longer_one(stop: tuple[str, ..
 
 
 def test_an_end_token_that_is_no_special_one_ends_an_answer_and_is_not_seen() -> None:
-    tokenizer = bytes_first()
+    tokenizer = tokenizers_of.bytes_first()
     stop = ids(tokenizer, "#")[0]
-    model = scripted(tokenizer, ids(tokenizer, "aX#Y!"))
+    model = tokenizers_of.scripted(tokenizer, ids(tokenizer, "aX#Y!"))
     model.generation_config = GenerationConfig(eos_token_id=[stop, tokenizer.eos_token_id])
     with torch.inference_mode():
         assert answers(Engine(model, tokenizer), [ids(tokenizer, "a")], Sampling(9)) == ["X"]
@@ -112,7 +78,9 @@ def test_programs_and_stop_texts_are_decoded_behind_their_prompts() -> None:
     tokenizer = tokenizers_of.llama2()
     indent, space, word, a = tokenizer.convert_tokens_to_ids(["▁▁▁▁", "▁", "re", "▁a"])
     newline = tokenizer.convert_tokens_to_ids("<0x0A>")
-    model = scripted(tokenizer, [newline, indent, word, a, space, tokenizer.eos_token_id])
+    model = tokenizers_of.scripted(
+        tokenizer, [newline, indent, word, a, space, tokenizer.eos_token_id]
+    )
     prompt = tokenizer("f:\n")["input_ids"]
     engine = Engine(model, tokenizer)
     with torch.inference_mode():
@@ -171,7 +139,7 @@ def test_a_token_that_the_models_configuration_lists_closes_an_answer() -> None:
     mark = ids(tokenizer, "#")[0]
     assert end_of_answer(tokenizer) is None
     assert end_of_answer(tokenizer, [mark]) == mark
-    model = scripted(tokenizer, ids(tokenizer, "ab"))
+    model = tokenizers_of.scripted(tokenizer, ids(tokenizer, "ab"))
     model.generation_config = GenerationConfig(eos_token_id=mark)
     assert stop_tokens(model, tokenizer) == sorted({tokenizer.eos_token_id, mark})
 
@@ -187,7 +155,9 @@ def test_chat_ends_at_a_closing_token_that_only_the_added_tokens_know(tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     closing = tokenizer.convert_tokens_to_ids(CHATML_END)
     assert closing not in tokenizer.all_special_ids
-    model = scripted(tokenizer, [*ids(tokenizer, "\n2"), closing, *ids(tokenizer, "next?")])
+    model = tokenizers_of.scripted(
+        tokenizer, [*ids(tokenizer, "\n2"), closing, *ids(tokenizer, "next?")]
+    )
     chat = Chat(model, tokenizer, ChatSampling(20))
     assert chat.ask("1+1=", lambda _: None) == "2"
 

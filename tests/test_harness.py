@@ -19,6 +19,7 @@ pytest.importorskip("lm_eval")
 
 import quizzes
 import tiny
+import tokenizers_of
 import torch
 import yaml
 from lm_eval import simple_evaluate
@@ -214,3 +215,29 @@ def test_the_command_shows_scores_and_runs_tasks_of_lm_eval(
     again = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
     details = json.loads(again.stdout)["details"]
     assert {key: details[key] for key in scores} == scores
+
+
+def test_answers_without_a_padding_token_do_not_depend_on_their_batch() -> None:
+    from lm_eval.api.instance import Instance
+
+    tokenizer = tokenizers_of.bytes_first()
+    end = tokenizer.eos_token_id
+    rows = [[*tokenizer("aX")["input_ids"], end], [*tokenizer("bYZ12345")["input_ids"], end]]
+    engine = Engine(tokenizers_of.scripted(tokenizer, *rows), tokenizer)
+    requests = [
+        Instance("generate_until", {}, (text, {"until": ["5"], "max_gen_toks": 12}), number)
+        for number, text in enumerate(("a", "..b"))
+    ]
+    for size in (1, 2):
+        model = HarnessModel(engine, size, lambda _: None, 0)
+        with torch.inference_mode():
+            assert model.generate_until(requests) == ["X", "YZ1234"]
+
+
+def test_texts_begin_as_the_tokenizer_begins_them_and_are_not_ended() -> None:
+    tokenizer = tokenizers_of.framed("<bos>", "<|endoftext|>")
+    engine = Engine(tokenizers_of.scripted(tokenizer, [5, 6]), tokenizer)
+    model = HarnessModel(engine, 1, lambda _: None, 0)
+    begun = tokenizer("a")["input_ids"][:-1]
+    assert model.tok_encode("a") == model.tok_encode("<bos>a") == begun
+    assert model.tok_encode("a", add_special_tokens=False) == begun[1:]

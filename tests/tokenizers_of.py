@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import tiny
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def framed(before: str, after: str = "", **special: str) -> PreTrainedTokenizerFast:
@@ -91,6 +94,39 @@ def joining() -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         eos_token=tiny.SPECIAL[0],
         pad_token=tiny.SPECIAL[0],
+        additional_special_tokens=tiny.SPECIAL[1:],
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+
+
+def scripted(tokenizer: PreTrainedTokenizerFast, *rows: list[int]) -> LlamaForCausalLM:
+    """A model in which each token of a row is followed by the row's next one."""
+    config = tiny.llama_config(layers=1)
+    config.vocab_size = len(tokenizer)
+    model = LlamaForCausalLM(config).eval()
+    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    assert len({first for first, _ in pairs}) == len(pairs) <= config.hidden_size
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1.0)
+        for place, (first, following) in enumerate(pairs):
+            model.model.embed_tokens.weight[first, place] = 1.0
+            model.lm_head.weight[following, place] = 1.0
+    return model
+
+
+def bytes_first(**settings: object) -> PreTrainedTokenizerFast:
+    """The byte tokenizer as Llama 3's is: token 0 is ``!``, and there is none for padding."""
+    backend = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    words = [word for word in backend["model"]["vocab"] if word not in tiny.SPECIAL]
+    words.sort(key=lambda word: (word != "!", word))
+    backend["model"]["vocab"] = {word: n for n, word in enumerate([*words, *tiny.SPECIAL])}
+    for token in backend["added_tokens"]:
+        token["id"] = backend["model"]["vocab"][token["content"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        eos_token=tiny.SPECIAL[0],
         additional_special_tokens=tiny.SPECIAL[1:],
         chat_template=tiny.CHAT_TEMPLATE,
     )

@@ -8,12 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.corpus.rows import Row, read_rows
-from loram_ray.errors import LoramError
+from loram_ray.errors import LoramError, first_line
 from loram_ray.evaluation.measurement import require_items
 from loram_ray.tokenizer import ids_to_continue
 
@@ -134,10 +132,10 @@ class Asker:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise LoramError(
-                f"{self._key}.chat: the chat template refuses a question ({error}); give another "
-                "as evaluate.chat_template, or set chat to false"
+                f"{self._key}.chat: the chat template refuses a question ({first_line(error)}); "
+                "give another as evaluate.chat_template, or set chat to false"
             ) from error
         return text
 
