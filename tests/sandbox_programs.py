@@ -1,7 +1,8 @@
 """Programs, hostile and honest, with the verdict that each must get.
 
 ``python tests/sandbox_programs.py`` runs them all and prints the verdicts as JSON, so that a test can
-run them as another user; with ``solutions`` it runs HumanEval's problems, read from its input.
+run them as another user; ``measured`` runs them where no file system may be mounted, ``solutions``
+runs HumanEval's problems, read from the input.
 """
 
 # ruff: noqa: E501 - a program in a line is read more easily than one in pieces
@@ -15,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from loram_ray.evaluation import sandbox
 from loram_ray.evaluation.sandbox import Limits, Tests, run_program
 
 LIMITS = Limits(seconds=20.0, memory_mb=512, files_mb=4)
@@ -55,7 +57,8 @@ class Program:
 
 def forged(name: str, source: str, **more: str) -> Program:
     """A program whose ``f`` is wrong, and which tries to pass all the same."""
-    return Program(name, f"{PROMPT}    return None\n\n{source}", False, **more)
+    prompt = more.get("prompt", PROMPT)
+    return Program(name, f"{prompt}    return None\n\n{source}", False, **more)
 
 
 def alone(name: str, source: str, passes: bool, reason: str = "") -> Program:
@@ -159,6 +162,14 @@ FORGERIES = [
         reason="AssertionError",
     ),
     forged(
+        "replaces a method of what it answers",
+        "def f(x):\n    p = P()\n    p.same = lambda other: True\n    return p",
+        prompt="class P:\n    x = 0\n    def same(self, other): return self.x == other\n\n"
+        + PROMPT,
+        test="def check(candidate):\n    assert candidate(1).same(1)\n",
+        reason="AssertionError",
+    ),
+    forged(
         "reads constants of all frames and writes them",
         _EVERY_DESCRIPTOR
         + "import sys, gc, types\nframe = sys._getframe()\nfound = []\nwhile frame:\n"
@@ -186,7 +197,7 @@ FORGERIES = [
         "writes replies to every descriptor",
         _EVERY_DESCRIPTOR
         + _FORGED_REPLIES
-        + "for _ in range(9): shout(frame(['done', '', [], [None], []]))\nos._exit(0)",
+        + "for _ in range(9): shout(frame(['done', '', '', [], [None], []]))\nos._exit(0)",
     ),
     forged(
         "writes verdicts to every descriptor",
@@ -195,7 +206,7 @@ FORGERIES = [
     forged(
         "answers to every descriptor from a thread",
         _EVERY_DESCRIPTOR + _FORGED_REPLIES + "import threading, time\n"
-        "def again():\n    while True: shout(frame(['done', '', [], [None], []])); time.sleep(0.001)\n"
+        "def again():\n    while True: shout(frame(['done', '', '', [], [None], []])); time.sleep(0.001)\n"
         "threading.Thread(target=again).start()",
     ),
     forged(
@@ -246,6 +257,16 @@ FORGERIES = [
         reason="AssertionError",
     ),
     forged("leaves its session", "import os\nos.setsid()", reason="PermissionError"),
+]
+
+_FALSE = "\nraise AssertionError('it got here')\n"
+FORGED_ENDS = [
+    alone(f"{p.name}, without tests", f"{p.source}{_FALSE}", False)
+    for p in FORGERIES
+    if any(
+        word in p.name
+        for word in ("exit", "raises", "reads", "writes", "thread", "atexit", "closes")
+    )
 ]
 
 _HIDES = "import os, mmap\nkept = []\n"
@@ -418,13 +439,13 @@ if importlib.util.find_spec("numpy"):
         )
     )
 
-PROGRAMS = [*FORGERIES, *GREEDY, *HONEST]
+PROGRAMS = [*FORGERIES, *FORGED_ENDS, *GREEDY, *HONEST]
 
 
-def run_all() -> dict[str, tuple[bool, str]]:
+def run_all(programs: list[Program] = PROGRAMS) -> dict[str, tuple[bool, str]]:
     """Verdicts by name."""
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip([p.name for p in PROGRAMS], pool.map(Program.run, PROGRAMS), strict=True))
+        return dict(zip([p.name for p in programs], pool.map(Program.run, programs), strict=True))
 
 
 def wrong(verdicts: dict[str, tuple[bool, str]]) -> dict[str, tuple[bool, str]]:
@@ -432,7 +453,8 @@ def wrong(verdicts: dict[str, tuple[bool, str]]) -> dict[str, tuple[bool, str]]:
     return {
         p.name: verdicts[p.name]
         for p in PROGRAMS
-        if verdicts[p.name][0] != p.passes or p.reason not in verdicts[p.name][1]
+        if p.name in verdicts
+        and (verdicts[p.name][0] != p.passes or p.reason not in verdicts[p.name][1])
     }
 
 
@@ -460,4 +482,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["solutions"]:
         json.dump({"user": os.getuid(), "failing": failing(json.load(sys.stdin))}, sys.stdout)
     else:
+        sandbox._MAY_MOUNT = sys.argv[1:] != ["measured"]
         json.dump({"user": os.getuid(), "verdicts": run_all()}, sys.stdout)

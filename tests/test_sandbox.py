@@ -311,11 +311,46 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
         shutil.rmtree(folder)
 
 
-def test_programs_get_their_verdicts_as_an_ordinary_user(ordinary_user: OrdinaryUser) -> None:
+@pytest.mark.parametrize("how", ["mounted", pytest.param("measured", marks=pytest.mark.slow)])
+def test_programs_get_their_verdicts_as_an_ordinary_user(
+    how: str, ordinary_user: OrdinaryUser
+) -> None:
     """The whole table once more, without root's rights."""
-    verdicts = {name: tuple(one) for name, one in ordinary_user.run()["verdicts"].items()}
+    verdicts = {name: tuple(one) for name, one in ordinary_user.run(how)["verdicts"].items()}
     assert len(verdicts) >= 40
     assert wrong(verdicts) == {}
+
+
+def test_files_are_measured_where_no_file_system_may_be_mounted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in most containers."""
+    monkeypatch.setattr(sandbox, "_MAY_MOUNT", False)
+    about_files = [
+        p for p in PROGRAMS if "file" in p.name or "folder" in p.name or "writes" in p.name
+    ]
+    assert len(about_files) > 8
+    assert wrong(run_all(about_files)) == {}
+
+
+def test_a_mounted_file_system_holds_no_more_than_the_limit() -> None:
+    """However files are kept, and however soon they are given up again."""
+    mounts = Path("/proc/self/mountinfo").read_text()
+    source = (
+        "import os, errno\nkept, size = [], 0\n"
+        "try:\n"
+        "    while size < 10**9:\n"
+        "        kept.append(os.open('f', os.O_CREAT | os.O_RDWR)); os.unlink('f')\n"
+        "        size += os.write(kept[-1], bytes(10**6))\n"
+        "except OSError as error: assert error.errno == errno.ENOSPC\n"
+        "for one in kept: os.close(one)\n"
+        "assert 3.9e6 < size < 6e6, size"
+    )
+    verdict = run_program(source, LATER)
+    if "Too many" in verdict.reason or "files were more" in verdict.reason:
+        pytest.skip("this user may not mount a file system")
+    assert verdict.passed, verdict.reason
+    assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
 def test_threads_are_not_counted_with_those_of_the_users_other_processes(

@@ -275,11 +275,15 @@ def _main() -> None:
     _end_with(settings["parent"])
     sys.path.append(settings["inside"])  # last, so that it hides nothing of the standard library
     from sandboxed.roles import run_program, run_tests  # type: ignore[import-not-found]
+    from sandboxed.scratch import mount_scratch  # type: ignore[import-not-found]
 
     sys.path[-1:] = settings["packages"]
     for name in [name for name in sys.modules if name.partition(".")[0] == "sandboxed"]:
         del sys.modules[name]
     site.setquit()
+    scratch = settings["scratch"]
+    is_mounted = bool(scratch) and mount_scratch(*scratch)
+    _end_with(settings["parent"])  # again, as new credentials forget it
     _checked(_LIBC.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no_new_privs")
     _limit(settings)
     _give_up_capabilities()
@@ -305,7 +309,8 @@ def _main() -> None:
     for descriptor in (answers, answering, requests, requesting):
         os.close(descriptor)
     program, tests = children
-    os.write(verdict, (json.dumps({"program": program, "tests": tests}) + "\n").encode())
+    line = {"program": program, "tests": tests, "mounted": is_mounted}
+    os.write(verdict, (json.dumps(line) + "\n").encode())
     _, status = os.waitpid(tests, 0)
     children.remove(tests)
     ended, patience = 0, 50 if os.waitstatus_to_exitcode(status) else 1  # it saw the program end

@@ -14,8 +14,8 @@ nothing else: neither by an early exit, nor by what it does to the interpreter, 
 What remains: answers learnt by heart; tests that accept anything (a bare ``except``, a comparison
 with an argument that the program may change); and objects of a class that only the program defines,
 which are compared with each other, though never with plain data, by its own methods. A program
-without tests (``tests=None``) passes by coming to its end, which only its own process can say: that
-is forged by a program that knows the messages of `sandboxed`.
+without tests (``tests=None``) passes by coming to its end, which only its own process can say: a
+program that finds the objects of `sandboxed` in its process can say so too early.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from loram_ray.errors import LoramError
 from loram_ray.evaluation.trial import Limits as Limits
 from loram_ray.evaluation.trial import Trial
 from loram_ray.evaluation.trial import Verdict as Verdict
+from loram_ray.evaluation.usage import Space
 
 _CONFINED = Path(__file__).with_name("confined.py")
 _OPEN_FILES = 64
 _USUAL = Limits()
+_MAY_MOUNT = True
 _READABLE = (
     "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero",
     "/dev/random", "/dev/urandom",
@@ -82,8 +84,9 @@ def run_program(source: str, limits: Limits = _USUAL, tests: Tests | None = None
     started = time.monotonic()
     job = {"program": source, "tests": tests and dataclasses.asdict(tests)}
     with _new_folder() as (path, folder), _pipe() as (verdicts, writing):
+        space = Space(limits.files_mb * 10**6, len(source.encode("utf-8", "surrogatepass")))
         process = subprocess.Popen(
-            _command(limits, writing.fileno()),
+            _command(limits, space, writing.fileno()),
             cwd=path,
             env={"HOME": path, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,
@@ -93,7 +96,7 @@ def run_program(source: str, limits: Limits = _USUAL, tests: Tests | None = None
             pass_fds=[writing.fileno()],
         )
         writing.close()
-        trial = Trial(process, verdicts, folder, limits)
+        trial = Trial(process, verdicts, folder, limits, space)
         return trial.run(json.dumps(job).encode() + b"\n", started + limits.seconds)
 
 
@@ -156,7 +159,7 @@ def _remove(folder: str) -> None:
     os.rmdir(folder)
 
 
-def _command(limits: Limits, verdict: int) -> list[str]:
+def _command(limits: Limits, space: Space, verdict: int) -> list[str]:
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     settings = {
         "memory": limits.memory_mb * 10**6,
@@ -165,6 +168,7 @@ def _command(limits: Limits, verdict: int) -> list[str]:
         "files": _OPEN_FILES,
         "readable": [sys.base_prefix, sys.prefix, *packages, *_READABLE],
         "packages": packages,
+        "scratch": [space.scratch_bytes, space.most_files] if _MAY_MOUNT else [],
         "inside": str(Path(__file__).parent),
         "parent": os.getpid(),
         "verdict": verdict,

@@ -12,12 +12,13 @@ import time
 from dataclasses import dataclass
 from typing import IO, Any
 
-from loram_ray.evaluation.usage import UsageError, check_files, threads
+from loram_ray.evaluation.usage import Space, UsageError, check_files, threads
 
 LOOK_EVERY_SECONDS = 0.05
 _END_SECONDS = 5.0
 _MOST_OUTPUT, _TAIL = 2**20, 2000
-_MOST_FILES, _MOST_THREADS = 200, 64
+_MOST_THREADS = 64
+_FULL = "No space left on device"
 _LONGEST_VERDICT = 2**16
 _LEFT = "it left before its end"
 
@@ -61,17 +62,22 @@ class Trial:
             and ``reason``; and ``signal``, if the program ended before its tests.
         folder: file descriptor of its directory.
         limits: what it may use.
+        space: what its files may use.
     """
 
     def __init__(
-        self, process: subprocess.Popen[bytes], verdicts: IO[bytes], folder: int, limits: Limits
+        self,
+        process: subprocess.Popen[bytes],
+        verdicts: IO[bytes],
+        folder: int,
+        limits: Limits,
+        space: Space,
     ) -> None:
         self._process, self._verdicts = process, verdicts
-        self._folder, self._limits = folder, limits
+        self._folder, self._limits, self._space = folder, limits, space
         self._output, self._amount = b"", 0
         self._line = b""
         self._status: dict[str, Any] = {}
-        self._own_bytes = 0  # of the program's source, which lies in its directory
 
     def run(self, job: bytes, until: float) -> Verdict:
         """Hand the job over and wait for the verdict.
@@ -81,7 +87,6 @@ class Trial:
             until: when the time is up, on the monotonic clock.
         """
         started = time.monotonic()
-        self._own_bytes = len(job)
         met: str | None = None
         try:
             self._hand_over(job)
@@ -154,12 +159,15 @@ class Trial:
         pids = [
             pid for key in ("program", "tests") if isinstance(pid := self._status.get(key), int)
         ]
+        reason = str(self._status.get("reason", ""))
         try:
-            most_bytes = limits.files_mb * 10**6 + self._own_bytes
-            check_files(self._folder, pids, most_bytes, _MOST_FILES + 1)
+            if not self._status.get("mounted"):
+                check_files(self._folder, pids, self._space)
+            elif _FULL in reason:
+                raise UsageError
         except UsageError as error:
             raise UsageError(
-                f"its files were more than {limits.files_mb} MB or {_MOST_FILES}"
+                f"its files were more than {limits.files_mb} MB or {self._space.files}"
             ) from error
         if any(threads(pid) > _MOST_THREADS for pid in pids):
             raise UsageError(f"it started more than {_MOST_THREADS} threads")

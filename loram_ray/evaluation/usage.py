@@ -6,15 +6,47 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+_PAGE = os.sysconf("SC_PAGESIZE")
 _NO_FILES = ("/dev/zero", "/memfd:", "/SYSV", "/[aio]", "[")  # mapped memory that looks like one
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a program's files may use.
+
+    Attributes:
+        data_bytes: of all of them together.
+        source_bytes: of the program's own source, which lies in its directory.
+        files: with directories.
+    """
+
+    data_bytes: int
+    source_bytes: int
+    files: int = 200
+
+    @property
+    def most_bytes(self) -> int:
+        """With the source."""
+        return self.data_bytes + self.source_bytes
+
+    @property
+    def most_files(self) -> int:
+        """With the source."""
+        return self.files + 1
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of a file system that gives each file whole pages."""
+        return self.most_bytes + self.most_files * _PAGE
 
 
 class UsageError(Exception):
     """It uses too much, or hides what it uses."""
 
 
-def check_files(folder: int, processes: Iterable[int], most_bytes: int, most_files: int) -> None:
+def check_files(folder: int, processes: Iterable[int], space: Space) -> None:
     """Refuse too many or too large files.
 
     A file counts once however many names it has, and as long as something keeps it: a name, an open
@@ -23,8 +55,7 @@ def check_files(folder: int, processes: Iterable[int], most_bytes: int, most_fil
     Args:
         folder: file descriptor of the directory.
         processes: that may keep files without a name.
-        most_bytes: of all files together.
-        most_files: with directories.
+        space: what they may use.
 
     Raises:
         UsageError: there is more, or a directory cannot be read.
@@ -32,15 +63,15 @@ def check_files(folder: int, processes: Iterable[int], most_bytes: int, most_fil
     sizes: dict[tuple[int, int], int] = {}
     for entries, status in enumerate(_named_files(folder), start=1):
         sizes[status.st_dev, status.st_ino] = status.st_size
-        if entries > most_files or sum(sizes.values()) > most_bytes:
+        if entries > space.most_files or sum(sizes.values()) > space.most_bytes:
             raise UsageError
     for process in processes:
         for status in _open_files(process):
             sizes[status.st_dev, status.st_ino] = status.st_size
         known = {inode for _, inode in sizes}
         for inode in _mapped_files(process) - known:  # of unknown size
-            sizes[-1, inode] = most_bytes + 1
-    if sum(sizes.values()) > most_bytes:
+            sizes[-1, inode] = space.most_bytes + 1
+    if sum(sizes.values()) > space.most_bytes:
         raise UsageError
 
 

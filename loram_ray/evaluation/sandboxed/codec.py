@@ -268,7 +268,8 @@ class Codec:
         if name == "object":
             if kind.__name__ == row[1] and self.namespace.get(row[1]) is kind:
                 for key, item in row[2]:
-                    object.__setattr__(target, key, value(item))
+                    if not callable(getattr(kind, key, None)):  # methods stay the receiver's
+                        object.__setattr__(target, key, value(item))
         elif kind.__name__ != name:
             return
         elif name == "bytearray":

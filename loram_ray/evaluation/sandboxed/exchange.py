@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 from .codec import Codec, has_base, plain_base
 
 _LARGEST_MESSAGE = 2**26
-_read, _write = os.read, os.write  # the program may replace those of the module
+# The program may replace those of the modules.
+_read, _write, _random = os.read, os.write, os.urandom
 _loads, _dumps = json.loads, json.dumps
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -168,11 +169,13 @@ class Peer(Codec):
         with self._lock:
             try:
                 slots, table, objects = self.encode([*arguments, *named.values()])
-                captured = sys.stdout is not self._stdout
-                self._channel.send(["do", operation, slots, list(named), table, captured])
+                captured, nonce = sys.stdout is not self._stdout, _random(16).hex()
+                self._channel.send(["do", nonce, operation, slots, list(named), table, captured])
                 while (message := self._channel.receive())[0] == "do":
                     self.serve(message)
-                kind, text, names, slots, table = message
+                kind, answered, text, names, slots, table = message
+                if answered != nonce:
+                    raise ValueError("a reply to another request")
                 if captured and text:
                     sys.stdout.write(str(text))
                 values, _ = self.decode(slots, table, objects)
@@ -203,7 +206,7 @@ class Peer(Codec):
         Raises:
             BrokenExchangeError: the other process is gone.
         """
-        _, operation, slots, names, table, captured = message
+        _, nonce, operation, slots, names, table, captured = message
         values, objects = self.decode(slots, table)
         positional, named = values[: len(values) - len(names)], values[len(values) - len(names) :]
         output = io.StringIO()
@@ -214,10 +217,10 @@ class Peer(Codec):
                 result = self.operations[operation](
                     *positional, **dict(zip(names, named, strict=True))
                 )
-            reply = ["done", output.getvalue(), [], *self.encode([result], objects)[:2]]
+            reply = ["done", nonce, output.getvalue(), [], *self.encode([result], objects)[:2]]
         except BaseException as error:
             mro = [kind.__name__ for kind in type(error).__mro__]
-            reply = ["raised", output.getvalue(), mro, *self.encode(error.args, objects)[:2]]
+            reply = ["raised", nonce, output.getvalue(), mro, *self.encode(error.args, objects)[:2]]
         self._channel.send(reply)
 
     def serve_for_ever(self) -> None:
