@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.errors import LoramError
+from loram_ray.model_config import AdapterConfig
+from loram_ray.parsing import checked, read_json
+from loram_ray.patterns import matched
 from loram_ray.tensorfile import TensorFile
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+_DEFAULTS = AdapterConfig()
 _PREFIX = "base_model.model."
 _KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -51,7 +55,7 @@ class Adapter:
 
     def __init__(self, directory: Path | str, key: str) -> None:
         self.directory = Path(directory)
-        self.config = _read_config(self.directory, key)
+        self.config = read_adapter_config(self.directory, key)
         _refuse_other_methods(self.config, self.directory)
         self.file = TensorFile(self.directory / ADAPTER_FILE)
         try:
@@ -59,6 +63,9 @@ class Adapter:
             self.modules = list(dict.fromkeys(module for module, _ in sides))
             for module in self.modules:
                 self._require_pair(module)
+            self._alphas = self._by_pattern("alpha_pattern")
+            self._require_ranks()
+            self._require_quick_targets()
         except BaseException:
             self.close()
             raise
@@ -75,6 +82,33 @@ class Adapter:
                 "have no rank in common; train it again"
             )
 
+    def _by_pattern(self, setting: str) -> dict[str, Any]:
+        """Values of a setting by module, for the modules that one of its patterns matches."""
+        patterns: dict[str, Any] = self.config.get(setting) or {}
+        name = f"{self.directory / CONFIG_FILE}: {setting}"
+        return {
+            module: patterns[pattern]
+            for module, pattern in matched(list(patterns), self.modules, name).items()
+        }
+
+    def _require_ranks(self) -> None:
+        """Refuse a configuration that names another rank than the tensors have."""
+        ranks = self._by_pattern("rank_pattern")
+        for module in self.modules:
+            named = ranks.get(module, self.config.get("r", _DEFAULTS.r))
+            if named != self.rank(module):
+                raise LoramError(
+                    f"{self.directory / CONFIG_FILE}: r of {module} must be {self.rank(module)}, "
+                    f"the rank of its tensors, got {named}; restore the file"
+                )
+
+    def _require_quick_targets(self) -> None:
+        """Refuse expressions that PEFT would match for ever."""
+        for setting in ("target_modules", "exclude_modules"):
+            if isinstance(self.config.get(setting), str):
+                name = f"{self.directory / CONFIG_FILE}: {setting}"
+                matched([self.config[setting]], self.modules, name)
+
     def rank(self, module: str) -> int:
         """Rank r of a module's A ``[r, in]`` and B ``[out, r]``."""
         return self.file.specs[tensor_name(module, "A")].shape[0]
@@ -82,8 +116,7 @@ class Adapter:
     def scale(self, module: str) -> float:
         """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with rsLoRA, after the patterns."""
         rank = self.rank(module)
-        alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module)
-        alpha = self.config["lora_alpha"] if alpha is None else alpha
+        alpha = self._alphas.get(module, self.config.get("lora_alpha", _DEFAULTS.lora_alpha))
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def close(self) -> None:
@@ -135,19 +168,24 @@ def split_name(name: str, directory: Path) -> tuple[str, str]:
     return match["module"], match["side"]
 
 
-def _read_config(directory: Path, key: str) -> dict[str, Any]:
+def read_adapter_config(directory: Path, key: str) -> dict[str, Any]:
+    """Return the dictionary in an adapter's ``adapter_config.json``.
+
+    Args:
+        directory: the adapter.
+        key: configuration key it came from, for messages.
+
+    Raises:
+        LoramError: it is missing, not JSON, or a value has another type or an absurd size.
+    """
     path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise LoramError(
             f"{key} must be a PEFT adapter directory, {directory} holds no {CONFIG_FILE}; "
             "run loram train first or give its output"
-        ) from error
-    except ValueError as error:
-        raise LoramError(f"{path} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(config, dict):
-        raise LoramError(f"{path} must hold a JSON object, got {config!r:.40}; copy it again")
+        )
+    config: dict[str, Any] = read_json(path, remedy="copy it again")
+    checked(AdapterConfig, config, str(path), remedy="copy it again")
     return config
 
 
@@ -174,11 +212,3 @@ def _refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
             f"{directory} was trained with init_lora_weights = {start}, which changes the frozen "
             "weights; convert it to a plain LoRA with PEFT first"
         )
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str) -> float | None:
-    """PEFT's rule: the first pattern that the end of the module's path matches."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return None

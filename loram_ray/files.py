@@ -178,7 +178,7 @@ def make_directory(path: Path, key: str) -> None:
 
 
 def _not_regular(path: Path | str, kind: str) -> LoramError:
-    return LoramError(f"{path} must be a regular file, got {kind}; replace it")
+    return LoramError(f"{path} cannot be read: it must be a regular file, got {kind}; replace it")
 
 
 def _in_the_way(path: Path, kind: str) -> LoramError:

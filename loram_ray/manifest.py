@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loram_ray.errors import LoramError
-from loram_ray.files import open_regular, read_regular_text, write_whole
+from pydantic import ConfigDict, Field, field_validator
+
+from loram_ray.errors import LoramError, shown
+from loram_ray.files import open_regular, write_whole
+from loram_ray.model_config import ModelConfig
 from loram_ray.names import is_inside
+from loram_ray.parsing import Document, checked, parse_json, read_bytes, read_json
 from loram_ray.tensorfile import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
@@ -59,17 +63,46 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Return the dictionary in a model's configuration, whatever its name.
 
     Raises:
-        LoramError: it is missing or not JSON.
+        LoramError: it is missing, not JSON, or a value has another type or an absurd size.
     """
-    try:
-        config = json.loads(read_regular_text(path))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise LoramError(f"{path.parent} holds no {path.name}; give a model directory") from error
-    except ValueError as error:
-        raise LoramError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise LoramError(f"{path} must hold a JSON object, got {config!r:.40}; download it again")
+    if not os.path.lexists(path):
+        raise LoramError(f"{path.parent} holds no {path.name}; give a model directory")
+    remedy = "download it again"
+    config: dict[str, Any] = read_json(path, remedy=remedy)
+    checked(ModelConfig, config, str(path), remedy=remedy)
     return config
+
+
+class _File(Document):
+    """A file as a manifest describes it."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Written(Document):
+    """A manifest as it is written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str
+    identity: str
+    base_fingerprint: str
+    parents: dict[str, str]
+    settings: dict[str, Any]
+    details: dict[str, Any] = {}
+    files: dict[str, _File] = {}
+    versions: dict[str, str] = {}
+    created: float = 0.0
+    format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
+
+    @field_validator("files")
+    @classmethod
+    def _in_the_directory(cls, files: dict[str, _File]) -> dict[str, _File]:
+        for name in files:
+            if not is_inside(name):
+                raise ValueError(f"must name files of its directory, got {shown(name)}")
+        return files
 
 
 @dataclass(frozen=True)
@@ -113,19 +146,13 @@ def read_manifest(directory: Path | str) -> Manifest | None:
         LoramError: it is there but cannot be read.
     """
     path = Path(directory) / MANIFEST_FILE
-    if not os.path.isfile(path):  # which raises nothing, where the name is too long for one
+    if not os.path.lexists(path):  # which raises nothing, where the name is too long for one
         return None
-    try:
-        manifest = Manifest(**json.loads(read_regular_text(path)))
-    except (ValueError, TypeError) as error:
-        raise LoramError(f"{path} is not a manifest ({error}); make the directory again") from error
-    for name in manifest.files:
-        if not is_inside(name):
-            raise LoramError(
-                f"{path} must name files below its directory, got {name!r:.80}; make the directory "
-                "again"
-            )
-    return manifest
+    remedy = "make the directory again"
+    data, name = read_bytes(path, remedy=remedy), f"{path} is not a manifest"
+    written: dict[str, Any] = parse_json(data, f"{name}:", remedy=remedy, constants=True)
+    checked(_Written, written, name, remedy=remedy)
+    return Manifest(**written)
 
 
 def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loram_ray.errors import LoramError, shown
 from loram_ray.manifest import write_json
+from loram_ray.parsing import read_json
 from loram_ray.printing import markdown, plain
 
 RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
@@ -35,8 +36,25 @@ def write_results(
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
-    """The rows that were written."""
-    rows: list[dict[str, Any]] = json.loads((directory / RESULTS_FILE).read_text())
+    """The rows that were written.
+
+    Raises:
+        LoramError: they cannot be read.
+    """
+    return read_rows(directory / RESULTS_FILE)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON file: a list of objects.
+
+    Raises:
+        LoramError: it is none.
+    """
+    remedy = "run the command that wrote it again"
+    rows: list[Any] = read_json(path, kind=list, remedy=remedy, constants=True)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise LoramError(f"{path}: {number} must be a JSON object, got {shown(row)}; {remedy}")
     return rows
 
 

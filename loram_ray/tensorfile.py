@@ -18,16 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from pydantic import field_validator
 
-from loram_ray.errors import LoramError
-from loram_ray.files import open_descriptor, read_regular_text
+from loram_ray.errors import LoramError, shown
+from loram_ray.files import open_descriptor
 from loram_ray.names import fault_of_name
+from loram_ray.parsing import Document, parse_json, read_document, shown_reason
 
 MODEL = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_SIZE = 2**60
+"""Above any file's bytes, and below what an index of torch holds."""
+_MAX_RANK = 16
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -85,9 +91,10 @@ class TensorFile:
             except BaseException:
                 self.close()
                 raise
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path that is none
+            reason = error.strerror if isinstance(error, OSError) else error
             raise LoramError(
-                f"{self.path} could not be read ({error.strerror}); restore the file"
+                f"{self.path} could not be read ({reason}); restore the file"
             ) from error
 
     def _corrupt(self, reason: str) -> LoramError:
@@ -102,20 +109,26 @@ class TensorFile:
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise self._corrupt(f"its header does not fit in its {size} bytes")
         try:
-            header = json.loads(os.pread(self._fd, length, 8))
+            header = self._parse(os.pread(self._fd, length, 8))
             metadata = dict(header.pop("__metadata__", {}))
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise self._corrupt("its metadata is not text")
             specs, offsets, spans = {}, {}, []
             for name, entry in header.items():
                 shape, (begin, end) = entry["shape"], entry["data_offsets"]
-                if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-                    raise self._corrupt(f"tensor {name} has shape {shape} at [{begin}, {end}]")
+                numbers = (*shape, begin, end)
+                if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in numbers) or (
+                    math.prod(size or 1 for size in shape) >= _MAX_SIZE or len(shape) > _MAX_RANK
+                ):
+                    place = f"[{shown(begin)}, {shown(end)}]"
+                    raise self._corrupt(f"tensor {name} has shape {shown(shape)} at {place}")
                 spec = TensorSpec(tuple(shape), self._dtype(name, entry["dtype"]))
                 if end - begin != spec.nbytes:
                     raise self._corrupt(f"tensor {name} has {end - begin} bytes of {spec.nbytes}")
                 specs[name], offsets[name] = spec, 8 + length + begin
                 spans.append((begin, end))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._corrupt(f"its header cannot be read ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._corrupt(f"its header cannot be read ({shown_reason(error)})") from error
         end_of_data = 0
         for begin, end in sorted(spans):
             if begin != end_of_data:
@@ -124,6 +137,10 @@ class TensorFile:
         if 8 + length + end_of_data != size:
             raise self._corrupt(f"{8 + length + end_of_data} bytes are announced, {size} are there")
         return specs, metadata, offsets
+
+    def _parse(self, header: bytes) -> dict[str, Any]:
+        name = f"{self.path} is not a whole safetensors file: its header"
+        return parse_json(header, name, remedy="copy or download it again")
 
     def _dtype(self, tensor: str, name: str) -> torch.dtype:
         if name not in _DTYPES:
@@ -258,6 +275,20 @@ class TensorWriter:
         self._file.close()
 
 
+class _Index(Document):
+    """The index of sharded files."""
+
+    weight_map: dict[str, str]
+
+    @field_validator("weight_map")
+    @classmethod
+    def _beside_it(cls, weight_map: dict[str, str]) -> dict[str, str]:
+        for name in set(weight_map.values()):
+            if (fault := fault_of_name(name)) is not None:
+                raise ValueError(f"must name files that are {fault}, got {shown(name)}")
+        return weight_map
+
+
 class Checkpoint:
     """The tensors of a directory: one ``model.safetensors`` or shards with an index.
 
@@ -283,23 +314,12 @@ class Checkpoint:
     def _open(self) -> None:
         index = self.directory / self._index
         weight_map: dict[str, str] = {}
-        if (self.directory / self._single).exists():  # before an index, as transformers does
+        if os.path.lexists(self.directory / self._single):  # before an index, as transformers does
             self.files[self._single] = TensorFile(self.directory / self._single)
-        elif index.exists():
-            try:
-                weight_map = dict(json.loads(read_regular_text(index))["weight_map"])
-                names = sorted(set(weight_map.values()))
-            except (ValueError, KeyError, TypeError) as error:
-                raise LoramError(f"{index} cannot be read ({error}); download it again") from error
-            for name in names:
-                if (fault := fault_of_name(name)) is not None:
-                    raise LoramError(
-                        f"{index} must name files that are {fault}, got {name!r:.80}; download it "
-                        "again"
-                    )
-            paths = {name: self.directory / name for name in names}
-            for file_name, path in paths.items():
-                self.files[file_name] = TensorFile(path)
+        elif os.path.lexists(index):
+            weight_map = read_document(index, _Index, remedy="download it again").weight_map
+            for file_name in sorted(set(weight_map.values())):
+                self.files[file_name] = TensorFile(self.directory / file_name)
             for name, file_name in weight_map.items():
                 if name not in self.files[file_name].specs:
                     raise LoramError(

@@ -143,11 +143,11 @@ def _loop(path: Path) -> None:
     [
         (lambda path: None, "does not exist"),
         (_directory, "must be a regular file, got a directory"),
-        (os.mkfifo, "must be a regular file, got a pipe"),
+        (os.mkfifo, "must be a regular file, got a FIFO"),
         (_loop, "cannot be read"),
         (lambda path: path.symlink_to("/dev/zero"), "got a device"),
         (lambda path: path.symlink_to(path.with_name("missing")), "does not exist"),
-        (lambda path: path.write_bytes(b"{}\n\xff"), "must be UTF-8 text, line 2 is not"),
+        (lambda path: path.write_bytes(b"{}\n\xff"), "line 2 is not UTF-8"),
         (lambda path: path.write_text("{}").__class__ and os.truncate(path, 2**40), "at most"),
     ],
     ids=["missing", "directory", "pipe", "loop", "device", "dangling", "bytes", "huge"],
@@ -160,12 +160,12 @@ def test_what_is_no_file_of_text_is_refused(tmp_path: Path, make: object, said: 
         with pytest.raises(LoramError) as caught:
             read(path, "some.key")  # type: ignore[operator]
         assert time.monotonic() - start < 1
-        assert str(caught.value).startswith(f"some.key {path} ") and said in str(caught.value)
+        assert str(caught.value).startswith(f"some.key {path}") and said in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["nul\0", "half\ud800", "x" * 300, "f/" * 3000])
 def test_what_is_no_path_is_refused(path: str) -> None:
-    with pytest.raises(LoramError, match="cannot be read"):
+    with pytest.raises(LoramError, match="cannot be read|must be the path"):
         parsing.read_bytes(path, "some.key")
 
 

@@ -6,7 +6,6 @@ into partitions, and one by one from partitions to safetensors.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from loram_ray.config import AlignConfig
 from loram_ray.errors import LoramError
 from loram_ray.memory import freed_memory_returned
 from loram_ray.modeling import DTYPES
+from loram_ray.parsing import read_json
 from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 if TYPE_CHECKING:
@@ -129,13 +129,7 @@ def read_users(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LoramError(f"align.deepspeed {path} cannot be read ({error}); mend it") from error
-    if not isinstance(found, dict):
-        raise LoramError(f"align.deepspeed {path} must hold a JSON object; mend it")
-    return found
+    return read_json(path, "align.deepspeed", remedy="fix the file")
 
 
 def import_deepspeed() -> Any:

@@ -8,7 +8,12 @@ handle: duplicate keys, numbers that are not finite, text that is not Unicode. E
 
 from loram_ray.parsing.documents import Document, bounded, broken_rule, checked, read_document
 from loram_ray.parsing.json_text import parse_json, read_json
-from loram_ray.parsing.text import named, read_bytes, read_text, shown_reason
+from loram_ray.parsing.text import (
+    named,
+    read_bytes,
+    read_text,
+    shown_reason,
+)
 from loram_ray.parsing.yaml_text import comment_in, parse_yaml, read_yaml
 
 __all__ = [

@@ -63,7 +63,7 @@ def checked(model: type[M], data: Any, name: str, *, remedy: str = "restore the 
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        where = f"{name}: {key}" if key else name
+        where = f"{name}: {key}" if key else f"{name}:"
         raise LoramError(f"{where} {broken_rule(first)}; {remedy}") from error
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 
 from loram_ray.errors import LoramError
+from loram_ray.files import open_regular
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
@@ -40,18 +39,14 @@ def read_bytes(
     """
     name = named(path, key)
     try:
-        kind = os.stat(path).st_mode  # opening some devices has effects
-        if not stat.S_ISREG(kind):
-            raise LoramError(f"{name} must be a regular file, got {_kind(kind)}; {remedy}")
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise LoramError(f"{name} must be a regular file; {remedy}")
+        with open_regular(path) as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
         raise LoramError(f"{name} does not exist; {remedy}") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate pair in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise LoramError(f"{name} cannot be read ({reason}); {remedy}") from error
+    except OSError as error:
+        raise LoramError(f"{name} cannot be read ({error.strerror}); {remedy}") from error
+    except LoramError as error:
+        raise error if key is None else LoramError(f"{key} {error}") from error
     if len(data) > limit:
         raise LoramError(f"{name} must have at most {limit:,} bytes, got more; {remedy}")
     return data
@@ -97,14 +92,3 @@ def shown_reason(error: BaseException, limit: int = 160) -> str:
 def too_deep(name: str, remedy: str) -> LoramError:
     """The error of a document that is nested too deeply."""
     return LoramError(f"{name} must be nested at most {MAX_DEPTH} deep, got more; {remedy}")
-
-
-def _kind(mode: int) -> str:
-    """What a file that is not regular is."""
-    kinds = {
-        "a directory": stat.S_ISDIR,
-        "a pipe": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
-        "a device": lambda m: stat.S_ISCHR(m) or stat.S_ISBLK(m),
-    }
-    return next((name for name, holds in kinds.items() if holds(mode)), "another kind")

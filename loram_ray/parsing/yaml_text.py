@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from loram_ray.errors import LoramError, shown
-from loram_ray.parsing.text import MAX_DEPTH, MAX_DIGITS, named, read_text, shown_reason, too_deep
+from loram_ray.parsing.text import MAX_DEPTH, named, read_text, shown_reason, too_deep
 
 MAX_YAML_BYTES = 2**20
 MAX_ALIASED = 100_000
@@ -96,8 +96,10 @@ def comment_in(text: str) -> str | None:
     event: Any
     for event in yaml.parse(text, Loader=_PARSER):
         if isinstance(event, yaml.ScalarEvent):
-            outside.append((end, event.start_mark.index))
-            end = event.end_mark.index
+            begin: Any = event.start_mark
+            behind: Any = event.end_mark
+            outside.append((end, begin.index))
+            end = behind.index
     outside.append((end, len(text)))
     starts = (text.find("#", begin, stop) for begin, stop in outside)
     return next((text[start:] for start in starts if start >= 0), None)
@@ -105,7 +107,7 @@ def comment_in(text: str) -> str | None:
 
 def _require_bounded(text: str, name: str) -> None:
     """Refuse depth, cycles and what aliases add, before anything is composed."""
-    sizes: dict[str, int] = {}
+    sizes: dict[Any, int] = {}
     open_: list[tuple[str | None, int]] = []  # anchor and nodes before of each open collection
     count = aliased = 0
     event: Any
@@ -191,8 +193,19 @@ def _require_distinct_keys(node: Any, name: str) -> None:
 
 def _require_number(node: Any, where: str) -> None:
     text = node.value.replace("_", "").lower()
-    if len(text) > MAX_DIGITS or ("inf" not in text and node.tag == _FLOAT and _overflows(text)):
+    if node.tag == _FLOAT:
+        absurd = "inf" not in text and _overflows(text)
+    else:  # no key means more than 64 bits
+        absurd = len(text) > 66 or abs(_whole(text)) >= 2**64
+    if absurd:
         raise LoramError(f"{where} must have numbers of a sensible size, got {shown(node.value)}")
+
+
+def _whole(text: str) -> int:
+    sign = "-" if text[0] == "-" else ""
+    digits = text.lstrip("+-")
+    octal = digits[0] == "0" and digits.isdecimal()
+    return int(f"{sign}{digits}", 8 if octal else 0)
 
 
 def _overflows(text: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loram_ray.errors import LoramError
+from loram_ray.parsing import parse_json
 from loram_ray.pruning.criteria import LayerScores
 from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
 
@@ -64,7 +65,8 @@ def load_scores(
             "and sparsegpt keep no scores); leave it out to calibrate"
         )
     with TensorFile(path) as file:
-        said = json.loads(file.metadata.get("loram_scores", "{}")).get("method")
+        metadata = file.metadata.get("loram_scores", "{}")
+        said = parse_json(metadata, f"{path}: loram_scores").get("method")
         if said != method:
             raise LoramError(
                 f"prune.scores must be scores of {method}, {directory} holds those of {said}; "
