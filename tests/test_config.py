@@ -16,6 +16,7 @@ from loram_ray.config import (
     load_run,
     section_of,
 )
+from loram_ray.config.overrides import apply_override
 from loram_ray.errors import LoramError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -422,6 +423,90 @@ def test_an_override_that_breaks_a_rule_names_its_source() -> None:
 def test_an_override_of_a_section_that_is_no_section_is_refused() -> None:
     with pytest.raises(LoramError, match=r"^--set: base must be a valid string"):
         load_run(None, ["base=b", "output=o", "base.path=3"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["run #1/out", "#1", "a: b", "*star", "&and", "!bang", "yes", "1e3", "2024-01-01", "[a]", "{a}"]
+    + ["'quoted'", '"', "%", "@x", "`x`", "- x", "| x", "a\tb", " a ", "10", "1.50", "ü/漢", "a=b"],
+)
+def test_text_is_taken_as_it_is_written(text: str) -> None:
+    """In text, paths, optional ones, choices' names, items of lists and sections checked later."""
+    keys = ["base", "output", "train.data", "train.chat_template", "batch.train.chat_template"]
+    keys += ["batch.tasks.0.train.eval_data", "align.corpus.sources.0.path", "recover.base"]
+    keys += ["evaluate.benchmarks.0.prompt", "evaluate.text.sources.0.text_field", "batch.base"]
+    keys += ["compare.alignments.mine.deepspeed", "compare.tasks.t.data", "sweep.models.0"]
+    keys += ["prune.calibration.sources.0.path", "publish.message"]
+    for key in keys:
+        data = {
+            "align": {"corpus": {"sources": [{}]}},
+            "batch": {"tasks": [{}]},
+            "evaluate": {"benchmarks": [{}], "text": {"sources": [{}]}},
+            "prune": {"calibration": {"sources": [{}]}},
+            "sweep": {"models": ["a"]},
+        }
+        apply_override(data, f"{key}={text}")
+        found: object = data
+        for part in key.split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]  # type: ignore[index]
+        assert found == text, key
+
+
+def test_text_with_a_number_sign_reaches_the_section() -> None:
+    run = load_run(None, ["base=b #1", "output=run #1/out", "prune.seed=3"])
+    assert run.prune == PruneConfig(base="b #1", output=Path("run #1/out/pruned"), seed=3)
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_optional_text_can_be_switched_off(text: str) -> None:
+    given = ["base=b", "output=o", "train.data=d", f"train.chat_template={text}"]
+    run = load_run(None, [*given, f"train.preset={text}", f"batch.train.eval_data={text}"])
+    assert run.train is not None and run.batch is not None
+    assert (run.train.chat_template, run.train.preset) == (None, None)
+    assert run.batch.train == {"eval_data": None}
+
+
+@pytest.mark.parametrize(
+    ("override", "comment"),
+    [
+        ("prune.layers=[1, 3] # middle", "# middle"),
+        ("prune.ratio=0.5 #", "#"),
+        ("train.lora.targets=[q_proj, v_proj #, o_proj\n]", "#, o_proj"),
+        ("batch.tasks=[{data: a #1.jsonl\n}]", "#1.jsonl"),
+        ("batch.train.lora.r=8 # rank", "# rank"),
+        ("evaluate.benchmarks.0.options.x=a #b", "#b"),
+        ("train.packing=#true", "#true"),
+    ],
+)
+def test_a_comment_in_an_override_is_refused(override: str, comment: str) -> None:
+    with pytest.raises(LoramError, match=r"must have no comment, got '" + comment):
+        load_run(None, ["base=b", "output=o", override])
+
+
+def test_values_that_are_no_text_stay_yaml() -> None:
+    given = ["base=b", "output=o", "prune.layers=[1, 3]", "prune.ratio=5.0e-1", "train.data=d"]
+    given += ["train.packing=yes", "train.lora={r: 16, targets: ['a #b']}", "train.eval_every=0x10"]
+    run = load_run(None, given)
+    assert run.prune is not None and run.train is not None
+    assert (run.prune.layers, run.prune.ratio, run.train.packing) == ((1, 3), 0.5, True)
+    assert (run.train.lora.r, run.train.lora.targets, run.train.eval_every) == (16, ("a #b",), 16)
+
+
+@pytest.mark.parametrize("override", ["output=a\ud800", "output=a\0", "prune.\udcff=1"])
+def test_an_override_that_is_no_text_is_refused(override: str) -> None:
+    with pytest.raises(LoramError, match=r"--set '.*' must be UTF-8 text") as caught:
+        load_run(None, ["base=b", override])
+    str(caught.value).encode()
+
+
+def test_a_key_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\noutput: o\ntrain: {data: d, steps: 5}\nprune: {}\ntrain: {data: e}\n")
+    with pytest.raises(LoramError, match=r"^--config .* got 'train' in lines 3 and 5; remove one$"):
+        load_run(path)
+    path.write_text("base: b\noutput: o\ntrain:\n  data: d\n  lora:\n    r: 8\n    r: 9\n")
+    with pytest.raises(LoramError, match=r"got 'r' in lines 6 and 7"):
+        load_run(path)
 
 
 def test_section_that_is_not_there_is_named_with_the_remedy() -> None:

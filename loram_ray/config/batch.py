@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import Section
+from loram_ray.config.section import KeysOf, Section
 from loram_ray.names import fault_of_output
 
 OF_THE_WHOLE = {"model", "output", "data", "cpus", "gpus", "max_failures"}
@@ -21,7 +21,9 @@ class TaskConfig(Section):
         None, description="of its directory; default: the data file's, with the grid's values"
     )
     data: str = Field(description="rows as train takes them: a file, or a glob of a file a task")
-    train: dict[str, Any] = Field({}, description="keys of the train section, over batch.train")
+    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
+        {}, description="keys of the train section, over batch.train"
+    )
     grid: dict[str, tuple[Any, ...]] = Field(
         {}, description="dotted keys of the train section with values to combine, e.g. lora.r"
     )
@@ -48,7 +50,9 @@ class BatchConfig(Section):
         None, description="of the recovered adapters, as recover.correction"
     )
     tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
-    train: dict[str, Any] = Field({}, description="keys of the train section that all tasks share")
+    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
+        {}, description="keys of the train section that all tasks share"
+    )
     actors: int = Field(1, ge=1, description="processes that each keep a model and train on it")
     adapters_per_actor: int = Field(
         1,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import Section
+from loram_ray.config.section import KeysOf, Section
 from loram_ray.names import fault_of_output, first_clash, folded
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
@@ -54,7 +54,7 @@ class CompareConfig(Section):
     correction: bool = Field(
         False, description="also with the correction of recover, where there is one"
     )
-    alignments: dict[Name, dict[str, Any]] = Field(
+    alignments: dict[Name, Annotated[dict[str, Any], KeysOf("align")]] = Field(
         {},
         description="further systems, by name: keys of the align section, over align, as in "
         "{live: {objective: distillation, distillation: {targets: live}}, longer: {steps: 90}}; "

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from loram_ray.config.overrides import apply_override
 from loram_ray.config.run import STAGES, RunConfig
 from loram_ray.config.section import Section, kind_of, section_types
-from loram_ray.errors import LoramError, nearest
+from loram_ray.errors import LoramError, nearest, shown
+from loram_ray.parsing import broken_rule, read_yaml
 
 
 def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -20,14 +20,15 @@ def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunCon
 
     Args:
         config: a YAML file, or None to start from nothing.
-        overrides: ``dotted.key=value`` with a YAML value.
+        overrides: ``dotted.key=value``; the value is text as it is written where the key is text
+            or a path, else YAML.
 
     Raises:
         LoramError: the file or an override cannot be read, or a value breaks a rule.
     """
-    data = _read_yaml(Path(config)) if config is not None else {}
+    data = _read_run(Path(config)) if config is not None else {}
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     for stage in STAGES:
         if stage in data and data[stage] is None:  # "recover:" alone asks for its defaults
             data[stage] = {}
@@ -75,70 +76,16 @@ def _causes(errors: Sequence[Any]) -> list[Any]:
     ]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 4:8 is a pattern, not 248: PyYAML counts to base sixty, as YAML 1.1 did."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, re.compile(r"(?!.*\d:)" + pattern.pattern, pattern.flags))
-        if tag.endswith((":int", ":float"))
-        else (tag, pattern)
-        for tag, pattern in resolvers
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError as error:
-        raise LoramError(f"--config {path} does not exist; check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoramError(f"--config {path} cannot be read ({error}); check the file") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise LoramError(f"--config {path} is not valid YAML: {reason}; mend the line") from error
+def _read_run(path: Path) -> dict[str, Any]:
+    data = read_yaml(path, "--config")
     if not isinstance(data, dict):
         raise LoramError(f"--config {path} must hold keys and values; see jobs/configs/demo.yaml")
     return data
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise LoramError(f"--set must be key=value, got '{override}'; e.g. --set train.lora.r=16")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise LoramError(f"--set {key} has a value that is not YAML: {text}; quote it") from error
-    *parents, last = key.split(".")
-    node: Any = data
-    for parent in parents:
-        place = _place_in(node, parent, key)
-        if isinstance(node, dict) and not isinstance(node.get(parent), dict | list):
-            node[parent] = {}
-        node = node[place]
-    node[_place_in(node, last, key)] = value
-
-
-def _place_in(node: Any, part: str, key: str) -> str | int:
-    """One part of a dotted key as it indexes a dictionary, or a list by number."""
-    if not isinstance(node, list):
-        return part
-    if not part.isdecimal() or int(part) >= len(node):
-        raise LoramError(
-            f"--set {key} must count the items of a list from 0 to {len(node) - 1}, got '{part}'; "
-            "change the number or set the whole list"
-        )
-    return int(part)
-
-
 def _describe(model: type[BaseModel], error: Any) -> str:
     location = error["loc"]
     key = ".".join(str(part) for part in location) or "the config"
-    value = error.get("input")
     match error["type"]:
         case "extra_forbidden" | "invalid_key":
             known = _fields_at(model, location[:-1])
@@ -149,9 +96,8 @@ def _describe(model: type[BaseModel], error: Any) -> str:
             text = str(error["ctx"]["error"])  # of a section it begins with the key, of a key not
             return (f"{key} " if text.startswith("must ") else f"{key}." if location else "") + text
         case "path_type":
-            return f"{key} must be a path, got {value!r}; change the value"
-    rule = re.sub(r"^\w+ should", "must", error["msg"])  # "Input should be", "Tuple should have"
-    return f"{key} {rule}, got {value!r}; change the value"
+            return f"{key} must be a path, got {shown(error['input'])}; change the value"
+    return f"{key} {broken_rule(error)}; change the value"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

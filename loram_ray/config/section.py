@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,13 @@ class Section(BaseModel):
                         "change or rename it"
                     )
         return data
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Marks a dictionary of settings that a stage's section checks later."""
+
+    stage: str
 
 
 class RayConfig(Section):

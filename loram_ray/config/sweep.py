@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from loram_ray.config.batch import OF_THE_WHOLE
-from loram_ray.config.section import Section
+from loram_ray.config.section import KeysOf, Section
 
 _COMPARED_BY = {
     "steps",
@@ -57,7 +57,7 @@ class SweepConfig(Section):
     )
     output: Path = Field(description="directory to write")
     data: str = Field(description="rows as train takes them")
-    train: dict[str, Any] = Field(
+    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
         {}, description="keys of the train section that all trials share; it must hold out examples"
     )
     grid: dict[str, tuple[Any, ...]] = Field(

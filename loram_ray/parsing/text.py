@@ -78,7 +78,7 @@ def decode(data: bytes, name: str, remedy: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise LoramError(
-            f"{name} must be UTF-8 text, line {line} is not ({error.reason}); {remedy}"
+            f"{name} cannot be read (line {line} is not UTF-8: {error.reason}); {remedy}"
         ) from error
 
 

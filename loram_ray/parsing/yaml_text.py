@@ -20,6 +20,7 @@ _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
 _FLOAT, _INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
 class _Loader(_PARSER):  # type: ignore[misc]
@@ -41,7 +42,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(path: Path | str, key: str | None = None, *, remedy: str = "check the file") -> Any:
+def read_yaml(path: Path | str, key: str | None = None, *, remedy: str = "check the path") -> Any:
     """Read a YAML file.
 
     Args:
@@ -93,8 +94,7 @@ def parse_yaml(text: str, name: str) -> Any:
 def comment_in(text: str) -> str | None:
     """The comment that YAML would cut off a text, from its ``#``, or None."""
     outside, end = [], 0
-    event: Any
-    for event in yaml.parse(text, Loader=_PARSER):
+    for event in _events(text):
         if isinstance(event, yaml.ScalarEvent):
             begin: Any = event.start_mark
             behind: Any = event.end_mark
@@ -105,13 +105,17 @@ def comment_in(text: str) -> str | None:
     return next((text[start:] for start in starts if start >= 0), None)
 
 
+def _events(text: str) -> Iterator[Any]:
+    """The events of a text, one at a time: nothing recurses over them."""
+    yield from yaml.parse(text, Loader=_PARSER)
+
+
 def _require_bounded(text: str, name: str) -> None:
     """Refuse depth, cycles and what aliases add, before anything is composed."""
     sizes: dict[Any, int] = {}
     open_: list[tuple[str | None, int]] = []  # anchor and nodes before of each open collection
     count = aliased = 0
-    event: Any
-    for event in yaml.parse(text, Loader=_PARSER):
+    for event in _events(text):
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_):
                 raise LoramError(
@@ -149,6 +153,7 @@ def _require_plain(root: Any, name: str) -> None:
             raise LoramError(f"{where} must not have tag {node.tag:.60}; remove it")
         if isinstance(node, yaml.MappingNode):
             _require_distinct_keys(node, name)
+            node.value = [(_as_text(key), value) for key, value in node.value]
         elif isinstance(node, yaml.ScalarNode):
             if "\0" in node.value or not _is_unicode(node.value):
                 raise LoramError(f"{where} must hold Unicode text without NUL; remove it")
@@ -174,21 +179,26 @@ def _nodes(root: Any) -> Iterator[Any]:
 def _require_distinct_keys(node: Any, name: str) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
-        if key.tag.endswith(":merge"):
-            continue
-        if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
-            given = (
-                f"'{key.value:.40}'" if isinstance(key, yaml.ScalarNode) else "a list or section"
-            )
+        if not isinstance(key, yaml.ScalarNode):
             raise LoramError(
-                f"{name}, line {_line(key)}, must have text as keys, got {given}; quote it"
+                f"{name}, line {_line(key)}, must have text as keys, got a list or a section; "
+                "quote it"
             )
+        if key.tag == _MERGE:
+            continue
         if key.value in lines:
             raise LoramError(
-                f"{name} must have each key once, got {key.value:.60} in lines "
+                f"{name} must have each key once, got {shown(key.value)} in lines "
                 f"{lines[key.value]} and {_line(key)}; remove one"
             )
         lines[key.value] = _line(key)
+
+
+def _as_text(key: Any) -> Any:
+    """A key as the text that is written: 7 and yes name keys, too."""
+    if key.tag in (_MERGE, _TEXT):
+        return key
+    return yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark)
 
 
 def _require_number(node: Any, where: str) -> None:
