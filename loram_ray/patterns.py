@@ -14,6 +14,11 @@ SECONDS = 3.0
 """Time in which all patterns must be matched; a match on paths takes microseconds."""
 _LONGEST = 10_000
 _PLAIN = re.compile(r"[\w.\-^$]*")
+_EXAMPLES = tuple(
+    f"model.layers.{'1' * 20}.{name}"
+    for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj", "a" * 40, "a_" * 20 + "!")
+)
+"""Paths like those of modules, some longer."""
 # PEFT's rule: the first pattern that the end of a module's path matches.
 _PROGRAM = """
 import json, re, sys
@@ -26,9 +31,6 @@ print(json.dumps([next((i for i, p in enumerate(compiled) if p.match(n)), None) 
 def matched(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mapping[str, str]:
     """The first pattern that matches the end of each module's path, by PEFT's rule.
 
-    Python's expressions cannot be interrupted in every thread and may take longer than anyone
-    lives, so patterns that are more than names are matched in a process that can be ended.
-
     Args:
         patterns: regular expressions, or module names.
         modules: full paths of modules.
@@ -40,41 +42,48 @@ def matched(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mappi
     Raises:
         LoramError: a pattern is no regular expression, or takes too long.
     """
-    for pattern in patterns:
-        if len(pattern) > _LONGEST:
-            raise LoramError(
-                f"{name} must hold patterns of at most {_LONGEST:,} characters, got "
-                f"{len(pattern):,}; shorten it"
-            )
-        try:
-            re.compile(f"(.*\\.)?({pattern})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise LoramError(
-                f"{name} must hold regular expressions, got {shown(pattern)} ({error}); fix it"
-            ) from error
-    if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
-        return _first(patterns, modules)
-    asked = json.dumps([list(patterns), list(modules)])
-    command = [sys.executable, "-I", "-c", _PROGRAM]
-    try:
-        done = subprocess.run(
-            command, input=asked, capture_output=True, text=True, timeout=SECONDS, check=True
-        )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise LoramError(
-            f"{name} must be matched within {SECONDS:g} s, {shown(patterns[0])} takes longer; "
-            "write patterns without nested repetitions"
-        ) from error
-    found: list[int | None] = json.loads(done.stdout)
-    pairs = zip(modules, found, strict=True)
-    return {module: patterns[number] for module, number in pairs if number is not None}
-
-
-def _first(patterns: Sequence[str], modules: Sequence[str]) -> dict[str, str]:
-    compiled = [(pattern, re.compile(rf"(.*\.)?({pattern})$")) for pattern in patterns]
+    fault = fault_of_patterns(patterns, modules)
+    if fault is not None:
+        raise LoramError(f"{name} must be {fault}")
+    compiled = [(pattern, _compiled(pattern)) for pattern in patterns]
     found = {}
     for module in modules:
         pattern = next((given for given, ready in compiled if ready.match(module)), None)
         if pattern is not None:
             found[module] = pattern
     return found
+
+
+def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str | None:
+    """Return what patterns must be and these are not, with the remedy, or None.
+
+    Python's expressions cannot be interrupted in every thread and may take longer than anyone
+    lives, so patterns that are more than names are tried in a process that can be ended.
+
+    Args:
+        patterns: regular expressions, or module names.
+        names: what they will be matched against, besides examples of modules' paths.
+    """
+    for pattern in patterns:
+        if len(pattern) > _LONGEST:
+            return f"patterns of at most {_LONGEST:,} characters, got {len(pattern):,}; shorten it"
+        try:
+            _compiled(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"regular expressions, got {shown(pattern)} ({error}); fix it"
+    if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
+        return None
+    asked = json.dumps([list(patterns), [*names, *_EXAMPLES]])
+    command = [sys.executable, "-I", "-c", _PROGRAM]
+    try:
+        subprocess.run(command, input=asked.encode(), capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return (
+            f"matched within {SECONDS:g} s, {shown(patterns[0])} takes longer; write patterns "
+            "without nested repetitions"
+        )
+    return None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -32,6 +32,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise LoramError(f"--set must be key=value, got '{override}'; e.g. --set train.lora.r=16")
     *parents, last = key.split(".")
+    if not (last and all(parents)):
+        raise LoramError(f"--set must have a dotted key, got '{key}'; e.g. --set train.lora.r=16")
     value = _value(key, text)
     node: Any = data
     for parent in parents:

@@ -60,13 +60,13 @@ def _causes(errors: Sequence[Any]) -> list[Any]:
     """Leave out errors that only follow from others.
 
     Sections lack paths where ``base`` or ``output`` is wrong, and a list is said to be too short
-    where one of its items is wrong.
+    where one of its items is wrong. Of a list's items the first wrong one stands for all.
     """
     shared = [error for error in errors if error["loc"] in (("base",), ("output",))]
     if shared:
         return shared
     locations = [error["loc"] for error in errors]
-    return [
+    own = [
         error
         for error in errors
         if not any(
@@ -74,6 +74,11 @@ def _causes(errors: Sequence[Any]) -> list[Any]:
             for other in locations
         )
     ]
+    first: dict[Any, Any] = {}
+    for error in own:
+        *inside, last = error["loc"] or ("",)
+        first.setdefault((*inside, "item" if isinstance(last, int) else last), error)
+    return list(first.values())
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -38,7 +38,9 @@ STAGES: dict[str, type[Section]] = {
 class RunConfig(Section):
     """run: the sections of all stages, and what they share."""
 
-    base: str = Field(description="base model: a directory of safetensors or a hub id")
+    base: str = Field(
+        min_length=1, description="base model: a directory of safetensors or a hub id"
+    )
     output: Path = Field(description="directory of the whole run")
     ray: RayConfig = RayConfig()
     prune: PruneConfig | None = None
@@ -87,7 +89,7 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         loram = {"model": str(merged)}  # a delta is no adapter
     train = filled.get("train")
     template = dict(train).get("chat_template") if isinstance(train, Section | Mapping) else None
-    if template is not None:
+    if isinstance(template, str | Path):
         loram["chat_template"] = template
     learnt, held_out = _first_task(filled.get("compare"))
     derived: dict[str, dict[str, Any]] = {

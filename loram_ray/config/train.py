@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.section import OptimiserConfig, Precision, Section, over
+from loram_ray.patterns import fault_of_patterns
 
 _NOT_RECOVERED = {
     "use_dora": "DoRA's magnitudes belong to the pruned weights' norms",
@@ -36,11 +37,17 @@ _NAMES_IN_PEFT = {
 }
 
 
+MAX_RANK = 2**16
+"""Above any linear's shorter side."""
+
+
 class LoraConfig(Section):
     """The adapter, in PEFT's terms: all of its settings that recovery carries over exactly."""
 
-    r: int = Field(8, ge=1, description="rank")
-    alpha: float = Field(16, gt=0, description="scale numerator: alpha / r, or alpha / sqrt(r)")
+    r: int = Field(8, ge=1, le=MAX_RANK, description="rank")
+    alpha: float = Field(
+        16, gt=0, allow_inf_nan=False, description="scale numerator: alpha / r, or alpha / sqrt(r)"
+    )
     dropout: float = Field(0.05, ge=0, lt=1, description="on the adapter's input")
     targets: tuple[str, ...] | None = Field(
         None, description="short module names; default: every pruned linear of the family"
@@ -50,8 +57,12 @@ class LoraConfig(Section):
         None, description="numbers of the layers that get an adapter; default: all"
     )
     lm_head: bool = Field(False, description="adapt lm_head too, as the paper does")
-    rank_pattern: dict[str, int] = Field({}, description="rank by module-name pattern")
-    alpha_pattern: dict[str, float] = Field({}, description="alpha by module-name pattern")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
+        {}, description="rank by module-name pattern"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, description="alpha by module-name pattern"
+    )
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
     init: Literal["default", "gaussian", "orthogonal", "eva"] = Field(
         "default",
@@ -78,6 +89,14 @@ class LoraConfig(Section):
                 "takes out of the pruned ones is not in the base's; take default, orthogonal or eva"
             )
         return data
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_match_in_time(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        fault = fault_of_patterns(list(patterns))
+        if fault is not None:
+            raise ValueError(f"must be {fault}")
+        return patterns
 
     @model_validator(mode="after")
     def _head_is_in_no_layer(self) -> LoraConfig:
