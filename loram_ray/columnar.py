@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,18 @@ def open_parquet(source: Path | pa.NativeFile, name: str, buffer_size: int = 0) 
     try:
         file = pa.OSFile(str(source)) if isinstance(source, Path) else source
         footer = _footer(file, _PARQUET_MAGIC, 0)
-        for schema in _arrow_schemas_in(footer):
-            _refuse_extensions(schema, _schema_of_message, name)
+        for serialised in _arrow_schemas_in(footer):
+            _refuse_extensions(serialised, _schema_of_message, name)
         # opened with the footer that was checked
         metadata = _metadata_of(footer)
         opened = pq.ParquetFile(
             file, metadata=metadata, buffer_size=buffer_size, arrow_extensions_enabled=False
         )
-        names = opened.schema_arrow.names
+        schema = opened.schema_arrow
     except (ArrowException, OSError, binascii.Error) as error:
         reason = " ".join(str(error).split())
         raise LoramError(f"{name} is not a Parquet file ({reason}); get the file again") from error
-    refuse_repeated(names, name)
+    _refuse_repeated_fields(schema, name)
     return opened
 
 
@@ -81,7 +81,7 @@ def arrow_batches(file: pa.NativeFile, name: str) -> Iterator[pa.RecordBatch]:
         file.seek(0)
         reader = pa.ipc.open_file(file)
         batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-    refuse_repeated(reader.schema.names, name)
+    _refuse_repeated_fields(reader.schema, name)
     yield from batches
 
 
@@ -98,6 +98,16 @@ def refuse_repeated(names: Sequence[str], where: str) -> None:
                 f"{where} must have one column '{name}', it has several; rename the others"
             )
         seen.add(name)
+
+
+def _refuse_repeated_fields(fields: Iterable[pa.Field], where: str) -> None:
+    """Refuse fields of the same name, in what is nested too: a row is a dictionary."""
+    listed = list(fields)
+    refuse_repeated([field.name for field in listed], where)
+    for field in listed:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not pa.types.is_union(kind):
+            _refuse_repeated_fields((kind.field(n) for n in range(kind.num_fields)), where)
 
 
 def _footer(file: pa.NativeFile, magic: bytes, padding: int) -> bytes:

@@ -167,6 +167,6 @@ def read_template(path: Path, key: str) -> str:
         LoramError: it cannot be read as text.
     """
     try:
-        return path.read_text()
+        return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LoramError(f"{key} {path} cannot be read ({error}); check the path") from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pyarrow import CompressedInputStream, NativeFile, fs
 
+from loram_ray.corpus.encoding import refuse_other_encodings
 from loram_ray.corpus.folders import refuse_several, saved_datasets
 from loram_ray.corpus.places import Place, folder_of, in_one_line, matching, saying_why, walk
 from loram_ray.errors import LoramError
@@ -147,15 +148,17 @@ def read_lines(path: str) -> Iterator[bytes]:
     """Yield every line of a file, unpacked; memory does not grow with the file.
 
     Raises:
-        LoramError: it is compressed and cut or damaged. How much was lost cannot be known, so it
-            counts as no number of bad rows.
+        LoramError: it is not UTF-8 text in lines; or it is compressed and cut or damaged. How much
+            was lost cannot be known, so it counts as no number of bad rows.
     """
     form, place, number = form_of(path), Place(path), 0
     codec = form.codec if form is not None else None
     with place.filesystem.open_input_stream(place.inner, compression=None) as raw:
         try:
             stream = CompressedInputStream(raw, codec) if codec is not None else raw
-            for line in io.BufferedReader(stream, _BUFFER):  # type: ignore[type-var]
+            reader = io.BufferedReader(stream, _BUFFER)  # type: ignore[type-var]
+            refuse_other_encodings(reader.peek(), path)
+            for line in reader:
                 number += 1
                 yield line
         except OSError as error:

@@ -13,6 +13,7 @@ from pyarrow.lib import ArrowException
 
 from loram_ray.columnar import arrow_batches, open_parquet
 from loram_ray.config import TextSource
+from loram_ray.corpus.encoding import BYTE_ORDER_MARK, refuse_other_encodings
 from loram_ray.corpus.files import (
     DataFile,
     form_of,
@@ -101,8 +102,16 @@ def identify(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[list[
         files = list_files(source.path, f"{key}.{number}.path")
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             for file, identity in zip(files, pool.map(identify_file, files), strict=True):
-                found.append([file.name, file.size, source.text_field, identity])
+                found.append([file.name, file.size, source.text_field, identity + note_on(file)])
     return found
+
+
+def note_on(file: DataFile) -> str:
+    """What an identity says beside the content: a text's byte order mark is no longer read."""
+    if file.form.kind != ".txt":
+        return ""
+    marked = next(read_lines(file.path), b"").startswith(BYTE_ORDER_MARK.encode())
+    return " without its byte order mark" if marked else ""
 
 
 def documents(unit: Unit) -> Iterator[str | BadRow]:
@@ -140,6 +149,8 @@ def lines_of(unit: Unit) -> Iterator[bytes]:
         position = unit.start
         if unit.start > 0:
             position += len(file.readline()) - 1  # the rest of the line before, or its newline
+        else:
+            refuse_other_encodings(file.peek(), unit.path)
         while position < unit.end:
             line = file.readline()
             if not line:
@@ -174,12 +185,27 @@ def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
 def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
     """Return the object of one JSON line, or why there is none."""
     try:
-        row = json.loads(raw.decode("utf-8-sig"))  # bytes it would decode to half surrogate pairs
+        # of bytes json would make half surrogate pairs
+        row = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_distinct)
         if b"\\u" in raw:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except _Repeated as error:
+        return BadRow(place, f"it has the key '{error}' twice")
     except (ValueError, RecursionError) as error:
         return BadRow(place, f"not JSON ({error})")
     return row if isinstance(row, dict) else BadRow(place, "not a JSON object")
+
+
+class _Repeated(ValueError):
+    """A key that an object has twice."""
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def refuse_bad_rows(
@@ -233,14 +259,23 @@ def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
         start, position = position, position + len(line)
         return start // _UNIT_BYTES if cut else 0
 
+    def bad_at(offset: int, reason: str) -> BadRow:
+        line = first_line_number(unit) + number + content.count(b"\n", 0, offset)
+        return BadRow(f"{unit.path}:{line}", reason)
+
     for _, group in groupby(lines_of(unit), key=piece_of):
         lines = list(group)
+        content = b"".join(lines)
         try:
-            text = b"".join(lines).decode()
+            text = content.decode()
         except UnicodeDecodeError as error:
-            yield BadRow(f"{unit.path}:{first_line_number(unit) + number}", f"not UTF-8 ({error})")
+            yield bad_at(error.start, f"not UTF-8 ({error})")
         else:
-            if text.strip():
+            if unit.start == number == 0:
+                text = text.removeprefix(BYTE_ORDER_MARK)
+            if "\0" in text:
+                yield bad_at(content.index(b"\0"), "it holds a NUL byte")
+            elif text.strip():
                 yield text
         number += len(lines)
 
@@ -285,6 +320,8 @@ def _column_documents(
             except UnicodeDecodeError as error:
                 yield BadRow(f"{place} row {number}", f"not UTF-8 ({error})")
                 continue
+            except (ValueError, OverflowError):  # e.g. a date that Python has not
+                text = None
             if isinstance(text, str) and text.strip():
                 yield text
             else:

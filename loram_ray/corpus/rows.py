@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -11,12 +9,16 @@ import pyarrow as pa
 from pyarrow.lib import ArrowException
 
 from loram_ray.columnar import arrow_batches, open_parquet
-from loram_ray.corpus.files import DataFile, open_at, open_random, read_lines
-from loram_ray.corpus.read import BadRow, documents_of, parse_object
+from loram_ray.corpus.encoding import refuse_other_encodings
+from loram_ray.corpus.files import DataFile, hash_content, open_at, open_random, read_lines
+from loram_ray.corpus.read import BadRow, documents_of, note_on, parse_object
+from loram_ray.corpus.separated import separated_rows
 from loram_ray.errors import LoramError
+from loram_ray.parsing import parse_json
 
 _ROWS_AT_ONCE = 256
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+_BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"
 
 Row = tuple[str, dict[str, Any]]
 """Where a row is, and its values by the names of their columns."""
@@ -32,7 +34,8 @@ def read_rows(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow
         columns: those that are wanted; of files of columns no others are read.
 
     Raises:
-        LoramError: a file that can only be read from its beginning is cut or damaged.
+        LoramError: the file is cut or damaged, is not UTF-8 text, has a column twice, or a quote
+            that is not closed where its field ends.
     """
     match file.form.kind:
         case ".jsonl":
@@ -40,13 +43,25 @@ def read_rows(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow
         case ".json":
             yield from _json_array(file) if _is_array(file) else _json_lines(file)
         case ".csv" | ".tsv":
-            yield from _separated(file)
+            yield from separated_rows(file)
         case ".txt":
             for number, text in enumerate(documents_of(file), start=1):
                 place = f"{file.path} part {number}"
                 yield text if isinstance(text, BadRow) else (place, {"text": text})
         case _:
             yield from _columns(file, columns)
+
+
+def identify_rows(file: DataFile) -> str:
+    """What tells a file's rows from another's; reads all of it.
+
+    Raises:
+        LoramError: it is a CSV or TSV file that `read_rows` refuses.
+    """
+    if file.form.kind in (".csv", ".tsv"):
+        for _ in separated_rows(file):
+            pass
+    return hash_content(file.path) + note_on(file)
 
 
 def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:
@@ -59,43 +74,20 @@ def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:
 
 def _is_array(file: DataFile) -> bool:
     with open_at(file.path) as stream:
-        return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        head = stream.read(4096)
+        if not head.lstrip(_BEFORE_JSON).startswith(b"["):
+            return False
+        refuse_other_encodings(head.replace(b"\r", b"\n"), file.path)  # JSON may have any line end
+        return True
 
 
 def _json_array(file: DataFile) -> Iterator[Row | BadRow]:
     with open_at(file.path) as stream:
-        try:
-            rows = json.loads(stream.read().decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise LoramError(f"{file.path} is not JSON ({error}); mend it") from error
+        content = stream.read()
+    rows: list[Any] = parse_json(content, file.path, kind=list, remedy="fix it", constants=True)
     for number, row in enumerate(rows, start=1):
         place = f"{file.path} row {number}"
         yield (place, row) if isinstance(row, dict) else BadRow(place, "not a JSON object")
-
-
-def _separated(file: DataFile) -> Iterator[Row | BadRow]:
-    csv.field_size_limit(2**31 - 1)  # an answer may be long
-    lines = (raw.decode("utf-8", "surrogateescape") for raw in read_lines(file.path))
-    without_mark = (line.removeprefix("\ufeff") if i == 0 else line for i, line in enumerate(lines))
-    reader = csv.DictReader(without_mark, delimiter=_DELIMITERS[file.form.kind])
-    begins = 2
-    for row in reader:
-        place, begins = f"{file.path}:{begins}", reader.line_num + 1
-        if None in row or None in row.values():
-            yield BadRow(place, f"it has not the header's {len(reader.fieldnames or ())} columns")
-        elif not _is_text("".join(row.values())):
-            yield BadRow(place, "not UTF-8")
-        else:
-            yield place, dict(row)
-
-
-def _is_text(found: str) -> bool:
-    """Whether bytes that were decoded with ``surrogateescape`` were UTF-8."""
-    try:
-        found.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _columns(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]:
@@ -110,7 +102,7 @@ def _columns(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]
                 for row in batch.select(names).to_pylist():
                     number += 1
                     yield f"{file.path} row {number}", row
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
             raise LoramError(
                 f"{file.path} cannot be read past row {number} ({' '.join(str(error).split())}); "
                 "get the file again, or leave it out"

@@ -13,8 +13,9 @@ from loram_ray.adapter import CONFIG_FILE
 from loram_ray.changes import is_delta
 from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, require_resources
 from loram_ray.config import EvaluateConfig, RayConfig, TextConfig
-from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
+from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.read import identify
+from loram_ray.corpus.rows import identify_rows
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.measurement import Found, Scores
 from loram_ray.evaluation.measurements import name_of
@@ -101,7 +102,7 @@ def _data_digest(config: EvaluateConfig) -> str:
 
     def add(data: str | None, text: TextConfig | None, key: str) -> None:
         if data is not None:
-            parts.extend(hash_content(f.path) for f in list_files(data, f"{key}data", EXAMPLES))
+            parts.extend(identify_rows(f) for f in list_files(data, f"{key}data", EXAMPLES))
         if text is not None:
             parts.extend([identify(text.sources, f"{key}text.sources"), text.sequence_length])
 

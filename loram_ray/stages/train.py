@@ -24,7 +24,8 @@ from loram_ray.cluster import (
 )
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.conversations import forms_of
-from loram_ray.corpus.files import EXAMPLES, hash_content, list_files
+from loram_ray.corpus.files import EXAMPLES, list_files
+from loram_ray.corpus.rows import identify_rows
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.manifest import digest_of, identify_model, read_manifest
 from loram_ray.model_files import family_of
@@ -130,7 +131,7 @@ def digest_of_rows(data: str, key: str) -> str:
         data: as the configuration has it.
         key: of the configuration, to name.
     """
-    return digest_of([hash_content(file.path) for file in list_files(data, key, EXAMPLES)])
+    return digest_of([identify_rows(file) for file in list_files(data, key, EXAMPLES)])
 
 
 @functools.lru_cache(maxsize=64)

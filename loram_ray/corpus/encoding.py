@@ -1,0 +1,42 @@
+"""What a file of text must be: UTF-8, with lines that end in LF or CRLF."""
+
+from __future__ import annotations
+
+import codecs
+
+from loram_ray.errors import LoramError
+
+BYTE_ORDER_MARK = "\ufeff"
+_MARKS = {  # UTF-32's begins as UTF-16's does
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+_NUL_SHARE = 0.1
+
+
+def refuse_other_encodings(head: bytes, path: str) -> None:
+    """Refuse a file that is not UTF-8 text in lines, by its first bytes.
+
+    Args:
+        head: what the file begins with.
+        path: the file, for messages.
+
+    Raises:
+        LoramError: it is UTF-16, UTF-32 or no text, or its lines end in CR alone.
+    """
+    for encoding, marks in _MARKS.items():
+        if head.startswith(marks):
+            raise LoramError(
+                f"{path} must be UTF-8 text, it begins with the byte order mark of {encoding}; "
+                f"convert it: iconv -f {encoding} -t UTF-8"
+            )
+    if head.count(0) > _NUL_SHARE * len(head):
+        raise LoramError(
+            f"{path} must be UTF-8 text, it begins with NUL bytes as UTF-16 and UTF-32 do; "
+            "convert it: iconv -f UTF-16LE -t UTF-8"
+        )
+    if b"\r" in head[:-1] and b"\n" not in head:
+        raise LoramError(
+            f"{path} must have lines that end in LF or CRLF, they end in CR; convert it: "
+            "tr '\\r' '\\n'"
+        )

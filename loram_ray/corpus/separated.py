@@ -1,0 +1,146 @@
+"""Rows of CSV and TSV files, by RFC 4180: a field in quotes may hold line ends and delimiters.
+
+A quote that is opened by mistake makes one field of the lines up to the next quote. Where that can
+be seen the file is refused: rows would be lost, and which ones nobody could tell.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from loram_ray.columnar import refuse_repeated
+from loram_ray.corpus.encoding import BYTE_ORDER_MARK
+from loram_ray.corpus.files import DataFile, read_lines
+from loram_ray.corpus.read import BadRow
+from loram_ray.errors import LoramError
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_FIELD = 64 * 2**20
+_REMEDY = 'remove the quote, or write the field in quotes and each quote in it twice ("")'
+
+
+def separated_rows(file: DataFile) -> Iterator[tuple[str, dict[str, str]] | BadRow]:
+    """Yield the rows of a CSV or TSV file, and what is none.
+
+    Raises:
+        LoramError: the header lacks names or has one twice, or a quote is not closed where its
+            field ends.
+    """
+    records = _Records(file.path, _DELIMITERS[file.form.kind])
+    header: list[str] | None = None
+    for line, fields in records:
+        place = f"{file.path}:{line}"
+        if not fields:  # a blank line
+            continue
+        if header is None:
+            header = _checked_header(fields, place)
+            continue
+        records.refuse_swallowed(len(fields), len(header))
+        content = "".join(fields)
+        if len(fields) != len(header):
+            yield BadRow(place, f"it has not the header's {len(header)} columns, but {len(fields)}")
+        elif not _is_text(content):
+            yield BadRow(place, "not UTF-8")
+        elif "\0" in content:
+            yield BadRow(place, "it holds a NUL byte")
+        else:
+            yield place, dict(zip(header, fields, strict=True))
+
+
+class _Records:
+    """Records of a file, each with the number of its first line."""
+
+    def __init__(self, path: str, delimiter: str) -> None:
+        self._path, self._delimiter = path, delimiter
+        self._first = 0
+        self._taken: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        csv.field_size_limit(_LONGEST_FIELD)
+        reader = csv.reader(self._lines(), delimiter=self._delimiter, strict=True)
+        while True:
+            self._first, self._taken = reader.line_num + 1, []
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self._refuse(error)
+            yield self._first, fields
+
+    def _lines(self) -> Iterator[str]:
+        for number, raw in enumerate(read_lines(self._path)):
+            line = raw.decode("utf-8", "surrogateescape")
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+            self._taken.append(line)
+            yield line
+
+    def _refuse(self, error: csv.Error) -> NoReturn:
+        said, last = str(error), self._first + len(self._taken) - 1
+        if "end of data" in said or "field limit" in said:
+            rule = "close the quote that opens a field"
+            got = "it is not closed" if "end" in said else f"it takes {_LONGEST_FIELD:,} bytes"
+        elif "new-line" in said:
+            raise LoramError(
+                f"{self._path}:{self._first} must end in LF or CRLF, it holds a lone CR outside "
+                "quotes; convert the line ends, or write the field in quotes"
+            ) from error
+        else:
+            rule = "close a quote where its field ends"
+            got = f"it closes within text in line {last}" if last > self._first else "text follows"
+        raise LoramError(f"{self._path}:{self._first} must {rule}, {got}; {_REMEDY}") from error
+
+    def refuse_swallowed(self, fields: int, columns: int) -> None:
+        """Refuse a record of several lines that look like rows of their own.
+
+        A quote that opened by mistake and met another in a later row is valid CSV. It is told by
+        its lines, each of which has the header's columns when quotes are taken as text.
+
+        Args:
+            fields: of the record.
+            columns: of the header.
+        """
+        lines = self._taken
+        if len(lines) < 2 or columns < 2:
+            return
+        looked_at = lines if fields == columns else lines[1:-1]
+        if not looked_at or not all(self._is_row(line, columns) for line in looked_at):
+            return
+        if len(lines) == 2 and self._quotes_on_purpose():
+            return
+        raise LoramError(
+            f"{self._path}:{self._first} must close the quote that opens a field, it takes in the "
+            f"rows up to line {self._first + len(lines) - 1}; {_REMEDY}"
+        )
+
+    def _is_row(self, line: str, columns: int) -> bool:
+        parts = line.rstrip("\r\n").split(self._delimiter)
+        of_prose = self._delimiter == "," and any(part.startswith(" ") for part in parts[1:])
+        return len(parts) == columns and not of_prose
+
+    def _quotes_on_purpose(self) -> bool:
+        """Whether a line of the file has a field whose quotes are needed and are in their place."""
+        mark = re.escape(self._delimiter)
+        quoted = re.compile(rf'(?:^|{mark})"(?:[^"]|"")*(?:{mark}|"")(?:[^"]|"")*"(?:{mark}|\s*$)')
+        return any(quoted.search(raw.decode("utf-8", "replace")) for raw in read_lines(self._path))
+
+
+def _checked_header(names: Sequence[str], place: str) -> list[str]:
+    if not _is_text("".join(names)):
+        raise LoramError(f"{place} must be UTF-8 text, the header is not; convert the file")
+    if not any(name.strip() for name in names):
+        raise LoramError(f"{place} must name the columns, it is empty; add a header")
+    refuse_repeated(names, place)
+    return list(names)
+
+
+def _is_text(found: str) -> bool:
+    """Whether bytes that were decoded with ``surrogateescape`` were UTF-8."""
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
