@@ -17,14 +17,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loram_ray.alignment.batches import to_device
 from loram_ray.config import CalibrationConfig, EvaluateConfig, TrainConfig
-from loram_ray.corpus.conversations import Document, forms_of
+from loram_ray.corpus.conversations import Document
 from loram_ray.corpus.examples import tokenise_row
 from loram_ray.corpus.isolation import document_positions, openings
 from loram_ray.corpus.pack import PackedFile, pack, tokenise
 from loram_ray.evaluation.traits import settings_of_reading
 from loram_ray.losses import IGNORED
+from loram_ray.manifest import hash_file
 from loram_ray.pruning.text import calibration_sequences
-from loram_ray.stages.train import _settings_of_rows
+from loram_ray.stages.train import settings_of_rows
 from loram_ray.tokenizer import Frame, frame_of, ids_to_continue, load_tokenizer
 
 TEXTS = [row["text"] for row in tiny.texts(9)]
@@ -264,7 +265,8 @@ def test_identities_of_trainings_change_with_what_is_read_otherwise(tmp_path: Pa
         config = TrainConfig(
             model=model, data=str(data), output=tmp_path / "out", max_bad_share=bad
         )
-        assert _settings_of_rows(forms_of(str(data), "train.data"), config) == expected, rows
+        found = settings_of_rows(config, {"data": hash_file(data)})
+        assert found == expected, rows
 
 
 def test_identities_of_evaluations_change_with_what_is_scored_otherwise(tmp_path: Path) -> None:

@@ -20,26 +20,19 @@ from loram_ray.corpus.rows import read_rows
 
 _FORMS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'"
 _OF_TEMPLATES = ("tools", "chat_template_kwargs", "documents")
+_PREFERENCE = "preferences are not learnt; leave it out to learn the rest"
+_OF_MEDIA = "only text is learnt; leave it out to learn the text alone"
+_MASK = "the loss is on whole answers; weigh messages by 'weight', 0 or 1"
+_ROWS_ALIKE = "rows weigh the same; weigh messages by 'weight', 0 or 1"
+_THOUGHTS = "an answer's thoughts belong in its message; put them there"
 _REFUSED = {
-    "rejected": "preferences are not learnt",
-    "chosen": "preferences are not learnt",
-    "kto_tag": "preferences are not learnt",
-    "image": "only text is learnt",
-    "images": "only text is learnt",
-    "video": "only text is learnt",
-    "videos": "only text is learnt",
-    "audio": "only text is learnt",
-    "audios": "only text is learnt",
+    **dict.fromkeys(("rejected", "chosen", "kto_tag", "label"), _PREFERENCE),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _OF_MEDIA),
     "functions": "they are an earlier form of 'tools'; give those",
-    "enable_thinking": "a template's arguments belong in 'chat_template_kwargs'",
-    "reasoning_content": "an answer's thoughts belong in the assistant's message",
-    "thinking": "an answer's thoughts belong in the assistant's message",
-    "assistant_masks": "the loss is on whole answers; weigh messages by 'weight'",
-    "completion_mask": "the loss is on whole answers; weigh messages by 'weight'",
-    "loss_mask": "the loss is on whole answers; weigh messages by 'weight'",
-    "weight": "rows weigh the same; weigh messages by 'weight', 0 or 1",
-    "train": "rows weigh the same; weigh messages by 'weight', 0 or 1",
-    "label": "an answer that is marked as good or bad is not learnt so; choose the good ones",
+    "enable_thinking": "it belongs in 'chat_template_kwargs'; put it there",
+    **dict.fromkeys(("reasoning_content", "thinking"), _THOUGHTS),
+    **dict.fromkeys(("assistant_masks", "completion_mask", "loss_mask"), _MASK),
+    **dict.fromkeys(("weight", "train"), _ROWS_ALIKE),
 }
 """Columns with which a row means something else to the trainers that know them, and why it is bad.
 

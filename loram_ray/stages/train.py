@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,10 @@ def train_by(
         parents["chat_template"] = digest_of(template)
     left_out = _NOT_IN_IDENTITY | (set() if config.evaluates else _OF_EVALUATION)
     settings = config.model_dump(mode="json", exclude=left_out)
-    for data, key in ((config.data, "train.data"), (config.eval_data, "train.eval_data")):
-        if data is not None:
-            forms = _forms_of(data, key, parents[key.removeprefix("train.")])
-            settings |= _settings_of_rows(forms, config)
     return run_stage(
         config.output,
         "train",
-        settings=settings,
+        settings={**settings, **settings_of_rows(config, parents)},
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, training),
@@ -140,8 +136,16 @@ def _forms_of(data: str, key: str, digest: str) -> frozenset[str]:
     return forms_of(data, key)
 
 
-def _settings_of_rows(forms: frozenset[str], config: TrainConfig) -> dict[str, Any]:
-    """What an identity holds of how rows are read: nothing of plain questions with answers."""
+def settings_of_rows(config: TrainConfig, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What an identity holds of how rows are read: nothing of plain questions with answers.
+
+    Args:
+        config: of a training.
+        digests: of its rows, as ``data`` and ``eval_data``.
+    """
+    forms = _forms_of(config.data, "train.data", digests["data"])
+    if config.eval_data is not None:
+        forms |= _forms_of(config.eval_data, "train.eval_data", digests["eval_data"])
     frame = frame_of(load_tokenizer(config.model)).settings if "text" in forms else {}
     named = (forms - {"text"}) if config.max_bad_share else (forms & {"columns"})
     return {**frame, **({"rows": sorted(named)} if named else {})}

@@ -40,7 +40,7 @@ from loram_ray.stages.align import align
 from loram_ray.stages.prune import prune
 from loram_ray.stages.recover import recover, recovery_in, require_recovery
 from loram_ray.stages.run import cpus_for_models
-from loram_ray.stages.train import absolute, digest_of_rows, train_by
+from loram_ray.stages.train import absolute, digest_of_rows, settings_of_rows, train_by
 from loram_ray.sweeping.trials import ADAPTER, SUMMARY_FILE, WORK, Trial, trials_of
 
 BEST_FILE = "best.yaml"
@@ -91,7 +91,10 @@ def sweep(run: RunConfig) -> StageResult:
         return run_stage(
             config.output,
             "sweep",
-            settings=config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+            settings={
+                **config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+                **settings_of_rows(trials[0].train, parents),
+            },
             parents=parents,
             base_fingerprint=next(fingerprint for _, fingerprint in identities.values()),
             write=lambda target: _write(target, config, trials, identities),
