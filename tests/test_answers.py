@@ -20,9 +20,10 @@ from transformers import (
 import loram_ray as lr
 from loram_ray.chat import Chat
 from loram_ray.chat import Sampling as ChatSampling
+from loram_ray.config.evaluate import GenerationBenchmark
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.templates import end_of_answer
-from loram_ray.evaluation.answers import exact_answers
+from loram_ray.evaluation.answers import exact_answers, generated_answers
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.generation import Sampling, answers, stop_tokens
 from loram_ray.tokenizer import continuation
@@ -193,6 +194,20 @@ def test_what_the_template_writes_before_an_answer_is_no_part_of_it(said: str, r
     found = measured.judged(measured.items[0], said)
     assert found["exact_match"] is right
     assert found["last_number_match"] is right
+
+
+def test_thoughts_that_the_prompt_opens_are_no_part_of_a_benchmarks_answer(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace(
+        "assistant\n{% endif", "assistant\n<think>\n{% endif"
+    )
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"question": "3+4=", "answer": "7"}])
+    config = GenerationBenchmark(
+        kind="generation", data=str(data), prompt="{question}", answer="answer", chat=True
+    )
+    measured = generated_answers("sums", tokenizer, config, "evaluate.benchmarks.0", 0.0)
+    for said, right in (("3 and 4\n</think>\n\n7", True), ("7\n</think>\n8", False), ("7", True)):
+        assert measured.judged(measured.items[0], said)["exact_match"] is right
 
 
 def test_what_was_learnt_word_for_word_matches_and_is_generated(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -34,10 +35,12 @@ class Surroundings(NamedTuple):
     Attributes:
         before: between the generation prompt and the answer, such as an empty block of thoughts.
         after: behind the answer, its closing token included.
+        ends_thoughts: what ends a block that the generation prompt opens, and the model closes.
     """
 
     before: str
     after: str
+    ends_thoughts: str = ""
 
     def cut_off(self, answer: str) -> str:
         """A generated answer without them, whatever stands between the first and last line before.
@@ -48,7 +51,9 @@ class Surroundings(NamedTuple):
         lines = self.before.split("\n")
         first, last = lines[0].strip(), lines[-1].strip()
         found = text.find(last, len(first) if len(lines) > 1 else 0)
-        if first and text.startswith(first) and found >= 0:
+        if self.ends_thoughts and self.ends_thoughts in text:
+            text = text.partition(self.ends_thoughts)[2].strip()
+        elif first and text.startswith(first) and found >= 0:
             text = text[found + len(last) :].strip()
         elif not (self.after and text.endswith(self.after)):
             return answer
@@ -187,11 +192,16 @@ def surroundings(tokenizer: Any) -> Surroundings:
     answered = Conversation("", [asked, {"role": "assistant", "content": _ANSWER}])
     try:
         prompt = render(tokenizer, answered, 1, prompt=True)
-        begin, found, after = render(tokenizer, answered, 2, prompt=False).rpartition(_ANSWER)
+        whole = render(tokenizer, answered, 2, prompt=False)
     except TemplateFault:
         return NONE
-    before = begin[len(prompt) :] if begin.startswith(prompt) else ""
-    return Surroundings(before, after) if found else NONE
+    begin, found, after = whole.rpartition(_ANSWER)
+    if not found:
+        return NONE
+    if begin.startswith(prompt):
+        return Surroundings(begin[len(prompt) :], after)
+    opened = re.search(r"<(\w+)>\s*$", prompt[len(os.path.commonprefix([prompt, begin])) :])
+    return Surroundings("", after, f"</{opened[1]}>" if opened else "")
 
 
 def visible_surroundings(tokenizer: Any) -> Surroundings:
