@@ -118,7 +118,7 @@ def _tokenise(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int
     places = [_place_of(tokenizer, conversation, number, whole) for number in conversation.learnt]
     ids = ids_of(tokenizer, whole)
     prompts = [ids_of(tokenizer, whole[:begin]) for begin, _ in places]
-    through = [ids_of(tokenizer, whole[:end]) for _, end in places]
+    through = [ids if end == len(whole) else ids_of(tokenizer, whole[:end]) for _, end in places]
     if all(ids[: len(part)] == part for part in (*prompts, *through)):
         return [(ids, tuple(zip(map(len, prompts), map(len, through), strict=True)))]
     return [
