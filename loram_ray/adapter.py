@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loram_ray.errors import LoramError
 from loram_ray.model_config import AdapterConfig
 from loram_ray.parsing import checked, read_json
 from loram_ray.patterns import matched
-from loram_ray.tensorfile import TensorFile
+from loram_ray.tensorfile import TensorFile, require_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -108,6 +110,15 @@ class Adapter:
             if isinstance(self.config.get(setting), str):
                 name = f"{self.directory / CONFIG_FILE}: {setting}"
                 matched([self.config[setting]], self.modules, name)
+
+    def read(self, module: str, side: str) -> torch.Tensor:
+        """A ``[r, in]`` or B ``[out, r]`` of a module.
+
+        Raises:
+            LoramError: it holds NaN or infinity.
+        """
+        name = tensor_name(module, side)
+        return require_finite(name, self.file.read(name), self.file.path)
 
     def rank(self, module: str) -> int:
         """Rank r of a module's A ``[r, in]`` and B ``[out, r]``."""

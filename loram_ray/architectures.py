@@ -81,6 +81,10 @@ class CoupledLinear:
         """Whether each expert has one, with kept neurons of its own."""
         return _EXPERT in self.name
 
+    def name_of(self, expert: int | None) -> str:
+        """Path inside the decoder layer, of one expert where each has one."""
+        return self.name.replace(_EXPERT, str(expert))
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -98,6 +102,12 @@ class Architecture:
         output_head: path of the linear from hidden states to the vocabulary.
         embeddings: path of the input embedding, whose weight a tied `output_head` shares.
         final_norm: path of the norm between the last layer and `output_head`.
+        hidden_norms: norms of a decoder layer over the hidden size.
+        head_norms: norms of a decoder layer over one head, which all heads share.
+        biases: linears of a decoder layer with a bias, and the key of the stock configuration that
+            says whether they have one; None is always.
+        router: the linear of a mixture's layer that chooses experts.
+        defaults: what the stock configuration takes for keys that a ``config.json`` leaves out.
         renamed: parts of parameters' names in the stock model, and what they are on disk.
     """
 
@@ -111,29 +121,47 @@ class Architecture:
     output_head: str = "lm_head"
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
+    hidden_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    head_norms: tuple[str, ...] = ()
+    biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
+    router: str | None = None
+    defaults: tuple[tuple[str, Any], ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
     def geometry(self, config: dict[str, Any]) -> Geometry:
-        """Read the sizes from a stock configuration's dictionary (``config.json``)."""
-        try:
-            heads, hidden = config["num_attention_heads"], config["hidden_size"]
-            return Geometry(
-                num_layers=config["num_hidden_layers"],
-                hidden_size=hidden,
-                intermediate_size=config[self.intermediate_size],
-                num_heads=heads,
-                num_kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or hidden // heads,
-                num_experts=self._num_experts(config),
+        """Read the sizes from a stock configuration's dictionary (``config.json``).
+
+        Raises:
+            LoramError: a size is missing, or no size.
+        """
+        config = {**dict(self.defaults), **config}
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = _size(config, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise LoramError(
+                f"num_key_value_heads in the model's config.json must divide its {heads} "
+                f"num_attention_heads, got {kv_heads}; restore the file"
             )
-        except KeyError as error:
-            raise LoramError(f"the model's config.json lacks {error}; restore the file") from error
+        return Geometry(
+            num_layers=_size(config, "num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=_size(config, self.intermediate_size),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=_size(config, "head_dim", hidden // heads),
+            num_experts=self._num_experts(config),
+        )
 
     def _num_experts(self, config: dict[str, Any]) -> int:
-        if not any(linear.per_expert for linear in self.linears):
+        if self.router is None:
             return 0
         # transformers writes the first, the models' publishers wrote either.
-        return config["num_local_experts" if "num_local_experts" in config else "num_experts"]
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        return _size(config, key)
+
+    def is_tied(self, config: dict[str, Any]) -> bool:
+        """Whether a ``config.json`` ties the output head to the embeddings."""
+        return bool({**dict(self.defaults), **config}.get("tie_word_embeddings", False))
 
     def modules(
         self, layer: int, geometry: Geometry
@@ -143,8 +171,8 @@ class Architecture:
         for linear in self.linears:
             experts = range(geometry.num_experts) if linear.per_expert else (None,)
             for expert in experts:
-                name = linear.name.replace(_EXPERT, str(expert))
-                found.append((f"{self.layers}.{layer}.{name}", linear, expert))
+                path = f"{self.layers}.{layer}.{linear.name_of(expert)}"
+                found.append((path, linear, expert))
         return found
 
     def locate(self, module: str) -> tuple[int, CoupledLinear, int | None] | None:
@@ -184,6 +212,20 @@ class Architecture:
         return tuple(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
 
 
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A size of a configuration; null and a missing key are the default, if there is one."""
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise LoramError(f"the model's config.json lacks {key}; restore the file")
+    if type(value) is not int or value < 1:
+        raise LoramError(
+            f"{key} in the model's config.json must be a positive whole number, got {value!r:.40}; "
+            "restore the file"
+        )
+    return value
+
+
 @functools.cache
 def _pattern(name: str) -> re.Pattern[str]:
     """A pattern of a coupled module's path; the expert's number is its group."""
@@ -217,14 +259,71 @@ def _gated_mlp(
 
 
 _DENSE = (*_ATTENTION, *_gated_mlp())
+_ATTENTION_BIAS = (
+    "attention_bias",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+)
+_MLP_BIAS = ("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+_QUERY_AND_KEY_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_AROUND_BOTH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+_GEMMA = (("num_key_value_heads", 4), ("head_dim", 256), ("tie_word_embeddings", True))
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("llama", "PrunedLlamaConfig", "PrunedLlamaForCausalLM", _DENSE),
-    Architecture("mistral", "PrunedMistralConfig", "PrunedMistralForCausalLM", _DENSE),
-    Architecture("qwen2", "PrunedQwen2Config", "PrunedQwen2ForCausalLM", _DENSE),
-    Architecture("qwen3", "PrunedQwen3Config", "PrunedQwen3ForCausalLM", _DENSE),
-    Architecture("gemma2", "PrunedGemma2Config", "PrunedGemma2ForCausalLM", _DENSE),
-    Architecture("gemma3_text", "PrunedGemma3Config", "PrunedGemma3ForCausalLM", _DENSE),
+    Architecture(
+        "llama",
+        "PrunedLlamaConfig",
+        "PrunedLlamaForCausalLM",
+        _DENSE,
+        biases=(_ATTENTION_BIAS, _MLP_BIAS),
+    ),
+    Architecture(
+        "mistral",
+        "PrunedMistralConfig",
+        "PrunedMistralForCausalLM",
+        _DENSE,
+        defaults=(("num_key_value_heads", 8),),
+    ),
+    Architecture(
+        "qwen2",
+        "PrunedQwen2Config",
+        "PrunedQwen2ForCausalLM",
+        _DENSE,
+        biases=((None, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),),
+        defaults=(("num_key_value_heads", 32),),
+    ),
+    Architecture(
+        "qwen3",
+        "PrunedQwen3Config",
+        "PrunedQwen3ForCausalLM",
+        _DENSE,
+        head_norms=_QUERY_AND_KEY_NORMS,
+        biases=(_ATTENTION_BIAS,),
+        defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
+    ),
+    Architecture(
+        "gemma2",
+        "PrunedGemma2Config",
+        "PrunedGemma2ForCausalLM",
+        _DENSE,
+        hidden_norms=_AROUND_BOTH,
+        biases=(_ATTENTION_BIAS,),
+        defaults=_GEMMA,
+    ),
+    Architecture(
+        "gemma3_text",
+        "PrunedGemma3Config",
+        "PrunedGemma3ForCausalLM",
+        _DENSE,
+        hidden_norms=_AROUND_BOTH,
+        head_norms=_QUERY_AND_KEY_NORMS,
+        biases=(_ATTENTION_BIAS,),
+        defaults=_GEMMA,
+    ),
     Architecture(
         "phi3", "PrunedPhi3Config", "PrunedPhi3ForCausalLM", (*_FUSED_ATTENTION, *_FUSED_MLP)
     ),
@@ -237,12 +336,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             CoupledLinear("self_attn.q_norm", 0, (Unit.QUERY_GROUP,)),
             CoupledLinear("self_attn.k_norm", 0, (Unit.KV_HEAD,)),
         ),
+        hidden_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        biases=(_ATTENTION_BIAS,),
     ),
     Architecture(
         "mixtral",
         "PrunedMixtralConfig",
         "PrunedMixtralForCausalLM",
         (*_ATTENTION, *_gated_mlp(f"block_sparse_moe.experts.{_EXPERT}", "w1", "w3", "w2")),
+        router="block_sparse_moe.gate",
+        defaults=(("num_key_value_heads", 8),),
         renamed=((".mlp.", ".block_sparse_moe."),),
     ),
     Architecture(
@@ -251,6 +354,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "PrunedQwen3MoeForCausalLM",
         (*_ATTENTION, *_gated_mlp(f"mlp.experts.{_EXPERT}")),
         intermediate_size="moe_intermediate_size",
+        head_norms=_QUERY_AND_KEY_NORMS,
+        biases=(_ATTENTION_BIAS,),
+        router="mlp.gate",
+        defaults=(("num_key_value_heads", 4),),
     ),
 )
 

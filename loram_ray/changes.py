@@ -41,12 +41,12 @@ class LoraChange:
 
     def added_to(self, weight: torch.Tensor, module: str) -> torch.Tensor:
         """The weight with the change, summed in float32, in the weight's dtype."""
-        a, b = (self.adapter.file.read(tensor_name(module, side)) for side in "AB")
+        a, b = (self.adapter.read(module, side) for side in "AB")
         return merged_weight(weight, a, b, self.adapter.scale(module))
 
     def applied(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """What it adds to the module's output for an input ``[..., in]``, in the input's dtype."""
-        a, b = (self.adapter.file.read(tensor_name(module, side)).to(x) for side in "AB")
+        a, b = (self.adapter.read(module, side).to(x) for side in "AB")
         return self.adapter.scale(module) * (x @ a.T @ b.T)
 
     def close(self) -> None:

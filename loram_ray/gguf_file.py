@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from loram_ray.errors import LoramError
-from loram_ray.tensorfile import Checkpoint
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def write_gguf(
 
     config = AutoConfig.from_pretrained(directory)
     architecture = architecture_of(config.model_type)
-    with Checkpoint(directory) as checkpoint:
+    with ModelCheckpoint(directory) as checkpoint:
         tensors = list(_tensors(checkpoint, config, architecture, kind))
         writer = GGUFWriter(path, architecture)
         try:
@@ -100,7 +100,7 @@ def write_gguf(
 def size_of(directory: Path, kind: str) -> int:
     """Bytes of the tensors that `write_gguf` writes."""
     config = AutoConfig.from_pretrained(directory)
-    with Checkpoint(directory) as checkpoint:
+    with ModelCheckpoint(directory) as checkpoint:
         tensors = _tensors(checkpoint, config, architecture_of(config.model_type), kind)
         stored = (_stored(tensor) for tensor in tensors)
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in stored)
@@ -121,7 +121,7 @@ def architecture_of(model_type: str) -> str:
 
 
 def _tensors(
-    checkpoint: Checkpoint, config: PreTrainedConfig, architecture: str, kind: str
+    checkpoint: ModelCheckpoint, config: PreTrainedConfig, architecture: str, kind: str
 ) -> Iterator[_Tensor]:
     import gguf
 

@@ -194,24 +194,6 @@ def require_files(directory: Path, manifest: Manifest) -> None:
             )
 
 
-def identify_model(directory: Path | str, key: str) -> tuple[str, str]:
-    """Return a model directory's digest and the fingerprint of the base it comes from.
-
-    A directory that a stage wrote is checked against its manifest. A merged model is a base in its
-    own right, as any other directory is.
-
-    Raises:
-        LoramError: not a model directory, or damaged.
-    """
-    if read_manifest(directory) is not None:
-        manifest = require_stage(directory, ("prune", "align", "quantize", "merge"), key)
-        if manifest.stage != "merge":
-            return manifest.digest, manifest.base_fingerprint
-    with Checkpoint(directory) as checkpoint:
-        identity = fingerprint(checkpoint)
-    return identity, identity
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
     with open_regular(path) as file:

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from loram_ray.errors import LoramError
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
+from loram_ray.tensorfile import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_NO_ADAPTER = "no adapter"
+"""Folder in which transformers looks for an adapter's configuration; beside the weights it would
+put the adapter on without a word."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -39,24 +45,33 @@ def load_model(
         attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None is transformers' choice.
 
     Raises:
-        LoramError: an attention that the family or the machine does not have.
+        LoramError: weights that are not those of the model's configuration, or not finite; an
+            attention that the family or the machine does not have.
     """
     from transformers import AutoModelForCausalLM
 
+    with ModelCheckpoint(directory):
+        pass
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=DTYPES[precision],
             device_map={"": device},
             attn_implementation=attention,
+            use_safetensors=True,
+            adapter_kwargs={"subfolder": _NO_ADAPTER},
         )
     except (ImportError, ValueError) as error:
+        reason = f"{' '.join(str(error).split()):.300}"
         if attention is None:
-            raise
+            raise LoramError(
+                f"{directory} cannot be loaded ({reason}); restore its config.json"
+            ) from error
         raise LoramError(
             f"attention = {attention} cannot be used for {directory} "
-            f"({' '.join(str(error).split()):.300}); install what it needs or leave it out"
+            f"({reason}); install what it needs or leave it out"
         ) from error
+    _require_finite(model, directory)
     if getattr(model, "is_loaded_in_4bit", False):
         from loram_ray.nf4 import compute_in, mend_on_cpu
 
@@ -66,6 +81,19 @@ def load_model(
         compute_in(model, DTYPES[precision])
         mend_on_cpu(model)
     return model
+
+
+def _require_finite(model: PreTrainedModel, directory: Path | str) -> None:
+    """Refuse loaded weights, and scales of quantised ones, that are NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter, directory)
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            for part, scale in state.as_dict(packed=False).items():
+                if isinstance(scale, torch.Tensor):
+                    require_finite(f"{name}.{part}", scale, directory)
+                elif isinstance(scale, float):
+                    require_finite(f"{name}.{part}", torch.tensor(scale), directory)
 
 
 def parameters_and_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import field_validator
@@ -296,6 +296,9 @@ class Checkpoint:
         directory: where they are.
         stem: what their files' names begin with.
 
+    Attributes:
+        entry: name of the file with all tensors, or of the index.
+
     Raises:
         LoramError: a file is missing, truncated or corrupt, or only pickled weights are there.
     """
@@ -303,6 +306,7 @@ class Checkpoint:
     def __init__(self, directory: Path | str, stem: str = MODEL) -> None:
         self.directory = Path(directory)
         self._single, self._index = f"{stem}.safetensors", index_file(stem)
+        self.entry = self._single
         self.files: dict[str, TensorFile] = {}
         self.location: dict[str, str] = {}
         try:
@@ -317,6 +321,7 @@ class Checkpoint:
         if os.path.lexists(self.directory / self._single):  # before an index, as transformers does
             self.files[self._single] = TensorFile(self.directory / self._single)
         elif os.path.lexists(index):
+            self.entry = self._index
             weight_map = read_document(index, _Index, remedy="download it again").weight_map
             for file_name in sorted(set(weight_map.values())):
                 self.files[file_name] = TensorFile(self.directory / file_name)
@@ -347,12 +352,22 @@ class Checkpoint:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor."""
-        return self.files[self.location[name]].read(name)
+        """Return one tensor.
+
+        Raises:
+            LoramError: it holds NaN or infinity.
+        """
+        file = self.files[self.location[name]]
+        return require_finite(name, file.read(name), file.path)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return some rows of one tensor, see `TensorFile.read_rows`."""
-        return self.files[self.location[name]].read_rows(name, rows)
+        """Return some rows of one tensor, see `TensorFile.read_rows`.
+
+        Raises:
+            LoramError: they hold NaN or infinity.
+        """
+        file = self.files[self.location[name]]
+        return require_finite(name, file.read_rows(name, rows), file.path)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every name and tensor, one tensor in memory at a time."""
@@ -364,7 +379,7 @@ class Checkpoint:
         for file in self.files.values():
             file.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -439,6 +454,29 @@ class CheckpointWriter:
                 },
             }
             (self.directory / index_file(self._stem)).write_text(json.dumps(index, indent=1))
+
+
+def require_finite(name: str, tensor: torch.Tensor, place: Path | str) -> torch.Tensor:
+    """Return a tensor after refusing one that holds NaN or infinity; integers are let pass.
+
+    Args:
+        name: of the tensor.
+        tensor: of any shape, on any device.
+        place: file or directory that it was read from.
+
+    Raises:
+        LoramError: it does; the message names it.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return tensor
+    values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    if all(extreme.isfinite() for extreme in values.aminmax()):  # one NaN makes both NaN
+        return tensor
+    bad = int((~values.isfinite()).sum())
+    raise LoramError(
+        f"tensor {name} of {place} must be finite, {bad} of its {tensor.numel()} values are NaN or "
+        "infinite; make or download it again"
+    )
 
 
 def index_file(stem: str) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from loram_ray.architectures import Architecture, Geometry
 from loram_ray.finetuning.adapters import save_adapter
-from loram_ray.manifest import identify_model
+from loram_ray.model_weights import identify_model
 from loram_ray.modeling import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.pruning.random import random_scores

@@ -30,7 +30,8 @@ from loram_ray.comparing.table import as_markdown
 from loram_ray.config import RunConfig, Section, load_run
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.statistics import gain_kept
-from loram_ray.manifest import Manifest, identify_model, read_manifest
+from loram_ray.manifest import Manifest, read_manifest
+from loram_ray.model_weights import identify_model
 from loram_ray.stage import StageResult
 
 

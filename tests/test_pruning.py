@@ -239,14 +239,18 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
     "another size than its config says": (
         lambda base: _edit_config(base, intermediate_size=95),
         {},
-        r"mlp.gate_proj.weight as \(96, 64\), its config.json says 95",
+        r"mlp.gate_proj.weight as \(96, 64\), its config.json says \(95, 64\)",
     ),
     "more layers than tensors": (
         lambda base: _edit_config(base, num_hidden_layers=6),
         {"layers": (1, 5)},
-        r"layers.4.self_attn.q_proj.weight not at all",
+        r"lacks tensor model.layers.4.self_attn.q_proj.weight \(64, 64\) and 17 more",
     ),
-    "a tensor of another name": (_rename_a_tensor, {}, r"layers.2.mlp.up_proj.weight not at all"),
+    "a tensor of another name": (
+        _rename_a_tensor,
+        {},
+        r"lacks tensor model.layers.2.mlp.up_proj.weight \(96, 64\), which",
+    ),
 }
 
 

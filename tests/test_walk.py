@@ -1068,7 +1068,7 @@ def test_a_weight_that_is_not_finite_is_named(
 ) -> None:
     base = spoilt_base(tmp_path / "base", tensor, value)
     source = None if method == "magnitude" else text
-    with pytest.raises(lr.LoramError, match=rf"tensor {tensor} of the base must be finite, 1 of"):
+    with pytest.raises(lr.LoramError, match=rf"tensor {tensor} of .* must be finite, 1 of"):
         prune(base, tmp_path / "out", method, source, pattern=pattern)
     assert {path.name for path in tmp_path.iterdir()} <= {"base", ".out.work"}
 

@@ -18,9 +18,11 @@ from torch import nn
 from loram_ray.config import AlignConfig
 from loram_ray.errors import LoramError
 from loram_ray.memory import freed_memory_returned
+from loram_ray.model_tensors import is_recomputed
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.modeling import DTYPES
 from loram_ray.parsing import read_json
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.tensorfile import CheckpointWriter, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,21 +161,20 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
         precision: ``bf16`` or ``fp32``.
 
     Raises:
-        LoramError: the weights lack a parameter of the model.
+        LoramError: the weights are not those of the model's configuration, or not finite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     partitioned = ds_config["zero_optimization"]["stage"] == 3
-    with no_init_weights():
+    with ModelCheckpoint(directory) as checkpoint, no_init_weights(), torch.no_grad():
         config = AutoConfig.from_pretrained(directory)
+        if checkpoint.has_own_head():  # as from_pretrained has it
+            config.tie_word_embeddings = False
         with _partitioning(ds_config) if partitioned else nullcontext():
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
         model.tie_weights()
-    with Checkpoint(directory) as checkpoint, torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in checkpoint.location:
-                raise LoramError(f"{directory} lacks tensor {name}; prune the base again")
             with _whole([parameter], partitioned, write=True) as writable:
                 if writable:
                     parameter.copy_(checkpoint.read(name))
@@ -198,8 +199,8 @@ def export_partitioned(
     Returns:
         SHA-256 of each file, empty on the other workers.
     """
-    with Checkpoint(source) as checkpoint:
-        specs = checkpoint.specs
+    with ModelCheckpoint(source) as checkpoint:
+        specs = {n: spec for n, spec in checkpoint.specs.items() if not is_recomputed(n)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if not writes:
         for name in specs:

@@ -17,8 +17,8 @@ from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, re
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.files import make_directory
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.manifest import identify_model
 from loram_ray.model_files import family_of
+from loram_ray.model_weights import identify_model
 from loram_ray.progress import METRICS_FILE, Reporter, last_line
 from loram_ray.results import write_results
 from loram_ray.schedule import Outcome, Schedule, run_tasks

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 
 from loram_ray.masks import Masks, unpack
 from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.tensorfile import require_finite
 
 BLOCK_ELEMENTS = 2**23
 
@@ -195,8 +196,10 @@ def put_adapter_on(
         in_use: packed masks by module that other adapters use, too; it gets what it lacks.
 
     Raises:
-        ValueError: targets that the model lacks, or that cannot be masked.
+        ValueError: targets that the model lacks or that cannot be masked, tensors that the
+            adapter lacks or that the model has no place for.
         RuntimeError: an adapter of other shapes.
+        LoramError: an adapter with NaN or infinity.
     """
     new = isinstance(adapter, peft.LoraConfig)
     config: Any = adapter if new else peft.PeftConfig.from_pretrained(str(adapter))
@@ -206,7 +209,18 @@ def put_adapter_on(
         config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks, in_use)})
     if new:
         return peft.get_peft_model(model, config)  # type: ignore[return-value]
-    return peft.PeftModel.from_pretrained(model, str(adapter), config=config)
+    weights = peft.load_peft_weights(str(adapter), device="cpu")
+    for name, tensor in weights.items():
+        require_finite(name, tensor, str(adapter))
+    adapted = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
+    # PEFT only warns of modules that get no tensor, and says nothing of tensors that get no module.
+    found: Any = peft.set_peft_model_state_dict(adapted, weights)
+    if found.unexpected_keys:
+        raise ValueError(f"the model has no place for {found.unexpected_keys[0]}")
+    lacking = [name for name in found.missing_keys if "lora_" in name]
+    if lacking:
+        raise ValueError(f"it lacks {lacking[0]}")
+    return adapted
 
 
 def _masked_linear(

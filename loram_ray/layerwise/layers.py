@@ -19,8 +19,8 @@ from torch import nn
 from loram_ray.architectures import Architecture
 from loram_ray.errors import LoramError
 from loram_ray.losses import logits_of, summed_loss_of_states
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.modeling import DTYPES
-from loram_ray.tensorfile import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ class LayerStream:
     def __init__(self, base: Path, family: Architecture, precision: str, device: str) -> None:
         from loram_ray.modeling_pruned import unfuse_experts
 
-        self.checkpoint = Checkpoint(base)
+        self.checkpoint = ModelCheckpoint(base)
         self._family = family
         self._dtype = DTYPES[precision]
         self._device = torch.device(device)
@@ -100,9 +100,7 @@ class LayerStream:
                 f"{self.checkpoint.directory} lacks tensor {name} that its config.json asks for; "
                 "download the model again"
             )
-        tensor = self.checkpoint.read(name)
-        require_finite(name, tensor)
-        return tensor
+        return self.checkpoint.read(name)
 
     def embed(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the first layer's input ``[sequences, tokens, hidden]`` of each batch of ids."""
@@ -217,20 +215,6 @@ class LayerStream:
                 parent, _, last = name.rpartition(".")
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
                 setattr(module.get_submodule(parent), last, empty)
-
-
-def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that holds NaN or infinity.
-
-    Raises:
-        LoramError: it does; the message names it.
-    """
-    if not bool(tensor.isfinite().all()):
-        bad = int((~tensor.isfinite()).sum())
-        raise LoramError(
-            f"tensor {name} of the base must be finite, {bad} of its {tensor.numel()} values are "
-            "NaN or infinite; download the model again or choose another"
-        )
 
 
 def _empty_model(base: Path, dtype: torch.dtype) -> PreTrainedModel:

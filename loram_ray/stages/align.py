@@ -26,10 +26,10 @@ from loram_ray.errors import LoramError
 from loram_ray.manifest import fingerprint, read_manifest, read_model_config, require_stage
 from loram_ray.model_card import CARD_FILE, SIZES, model_card
 from loram_ray.model_files import resolve_base, write_model_files
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import METRICS_FILE, read_lines
 from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tensorfile import Checkpoint
 from loram_ray.tokenizer import frame_of, load_tokenizer
 from loram_ray.tracking import require_trackers
 
@@ -157,7 +157,7 @@ def _base_of(config: AlignConfig) -> Path:
     assert config.base is not None
     base = resolve_base(config.base, "align.base").resolve()
     plan = PruningPlan.load(config.pruned)
-    with Checkpoint(base) as checkpoint:
+    with ModelCheckpoint(base) as checkpoint:
         plan.require_base(fingerprint(checkpoint), f"align.base {config.base}")
     limits = read_model_config(base)
     top_k, words = config.distillation.top_k, limits["vocab_size"]

@@ -24,12 +24,12 @@ from loram_ray.evaluation.traits import settings_of_reading
 from loram_ray.manifest import (
     digest_of,
     hash_file,
-    identify_model,
     read_manifest,
     require_stage,
     write_json,
 )
 from loram_ray.model_files import resolve_base
+from loram_ray.model_weights import identify_model
 from loram_ray.names import slug
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines

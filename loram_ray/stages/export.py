@@ -8,8 +8,9 @@ from pathlib import Path
 from loram_ray.config import ExportConfig
 from loram_ray.errors import LoramError
 from loram_ray.gguf_file import architecture_of, size_of, write_gguf
-from loram_ray.manifest import identify_model, read_model_config
+from loram_ray.manifest import read_model_config
 from loram_ray.model_files import resolve_base
+from loram_ray.model_weights import identify_model
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
 

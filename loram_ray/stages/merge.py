@@ -23,6 +23,7 @@ from loram_ray.manifest import (
     write_json,
 )
 from loram_ray.model_files import family_of, resolve_base, write_model_files
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.parsing import read_json
 from loram_ray.plan import PLAN_FILE
 from loram_ray.progress import Reporter, say
@@ -55,7 +56,7 @@ def merge(config: MergeConfig) -> StageResult:
             "round; give the model that was quantised"
         )
     with (
-        Checkpoint(base) as checkpoint,
+        ModelCheckpoint(base) as checkpoint,
         closing(open_change(config.adapter, "merge.adapter")) as change,
     ):
         identity = fingerprint(checkpoint)

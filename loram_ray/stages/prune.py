@@ -16,6 +16,7 @@ from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, fingerprint, read_model_config, require_stage
 from loram_ray.masks import MASKS_FILE, Masks, packed_spec
 from loram_ray.model_files import family_of, pruned_config, resolve_base, write_model_files
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.plan import STRUCTURED, PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.pruning.calibrate import Base, solve_weights, structured_scores
@@ -54,12 +55,12 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
     _require_base(base_config, config.base)
     geometry = family.geometry(base_config)
     layers = layer_range(config.layers, geometry.num_layers)
-    with Checkpoint(directory) as checkpoint:
+    with ModelCheckpoint(directory) as checkpoint:
         positions = base_config.get("max_position_embeddings")
         base = Base(directory, checkpoint, family, geometry, positions, layers)
         identity = fingerprint(checkpoint)
         ratios = layer_ratios(config.ratio, config.ratios, layers)
-        _require_linears(base)
+        _require_layers(base)
         if config.pattern == STRUCTURED:
             kept_counts(geometry, ratios, config.round_neurons_to)
         else:
@@ -116,25 +117,11 @@ def _parents(config: PruneConfig, base: Base, identity: str) -> dict[str, str]:
     return parents
 
 
-def _require_linears(base: Base) -> None:
-    """Refuse a base whose tensors are not those that its config.json and its family describe."""
-    checkpoint = base.checkpoint
-    specs = checkpoint.specs
+def _require_layers(base: Base) -> None:
+    """Refuse layers to prune that are not of one kind."""
     for layer in range(*base.layers):
         modules = base.family.modules(layer, base.geometry)
-        _require_experts(layer, modules, checkpoint)
-        for module, linear, _ in modules:
-            spec = specs.get(f"{module}.weight")
-            shape = spec.shape if spec else ()
-            sizes = (base.geometry.count(u) * base.geometry.width(u) for u in linear.sections)
-            size = sum(sizes)
-            if len(shape) != 2 or shape[linear.axis] != size:
-                found = f"as {shape}" if spec else "not at all"
-                raise LoramError(
-                    f"prune.base {checkpoint.directory} holds {module}.weight {found}, its "
-                    f"config.json says {size} along dimension {linear.axis}; download the "
-                    "model again"
-                )
+        _require_experts(layer, modules, base.checkpoint)
 
 
 def _require_experts(

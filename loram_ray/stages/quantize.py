@@ -13,6 +13,7 @@ from loram_ray.errors import LoramError
 from loram_ray.manifest import Manifest, read_manifest, read_model_config, require_stage
 from loram_ray.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
 from loram_ray.model_files import write_model_files
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
@@ -38,7 +39,7 @@ def quantize(config: QuantizeConfig) -> StageResult:
             f"quantize.model must be structurally pruned, {config.model} has {plan.pattern} masks: "
             "its linears are trained under them in full precision; prune with a structured method"
         )
-    with Checkpoint(config.model) as checkpoint:
+    with ModelCheckpoint(config.model) as checkpoint:
         return run_stage(
             config.output,
             "quantize",

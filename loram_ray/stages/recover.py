@@ -23,6 +23,7 @@ from loram_ray.experts import adapted_experts, require_fusable_experts
 from loram_ray.manifest import fingerprint, require_stage
 from loram_ray.memory import freed_memory_returned
 from loram_ray.model_files import resolve_base
+from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.recovery import is_scattered, recover_tensor
@@ -35,7 +36,7 @@ from loram_ray.stages.recover_corrected import (
     trained_on,
 )
 from loram_ray.stages.recover_masked import write_delta, write_truncated
-from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
+from loram_ray.tensorfile import TensorSpec, TensorWriter
 
 
 def recovery_in(
@@ -98,7 +99,7 @@ def recover(config: RecoverConfig) -> StageResult:
         require_correctable(plan, "recover.correction", f"{config.adapter} was trained under")
     base = resolve_base(config.base, "recover.base")
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(base))
+        checkpoint = stack.enter_context(ModelCheckpoint(base))
         plan.require_base(fingerprint(checkpoint), f"recover.base {config.base}")
         base_specs = checkpoint.specs
         adapter = stack.enter_context(Adapter(config.adapter, "recover.adapter"))
@@ -117,7 +118,7 @@ def recover(config: RecoverConfig) -> StageResult:
         elif corrects(config, manifest):
             settings = {"correction": True, "correction_lambda": config.correction_lambda}
             parents["model"] = manifest.parents.get("model", "unknown")
-            model = stack.enter_context(Checkpoint(trained_on(config, adapter, manifest)))
+            model = stack.enter_context(ModelCheckpoint(trained_on(config, adapter, manifest)))
             correction = Correction(checkpoint, model, plan, config.correction_lambda)
             stack.enter_context(freed_memory_returned())
 
@@ -201,7 +202,7 @@ def _write(
     try:
         with Reporter("recover", total=nbytes, unit="B") as reporter:
             for module in adapter.modules:
-                a, b = (adapter.file.read(tensor_name(module, side)) for side in "AB")
+                a, b = (adapter.read(module, side) for side in "AB")
                 if correction is not None:
                     a, b = correction.pair(module, a, b, adapter.scale(module))
                 for side, tensor in (("A", a), ("B", b)):

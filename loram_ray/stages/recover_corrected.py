@@ -13,7 +13,8 @@ from loram_ray.adapter import Adapter
 from loram_ray.config import RecoverConfig
 from loram_ray.correction import limited, orthonormal, projected
 from loram_ray.errors import LoramError
-from loram_ray.manifest import Manifest, identify_model
+from loram_ray.manifest import Manifest
+from loram_ray.model_weights import identify_model
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import say
 from loram_ray.recovery import squared_norm

@@ -91,8 +91,8 @@ def write_truncated(
                     errors[module] = math.sqrt(missed / size) if size else 0.0
                     missed_in_all, size_of_all = missed_in_all + missed, size_of_all + size
                 else:
-                    a = adapter.file.read(tensor_name(module, "A"))
-                    b = adapter.file.read(tensor_name(module, "B")) * adapter.scale(module)
+                    a = adapter.read(module, "A")
+                    b = adapter.read(module, "B") * adapter.scale(module)
                 for side, matrix in (("A", a), ("B", b)):
                     name = tensor_name(module, side)
                     writer.write(name, matrix.to(specs[name].dtype))
@@ -114,7 +114,7 @@ def write_truncated(
 
 
 def _delta(adapter: Adapter, module: str, plan: PruningPlan) -> torch.Tensor:
-    a, b = (adapter.file.read(tensor_name(module, side)) for side in "AB")
+    a, b = (adapter.read(module, side) for side in "AB")
     return dense_delta(a, b, adapter.scale(module), plan.mask(module))
 
 

@@ -27,8 +27,9 @@ from loram_ray.corpus.conversations import forms_of
 from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.rows import identify_rows
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.manifest import digest_of, identify_model, read_manifest
+from loram_ray.manifest import digest_of, read_manifest
 from loram_ray.model_files import family_of
+from loram_ray.model_weights import identify_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, follow
 from loram_ray.stage import StageDirectory, StageResult, run_stage

@@ -30,8 +30,8 @@ from loram_ray.config import (
 )
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.manifest import identify_model
 from loram_ray.model_files import family_of, resolve_base
+from loram_ray.model_weights import identify_model
 from loram_ray.names import folded, is_plain
 from loram_ray.progress import METRICS_FILE, last_line, say
 from loram_ray.results import write_results
