@@ -61,8 +61,9 @@ def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # Ray would print a stack where we print a line
+    # Ray would print a stack where we print a line, and what its own actors stumble over.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

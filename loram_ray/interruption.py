@@ -195,26 +195,28 @@ class Interruption:
 
     def _watch(self, reading: socket.socket) -> None:
         """See each signal at once, even while the main thread is inside C code."""
+        heard: float | None = None
         while True:
             left = None
             if self.ending is not None:
                 left = max(self._since + _PATIENCE - time.monotonic(), 0.0)
             ready, _, _ = select.select([reading], [], [], left)
             numbers = reading.recv(64) if ready else b""
+            now = time.monotonic()
             if ready and not numbers:
                 reading.close()
                 return  # the block has ended
-            for number in numbers:
-                if number in self._handlers and not self._end(_by(number, self.remedy)):
-                    self._exit_after(_SETTLING)
-            if not ready and self.ending is not None:
-                self._exit_after(_PATIENCE)
+            if any(number in self._handlers for number in numbers):
+                self._end(_by(numbers[0], self.remedy))
+                heard = heard or now
+                if now - heard > _SETTLING:
+                    self._exit()
+            elif not ready and now - self._since >= _PATIENCE:
+                self._exit()
 
-    def _exit_after(self, seconds: float) -> None:
-        """End the process and its children at once, if the ending was decided so long ago."""
+    def _exit(self) -> None:
+        """End the process and its children at once."""
         assert self.ending is not None
-        if time.monotonic() - self._since < seconds:
-            return
         with contextlib.suppress(Exception):
             if self._stderr is not None:
                 os.write(self._stderr, f"loram: {self.ending.line}\n".encode())

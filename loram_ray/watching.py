@@ -36,8 +36,8 @@ def watched(
         while not ended.wait(every):
             what = lost()
             if what is not None and not ended.is_set() and current.ending is None:
-                interruption.end_processes(processes())
                 current.fail(f"failed: {what}; {interruption.CONTINUE}")
+                interruption.end_processes(processes())
                 return
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -88,7 +88,7 @@ class Command:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                preexec_fn=_default_signals,
+                preexec_fn=default_signals,
             )
 
     @property
@@ -138,7 +138,8 @@ class Command:
         self.process.wait()
 
 
-def _default_signals() -> None:
+def default_signals() -> None:
+    """For a child process: a shell's background job ignores some signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
-from commands import Command, contents, has_bytes, lines_in, write_run
+from commands import Command, contents, default_signals, has_bytes, lines_in, write_run
+
+from loram_ray.interruption import CONTINUE, Interruption, handlers_kept
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 Moment = Callable[[Path, Command], bool]
@@ -151,3 +155,134 @@ def test_a_signal_in_a_stage_is_one_line_and_the_same_command_goes_on(
     assert not list(scratch.iterdir())
     if stage != "evaluate":
         assert contents(output) == contents(finished / "out" / OUTPUTS[stage])
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("stage", "process"),
+    tiny.first_of(
+        [("train", "gcs_server"), ("align", "raylet"), ("align", "gcs_server"), ("train", "raylet")]
+    ),
+)
+def test_a_lost_head_is_one_line_within_seconds(
+    finished: Path, tmp_path: Path, scratch: Path, stage: str, process: str
+) -> None:
+    _, reached = MOMENTS[stage]
+    copy_until(finished, stage, tmp_path)
+    command = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
+    try:
+        command.when(lambda: reached(tmp_path / "out", command))
+        (victim,) = [one for one in command.processes() if one.name() == process]
+        victim.kill()
+        assert command.end(60) == 1
+    finally:
+        command.kill()
+    line = f"loram: failed: Ray's {process} process died; run the same command again to continue"
+    assert command.own_lines() == [line]
+    again = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
+    assert again.end() == 0, again.err[-2000:]
+    assert contents(tmp_path / "out" / OUTPUTS[stage]) == contents(
+        finished / "out" / OUTPUTS[stage]
+    )
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_variables_of_a_launcher_do_not_make_training_wait(base: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, base, steps=1)
+    launched = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29533",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "PMI_SIZE": "2",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+    }
+    adapters = []
+    for number, variables in enumerate((launched, {})):
+        words = ["--set", f"train.model={base}", "--set", f"train.output=adapter{number}"]
+        command = Command(tmp_path, "train", "--config", "run.yaml", *words, **variables)
+        try:
+            assert command.end(150) == 0, command.err[-2000:]
+        finally:
+            command.kill()
+        adapters.append(contents(tmp_path / f"adapter{number}"))
+    assert adapters[0] == adapters[1]
+
+
+def test_signals_that_were_ignored_stay_ignored() -> None:
+    """As ``nohup`` and shells want it; the handlers before are put back."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        terminating = signal.getsignal(signal.SIGTERM)
+        with Interruption() as interruption:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert interruption.handler(signal.SIGHUP) is None
+            with handlers_kept():
+                signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray does
+            assert signal.getsignal(signal.SIGTERM) == interruption.handler(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is terminating
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+ENDLESS = """
+import sys, time
+from loram_ray import cli
+def app():
+    try:
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.1)
+    finally:
+        %s
+cli.app = app
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("cleaning", "again"), [("pass", False), ("time.sleep(60)", True)])
+def test_a_signal_is_one_line_and_a_second_one_ends_at_once(
+    number: signal.Signals, cleaning: str, again: bool
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS % cleaning],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.send_signal(number)  # as timeout does, which sends it to the process and to its group
+    if again:
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert err == f"loram: interrupted by {number.name}; {CONTINUE}\n"
+
+
+def test_a_signal_that_python_loses_is_raised_again() -> None:
+    """An exception in ``__del__`` is printed and forgotten."""
+    code = ENDLESS.replace("import sys, time", "import os, signal, sys, time") % "pass"
+    code = code.replace(
+        "while True:",
+        """class Lost:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+        Lost()
+        while True:""",
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 143
+    assert done.stderr == f"loram: interrupted by SIGTERM; {CONTINUE}\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import local_cluster
 import psutil
 import pytest
+from commands import Command, lines_in, write_run
 
 EMBEDDED = """
 from loram_ray.cluster import ray_session
@@ -92,6 +93,28 @@ def test_an_embedded_ray_listens_on_loopback_alone_and_leaves_nothing(tmp_path: 
             driver.kill()
         assert not [process for process in processes if process.is_running()]
         assert not list(Path(scratch).iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_workers_of_an_alignment_listen_on_loopback_alone(base: Path, tmp_path: Path) -> None:
+    """Theirs are the sockets of torch: its store, and Gloo's."""
+    write_run(tmp_path, base, steps=400)
+    pruning = Command(tmp_path, "prune", "--config", "run.yaml", "--set", "prune.method=random")
+    assert pruning.end() == 0, pruning.err
+    two = ["--set", "align.workers=2", "--set", "ray.num_cpus=6"]
+    command = Command(tmp_path, "align", "--config", "run.yaml", *two)
+    try:
+        work = tmp_path / "out" / ".aligned.work"
+        command.when(lambda: lines_in(work / "metrics.jsonl") >= 1)
+        processes = [psutil.Process(command.process.pid), *command.processes()]
+        workers = [p for p in processes if "RayTrainWorker" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        assert listeners(workers) >= 5
+        assert elsewhere(processes) == []
+    finally:
+        command.kill()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from loram_ray.alignment.loop import LoopSettings, train_loop
 from loram_ray.alignment.whole_files import whole_files
 from loram_ray.cluster import gpus_per_worker
 from loram_ray.disk import FULL, full_disk
+from loram_ray.embedded import HOST
 from loram_ray.errors import LoramError
 from loram_ray.interruption import handlers_kept
 from loram_ray.progress import METRICS_FILE, Reporter, follow, last_step
@@ -38,6 +40,8 @@ def fit(loop: LoopSettings) -> None:
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    from loram_ray.alignment.rendezvous import OneAddressConfig
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         """Leaves Ctrl-C to this process; Ray Train would take it until the process ends."""
@@ -74,6 +78,7 @@ def fit(loop: LoopSettings) -> None:
     trainer = Trainer(
         train_loop,
         train_loop_config={"loop": loop},
+        torch_config=OneAddressConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(config.min_workers, config.workers)
             if config.min_workers
@@ -92,6 +97,7 @@ def fit(loop: LoopSettings) -> None:
                 "env_vars": {
                     "OMP_NUM_THREADS": str(config.cpus_per_worker),
                     "TOKENIZERS_PARALLELISM": "false",
+                    **_interfaces(),
                 }
             },
         ),
@@ -120,6 +126,22 @@ def fit(loop: LoopSettings) -> None:
             ended.set()
             watcher.join()
             remove_staging(loop.storage, config.staging_folder, _ABORTING)
+
+
+def _interfaces() -> dict[str, str]:
+    """Variables that keep the workers' own connections on loopback where Ray is."""
+    import psutil
+    import ray
+
+    if ray.util.get_node_ip_address() != HOST:
+        return {}
+    loopback = next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == HOST for address in addresses)
+    )
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: os.environ.get(name, loopback) for name in variables}
 
 
 def _last_good(complete: dict[int, str], until: int) -> str:
