@@ -10,9 +10,9 @@ from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
-import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 class OneAddressConfig(TorchConfig):  # type: ignore[misc]
@@ -45,9 +45,9 @@ def _store(
     is_master: bool = False,
     timeout: timedelta = timedelta(minutes=30),  # noqa: B008 - torch's own default
     **options: Any,
-) -> dist.TCPStore:
+) -> TCPStore:
     if is_master:
         family = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host_name, port), family=family)
         options["master_listen_fd"] = listener.detach()  # torch closes it
-    return dist.TCPStore(host_name, port, world_size, is_master, timeout, **options)
+    return TCPStore(host_name, port, world_size, is_master, timeout, **options)
