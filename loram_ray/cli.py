@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 import loram_ray
 from loram_ray import cli_jobs
+from loram_ray.addresses import without_credentials
 from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
 from loram_ray.errors import LoramError, on_a_place, one_line, root_of
 from loram_ray.launchers import forget_launchers
@@ -467,7 +468,7 @@ def _run_command(*before: str) -> None:
             app()
         except BaseException as error:
             if "--debug" in sys.argv and not isinstance(error, SystemExit):
-                traceback.print_exc()
+                print(without_credentials(traceback.format_exc()), file=sys.stderr, end="")
             if interruption.ending is not None:
                 _end(interruption.ending)
             if isinstance(error, SystemExit):

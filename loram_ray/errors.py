@@ -7,6 +7,8 @@ import errno
 import re
 from collections.abc import Iterable
 
+from loram_ray.addresses import without_credentials
+
 _OF_A_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.ENXIO, errno.ENOTEMPTY,
@@ -22,12 +24,12 @@ class LoramError(Exception):
     The command prints it without a traceback and exits with code 2.
 
     Args:
-        lines: one for each mistake.
+        lines: one for each mistake; credentials in addresses are hidden.
     """
 
     def __init__(self, *lines: str) -> None:
-        super().__init__(*lines)
-        self.lines = lines
+        self.lines = tuple(without_credentials(str(line)) for line in lines)
+        super().__init__(*self.lines)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.lines))
@@ -60,13 +62,13 @@ def one_line(error: BaseException) -> str:
 
 def shortened(text: str) -> str:
     """A text in one line of a bounded length."""
-    line = " ".join(text.split())
+    line = without_credentials(" ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
     """What another library's error says first, or its type where it says nothing."""
-    said = str(error).strip()
+    said = without_credentials(str(error)).strip()
     return said.splitlines()[0] if said else type(error).__name__
 
 
@@ -89,5 +91,5 @@ def shown(value: object, limit: int = 60) -> str:
     """A value as messages show it: on one line, of a bounded length."""
     if isinstance(value, int) and abs(value) >= 10**limit:
         return "a number of many digits"
-    text = repr(value)
+    text = without_credentials(repr(value))
     return text if len(text) <= limit else f"{text[:limit]}…"

@@ -26,6 +26,7 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel
 
+from loram_ray.addresses import problem_with, without_credentials
 from loram_ray.config import RunConfig
 from loram_ray.errors import LoramError
 from loram_ray.waiting import backing_off
@@ -83,6 +84,12 @@ class JobSpec:
                     f"--env must not carry a secret, got {name}: whoever sees the job would see "
                     "it; set it in the environment that the cluster's nodes are started with"
                 )
+
+        seen = {"--env": self.variables, "--metadata": self.metadata}
+        for option, pairs in seen.items():
+            for name, value in pairs.items():
+                if problem := problem_with(value):
+                    raise LoramError(f"{option} {name} {problem}")
 
     def entrypoint(self) -> str:
         """The shell command that the cluster runs."""
@@ -195,7 +202,8 @@ class Jobs:
 
         for name in ("ray.dashboard", "ray._private.runtime_env"):  # what they say, we say
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._address, self._told, self._patience = address, told, patience
+        self._address = without_credentials(address)  # as messages name it
+        self._told, self._patience = told, patience
         with self._clearly():
             self._client = JobSubmissionClient(address)
 

@@ -12,8 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from loram_ray.config.section import Section
 from loram_ray.names import is_control
 
-_IN_AUTHORITY = re.compile(r"^\w+://[^/@]*:[^/@]*@")
-
 
 class TextSource(Section):
     """Files of text."""
@@ -25,16 +23,6 @@ class TextSource(Section):
         "path, s3://, gs:// or hf://datasets/org/name",
     )
     text_field: str = Field("text", description="field that holds a document; unused for .txt")
-
-    @field_validator("path")
-    @classmethod
-    def _no_secret(cls, path: str) -> str:
-        if _IN_AUTHORITY.match(path):
-            raise ValueError(
-                "must be without credentials, which would be written to logs; "
-                "give them in the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
-        return path
 
     def resolved(self) -> Self:
         """Return the source with an absolute path; addresses of object stores stay."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from loram_ray.addresses import problem_with
 
 Precision = Literal["bf16", "fp32"]
 
@@ -15,7 +17,9 @@ Precision = Literal["bf16", "fp32"]
 class Section(BaseModel):
     """A configuration section: unknown keys are refused, values are fixed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +32,16 @@ class Section(BaseModel):
                         f"{key} must be text in UTF-8 without null characters, got {text!r:.80}; "
                         "change or rename it"
                     )
+            if isinstance(value, str | Path):  # before other sections take it over
+                _refuse_credentials(key, value)
         return data
+
+    @model_validator(mode="after")
+    def _has_no_credentials(self) -> Self:
+        """Refuse addresses with credentials: settings are shown, logged and stored."""
+        for key in type(self).model_fields:
+            _refuse_credentials(key, getattr(self, key))
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,24 @@ def _texts_in(value: Any) -> Iterator[str]:
         yield from (text for pair in value.items() for text in pair if isinstance(text, str))
     elif isinstance(value, list | tuple):
         yield from (str(item) for item in value if isinstance(item, str | Path))
+
+
+def _refuse_credentials(key: str, value: Any) -> None:
+    for text in _all_texts_in(value):
+        if problem := problem_with(text):
+            raise ValueError(f"{key} {problem}")
+
+
+def _all_texts_in(value: Any) -> Iterator[str]:
+    """A value's texts and paths at any depth, those of sections inside excepted."""
+    if isinstance(value, str | Path):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _all_texts_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _all_texts_in(item)
 
 
 def _is_utf8(text: str) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from pyarrow import fs
 
+from loram_ray.addresses import problem_with
 from loram_ray.corpus.splits import matches
 from loram_ray.errors import LoramError
 
@@ -20,6 +21,8 @@ class Place:
     """A path taken apart: the scheme, what the file system calls it, and what is for that."""
 
     def __init__(self, path: str) -> None:
+        if problem := problem_with(path):
+            raise LoramError(f"the address of data {problem}")
         scheme, separator, rest = path.partition("://")
         if not separator:
             self.scheme, self.inner, self._prefix, self._query = "", path, "", ""
