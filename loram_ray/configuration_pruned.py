@@ -19,10 +19,13 @@ class Pruned:
         pruned_linears: ``{module path: [out_features, in_features]}`` of the linears that pruning
             changed.
         masked_linears: paths of linears whose zero weights stay zero in training.
+        pruned_norm_mean: what a norm over pruned features takes its mean square over: ``kept``
+            features, or, where it is not said, all that the base has, as if the pruned were zero.
     """
 
     pruned_linears: dict[str, list[int]] | None = None
     masked_linears: list[str] | None = None
+    pruned_norm_mean: str | None = None
 
 
 class PrunedLlamaConfig(Pruned, LlamaConfig):

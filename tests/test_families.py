@@ -59,9 +59,21 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @torch.no_grad()
-def zero_pruned(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """Zero in the stock model, one head and one neuron at a time, what a plan does not keep."""
+def zero_pruned(
+    model: PreTrainedModel, plan: PruningPlan, norm_mean: str = "kept"
+) -> PreTrainedModel:
+    """Zero in the stock model, one head and one neuron at a time, what a plan does not keep.
+
+    A norm over all heads (OLMo 2) then has the mean square over all of them; over those kept, it is
+    as many times larger as there are fewer of them.
+    """
     sizes = plan.geometry
+    if norm_mean == "kept" and hasattr(model.model.layers[0].self_attn, "q_norm"):
+        for number, units in plan.layers.items():
+            attention = model.model.layers[number].self_attn
+            for norm in (attention.q_norm, attention.k_norm):
+                if norm.weight.numel() > sizes.head_dim:
+                    of_kept(norm, sizes.num_kv_heads / len(units.kv_heads))
     for number, units in plan.layers.items():
         layer = model.model.layers[number]
         for head in set(range(sizes.num_kv_heads)) - set(units.kv_heads.tolist()):
@@ -77,6 +89,16 @@ def zero_pruned(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
             for neuron in set(range(sizes.intermediate_size)) - set(units.neurons.tolist()):
                 zero_neuron(layer.mlp, neuron, sizes.intermediate_size)
     return model
+
+
+def of_kept(norm: Any, times: float) -> None:
+    """Have a norm's mean square times larger."""
+
+    def forward(state: torch.Tensor) -> torch.Tensor:
+        mean = state.double().pow(2).mean(-1, keepdim=True) * times
+        return (norm.weight * state.double() / (mean + norm.variance_epsilon).sqrt()).to(state)
+
+    norm.forward = forward
 
 
 def zero_kv_head(attention: Any, head: int, heads: int, kv_heads: int, dim: int) -> None:
@@ -149,6 +171,32 @@ def test_logits_are_the_base_s_with_the_pruned_positions_zeroed(case: Case) -> N
     )
     assert (expected - untouched).abs().max() > 1e-2
     torch.testing.assert_close(logits_of(load_model(case.pruned, "fp32"), IDS), expected, **CLOSE)
+
+
+def test_a_model_pruned_before_its_config_named_the_norm_s_mean_is_what_it_was(
+    tmp_path: Path,
+) -> None:
+    base = families.write_base(tmp_path / "base", "olmo2", seed=3)
+    pruned = prune(base, tmp_path / "pruned")
+    config = read_model_config(pruned)
+    assert config.pop("pruned_norm_mean") == "kept"
+    now = logits_of(load_model(pruned, "fp32"), IDS)
+    (pruned / "config.json").write_text(json.dumps(config))
+    before = zero_pruned(load_model(base, "fp32"), PruningPlan.load(pruned), norm_mean="all")
+    found = logits_of(load_model(pruned, "fp32"), IDS)
+    torch.testing.assert_close(found, logits_of(before, IDS), **CLOSE)
+    assert (found - now).abs().max() > 1e-2
+
+
+def test_what_pruning_changes_are_linears_and_the_norms_that_a_family_names(case: Case) -> None:
+    before = {n: t.shape for n, t in load_file(case.base / "model.safetensors").items()}
+    after = load_file(case.pruned / "model.safetensors")
+    changed = {n.rpartition(".")[0] for n, t in after.items() if t.shape != before[n]}
+    linears = set(read_model_config(case.pruned)["pruned_linears"])
+    norms = {name.rpartition(".")[2] for name in changed - linears}
+    assert norms == ({"q_norm", "k_norm"} if case.family == "olmo2" else set())
+    said = read_model_config(case.pruned).get("pruned_norm_mean")
+    assert said == ("kept" if case.family == "olmo2" else None)
 
 
 def test_generation_is_the_zeroed_base_s(case: Case) -> None:

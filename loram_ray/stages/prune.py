@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from loram_ray.architectures import CoupledLinear
+from loram_ray.architectures import Architecture, CoupledLinear
 from loram_ray.config import PruneConfig, RayConfig
 from loram_ray.corpus.prepare import digest_of_tokenizer
 from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
 from loram_ray.manifest import digest_of, fingerprint, read_model_config, require_stage
 from loram_ray.masks import MASKS_FILE, Masks, packed_spec
-from loram_ray.model_files import family_of, pruned_config, resolve_base, write_model_files
+from loram_ray.model_files import (
+    NORM_MEAN,
+    family_of,
+    pruned_config,
+    resolve_base,
+    write_model_files,
+)
 from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.plan import STRUCTURED, PruningPlan
 from loram_ray.progress import Reporter
@@ -69,7 +75,7 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
         return run_stage(
             config.output,
             "prune",
-            settings=_settings(config),
+            settings=_settings(config, family),
             parents=_parents(config, base, identity),
             base_fingerprint=identity,
             write=work.write,
@@ -82,9 +88,11 @@ def _texts(config: PruneConfig) -> list[str]:
     return [source.path for source in config.calibration.sources] if config.calibration else []
 
 
-def _settings(config: PruneConfig) -> dict[str, Any]:
+def _settings(config: PruneConfig, family: Architecture) -> dict[str, Any]:
     """What determines the result, besides the inputs."""
     settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    if family.norms and config.pattern == STRUCTURED:
+        settings["norm_mean"] = NORM_MEAN
     return settings if config.calibrates else {**settings, "calibration": None}
 
 
