@@ -29,6 +29,12 @@ def _steps(name: str, count: int = 3) -> Moment:
     return lambda out, command: lines_in(out / f".{name}.work" / "metrics.jsonl") >= count
 
 
+def _learning(folder: str) -> Moment:
+    return lambda out, command: any(
+        lines_in(path) >= 3 for path in (out / folder).rglob("metrics.jsonl")
+    )
+
+
 def _starting(out: Path, command: Command) -> bool:
     return any("gcs_server" in process.name() for process in command.processes())
 
@@ -43,6 +49,11 @@ MOMENTS: dict[str, tuple[str, Moment]] = {
     "recover": ("recover", _partial("adapter")),
     "merge": ("merge", _partial("merged")),
     "evaluate": ("evaluate", lambda out, c: (out / "evaluation" / ".loram.work").exists()),
+    "run": ("run", _steps("aligned")),
+    "batch": ("batch", _learning("batch")),
+    "sweep": ("sweep", _learning(".sweep.work")),
+    "quantize": ("quantize", _partial("quantized")),
+    "export": ("export", _partial("gguf")),
 }
 """Where a signal is sent."""
 
@@ -77,6 +88,11 @@ def copy_until(finished: Path, stage: str, folder: Path) -> None:
         "recover": ("pruned", "aligned", "adapter_pruned"),
         "merge": ("pruned", "aligned", "adapter_pruned", "adapter"),
         "evaluate": ("pruned", "aligned", "adapter_pruned", "adapter", "merged"),
+        "run": (),
+        "batch": ("aligned",),
+        "sweep": ("aligned",),
+        "quantize": ("aligned",),
+        "export": ("merged",),
     }[stage]
     for name in ("run.yaml", "data.jsonl", "text.jsonl"):
         shutil.copy(finished / name, folder / name)
@@ -91,6 +107,11 @@ OUTPUTS = {
     "recover": "adapter",
     "merge": "merged",
     "evaluate": "evaluation/loram",
+    "run": "merged",
+    "batch": "batch/results.json",
+    "sweep": "sweep",
+    "quantize": "quantized",
+    "export": "gguf",
 }
 
 
@@ -149,11 +170,12 @@ def test_a_signal_in_a_stage_is_one_line_and_the_same_command_goes_on(
         command.kill()
     output = tmp_path / "out" / OUTPUTS[stage]
     assert not output.exists()
-    assert not list(output.parent.glob(".*.partial"))
+    assert not list((tmp_path / "out").rglob(".*.partial"))
     again = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
     assert again.end() == 0, again.err[-2000:]
     assert not list(scratch.iterdir())
-    if stage != "evaluate":
+    assert output.exists()
+    if stage in ("prune", "align", "train", "recover", "merge", "run"):
         assert contents(output) == contents(finished / "out" / OUTPUTS[stage])
 
 
