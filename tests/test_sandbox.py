@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import importlib.util
 import json
@@ -30,6 +31,7 @@ from loram_ray.errors import LoramError
 from loram_ray.evaluation import confined, sandbox
 from loram_ray.evaluation.sandbox import Limits, run_program
 
+_TEMPORARY = tempfile.gettempdir()  # before the fixture below
 SOON = Limits(seconds=1.0, memory_mb=256, files_mb=4)
 LATER = dataclasses.replace(SOON, seconds=20.0)  # other limits are met, however busy the machine is
 
@@ -267,7 +269,11 @@ class OrdinaryUser:
         return subprocess.Popen(
             [self.interpreter, "-B", *arguments],
             cwd=self.folder,
-            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join([str(self.folder), *packages])},
+            env={
+                "PATH": os.defpath,
+                "TMPDIR": str(self.folder / "tmp"),
+                "PYTHONPATH": os.pathsep.join([str(self.folder), *packages]),
+            },
             user=65534,
             group=65534,
             extra_groups=[],
@@ -290,13 +296,15 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
     """An ordinary user, where the tests run as root."""
     if os.getuid():
         pytest.skip("the tests do not run as root, so the others run as an ordinary user")
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=_TEMPORARY))
     try:
         folder.chmod(0o755)
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(loram_ray.__file__).parent, folder / "loram_ray", ignore=ignored)
         shutil.copy(Path(__file__).with_name("sandbox_programs.py"), folder)
         subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
+        (folder / "tmp").mkdir()
+        (folder / "tmp").chmod(0o777)
         for interpreter in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
             user = OrdinaryUser(folder, interpreter)
             with contextlib.suppress(OSError):
@@ -392,7 +400,7 @@ while True: pass
 @pytest.mark.parametrize("wait", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("rights", ["own", "ordinary"])
 def test_a_program_ends_with_a_killed_evaluation(
-    wait: float, rights: str, request: pytest.FixtureRequest
+    wait: float, rights: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Whenever the process that evaluates is killed, and whatever the program does to stay."""
     code = (
@@ -400,7 +408,10 @@ def test_a_program_ends_with_a_killed_evaluation(
         f"print('ready', flush=True)\nrun_program({_DEFIANT!r}, Limits(seconds=60.0))"
     )
     if rights == "own":
-        evaluation = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        evaluation = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+        )
     else:
         evaluation = request.getfixturevalue("ordinary_user").start("-c", code)
     assert evaluation.stdout is not None
@@ -412,6 +423,31 @@ def test_a_program_ends_with_a_killed_evaluation(
     evaluation.communicate()
     _, alive = psutil.wait_procs(started, timeout=5)
     assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_what_a_killed_evaluation_left_is_removed() -> None:
+    """Directories that are old and that nobody holds; those in use and those of others stay."""
+    temporary = Path(tempfile.gettempdir())
+    names = [
+        "loram-ray-sandbox-old",
+        "loram-ray-sandbox-used",
+        "loram-ray-sandbox-new",
+        "sandbox-x",
+    ]
+    for name in names:
+        (temporary / name / "deep").mkdir(parents=True)
+    (temporary / "loram-ray-sandbox-link").symlink_to(temporary / "sandbox-x")
+    for name in set(names) - {"loram-ray-sandbox-new"}:
+        os.utime(temporary / name, (1, 1))
+    used = os.open(temporary / "loram-ray-sandbox-used", os.O_RDONLY)
+    fcntl.flock(used, fcntl.LOCK_EX)
+    sandbox._remove_abandoned()
+    left = {path.name for path in temporary.iterdir()}
+    assert left == {*names, "loram-ray-sandbox-link"} - {"loram-ray-sandbox-old"}
+    os.close(used)
+    for name in names[1:]:
+        shutil.rmtree(temporary / name)
+    (temporary / "loram-ray-sandbox-link").unlink()
 
 
 def _human_eval() -> list[dict[str, str]]:

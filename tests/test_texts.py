@@ -284,6 +284,8 @@ def test_identities_of_evaluations_change_with_what_is_scored_otherwise(tmp_path
     assert found(tiny.tokenizer(), **everything) == {}
     assert found(bos, data=data, exact_match=True) == {}
     assert found(bos, text=text) == {"opening": [259], "closing": [0]}
+    code = [{"kind": "code", "data": data}]
+    assert found(tiny.tokenizer(), benchmarks=code)["programs"] == "tested from another process"
     llama2 = tokenizers_of.llama2()
     llama2.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     assert found(llama2, data=data) == {}

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
@@ -47,6 +48,7 @@ _CONFINED = Path(__file__).with_name("confined.py")
 _OPEN_FILES = 64
 _USUAL = Limits()
 _MAY_MOUNT = True
+_PREFIX, _NEW_SECONDS = "loram-ray-sandbox-", 60.0
 _READABLE = (
     "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero",
     "/dev/random", "/dev/urandom",
@@ -102,11 +104,12 @@ def run_program(source: str, limits: Limits = _USUAL, tests: Tests | None = None
 
 @functools.cache
 def require_sandbox() -> None:
-    """Refuse a machine that cannot confine a program.
+    """Refuse a machine that cannot confine a program; also clear up after killed evaluations.
 
     Raises:
         LoramError: it is no Linux of 5.13 or newer on x86-64 or AArch64, or Landlock is off.
     """
+    _remove_abandoned()
     verdict = run_program("pass", Limits(seconds=60.0))
     if not verdict.passed:
         raise LoramError(
@@ -126,15 +129,30 @@ def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 @contextlib.contextmanager
 def _new_folder() -> Iterator[tuple[str, int]]:
-    """An empty directory: its path and a file descriptor of it."""
-    path = tempfile.mkdtemp(prefix="sandbox-")
+    """An empty directory, locked as long as it is used: its path and a file descriptor of it."""
+    path = tempfile.mkdtemp(prefix=_PREFIX)
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield path, folder
     finally:
         os.close(folder)
         with contextlib.suppress(OSError):  # what may be left harms no evaluation
             _remove(path)
+
+
+def _remove_abandoned() -> None:
+    """Remove the directories of evaluations of this user that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is another's, used, or gone
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                status = os.fstat(folder)
+                if status.st_uid == os.getuid() and time.time() - status.st_mtime > _NEW_SECONDS:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(str(path))
+            finally:
+                os.close(folder)
 
 
 def _remove(folder: str) -> None:

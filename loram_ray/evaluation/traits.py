@@ -47,6 +47,8 @@ def settings_of_reading(config: EvaluateConfig, model: Path, tokenizer: Any) -> 
         traits = [*_traits_of_answers(tokenizer), *_plain_ends(model, tokenizer)]
         if traits:
             found["answers"] = traits
+    if any(isinstance(b, CodeBenchmark) for b in config.benchmarks):
+        found["programs"] = "tested from another process"
     return found
 
 
