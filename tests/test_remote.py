@@ -223,17 +223,54 @@ print(json.dumps([[d for u in units for d in documents(u)], identify(sources)]))
 """
 
 
-def test_a_data_set_of_the_hub_is_read() -> None:
+def ask_the_hub(script: str) -> subprocess.CompletedProcess[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     done = subprocess.run(
-        [sys.executable, "-c", ASK_THE_HUB],
+        [sys.executable, "-c", script],
         env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
     )
     server.shutdown()
+    return done
+
+
+DECLARED = b"""---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: extra, path: data/more.jsonl}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "splits"),
+    [
+        ({"data/test-0.jsonl": LINES}, "train, test"),
+        ({"data/more.jsonl": LINES, "README.md": DECLARED}, "train, extra"),
+    ],
+)
+def test_a_data_set_of_the_hub_with_several_splits_is_refused(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, bytes], splits: str
+) -> None:
+    for name, content in more.items():
+        monkeypatch.setitem(HUB_FILES, name, content)
+    script = "from loram_ray.corpus.files import list_files\nlist_files({!r}, 'train.data')"
+    for address in ("hf://datasets/org/name", "hf://datasets/org/name/data"):
+        done = ask_the_hub(script.format(address))
+        assert done.stderr.splitlines()[-1] == (
+            f"loram_ray.errors.LoramError: train.data must be one split of a dataset, {address} "
+            f"holds {splits}; write hf://datasets/org/name/data/train-*"
+        )
+    assert ask_the_hub(script.format("hf://datasets/org/name/data/train-*")).returncode == 0
+
+
+def test_a_data_set_of_the_hub_is_read() -> None:
+    done = ask_the_hub(ASK_THE_HUB)
     assert done.returncode == 0, done.stderr
     found, identity = json.loads(done.stdout.splitlines()[-1])
     assert found == TEXTS * 3

@@ -162,6 +162,11 @@ def test_two_lines_that_could_be_rows_are_a_field_where_quotes_are_used_on_purpo
     assert row["completion"] == "print\nf(1,2)"
 
 
+def test_code_that_begins_its_lines_with_tabs_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.tsv", 'prompt\tcompletion\nq\t"if a:\n\tb"\nr\ts\n')
+    assert rows_of(path)[0] == {"prompt": "q", "completion": "if a:\n\tb"}
+
+
 def test_quotes_inside_a_field_without_quotes_are_text(tmp_path: Path) -> None:
     path = write(tmp_path / "data.tsv", 'prompt\tcompletion\n6" tall\tsay "hi"\n')
     assert rows_of(path) == [{"prompt": '6" tall', "completion": 'say "hi"'}]

@@ -119,7 +119,7 @@ class _Records:
     def _is_row(self, line: str, columns: int) -> bool:
         parts = line.rstrip("\r\n").split(self._delimiter)
         of_prose = self._delimiter == "," and any(part.startswith(" ") for part in parts[1:])
-        return len(parts) == columns and not of_prose
+        return len(parts) == columns and parts[0].strip() != "" and not of_prose
 
     def _quotes_on_purpose(self) -> bool:
         """Whether a line of the file has a field whose quotes are needed and are in their place."""
