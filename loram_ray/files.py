@@ -22,6 +22,8 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISLNK, "a symbolic link"),
 )
+_OF_MODELS = (".json", ".jsonl", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
+"""Suffixes of the files of a model's directory."""
 
 
 def kind_of_file(mode: int) -> str:
@@ -80,6 +82,35 @@ def read_regular_text(path: Path | str) -> str:
         return read_regular(path).decode()
     except UnicodeDecodeError as error:
         raise LoramError(f"{path} must be UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def require_regular_files(directory: Path | str) -> None:
+    """Refuse a directory of a model whose files would block or fail whoever reads them.
+
+    Libraries open a model's files by name: weights, configurations, tokenizers, templates.
+
+    Raises:
+        LoramError: one of them is no regular file, a broken link, or not readable.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if Path(entry.name).suffix in _OF_MODELS]
+    except OSError:  # said by who opens a file in it
+        return
+    for name in sorted(names):
+        path = Path(directory) / name
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise LoramError(
+                f"{path} cannot be read ({error.strerror}); download or copy the model again"
+            ) from error
+        if not stat.S_ISREG(mode):
+            raise _not_regular(path, kind_of_file(mode))
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise LoramError(
+                f"{path} cannot be read ({os.strerror(errno.EACCES)}); check its permissions"
+            )
 
 
 def write_whole(path: Path, content: bytes | str, durably: bool = False) -> None:

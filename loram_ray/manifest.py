@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, field_validator
 
 from loram_ray.errors import LoramError, shown
-from loram_ray.files import open_regular, write_whole
+from loram_ray.files import open_regular, require_regular_files, write_whole
 from loram_ray.model_config import ModelConfig
 from loram_ray.names import is_inside
 from loram_ray.parsing import Document, checked, parse_json, read_bytes, read_json
@@ -54,8 +54,9 @@ def read_model_config(directory: Path | str) -> dict[str, Any]:
     """Return the dictionary in a model directory's ``config.json``.
 
     Raises:
-        LoramError: it is missing or not JSON.
+        LoramError: it is missing or not JSON, or a file of the model cannot be read.
     """
+    require_regular_files(directory)
     return read_config_file(Path(directory) / "config.json")
 
 

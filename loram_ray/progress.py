@@ -185,9 +185,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # the last line of a killed writer
+        if isinstance(found, dict):
+            lines.append(found)
     return lines
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 
 from loram_ray.errors import LoramError, first_line
+from loram_ray.files import require_regular_files
+from loram_ray.parsing import read_text
 
 _PROBES = ("Hello.", "a", "0")
 
@@ -139,6 +141,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    require_regular_files(directory)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     except Exception as error:
@@ -166,7 +169,4 @@ def read_template(path: Path, key: str) -> str:
     Raises:
         LoramError: it cannot be read as text.
     """
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoramError(f"{key} {path} cannot be read ({error}); check the path") from error
+    return read_text(path, key)

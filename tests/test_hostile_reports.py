@@ -249,3 +249,18 @@ def test_a_report_is_not_written_where_no_directory_can_be(
     ended = loram("report", folder, "--output", given)
     assert "--output must be a directory to write to" in ended.line
     assert not output.is_file() or output.read_text() == "kept"
+
+
+@pytest.mark.parametrize("file", ["results.json", "claims.json"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "null", "1", '"x"', "[1]", "[[]]", '[{"name": 1}]', '[{"system": "a"}]', '{"rows": 1}',
+     '[{"values": []}]', '{"rows": [{"name": "a"}]}', "[" * 100_000, "\xff\xfe"],
+)  # fmt: skip
+def test_a_report_on_results_that_are_none_is_one_line(
+    file: str, content: str, tmp_path: Path, loram: Command
+) -> None:
+    batch(tmp_path, ["a", "b"])
+    (tmp_path / file).write_text(content, encoding="latin-1")
+    assert "loram: " in loram("report", tmp_path).line
+    assert not (tmp_path / "report").exists()

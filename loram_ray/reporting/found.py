@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loram_ray.comparing.claims import CLAIMS_FILE
 from loram_ray.errors import LoramError
 from loram_ray.manifest import MANIFEST_FILE, Manifest, read_manifest
 from loram_ray.names import is_plain
 from loram_ray.progress import METRICS_FILE, read_lines
+from loram_ray.reporting.rows import Kind, read_claims, read_rows
 from loram_ray.results import RESULTS_FILE
 from loram_ray.stage import StageDirectory
 
 _DEEPEST = 5
 _OF_MERGED_MODELS = ("evaluate", "export")
 """Stages that take a merged model, too, which is a base in its own right."""
-Kind = Literal["run", "batch", "sweep", "comparison"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def found_in(root: Path) -> Found:
     rows, kind = _results(root / RESULTS_FILE)
     found = Found(root, kind or "run", rows=rows, finished=kind is not None)
     if (root / CLAIMS_FILE).exists():
-        found.claims = json.loads((root / CLAIMS_FILE).read_text())
+        found.claims = read_claims(root / CLAIMS_FILE)
     for directory, begun in _directories(root, deep=0 if kind == "batch" else _DEEPEST):
         name = str(directory.relative_to(root))
         if begun:
@@ -141,11 +140,7 @@ def found_in(root: Path) -> Found:
 def _results(path: Path) -> tuple[list[dict[str, Any]], Kind | None]:
     if not path.exists():
         return [], None
-    written = json.loads(path.read_text())
-    if isinstance(written, dict):
-        return written.get("rows", []), "run"
-    keys = written[0].keys() if written else set()
-    return written, "comparison" if "system" in keys else "sweep" if "values" in keys else "batch"
+    return read_rows(path)
 
 
 def _directories(root: Path, deep: int) -> Iterator[tuple[Path, bool]]:
