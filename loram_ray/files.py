@@ -95,8 +95,12 @@ def require_regular_files(directory: Path | str) -> None:
     try:
         with os.scandir(directory) as entries:
             names = [entry.name for entry in entries if Path(entry.name).suffix in _OF_MODELS]
-    except OSError:  # said by who opens a file in it
+    except (FileNotFoundError, NotADirectoryError):  # said by who opens a file in it
         return
+    except OSError as error:
+        raise LoramError(
+            f"{directory} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     for name in sorted(names):
         path = Path(directory) / name
         try:

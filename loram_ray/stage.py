@@ -36,7 +36,7 @@ from loram_ray.names import fault_of_name
 _IDENTITY_NOTE = "identity"
 _NOT_WRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.EISDIR,
+    errno.ELOOP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EIO,
 )  # fmt: skip
 _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
 
