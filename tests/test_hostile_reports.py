@@ -254,8 +254,8 @@ def test_a_report_is_not_written_where_no_directory_can_be(
 @pytest.mark.parametrize("file", ["results.json", "claims.json"])
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "null", "1", '"x"', "[1]", "[[]]", '[{"name": 1}]', '[{"system": "a"}]', '{"rows": 1}',
-     '[{"values": []}]', '{"rows": [{"name": "a"}]}', "[" * 100_000, "\xff\xfe"],
+    ["", "{", "null", "1", '"x"', "[1]", "[[]]", '[{"name": 1}]', '[{"system": "a"}]',
+     '{"rows": 1}', '[{"values": []}]', '{"rows": [{"name": "a"}]}', "[" * 100_000, "\xff\xfe"],
 )  # fmt: skip
 def test_a_report_on_results_that_are_none_is_one_line(
     file: str, content: str, tmp_path: Path, loram: Command
