@@ -208,7 +208,7 @@ def test_a_batch_of_many_tasks(tmp_path: Path) -> None:
     assert hostile in page.cells
     assert "40 tasks: 1 failed, 39 done" in text
     assert "median of 40" in text, "so many curves are shown as one and a band"
-    assert r"alert(1)</script> \| and more |" in (folder / "report" / "report.md").read_text()
+    assert r"alert(1)\</script\> \| and more |" in (folder / "report" / "report.md").read_text()
 
 
 def comparison_of(folder: Path) -> Path:

@@ -60,10 +60,9 @@ def tasks_of(config: BatchConfig) -> list[Task]:
     if not found:
         raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
     if (clash := first_clash(task.name for task in found)) is not None:
-        raise LoramError(
-            f"batch.tasks must have names that differ by more than case, got {clash[0]} and "
-            f"{clash[1]}; give them a name"
-        )
+        one, other = clash
+        said = f"two are {one}" if one == other else f"{one} and {other} differ by case alone"
+        raise LoramError(f"batch.tasks must have names of their own, {said}; give them a name")
     _require_one_model(config, found)
     return sorted(found, key=lambda task: -task.priority)
 
