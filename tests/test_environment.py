@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import socket
@@ -469,3 +470,13 @@ def test_streams_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
         print("é\ud800")
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr().out == "é\\ud800\n"
+
+
+@pytest.mark.parametrize("stage", ["align", "publish", "quantize", "train"])
+def test_cards_and_templates_are_utf8_in_any_locale(stage: str) -> None:
+    """Python writes text in the locale's encoding unless it is told otherwise."""
+    tree = ast.parse((ROOT / "loram_ray" / "stages" / f"{stage}.py").read_text("utf-8"))
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            needed = {"read_text": 1, "write_text": 2}.get(call.func.attr, 0)
+            assert len(call.args) >= needed, ast.unparse(call)

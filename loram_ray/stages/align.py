@@ -195,7 +195,7 @@ def _write(
     plan = PruningPlan.load(config.pruned)
     loop = LoopSettings(config, users, inputs, target.work, target.path)
     fit(loop)
-    outcome = json.loads((target.work / OUTCOME_FILE).read_text())
+    outcome = json.loads((target.work / OUTCOME_FILE).read_text("utf-8"))
     target.hashes.update(outcome["hashes"])
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
     for name in (METRICS_FILE, *((ROWS_FILE,) if config.log_rows else ())):
@@ -204,7 +204,7 @@ def _write(
     assert pruned is not None
     sources = list_sources(inputs.corpus)
     card = model_card(config, plan, pruned, sources, lines[0], lines[-1], outcome["steps"])
-    (target.path / CARD_FILE).write_text(card)
+    (target.path / CARD_FILE).write_text(card, "utf-8")
     target.details.update(
         {key: pruned.details[key] for key in SIZES},
         steps=outcome["steps"],

@@ -155,7 +155,7 @@ def _refuse_local_paths(directory: Path, contents: dict[str, Path | bytes]) -> N
         content = contents.get(name)
         if content is None:
             continue
-        text = content.decode() if isinstance(content, bytes) else content.read_text()
+        text = content.decode() if isinstance(content, bytes) else content.read_text("utf-8")
         for found in _ABSOLUTE_PATH.finditer(text):
             if Path("/", found[1]).is_dir():
                 raise LoramError(
@@ -180,7 +180,7 @@ def _naming_refusals(repo: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def _json(value: object) -> bytes:

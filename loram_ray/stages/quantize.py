@@ -14,6 +14,7 @@ from loram_ray.manifest import Manifest, read_manifest, read_model_config, requi
 from loram_ray.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
 from loram_ray.model_files import write_model_files
 from loram_ray.model_weights import ModelCheckpoint
+from loram_ray.parsing import read_text
 from loram_ray.plan import PruningPlan
 from loram_ray.progress import Reporter
 from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
@@ -116,8 +117,8 @@ def _write(
         quantized_parameters=quantized,
     )
     name, path = config.output.name, config.model / CARD_FILE
-    card = path.read_text() if path.exists() else pruned_card(config.base, plan, source, name)
-    (target.path / CARD_FILE).write_text(quantized_card(card, name, target.details))
+    card = read_text(path) if path.exists() else pruned_card(config.base, plan, source, name)
+    (target.path / CARD_FILE).write_text(quantized_card(card, name, target.details), "utf-8")
 
 
 def _outline(

@@ -170,7 +170,7 @@ def _write(target: StageDirectory, config: TrainConfig, training: Training) -> N
         PruningPlan.load(config.model).save(target.path)
     if config.chat_template is not None:
         template = read_template(config.chat_template, "train.chat_template")
-        (target.path / TEMPLATE_FILE).write_text(template)
+        (target.path / TEMPLATE_FILE).write_text(template, "utf-8")
     (target.path / METRICS_FILE).write_bytes((target.work / METRICS_FILE).read_bytes())
     source = read_manifest(config.model)
     target.details.update(asdict(summary), model_stage=source.stage if source else "base")
