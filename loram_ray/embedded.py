@@ -20,8 +20,10 @@ HOST = "127.0.0.1"
 _PREFIX = "loram-ray-"
 _MARK = "LORAM_RAY_SESSION"
 """Environment variable that names a session's folder in all of its processes."""
-_LONGEST_PARENT = 24
-"""Characters of the folder's parent: a socket's path has at most 107, and Ray adds 65 to it."""
+_INNER = "r"
+"""Ray's own folder inside the session's: Ray lets everybody write to it."""
+_LONGEST_PARENT = 22
+"""Characters of the folder's parent: a socket's path has at most 107, and 85 are Ray's and ours."""
 _ENDING = 5.0  # seconds that Ray's processes have to end by themselves
 _ON_LOOPBACK = {
     # Ray then takes 127.0.0.1 for this machine's address, and listens on nothing else; otherwise it
@@ -64,19 +66,19 @@ def embedded_ray(cpus: int, options: dict[str, Any]) -> Iterator[None]:
 
     with scratch(_PREFIX, _parent()) as folder:
         try:
-            with (
-                _environment({**_ON_LOOPBACK, _MARK: str(folder)}),
-                on_loopback(),
-                _ended(folder),
-            ):
-                with keeping_signals():
+            with _ended(folder):
+                with (
+                    _environment({**_ON_LOOPBACK, _MARK: str(folder)}),
+                    on_loopback(),
+                    keeping_signals(),
+                ):
                     ray.init(
                         address="local",
                         num_cpus=cpus,
                         include_dashboard=False,
                         logging_level="ERROR",
                         _node_ip_address=HOST,
-                        _temp_dir=str(folder),
+                        _temp_dir=str(folder / _INNER),
                         **options,
                     )
                 with watched(_lost_process(folder), lambda: _processes_of(folder)):
@@ -207,12 +209,12 @@ def _is_of_ray(error: BaseException) -> bool:
 
 
 def _keep_logs(folder: Path) -> Path:
+    """Move Ray's logs to where they stay, and remove the rest."""
     logs = folder / "logs"
-    for session in folder.glob("session_*"):
+    for session in (folder / _INNER).glob("session_*"):
         if not session.is_symlink() and (session / "logs").is_dir():
             with contextlib.suppress(OSError):
                 (session / "logs").rename(logs)
-        with contextlib.suppress(OSError):
-            session.unlink() if session.is_symlink() else shutil.rmtree(session)
+    shutil.rmtree(folder / _INNER, ignore_errors=True)
     keep(folder)
     return logs
