@@ -65,9 +65,8 @@ class Adapter:
             self.modules = list(dict.fromkeys(module for module, _ in sides))
             for module in self.modules:
                 self._require_pair(module)
+            require_readable(self.directory, key)
             self._alphas = self._by_pattern("alpha_pattern")
-            self._require_ranks()
-            self._require_quick_targets()
         except BaseException:
             self.close()
             raise
@@ -92,24 +91,6 @@ class Adapter:
             module: patterns[pattern]
             for module, pattern in matched(list(patterns), self.modules, name).items()
         }
-
-    def _require_ranks(self) -> None:
-        """Refuse a configuration that names another rank than the tensors have."""
-        ranks = self._by_pattern("rank_pattern")
-        for module in self.modules:
-            named = ranks.get(module, self.config.get("r", _DEFAULTS.r))
-            if named != self.rank(module):
-                raise LoramError(
-                    f"{self.directory / CONFIG_FILE}: r of {module} must be {self.rank(module)}, "
-                    f"the rank of its tensors, got {named}; restore the file"
-                )
-
-    def _require_quick_targets(self) -> None:
-        """Refuse expressions that PEFT would match for ever."""
-        for setting in ("target_modules", "exclude_modules"):
-            if isinstance(self.config.get(setting), str):
-                name = f"{self.directory / CONFIG_FILE}: {setting}"
-                matched([self.config[setting]], self.modules, name)
 
     def read(self, module: str, side: str) -> torch.Tensor:
         """A ``[r, in]`` or B ``[out, r]`` of a module.
@@ -139,6 +120,40 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def require_readable(directory: Path, key: str) -> None:
+    """Refuse an adapter that PEFT would fail on, or read for ever, whatever its settings are.
+
+    Args:
+        directory: the adapter.
+        key: configuration key or option it came from, for messages.
+
+    Raises:
+        LoramError: its configuration or its tensors' file is damaged, or the two disagree.
+    """
+    config = read_adapter_config(directory, key)
+    with TensorFile(directory / ADAPTER_FILE) as file:
+        modules = [match["module"] for name in file.specs if (match := _KIND.fullmatch(name))]
+        path = directory / CONFIG_FILE
+        for setting in ("target_modules", "exclude_modules"):
+            if isinstance(config.get(setting), str):
+                matched([config[setting]], modules, f"{path}: {setting}")
+        matched(list(config.get("alpha_pattern") or {}), modules, f"{path}: alpha_pattern")
+        patterns: dict[str, int] = config.get("rank_pattern") or {}
+        ranks = matched(list(patterns), modules, f"{path}: rank_pattern")
+        for name, spec in file.specs.items():
+            match = _KIND.fullmatch(name)
+            if match is None or len(spec.shape) != 2:
+                continue
+            rank = spec.shape[0 if match["side"] == "A" else 1]
+            module = match["module"]
+            named = patterns[ranks[module]] if module in ranks else config.get("r", _DEFAULTS.r)
+            if named != rank:
+                raise LoramError(
+                    f"{path}: r of {module} must be {rank}, the rank of its tensors, got {named}; "
+                    "restore the file"
+                )
 
 
 def own_template(directory: Path | None) -> Path | None:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from loram_ray.adapter import own_template
+from loram_ray.adapter import own_template, require_readable
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.templates import TemplateFault, ids_of, render
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.generation import before_end, stop_tokens
 from loram_ray.evaluation.scoring import with_adapter
+from loram_ray.manifest import read_model_config
 from loram_ray.model_files import resolve_base
 from loram_ray.modeling import load_model
 from loram_ray.tokenizer import continuation, load_tokenizer
@@ -155,6 +156,9 @@ def open_chat(
         LoramError: no such model, an adapter of other shapes, or no chat template.
     """
     directory = resolve_base(model, "--model")
+    read_model_config(directory)
+    if adapter is not None:
+        require_readable(adapter, "--adapter")
     tokenizer = load_tokenizer(directory, template or own_template(adapter), "--chat-template")
     if not tokenizer.chat_template:
         raise LoramError(

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from loram_ray.parsing import Document
 
 _Size = Annotated[int, Field(ge=1, le=10**7)]
 _Heads = Annotated[int, Field(ge=1, le=10**5)]
 _Layers = Annotated[int, Field(ge=1, le=10**4)]
-_Token = Annotated[int, Field(ge=-1, le=10**8)]
+Token = Annotated[int, Field(ge=-1, le=10**8)]
 _Positive = Annotated[float, Field(gt=0, le=1e30)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Shape = Annotated[list[_Size], Field(min_length=2, max_length=2)]
 
 
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
 class ModelConfig(Document):
     """Keys of ``config.json`` that this package or transformers' models compute with."""
 
-    model_type: str | None = None
+    model_type: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     architectures: list[str] | None = None
     auto_map: dict[str, Any] | None = None
     hidden_size: _Size | None = None
@@ -56,9 +59,9 @@ class ModelConfig(Document):
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    bos_token_id: _Token | list[_Token] | None = None
-    eos_token_id: _Token | list[_Token] | None = None
-    pad_token_id: _Token | list[_Token] | None = None
+    bos_token_id: Token | list[Token] | None = None
+    eos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | list[Token] | None = None
     dtype: str | dict[str, Any] | None = None
     torch_dtype: str | dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
@@ -66,8 +69,26 @@ class ModelConfig(Document):
     pruned_linears: dict[str, _Shape] | None = None
     masked_linears: list[str] | None = None
 
+    @field_validator(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        mode="before",
+    )
+    @classmethod
+    def _is_given(cls, size: Any) -> Any:
+        if size is None:
+            raise ValueError("must be a whole number, got null")
+        return size
+
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
+        if self.text_config is None:  # of a text model, which needs them
+            for key in _NEEDED:
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key} must be given")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads is not None and groups is not None and heads % groups:
             raise ValueError(

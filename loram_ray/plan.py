@@ -284,13 +284,15 @@ class PruningPlan:
             )
         with TensorFile(path) as file:
             try:
-                said = parse_json(file.metadata["loram_plan"], f"{path}: loram_plan")
+                said: dict[str, Any] = parse_json(
+                    file.metadata["loram_plan"], f"{path}: loram_plan"
+                )
                 if said["format"] != _FORMAT:
                     raise LoramError(
                         f"{path} has format {shown(said['format'])}, this loram_ray reads "
                         f"{_FORMAT}; install the version that wrote it"
                     )
-                checked(_Written, said, f"{path}: loram_plan")
+                checked(_Written, said, f"{path}: plan")
                 numbers = sorted({int(name.split(".")[1]) for name in file.specs})
                 geometry = Geometry(**said["geometry"])
                 layers = {i: _read_units(file, i, geometry) for i in numbers}

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
-
 from loram_ray.errors import LoramError, first_line
 from loram_ray.files import require_regular_files
 from loram_ray.parsing import read_text
+from loram_ray.tokenizer_files import require_template, require_tokenizer_files
 
 _PROBES = ("Hello.", "a", "0")
 
@@ -142,24 +141,20 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     require_regular_files(directory)
+    require_tokenizer_files(Path(directory))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:
+    except BaseException as error:  # the library in Rust panics, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise LoramError(
             f"{directory} has no tokenizer that transformers can load ({first_line(error)}); "
             "copy the base's tokenizer files into it"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template, key)
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-        except TemplateSyntaxError as error:
-            raise LoramError(
-                f"{key} {chat_template} is no chat template: {error} in line {error.lineno}; "
-                "mend it"
-            ) from error
-        except Exception:  # it refuses this conversation, and says so of others when they come
-            pass
+    name = f"{directory}: chat_template" if chat_template is None else f"{key} {chat_template}"
+    require_template(tokenizer.chat_template, name)
     return tokenizer
 
 
@@ -169,4 +164,6 @@ def read_template(path: Path, key: str) -> str:
     Raises:
         LoramError: it cannot be read as text.
     """
-    return read_text(path, key)
+    if not os.path.lexists(path):
+        raise LoramError(f"{key} {path} cannot be read (it does not exist); check the path")
+    return read_text(path, key, remedy="check the path")

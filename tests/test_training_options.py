@@ -599,7 +599,7 @@ def test_a_given_chat_template_is_trained_with_and_goes_with_the_adapter(
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("{% for m in %}", "is no chat template: .* in line 1; mend it")],
+    [(None, "cannot be read"), ("{% for m in %}", "is no chat template: .* in line 1; fix it")],
 )
 def test_a_template_that_is_none_is_one_line(
     content: str | None, said: str, pruned: Path, data: Path, tmp_path: Path

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,8 @@ def load_scores(
         )
     with TensorFile(path) as file:
         metadata = file.metadata.get("loram_scores", "{}")
-        said = parse_json(metadata, f"{path}: loram_scores").get("method")
+        written: dict[str, Any] = parse_json(metadata, f"{path}: loram_scores")
+        said = written.get("method")
         if said != method:
             raise LoramError(
                 f"prune.scores must be scores of {method}, {directory} holds those of {said}; "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.actors import Actors
-from loram_ray.adapter import CONFIG_FILE
+from loram_ray.adapter import CONFIG_FILE, require_readable
 from loram_ray.changes import is_delta
 from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, require_resources
 from loram_ray.config import EvaluateConfig, RayConfig, TextConfig
@@ -145,6 +145,7 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
             f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds no {CONFIG_FILE}; "
             "run loram train or loram recover first"
         )
+    require_readable(adapter, "evaluate.adapter")
     if read_manifest(adapter) is None:
         return digest_of([hash_file(path) for path in sorted(adapter.glob("adapter_*"))])
     manifest = require_stage(adapter, ("train", "recover"), "evaluate.adapter")

@@ -66,7 +66,8 @@ def make_folder(folder: Path) -> Path:
     tiny.write_jsonl(folder / "data.jsonl", tiny.questions(8))
     tiny.write_jsonl(folder / "text.jsonl", tiny.texts(8))
     (folder / "results").mkdir()
-    row = {"name": "a", "state": "done", "reason": "", "steps": 3, "loss": 1.0, "seconds": 2.0}
+    row: dict[str, Any] = {"name": "a", "state": "done", "reason": "", "steps": 3, "loss": 1.0}
+    row |= {"eval_loss": None, "seconds": 2.0, "deaths": 0}
     (folder / "results" / "results.json").write_text(json.dumps([row]))
     settings: dict[str, Any] = {
         "base": BASE,
