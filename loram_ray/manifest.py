@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,22 @@ def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> M
         if hash_file(path) != entry["sha256"]:
             raise LoramError(f"{path} differs from its manifest's SHA-256; copy it again")
     return manifest
+
+
+def require_sizes(directory: Path | str, manifest: Manifest, keys: Iterable[str]) -> dict[str, int]:
+    """Return sizes from a manifest's details.
+
+    Raises:
+        LoramError: one is missing, or no whole number.
+    """
+    for key in keys:
+        size = manifest.details.get(key)
+        if type(size) is not int or size < 1:
+            raise LoramError(
+                f"{Path(directory) / MANIFEST_FILE}: details.{key} must be a whole number above 0, "
+                f"got {shown(size)}; make the directory again"
+            )
+    return {key: manifest.details[key] for key in keys}
 
 
 def require_files(directory: Path, manifest: Manifest) -> None:

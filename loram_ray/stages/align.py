@@ -23,7 +23,13 @@ from loram_ray.corpus.order import WINDOW
 from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.corpus.sources import list_sources
 from loram_ray.errors import LoramError
-from loram_ray.manifest import fingerprint, read_manifest, read_model_config, require_stage
+from loram_ray.manifest import (
+    fingerprint,
+    read_manifest,
+    read_model_config,
+    require_sizes,
+    require_stage,
+)
 from loram_ray.model_card import CARD_FILE, SIZES, model_card
 from loram_ray.model_files import resolve_base, write_model_files
 from loram_ray.model_weights import ModelCheckpoint
@@ -77,6 +83,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
             not finite.
     """
     manifest = require_stage(config.pruned, ("prune", "align"), "align.pruned")
+    require_sizes(config.pruned, manifest, SIZES)
     config = config.model_copy(
         update={
             "pruned": config.pruned.resolve(),

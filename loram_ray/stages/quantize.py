@@ -10,7 +10,13 @@ import torch
 
 from loram_ray.config import QuantizeConfig
 from loram_ray.errors import LoramError
-from loram_ray.manifest import Manifest, read_manifest, read_model_config, require_stage
+from loram_ray.manifest import (
+    Manifest,
+    read_manifest,
+    read_model_config,
+    require_sizes,
+    require_stage,
+)
 from loram_ray.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
 from loram_ray.model_files import write_model_files
 from loram_ray.model_weights import ModelCheckpoint
@@ -34,6 +40,7 @@ def quantize(config: QuantizeConfig) -> StageResult:
     """
     _refuse_quantized(config.model)
     manifest = require_stage(config.model, ("prune", "align"), "quantize.model")
+    require_sizes(config.model, manifest, SIZES)
     plan = PruningPlan.load(config.model)
     if plan.masks is not None:
         raise LoramError(

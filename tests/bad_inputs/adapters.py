@@ -26,7 +26,16 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "layer_replication": ([[0, 1]], 7),
     "fan_in_fan_out": (True,),
 }
-_ENDLESS = ("(a+)+$", r"(\w+\.?)*!")
+_OF_MERGE = (
+    "use_dora",
+    "bias",
+    "modules_to_save",
+    "layer_replication",
+    "fan_in_fan_out",
+    "peft_type",
+)
+"""Settings that PEFT knows, and merge does not."""
+_ENDLESS = ("([a-z_.0-9]+)+!", r"(\w+\.?)*!")
 
 
 def _rows() -> list[Row]:
@@ -46,7 +55,11 @@ def _rows() -> list[Row]:
     add("adapter_weights_missing", "plain", missing(_TENSORS))
     for key, values in _VALUES.items():
         for number, value in enumerate(values):
-            add(f"adapter_{key}_{number}", "plain", edited(_CONFIG, key, value=value))
+            change = edited(_CONFIG, key, value=value)
+            if key in _OF_MERGE:
+                rows.append(Row(f"adapter_{key}_{number}", stage("merge"), "plain", change))
+            else:
+                add(f"adapter_{key}_{number}", "plain", change)
     for number, pattern in enumerate(_ENDLESS):
         for key, value in (("rank_pattern", {pattern: 4}), ("alpha_pattern", {pattern: 8})):
             add(f"adapter_{key}_endless_{number}", key, edited(_CONFIG, key, value=value))
@@ -69,7 +82,8 @@ def _rows() -> list[Row]:
         "list": [],
         "deep": b'{"a":' * 100_000,
     }.items():
-        add(f"adapter_header_{name}", "plain", tensor_file(_TENSORS, header))
+        change = tensor_file(_TENSORS, header)
+        rows.append(Row(f"adapter_header_{name}", stage("merge"), "plain", change))
     for length in (0, 2**40, 2**64 - 1):
         add(f"adapter_header_length_{length}", "plain", tensor_file(_TENSORS, {}, length))
     return rows

@@ -105,7 +105,6 @@ def _rows() -> list[Row]:
             stage("quantize"),
             stage("evaluate", f"evaluate.model={PRUNED}", f"evaluate.adapter={TRAINED}"),
             stage("publish"),
-            stage("recover", f"recover.model={PRUNED}"),
             ("report", "run"),
         ]
     )
@@ -135,7 +134,7 @@ def _rows() -> list[Row]:
         for number, value in enumerate(values):
             change = edited(_MANIFEST, key, value=value)
             add(f"manifest_{key}_{number}", stage("quantize"), "run/pruned", change)
-    for key in ("stage", "identity", "files", "parents", "base_fingerprint", "settings"):
+    for key in ("stage", "identity", "parents", "base_fingerprint", "settings"):
         add(f"manifest_lacks_{key}", stage("quantize"), "run/pruned", without(_MANIFEST, key))
     for number, value in enumerate(({}, {"parameters": "7"}, {"parameters": None})):
         change = edited(_MANIFEST, "details", value=value)
@@ -143,7 +142,8 @@ def _rows() -> list[Row]:
     for key, values in _PLAN_VALUES.items():
         for number, value in enumerate(values):
             change = _plan(TRAINED, _set(key, value=value))
-            add(f"plan_{key}_{number}", stage("recover"), "pruning_plan", change)
+            named = {"gpt2": "model_type", "0": "fingerprint"}.get(str(value), "pruning_plan")
+            add(f"plan_{key}_{number}", stage("recover"), named, change)
     for key, values in _GEOMETRY.items():
         for number, value in enumerate(values):
             change = _plan(TRAINED, _set("geometry", key, value=value))
