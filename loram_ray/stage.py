@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,8 +123,7 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
     target = StageDirectory(output)
     with _naming_full_disks(target):
         require_free(output, key=f"{lineage.stage}.output")
-        target.output.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target.lock, target.output):
+        with _parents(target.output), _exclusive(target.lock, target.output):
             _prepare(target, lineage.identity)
             try:
                 yield target
@@ -140,6 +139,20 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
             except BaseException:
                 _clear(target)
                 raise
+
+
+@contextmanager
+def _parents(output: Path) -> Iterator[None]:
+    """Make the directories that an output lies in, and remove those that stay empty if it fails."""
+    made = [path for path in output.parents if not os.path.lexists(path)]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # an interrupted stage keeps its work there
+                path.rmdir()
+        raise
 
 
 def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = ()) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from loram_ray.errors import LoramError
-from loram_ray.parsing import read_text
+from loram_ray.parsing import read_json
 
 Kind = Literal["run", "batch", "sweep", "comparison"]
 _Number = float | int | None
@@ -109,10 +108,10 @@ def read_claims(path: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))  # with the infinite losses of trainings that diverged
-    except (ValueError, RecursionError) as error:
-        raise _refused(path, f"it is not JSON ({error})") from error
+    # with the infinite losses of trainings that diverged
+    return read_json(
+        path, kind=object, remedy="run the command that wrote it again", constants=True
+    )
 
 
 def _checked(path: Path, rows: Any, kind: type[_Row]) -> list[dict[str, Any]]:
