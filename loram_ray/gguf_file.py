@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from loram_ray.errors import LoramError
+from loram_ray.model_tensors import is_recomputed
 from loram_ray.model_weights import ModelCheckpoint
 from loram_ray.tokenizer import load_tokenizer
 
@@ -129,15 +130,17 @@ def _tensors(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture),
         config.num_hidden_layers,
     )
-    tied = config.tie_word_embeddings
+    own_head = checkpoint.has_own_head()
     for source, spec in checkpoint.specs.items():
+        if is_recomputed(source):
+            continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise LoramError(
                 f"export knows no place for tensor {source} in GGUF; convert the model with "
                 "llama.cpp's convert_hf_to_gguf.py"
             )
-        if tied and name == "output.weight":
+        if not own_head and name == "output.weight":
             continue
         heads = 0
         if architecture == _ROTATED_IN_PAIRS and ".attn_q." in name:
@@ -268,8 +271,25 @@ def _add_vocabulary(
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     special = SpecialVocab(directory, load_merges=True, n_vocab=size)
-    special.chat_template = tokenizer.chat_template
+    special.chat_template = _templates(tokenizer.chat_template)
+    special.add_special_token = {
+        "bos": _adds(tokenizer, tokenizer.bos_token_id, 0),
+        "eos": _adds(tokenizer, tokenizer.eos_token_id, -1),
+    }
     special.add_to_gguf(writer, quiet=True)
+
+
+def _templates(given: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
+    """Chat templates as gguf writes them: one, or several by name."""
+    if not isinstance(given, dict):
+        return given
+    return [{"name": name, "template": template} for name, template in given.items()]
+
+
+def _adds(tokenizer: Any, token: int | None, place: int) -> bool:
+    """Whether the tokenizer itself puts a token at the beginning (0) or end (-1) of a text."""
+    ids = tokenizer("a")["input_ids"]
+    return token is not None and bool(ids) and ids[place] == token
 
 
 def _recognised(pre_tokenizer: dict[str, Any], directory: Path) -> str:

@@ -168,7 +168,9 @@ class _WithGradients(torch.autograd.Function):
         *trained: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total: torch.Tensor | None = None
-        of_states, of_trained = [], [torch.zeros_like(parameter) for parameter in trained]
+        of_states = []
+        # Summed in float32: in bfloat16 a later chunk's share would be lost in what is there.
+        of_trained = [torch.zeros_like(one, dtype=torch.float32) for one in trained]
         for piece, *others in chunks(states):
             with torch.enable_grad():
                 piece = piece.detach().requires_grad_()
@@ -179,7 +181,8 @@ class _WithGradients(torch.autograd.Function):
             for ready, new in zip(of_trained, gradients[1:], strict=True):
                 ready += new
         assert total is not None
-        ctx.save_for_backward(torch.cat(of_states), *of_trained)
+        rounded = [ready.to(one.dtype) for ready, one in zip(of_trained, trained, strict=True)]
+        ctx.save_for_backward(torch.cat(of_states), *rounded)
         ctx.mark_non_differentiable(total)
         return weigh(total).clone(), total
 

@@ -29,6 +29,7 @@ _COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -125,7 +126,9 @@ def write_model_files(
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in _COMPANIONS:
         for path in sorted(p for p in source.glob(pattern) if p.is_file()):
-            shutil.copyfile(path, target / path.name)
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     if plan is not None:
         plan.save(target)
         for file in (_CONFIGURATION_FILE, _MODELING_FILE):

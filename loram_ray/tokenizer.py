@@ -10,6 +10,7 @@ from typing import Any
 
 from loram_ray.errors import LoramError, first_line
 from loram_ray.files import require_regular_files
+from loram_ray.manifest import read_model_config
 from loram_ray.parsing import read_text
 from loram_ray.tokenizer_files import require_template, require_tokenizer_files
 
@@ -151,11 +152,29 @@ def load_tokenizer(
             f"{directory} has no tokenizer that transformers can load ({first_line(error)}); "
             "copy the base's tokenizer files into it"
         ) from error
+    _require_embedded(tokenizer, Path(directory))
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template, key)
     name = f"{directory}: chat_template" if chat_template is None else f"{key} {chat_template}"
     require_template(tokenizer.chat_template, name)
     return tokenizer
+
+
+def _require_embedded(tokenizer: Any, directory: Path) -> None:
+    """Refuse a token whose number is beyond the rows of the embeddings.
+
+    Where the weights are opened, those are as many as ``config.json`` says.
+    """
+    if not (directory / "config.json").is_file():
+        return
+    words = read_model_config(directory).get("vocab_size")
+    beyond = [(n, token) for token, n in tokenizer.get_vocab().items() if words and n >= words]
+    if beyond:
+        number, token = min(beyond)
+        raise LoramError(
+            f"{directory}: token {token!r:.80} has number {number}, the embeddings have {words} "
+            "rows; resize the model's embeddings or take the token out of its tokenizer"
+        )
 
 
 def read_template(path: Path, key: str) -> str:

@@ -100,7 +100,9 @@ def plain(pruned: Path, prepared: Path) -> Training:
     return plain_training(pruned, prepared, STEPS)
 
 
-def plain_training(pruned: Path, prepared: Path, steps: int) -> Training:
+def plain_training(
+    pruned: Path, prepared: Path, steps: int, norms: list[float] | None = None
+) -> Training:
     """The same training as a plain PyTorch loop on whole batches: no Ray Train, no DeepSpeed."""
     everything = Share(0, steps * BATCH, BATCH, worker=0, workers=1)
     order = open_order(prepared, 0)
@@ -118,7 +120,9 @@ def plain_training(pruned: Path, prepared: Path, steps: int) -> Training:
         loss = model(input_ids=batch, labels=labels).loss
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        if norms is not None:
+            norms.append(norm)
         optimiser.step()
         schedule.step()
         seen.append(float(loss))
@@ -159,6 +163,19 @@ def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
         - weights(pruned)["model.layers.1.mlp.up_proj.weight"]
     )
     assert moved.abs().max() > LR
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_norm_of_the_gradients_is_told_without_zero_too(
+    pruned: Path, corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
+    output, expected = tmp_path / "aligned", list[float]()
+    plain_training(pruned, prepared, STEPS, expected)
+    lr.align(config(pruned, corpus, output, zero_stage=0, workers=2))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ import pytest
 import tiny
 import torch
 from adapters import logits_of, token_ids
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -146,6 +148,64 @@ def test_the_tokenizer_is_read_back(tmp_path: Path) -> None:
     assert read(text)["input_ids"] == ids
     assert read.chat_template == tiny.CHAT_TEMPLATE
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+def test_frequencies_are_left_out_and_a_head_of_its_own_is_kept(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base", tied=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    names = {t.name for t in gguf.GGUFReader(export(base, tmp_path / "tied")).tensors}
+    assert "output.weight" not in names and not any("rot" in name for name in names)
+    head = tensors["lm_head.weight"] = torch.randn(tiny.VOCABULARY, 64)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    reader = gguf.GGUFReader(export(base, tmp_path / "own", type="f32"))
+    [stored] = [t for t in reader.tensors if t.name == "output.weight"]
+    assert np.array_equal(stored.data, head.numpy())
+
+
+def test_named_chat_templates_are_in_the_file_and_go_with_pruned_models(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    tokenizer = tiny.tokenizer()
+    use = "{{ tools }}" + tiny.CHAT_TEMPLATE
+    tokenizer.chat_template = {"default": tiny.CHAT_TEMPLATE, "tool_use": use}
+    (base / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(base)
+    fields = gguf.GGUFReader(export(base, tmp_path / "out")).fields
+    assert fields["tokenizer.chat_template"].contents() == tiny.CHAT_TEMPLATE
+    assert fields["tokenizer.chat_template.tool_use"].contents() == use
+    settings = lr.PruneConfig(base=str(base), output=tmp_path / "p", ratio=0.25, layers=(1, 3))
+    pruned = lr.prune(settings)
+    assert load_tokenizer(pruned.output).chat_template == tokenizer.chat_template
+    assert "additional_chat_templates/tool_use.jinja" in pruned.manifest.files
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_file_says_whether_a_text_begins_with_bos(adds: bool, tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = tiny.SPECIAL[1]
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tiny.SPECIAL[1]} $A", special_tokens=[(tiny.SPECIAL[1], 1)]
+        )
+    tokenizer.save_pretrained(base)
+    fields = gguf.GGUFReader(export(base, tmp_path / "out")).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is adds
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is False
+
+
+def test_a_token_beyond_the_embeddings_is_refused_by_name(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    tokenizer.save_pretrained(base)
+    refusal = r"token '<.eot.>' has number 259, the embeddings have 259 rows"
+    with pytest.raises(lr.LoramError, match=refusal):
+        export(base, tmp_path / "out")
+    with pytest.raises(lr.LoramError, match=refusal):
+        load_tokenizer(base)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_written_twice(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import LlamaForCausalLM
 
-from loram_ray.losses import IGNORED, summed_loss
+from loram_ray.losses import IGNORED, sum_in_chunks, summed_loss
 
 LENGTHS = (23, 9, 16)
 PROMPTS = (5, 8, 0)
@@ -160,3 +160,23 @@ def test_logits_of_one_chunk_exist_at_a_time(
     handle.remove()
     assert max(rows) == 10
     assert sum(rows) == int(count)  # the gradients are computed meanwhile
+
+
+def test_the_gradients_of_a_bf16_head_are_summed_over_chunks_in_fp32() -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 32, bias=False, dtype=torch.bfloat16)
+    states = torch.randn(2048, 16).bfloat16()
+    targets = torch.randint(0, 32, (2048,))
+
+    def loss(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    total, _ = sum_in_chunks(loss, (states, targets), len(states), head, chunk=8)
+    total.backward()
+    assert head.weight.grad is not None
+    # The formula: outer products of softmax minus one-hot with the states, in float64.
+    errors = head(states).detach().double().softmax(-1)
+    errors[torch.arange(len(targets)), targets] -= 1
+    exact = errors.t() @ states.double()
+    error = (head.weight.grad.double() - exact).abs().max() / exact.abs().max()
+    assert error < 2**-7  # one rounding to bfloat16; 256 roundings of sums are several times more

@@ -125,7 +125,7 @@ def _train(
         started = time.perf_counter()
         micro_batches = next(batches)
         waited = time.perf_counter() - started
-        means = _take_step(engine, micro_batches, workers)
+        means, norm = _take_step(engine, micro_batches, workers)
         step += 1
         loss = float(module.loss(means))
         if not math.isfinite(loss):
@@ -153,7 +153,7 @@ def _train(
                     loss=loss,
                     **module.parts(means),
                     lr=engine.get_lr()[0],
-                    grad_norm=float(engine.get_global_grad_norm() or 0.0),
+                    grad_norm=norm,
                     memory_gb=peak_memory_gb(),
                     data_s=waited,
                     checkpoint_s=stood_still,
@@ -167,8 +167,15 @@ def _train(
     return progress
 
 
-def _take_step(engine: Any, micro_batches: list[MicroBatch], workers: int) -> torch.Tensor:
-    """Update the weights once; means of the loss's parts over the batch's tokens on all workers."""
+def _take_step(
+    engine: Any, micro_batches: list[MicroBatch], workers: int
+) -> tuple[torch.Tensor, float]:
+    """Update the weights once.
+
+    Returns:
+        Means of the loss's parts over the batch's tokens on all workers, and the norm of all
+        gradients before they were clipped.
+    """
     predicted = torch.stack([labelled(batch.labels).sum() for batch in micro_batches]).sum()
     tokens = _sum_over_workers(predicted).clamp(min=1)
     sums = torch.zeros(len(PARTS), device=engine.device)
@@ -177,9 +184,22 @@ def _take_step(engine: Any, micro_batches: list[MicroBatch], workers: int) -> to
         # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
         share = len(micro_batches) * workers / tokens
         engine.backward(loss * share)
+        norm = gradient_norm(engine) if batch is micro_batches[-1] else None
         engine.step()
         sums += parts
-    return _sum_over_workers(sums) / tokens
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return _sum_over_workers(sums) / tokens, float(norm or 0.0)
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the gradients that the next step takes; None where DeepSpeed keeps it itself.
+
+    Without ZeRO it does not in fp32; every worker then has the same gradients.
+    """
+    if engine.zero_optimization() or hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
 
 
 class PreemptionNotice:

@@ -37,7 +37,7 @@ def export(config: ExportConfig) -> StageResult:
     return run_stage(
         config.output,
         "export",
-        settings={"type": config.type, "pre_tokenizer": config.pre_tokenizer},
+        settings={"type": config.type, "pre_tokenizer": config.pre_tokenizer, "form": 2},
         parents={"model": digest},
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, model),
