@@ -10,8 +10,7 @@ from typing import Any
 
 from loram_ray.errors import LoramError, first_line
 from loram_ray.files import require_regular_files
-from loram_ray.manifest import read_model_config
-from loram_ray.parsing import read_text
+from loram_ray.parsing import read_json, read_text
 from loram_ray.tokenizer_files import require_template, require_tokenizer_files
 
 _PROBES = ("Hello.", "a", "0")
@@ -167,8 +166,11 @@ def _require_embedded(tokenizer: Any, directory: Path) -> None:
     """
     if not (directory / "config.json").is_file():
         return
-    words = read_model_config(directory).get("vocab_size")
-    beyond = [(n, token) for token, n in tokenizer.get_vocab().items() if words and n >= words]
+    config = read_json(directory / "config.json")
+    words = config.get("vocab_size") if isinstance(config, dict) else None
+    if type(words) is not int:
+        return
+    beyond = [(number, token) for token, number in tokenizer.get_vocab().items() if number >= words]
     if beyond:
         number, token = min(beyond)
         raise LoramError(
