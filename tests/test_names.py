@@ -16,12 +16,14 @@ from markdown_it import MarkdownIt
 from rich.table import Table
 
 from loram_ray.batching.tasks import tasks_of
+from loram_ray.cli import _show_piece
 from loram_ray.config import BatchConfig, CompareConfig, CorpusConfig, SweepConfig
 from loram_ray.corpus.sources import SOURCES_FILE, list_sources
 from loram_ray.errors import LoramError
 from loram_ray.manifest import MANIFEST_FILE, read_manifest
 from loram_ray.names import fault_of_name, first_clash, is_inside, slug
 from loram_ray.printing import PlainConsole, markdown, plain, plain_lines
+from loram_ray.progress import Reporter, say
 from loram_ray.sweeping.trials import trials_of
 from loram_ray.tensorfile import Checkpoint
 
@@ -185,9 +187,7 @@ def test_weights_are_read_from_beside_their_index_only(outside: str, tmp_path: P
     safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "x.safetensors")
     index = {"weight_map": {"w": outside}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        LoramError, match="index.json must name files that are .*; download it again"
-    ):
+    with pytest.raises(LoramError, match="must name files that are .*; download it again"):
         Checkpoint(model)
 
 
@@ -197,11 +197,12 @@ def test_manifests_name_no_files_outside_their_directory(outside: str, tmp_path:
     folder.mkdir()
     (tmp_path / "secret").write_text("secret")
     described = {
-        "stage": "prune", "identity": "", "base_fingerprint": "", "parents": {}, "settings": {},
-        "files": {outside: {"bytes": 6, "sha256": ""}},
+        "stage": "prune", "identity": "0" * 64, "base_fingerprint": "0" * 64, "parents": {},
+        "settings": {},
+        "files": {outside: {"bytes": 6, "sha256": "0" * 64}},
     }  # fmt: skip
     (folder / MANIFEST_FILE).write_text(json.dumps(described))
-    with pytest.raises(LoramError, match="must name files below its directory"):
+    with pytest.raises(LoramError, match="must name files of its directory"):
         read_manifest(folder)
 
 
@@ -257,3 +258,25 @@ def test_settings_that_no_file_system_holds_are_refused(
 def test_each_mistake_is_one_line_whatever_its_value_holds(loram: Command) -> None:
     ended = loram("report", "no\nsuch\x1b[31m\x85dir\u2028ectory")
     assert "such\\x1b[31m" in ended.line and "\x85" not in ended.err and "\u2028" not in ended.err
+
+
+@pytest.mark.parametrize("answer", ["\x1b]0;owned\x07", "\x9b31m", "a\rb", "\x1b[2J", "\x1b[201~x"])
+def test_answers_of_models_command_no_terminal(
+    answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for piece in answer:  # as they come, one character at a time
+        _show_piece(piece)
+    _show_piece("\n\ttext é\n")
+    shown = capsys.readouterr().out
+    assert shown.endswith("\n\ttext é\n")
+    assert all(character.isprintable() or character in "\n\t" for character in shown)
+
+
+def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter("[red]", 2, "step") as reporter:
+        reporter._last_line = 0.0
+        reporter.update(1, {"[/red] a\x1b[31m\nb": 0.5})
+    say("stage", "[bold]x[/] \x1b[31m")
+    shown = capsys.readouterr().err
+    assert "[red]" in shown and "[/red] a\\x1b[31m\\nb" in shown and "[bold]x[/] \\x1b[31m" in shown
+    assert "\x1b" not in shown
