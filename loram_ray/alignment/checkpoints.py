@@ -20,6 +20,7 @@ from loram_ray.errors import LoramError
 from loram_ray.scratch import remove_abandoned, temporary_directory
 
 TAG = "state"
+_STAGING = "loram-staging-"
 _ON_NVME = "offloaded_tensors"  # in DeepSpeed's checkpoints
 
 
@@ -38,7 +39,7 @@ class Progress:
 
 def staging_prefix(storage: Path) -> str:
     """Begins the names of the folders that a run's workers write their parts to first."""
-    return f"loram-staging-{hashlib.sha256(str(storage).encode()).hexdigest()[:16]}-"
+    return f"{_STAGING}{hashlib.sha256(str(storage).encode()).hexdigest()[:16]}-"
 
 
 def remove_staging(storage: Path, staging: Path | None, seconds: float) -> None:
@@ -53,6 +54,7 @@ def remove_staging(storage: Path, staging: Path | None, seconds: float) -> None:
     parent = staging or temporary_directory()
     while remove_abandoned(staging_prefix(storage), parent) and time.monotonic() < until:
         time.sleep(0.1)
+    remove_abandoned(_STAGING, parent)  # also of other runs, whose drivers were killed
 
 
 class FailedStep(LoramError):
