@@ -28,6 +28,7 @@ def write_results(
         rows: one for each training; a dictionary in it becomes columns of dotted names.
         columns: types of the table's columns.
     """
+    rows = [{k: plain(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     write_json(directory / RESULTS_FILE, rows)
     schema = pa.schema(list(columns.items()))
     partial = directory / f".{TABLE_FILE}.{os.getpid()}"
