@@ -64,6 +64,17 @@ class GenerationConfig(Document):
     max_length: _Count | None = None
     max_new_tokens: _Count | None = None
     do_sample: bool | None = None
+    use_cache: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    return_dict_in_generate: bool | None = None
+    num_beams: Annotated[int, Field(ge=1, le=1000)] | None = None
+    num_return_sequences: Annotated[int, Field(ge=1, le=1000)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_k: _Count | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
