@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.corpus import TextConfig
-from loram_ray.config.section import Precision, Section
+from loram_ray.config.section import GeneratedText, Precision, Section
 
 _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 
@@ -80,7 +80,7 @@ class GenerationBenchmark(_Prompted):
     answer: str = Field("answer", description="column of the reference")
     delimiter: str = Field(" ", description="between the prompt and a shot's answer")
     max_new_tokens: int = Field(256, ge=1, description="longest generated answer")
-    stop: tuple[str, ...] = Field(
+    stop: Annotated[tuple[str, ...], GeneratedText()] = Field(
         ("Question:", "\n\n\n"), description="texts that end an answer, where there is no chat"
     )
 
@@ -97,7 +97,9 @@ class CodeBenchmark(_Benchmark):
     temperature: float = Field(0.8, gt=0, description="of sampling, with more than one sample")
     top_p: float = Field(0.95, gt=0, le=1, description="share of probability that is sampled from")
     max_new_tokens: int = Field(512, ge=1, description="longest generated program")
-    stop: tuple[str, ...] = Field(_HUMAN_EVAL_STOPS, description="texts that end a program")
+    stop: Annotated[tuple[str, ...], GeneratedText()] = Field(
+        _HUMAN_EVAL_STOPS, description="texts that end a program"
+    )
     seconds: float = Field(10.0, gt=0, description="time a program has")
     memory_mb: int = Field(1024, ge=64, description="memory a program has")
 
