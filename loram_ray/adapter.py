@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from loram_ray.errors import LoramError
-from loram_ray.model_config import AdapterConfig
-from loram_ray.parsing import checked, read_json
+from loram_ray.parsing import read_json
 from loram_ray.patterns import matched
 from loram_ray.tensorfile import TensorFile, require_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-_DEFAULTS = AdapterConfig()
+_DEFAULT = 8  # r and lora_alpha of PEFT
 _PREFIX = "base_model.model."
 _KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -108,7 +107,7 @@ class Adapter:
     def scale(self, module: str) -> float:
         """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with rsLoRA, after the patterns."""
         rank = self.rank(module)
-        alpha = self._alphas.get(module, self.config.get("lora_alpha", _DEFAULTS.lora_alpha))
+        alpha = self._alphas.get(module, self.config.get("lora_alpha", _DEFAULT))
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def close(self) -> None:
@@ -148,7 +147,7 @@ def require_readable(directory: Path, key: str) -> None:
                 continue
             rank = spec.shape[0 if match["side"] == "A" else 1]
             module = match["module"]
-            named = patterns[ranks[module]] if module in ranks else config.get("r", _DEFAULTS.r)
+            named = patterns[ranks[module]] if module in ranks else config.get("r", _DEFAULT)
             if named != rank:
                 raise LoramError(
                     f"{path}: r of {module} must be {rank}, the rank of its tensors, got {named}; "
@@ -204,6 +203,9 @@ def read_adapter_config(directory: Path, key: str) -> dict[str, Any]:
     Raises:
         LoramError: it is missing, not JSON, or a value has another type or an absurd size.
     """
+    from loram_ray.model_config import AdapterConfig
+    from loram_ray.parsing.documents import checked
+
     path = directory / CONFIG_FILE
     if not os.path.lexists(path):
         raise LoramError(

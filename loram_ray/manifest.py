@@ -14,13 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, field_validator
-
 from loram_ray.errors import LoramError, shown
 from loram_ray.files import open_regular, require_regular_files, write_whole
-from loram_ray.model_config import ModelConfig
-from loram_ray.names import is_inside
-from loram_ray.parsing import Document, checked, parse_json, read_bytes, read_json
+from loram_ray.parsing import parse_json, read_bytes, read_json
 from loram_ray.tensorfile import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
@@ -67,44 +63,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         LoramError: it is missing, not JSON, or a value has another type or an absurd size.
     """
+    from loram_ray.model_config import ModelConfig
+    from loram_ray.parsing.documents import checked
+
     if not os.path.lexists(path):
         raise LoramError(f"{path.parent} holds no {path.name}; give a model directory")
     remedy = "download it again"
     config: dict[str, Any] = read_json(path, remedy=remedy)
     checked(ModelConfig, config, str(path), remedy=remedy)
     return config
-
-
-class _File(Document):
-    """A file as a manifest describes it."""
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class _Written(Document):
-    """A manifest as it is written."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    stage: str
-    identity: str
-    base_fingerprint: str
-    parents: dict[str, str]
-    settings: dict[str, Any]
-    details: dict[str, Any] = {}
-    files: dict[str, _File] = {}
-    versions: dict[str, str] = {}
-    created: float = 0.0
-    format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
-
-    @field_validator("files")
-    @classmethod
-    def _in_the_directory(cls, files: dict[str, _File]) -> dict[str, _File]:
-        for name in files:
-            if not is_inside(name):
-                raise ValueError(f"must name files of its directory, got {shown(name)}")
-        return files
 
 
 @dataclass(frozen=True)
@@ -147,13 +114,16 @@ def read_manifest(directory: Path | str) -> Manifest | None:
     Raises:
         LoramError: it is there but cannot be read.
     """
+    from loram_ray.formats import WrittenManifest
+    from loram_ray.parsing.documents import checked
+
     path = Path(directory) / MANIFEST_FILE
     if not os.path.lexists(path):  # which raises nothing, where the name is too long for one
         return None
     remedy = "make the directory again"
     data, name = read_bytes(path, remedy=remedy), f"{path} is not a manifest"
     written: dict[str, Any] = parse_json(data, f"{name}:", remedy=remedy, constants=True)
-    checked(_Written, written, name, remedy=remedy)
+    checked(WrittenManifest, written, name, remedy=remedy)
     return Manifest(**written)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.parsing import Document
+from loram_ray.parsing.documents import Document
 
 _Size = Annotated[int, Field(ge=1, le=10**7)]
 _Heads = Annotated[int, Field(ge=1, le=10**5)]

@@ -14,61 +14,19 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
 
 from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit, architecture_of
 from loram_ray.errors import LoramError, shown
 from loram_ray.masks import MASKS_FILE, Masks
-from loram_ray.parsing import Document, checked, parse_json
+from loram_ray.parsing import parse_json
 from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
 
 PLAN_FILE = "pruning_plan.safetensors"
 STRUCTURED = "structured"
 _FORMAT = "1"
-
-
-_Size = Annotated[int, Field(ge=1, le=10**7)]
-
-
-class _Geometry(Document):
-    """A `Geometry` as it is written."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    num_layers: Annotated[int, Field(ge=1, le=10**4)]
-    hidden_size: _Size
-    intermediate_size: _Size
-    num_heads: Annotated[int, Field(ge=1, le=10**5)]
-    num_kv_heads: Annotated[int, Field(ge=1, le=10**5)]
-    head_dim: Annotated[int, Field(ge=1, le=10**5)]
-    num_experts: Annotated[int, Field(ge=0, le=10**5)] = 0
-
-
-class _Masks(Document):
-    """`Masks` as they are written."""
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    shapes: dict[str, Annotated[list[_Size], Field(min_length=2, max_length=2)]]
-
-
-class _Written(Document):
-    """A `PruningPlan` as it is written."""
-
-    format: str
-    model_type: str
-    geometry: _Geometry
-    method: str
-    ratio: float = Field(ge=0, lt=1)
-    seed: int = Field(ge=0, lt=2**64)
-    layer_range: Annotated[
-        list[Annotated[int, Field(ge=0, le=10**4)]], Field(min_length=2, max_length=2)
-    ]
-    base_fingerprint: str
-    pattern: str
-    masks: _Masks | None
 
 
 def kept_neuron_count(intermediate_size: int, ratio: float) -> int:
@@ -276,6 +234,9 @@ class PruningPlan:
         Raises:
             LoramError: there is no plan, it is corrupt, or its format is unknown.
         """
+        from loram_ray.formats import WrittenPlan
+        from loram_ray.parsing.documents import checked
+
         path = Path(directory) / PLAN_FILE
         if not os.path.lexists(path):
             raise LoramError(
@@ -292,7 +253,7 @@ class PruningPlan:
                         f"{path} has format {shown(said['format'])}, this loram_ray reads "
                         f"{_FORMAT}; install the version that wrote it"
                     )
-                checked(_Written, said, f"{path}: plan")
+                checked(WrittenPlan, said, f"{path}: plan")
                 numbers = sorted({int(name.split(".")[1]) for name in file.specs})
                 geometry = Geometry(**said["geometry"])
                 layers = {i: _read_units(file, i, geometry) for i in numbers}

@@ -21,12 +21,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from pydantic import field_validator
 
 from loram_ray.errors import LoramError, shown
 from loram_ray.files import open_descriptor
-from loram_ray.names import fault_of_name
-from loram_ray.parsing import Document, parse_json, read_document, shown_reason
+from loram_ray.parsing import parse_json, shown_reason
 
 MODEL = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -275,20 +273,6 @@ class TensorWriter:
         self._file.close()
 
 
-class _Index(Document):
-    """The index of sharded files."""
-
-    weight_map: dict[str, str]
-
-    @field_validator("weight_map")
-    @classmethod
-    def _beside_it(cls, weight_map: dict[str, str]) -> dict[str, str]:
-        for name in set(weight_map.values()):
-            if (fault := fault_of_name(name)) is not None:
-                raise ValueError(f"must name files that are {fault}, got {shown(name)}")
-        return weight_map
-
-
 class Checkpoint:
     """The tensors of a directory: one ``model.safetensors`` or shards with an index.
 
@@ -322,7 +306,11 @@ class Checkpoint:
             self.files[self._single] = TensorFile(self.directory / self._single)
         elif os.path.lexists(index):
             self.entry = self._index
-            weight_map = read_document(index, _Index, remedy="download it again").weight_map
+            from loram_ray.formats import WrittenIndex
+            from loram_ray.parsing.documents import read_document
+
+            remedy = "download it again"
+            weight_map = read_document(index, WrittenIndex, remedy=remedy).weight_map
             for file_name in sorted(set(weight_map.values())):
                 self.files[file_name] = TensorFile(self.directory / file_name)
             for name, file_name in weight_map.items():

@@ -166,7 +166,7 @@ def _require_embedded(tokenizer: Any, directory: Path) -> None:
     """
     if not (directory / "config.json").is_file():
         return
-    config = read_json(directory / "config.json")
+    config: dict[str, Any] = read_json(directory / "config.json")
     words = config.get("vocab_size") if isinstance(config, dict) else None
     if type(words) is not int:
         return

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from loram_ray.errors import LoramError
 from loram_ray.model_config import Token
-from loram_ray.parsing import Document, checked, read_bytes, read_json, read_text
+from loram_ray.parsing import read_bytes, read_json, read_text
+from loram_ray.parsing.documents import Document, checked
 from loram_ray.template_probe import fault_of_template
 
 _REMEDY = "copy the base's tokenizer files into it"

@@ -12,6 +12,7 @@ import yaml
 
 from loram_ray import parsing
 from loram_ray.errors import LoramError
+from loram_ray.parsing import documents
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -189,14 +190,14 @@ def test_comments_are_found(text: str, comment: str | None) -> None:
     assert parsing.comment_in(text) == comment
 
 
-class Example(parsing.Document):
+class Example(documents.Document):
     """A document with one bounded number."""
 
-    layers: int = parsing.bounded(1, 100)
+    layers: int = documents.bounded(1, 100)
 
 
 @pytest.mark.parametrize("value", [True, "3", 3.0, None, 0, 101, 10**30, [3], {"a": 1}], ids=str)
 def test_a_documents_values_have_the_types_that_are_written(value: object) -> None:
     with pytest.raises(LoramError, match=r"^FILE: layers must .*, got .*; restore it$"):
-        parsing.checked(Example, {"layers": value}, "FILE", remedy="restore it")
-    assert parsing.checked(Example, {"layers": 3, "more": 1}, "FILE").layers == 3
+        documents.checked(Example, {"layers": value}, "FILE", remedy="restore it")
+    assert documents.checked(Example, {"layers": 3, "more": 1}, "FILE").layers == 3

@@ -12,7 +12,8 @@ from loram_ray.config.overrides import apply_override
 from loram_ray.config.run import STAGES, RunConfig
 from loram_ray.config.section import Section, kind_of, section_types
 from loram_ray.errors import LoramError, nearest, shown
-from loram_ray.parsing import broken_rule, read_yaml
+from loram_ray.parsing import read_yaml
+from loram_ray.parsing.documents import broken_rule
 
 
 def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:

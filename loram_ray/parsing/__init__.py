@@ -3,10 +3,10 @@
 Files that others wrote are read here and nowhere else. A reader opens regular files only, bounds
 size, depth and expansion before it spends time or memory, and refuses what a later step could not
 handle: duplicate keys, numbers that are not finite, text that is not Unicode. Every refusal is a
-`LoramError` of one line that names the file, the rule and the remedy.
+`LoramError` of one line that names the file, the rule and the remedy. Values are checked by models
+of ``parsing.documents``, which needs pydantic.
 """
 
-from loram_ray.parsing.documents import Document, bounded, broken_rule, checked, read_document
 from loram_ray.parsing.json_text import parse_json, read_json
 from loram_ray.parsing.text import (
     named,
@@ -17,16 +17,11 @@ from loram_ray.parsing.text import (
 from loram_ray.parsing.yaml_text import comment_in, parse_yaml, read_yaml
 
 __all__ = [
-    "Document",
-    "bounded",
-    "broken_rule",
-    "checked",
     "comment_in",
     "named",
     "parse_json",
     "parse_yaml",
     "read_bytes",
-    "read_document",
     "read_json",
     "read_text",
     "read_yaml",
