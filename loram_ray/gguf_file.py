@@ -1,13 +1,11 @@
 """A model as one GGUF file, for llama.cpp and what is built on it.
 
 The gguf package knows names and layouts; what is here are the sizes, the order of rotated rows that
-llama.cpp wants of Llama's queries and keys, the factors of Llama 3.1's rotary frequencies, and the
-vocabulary of a byte-level BPE.
+llama.cpp wants of Llama's queries and keys, and the factors of Llama 3.1's rotary frequencies.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +17,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from loram_ray.errors import LoramError
+from loram_ray.gguf_vocabulary import Vocabulary, read_vocabulary
 from loram_ray.model_tensors import is_recomputed
 from loram_ray.model_weights import ModelCheckpoint
-from loram_ray.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -30,11 +28,86 @@ _NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen
 _ROTATED_IN_PAIRS = "llama"
 """The architecture whose kernels rotate neighbours; transformers rotates halves."""
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+_REMEDY = "convert the model with llama.cpp's convert_hf_to_gguf.py"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that llama.cpp can run.
+
+    Attributes:
+        directory: the model.
+        config: as transformers reads it.
+        architecture: llama.cpp's name of the family.
+        vocabulary: of the tokenizer.
+    """
+
+    directory: Path
+    config: PreTrainedConfig
+    architecture: str
+    vocabulary: Vocabulary
+
+    @property
+    def slides(self) -> bool:
+        """Whether a layer attends to a window only, which llama.cpp does not do in these families.
+
+        Up to the window's length both compute the same, so that is the context length written.
+        """
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
+        return bool(getattr(self.config, "sliding_window", None)) and "sliding_attention" in kinds
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that llama.cpp reads as transformers does."""
+        longest = int(self.config.max_position_embeddings)
+        return min(longest, int(self.config.sliding_window)) if self.slides else longest
+
+
+def read_source(directory: Path, pre_tokenizer: str | None) -> Source:
+    """Check a base or merged model before its weights are read.
+
+    Args:
+        directory: the model.
+        pre_tokenizer: llama.cpp's name of the tokenizer's pre-tokenisation; None recognises it.
+
+    Raises:
+        LoramError: a family, a computation or a tokenizer that llama.cpp does not have.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    architecture = architecture_of(config.model_type)
+    _require_computed(config, architecture)
+    vocabulary = read_vocabulary(directory, config, pre_tokenizer)
+    return Source(directory, config, architecture, vocabulary)
+
+
+def _require_computed(config: PreTrainedConfig, architecture: str) -> None:
+    """Refuse what llama.cpp would not load, or would compute otherwise.
+
+    Raises:
+        LoramError: the first such key of the configuration.
+    """
+    llama = architecture == _ROTATED_IN_PAIRS
+    if config.hidden_act not in ("silu", "swish"):  # two names of one function
+        raise LoramError(
+            f"hidden_act must be silu to be exported, the model's is {config.hidden_act}, which "
+            "llama.cpp lacks in this family; serve it with vLLM"
+        )
+    if rotary_factors(config) is not None and not llama:
+        raise LoramError(
+            f"export writes Llama 3.1's scaling of rotary embeddings for Llama and Mistral only, "
+            f"the model is a {config.model_type}; serve it with vLLM"
+        )
+    if architecture == "qwen3" and config.attention_bias:
+        raise LoramError(
+            "attention_bias must be false to be exported: llama.cpp has no biases in Qwen3; serve "
+            "the model with vLLM"
+        )
+    width = _head_dim(config) * config.num_attention_heads
+    if architecture == "qwen2" and width != config.hidden_size:
+        raise LoramError(
+            f"a Qwen2's heads must be as wide together as hidden_size ({config.hidden_size}) to be "
+            f"exported, they are {width} wide, which llama.cpp cannot load; serve it with vLLM"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,35 +127,23 @@ class _Tensor:
     read: Callable[[], torch.Tensor]
 
 
-def write_gguf(
-    directory: Path,
-    path: Path,
-    kind: str,
-    pre_tokenizer: str | None,
-    advance: Callable[[int], None],
-) -> None:
-    """Write a base or merged model; one tensor is in memory at a time.
+def write_gguf(source: Source, path: Path, kind: str, advance: Callable[[int], None]) -> None:
+    """Write a model; one tensor is in memory at a time.
 
     Args:
-        directory: the model.
+        source: the model.
         path: the file.
         kind: ``f32``, ``bf16``, ``f16`` or ``q8_0``, of matrices; vectors are in float32.
-        pre_tokenizer: llama.cpp's name of the tokenizer's pre-tokenisation; None recognises it.
         advance: told the bytes of each tensor that was written.
-
-    Raises:
-        LoramError: a family, a tokenizer or a scaling of rotary embeddings that cannot be written.
     """
     from gguf import GGUFWriter
 
-    config = AutoConfig.from_pretrained(directory)
-    architecture = architecture_of(config.model_type)
-    with ModelCheckpoint(directory) as checkpoint:
-        tensors = list(_tensors(checkpoint, config, architecture, kind))
-        writer = GGUFWriter(path, architecture)
+    with ModelCheckpoint(source.directory) as checkpoint:
+        tensors = list(_tensors(checkpoint, source, kind))
+        writer = GGUFWriter(path, source.architecture)
         try:
-            _add_sizes(writer, config, kind)
-            _add_vocabulary(writer, directory, config.vocab_size, pre_tokenizer)
+            _add_sizes(writer, source, kind)
+            source.vocabulary.add_to(writer)
             for tensor in tensors:
                 shape, dtype = _stored(tensor)
                 nbytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -98,12 +159,10 @@ def write_gguf(
             writer.close()
 
 
-def size_of(directory: Path, kind: str) -> int:
+def size_of(source: Source, kind: str) -> int:
     """Bytes of the tensors that `write_gguf` writes."""
-    config = AutoConfig.from_pretrained(directory)
-    with ModelCheckpoint(directory) as checkpoint:
-        tensors = _tensors(checkpoint, config, architecture_of(config.model_type), kind)
-        stored = (_stored(tensor) for tensor in tensors)
+    with ModelCheckpoint(source.directory) as checkpoint:
+        stored = (_stored(tensor) for tensor in _tensors(checkpoint, source, kind))
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in stored)
 
 
@@ -121,25 +180,21 @@ def architecture_of(model_type: str) -> str:
     return _NAMES[model_type]
 
 
-def _tensors(
-    checkpoint: ModelCheckpoint, config: PreTrainedConfig, architecture: str, kind: str
-) -> Iterator[_Tensor]:
+def _tensors(checkpoint: ModelCheckpoint, source: Source, kind: str) -> Iterator[_Tensor]:
     import gguf
 
+    config, architecture = source.config, source.architecture
     names = gguf.get_tensor_name_map(
-        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture),
+        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture),
         config.num_hidden_layers,
     )
     own_head = checkpoint.has_own_head()
-    for source, spec in checkpoint.specs.items():
-        if is_recomputed(source):
+    for key, spec in checkpoint.specs.items():
+        if is_recomputed(key):
             continue
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise LoramError(
-                f"export knows no place for tensor {source} in GGUF; convert the model with "
-                "llama.cpp's convert_hf_to_gguf.py"
-            )
+            raise LoramError(f"export knows no place for tensor {key} in GGUF; {_REMEDY}")
         if not own_head and name == "output.weight":
             continue
         heads = 0
@@ -148,8 +203,8 @@ def _tensors(
         if architecture == _ROTATED_IN_PAIRS and ".attn_k." in name:
             heads = config.num_key_value_heads
 
-        def read(source: str = source, heads: int = heads) -> torch.Tensor:
-            tensor = checkpoint.read(source).float()
+        def read(key: str = key, heads: int = heads) -> torch.Tensor:
+            tensor = checkpoint.read(key).float()
             return _in_pairs(tensor, heads) if heads else tensor
 
         yield _Tensor(name, spec.shape, _kind_of(spec.shape, kind), read)
@@ -223,13 +278,14 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return int(given or config.hidden_size // config.num_attention_heads)
 
 
-def _add_sizes(writer: GGUFWriter, config: PreTrainedConfig, kind: str) -> None:
+def _add_sizes(writer: GGUFWriter, source: Source, kind: str) -> None:
     from gguf import GGUFType, LlamaFileType
 
+    config = source.config
     writer.add_type(GGUFType.MODEL)
     file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(LlamaFileType[file_type])
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(source.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -241,70 +297,3 @@ def _add_sizes(writer: GGUFWriter, config: PreTrainedConfig, kind: str) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-
-
-def _add_vocabulary(
-    writer: GGUFWriter, directory: Path, size: int, pre_tokenizer: str | None
-) -> None:
-    from gguf import SpecialVocab, TokenType
-
-    tokenizer = load_tokenizer(directory)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    if backend["model"]["type"] != "BPE" or backend["model"].get("byte_fallback"):
-        raise LoramError(
-            f"export writes byte-level BPE vocabularies, {directory} has another; convert it with "
-            "llama.cpp's convert_hf_to_gguf.py"
-        )
-    words = {number: word for word, number in tokenizer.get_vocab().items()}
-    added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for number in range(size):
-        tokens.append(words.get(number, f"[PAD{number}]"))
-        if number not in words:
-            kinds.append(TokenType.UNUSED)
-        elif number not in added:
-            kinds.append(TokenType.NORMAL)
-        else:
-            kinds.append(TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer or _recognised(backend["pre_tokenizer"], directory))
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    special = SpecialVocab(directory, load_merges=True, n_vocab=size)
-    special.chat_template = _templates(tokenizer.chat_template)
-    special.add_special_token = {
-        "bos": _adds(tokenizer, tokenizer.bos_token_id, 0),
-        "eos": _adds(tokenizer, tokenizer.eos_token_id, -1),
-    }
-    special.add_to_gguf(writer, quiet=True)
-
-
-def _templates(given: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
-    """Chat templates as gguf writes them: one, or several by name."""
-    if not isinstance(given, dict):
-        return given
-    return [{"name": name, "template": template} for name, template in given.items()]
-
-
-def _adds(tokenizer: Any, token: int | None, place: int) -> bool:
-    """Whether the tokenizer itself puts a token at the beginning (0) or end (-1) of a text."""
-    ids = tokenizer("a")["input_ids"]
-    return token is not None and bool(ids) and ids[place] == token
-
-
-def _recognised(pre_tokenizer: dict[str, Any], directory: Path) -> str:
-    """llama.cpp's name of a pre-tokenisation."""
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    match [part["type"] for part in parts]:
-        case ["ByteLevel"] if parts[0].get("use_regex", True):
-            return "gpt-2"
-        case ["Digits", "ByteLevel"] if parts[0]["individual_digits"] and parts[1]["use_regex"]:
-            return "smollm"
-        case ["Split", "ByteLevel"]:
-            expression = parts[0]["pattern"].get("Regex")
-            if expression in _SPLITS and not parts[1]["use_regex"]:
-                return _SPLITS[expression]
-    raise LoramError(
-        f"export.pre_tokenizer must be given, {directory} splits text in a way that is not "
-        "recognised; llama.cpp's name of it is in its convert_hf_to_gguf.py"
-    )

@@ -54,7 +54,7 @@ def frame_of(tokenizer: Any) -> Frame:
     Raises:
         LoramError: the tokenizer has no end-of-text token.
     """
-    opening, closing = _added(tokenizer)
+    opening, closing = added_around(tokenizer)
     end = end_of_text(tokenizer)
     return Frame(opening, closing if end in closing else (*closing, end))
 
@@ -75,7 +75,7 @@ def end_of_text(tokenizer: Any) -> int:
 
 def ids_to_continue(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that is to be continued: begun as the tokenizer does, and not ended."""
-    opening, _ = _added(tokenizer)
+    opening, _ = added_around(tokenizer)
     return _opened(tokenizer(text, add_special_tokens=False)["input_ids"], opening)
 
 
@@ -104,7 +104,7 @@ def _opened(ids: Sequence[int], opening: tuple[int, ...]) -> list[int]:
     return [*ids] if tuple(ids[: len(opening)]) == opening else [*opening, *ids]
 
 
-def _added(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def added_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids that the tokenizer adds in front of a text and behind it.
 
     They are seen in what it does to a text: flags such as ``add_bos_token`` need not agree.

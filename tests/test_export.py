@@ -246,3 +246,114 @@ def test_what_cannot_be_written_is_one_line(pruned: Path, tmp_path: Path) -> Non
 def test_it_exports_what_the_run_merges() -> None:
     found = load_run(None, ["base=b", "output=o", "export={}"]).export
     assert found == lr.ExportConfig(model="o/merged", output=Path("o/gguf"))
+
+
+def spoiled(model: Path, part: str, value: object) -> Path:
+    """The base with another part in its ``tokenizer.json``."""
+    file = tiny.write_base(model) / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings[part] = value
+    file.write_text(json.dumps(settings))
+    return model
+
+
+def byte_level(**settings: object) -> dict[str, object]:
+    return {"type": "ByteLevel", "trim_offsets": True, "use_regex": True, **settings}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "refusal"),
+    [
+        ("normalizer", {"type": "Lowercase"}, "no normalizer but NFC .* has Lowercase"),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]},
+            "no normalizer but NFC .* has NFKC",
+        ),
+        ("pre_tokenizer", byte_level(add_prefix_space=True), "add_prefix_space must be false"),
+        ("pre_tokenizer", None, "export.pre_tokenizer must be given"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_lacks_is_one_line(
+    part: str, value: object, refusal: str, tmp_path: Path
+) -> None:
+    model = spoiled(tmp_path / "base", part, value)
+    with pytest.raises(lr.LoramError, match=refusal) as error:
+        export(model, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("normalizers", [[], [{"type": "NFC"}]])
+def test_a_tokenizer_that_composes_characters_is_written(
+    normalizers: list[object], tmp_path: Path
+) -> None:
+    value = {"type": "Sequence", "normalizers": normalizers}
+    assert export(spoiled(tmp_path / "base", "normalizer", value), tmp_path / "out").is_file()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "written"),
+    [
+        (1, 0, (True, True)),
+        (1, None, (True, False)),
+        (None, 0, (False, True)),
+        (2, None, None),
+        (None, 2, None),
+    ],
+)
+def test_tokens_around_a_text_are_bos_and_eos_or_refused(
+    before: int | None, after: int | None, written: tuple[bool, bool] | None, tmp_path: Path
+) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = tiny.SPECIAL[1]
+    single = " ".join(
+        "$A" if place == "$A" else tiny.SPECIAL[place]
+        for place in (before, "$A", after)
+        if place is not None
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(word, n) for n, word in enumerate(tiny.SPECIAL)]
+    )
+    tokenizer.save_pretrained(base)
+    if written is None:
+        with pytest.raises(lr.LoramError, match=r"it adds <.im_end.>; set them"):
+            export(base, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    fields = gguf.GGUFReader(export(base, tmp_path / "out")).fields
+    keys = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
+    assert tuple(fields[key].contents() for key in keys) == written
+
+
+@pytest.mark.parametrize(
+    ("template", "refusal"),
+    [
+        ([{"name": "my tools", "template": "{{ x }}"}], r"letters, digits and _ .* 'my tools'"),
+        ("a\ud800", r"tokenizer_config.json must hold Unicode text, got half a pair"),
+    ],
+)
+def test_a_chat_template_that_gguf_cannot_hold_is_one_line(
+    template: object, refusal: str, tmp_path: Path
+) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    with pytest.raises(lr.LoramError, match=refusal) as error:
+        export(base, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_a_number_that_is_no_token_is_left_out(value: int, tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    file = base / "config.json"
+    ids = {"bos_token_id": value, "pad_token_id": value, "eos_token_id": [0, 1]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ids}))
+    fields = gguf.GGUFReader(export(base, tmp_path / "out")).fields
+    assert "tokenizer.ggml.bos_token_id" not in fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
+    assert fields["tokenizer.ggml.padding_token_id"].contents() == 0  # the tokenizer's

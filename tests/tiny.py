@@ -24,10 +24,15 @@ VOCABULARY = len(SPECIAL) + 256
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges, with a chat template."""
+    """A byte tokenizer with a chat template.
+
+    It is a byte-level BPE with one merge, as llama.cpp loads none without. The bytes 0xFE and 0xFF
+    are merged into what is in the place of 0xC1: no text in UTF-8 has any of the three.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    words = ["þÿ" if byte == "Á" else byte for byte in alphabet]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("þ", "ÿ")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from loram_ray.config import ExportConfig
 from loram_ray.errors import LoramError
-from loram_ray.gguf_file import architecture_of, size_of, write_gguf
+from loram_ray.gguf_file import Source, architecture_of, read_source, size_of, write_gguf
 from loram_ray.manifest import read_model_config
 from loram_ray.model_files import resolve_base
 from loram_ray.model_weights import identify_model
@@ -19,8 +18,8 @@ def export(config: ExportConfig) -> StageResult:
     """Write a model as GGUF, for llama.cpp and what is built on it, one tensor in memory at a time.
 
     Raises:
-        LoramError: a pruned or quantised model, a family or a tokenizer that is not written, or no
-            gguf package.
+        LoramError: a pruned or quantised model, a family, a computation or a tokenizer that
+            llama.cpp does not have, or no gguf package.
     """
     if importlib.util.find_spec("gguf") is None:
         raise LoramError("export needs the gguf package; pip install 'loram-ray[gguf]'")
@@ -33,22 +32,27 @@ def export(config: ExportConfig) -> StageResult:
                 "merge and give its output"
             )
     architecture_of(settings["model_type"])
+    source = read_source(model, config.pre_tokenizer)
     digest, base_fingerprint = identify_model(model, "export.model")
     return run_stage(
         config.output,
         "export",
-        settings={"type": config.type, "pre_tokenizer": config.pre_tokenizer, "form": 2},
+        settings={
+            "type": config.type,
+            "pre_tokenizer": config.pre_tokenizer,
+            "form": 3 if source.slides else 2,  # files of form 2 give these too long a context
+        },
         parents={"model": digest},
         base_fingerprint=base_fingerprint,
-        write=lambda target: _write(target, config, model),
+        write=lambda target: _write(target, config, source),
         reads=(model,),
     )
 
 
-def _write(target: StageDirectory, config: ExportConfig, model: Path) -> None:
-    nbytes = size_of(model, config.type)
+def _write(target: StageDirectory, config: ExportConfig, source: Source) -> None:
+    nbytes = size_of(source, config.type)
     require_space(target.path, nbytes)
     path = target.path / f"model-{config.type}.gguf"
     with Reporter("export", total=nbytes, unit="B") as reporter:
-        write_gguf(model, path, config.type, config.pre_tokenizer, reporter.advance)
+        write_gguf(source, path, config.type, reporter.advance)
     target.details.update(file=path.name, bytes=path.stat().st_size)
