@@ -59,9 +59,9 @@ class ModelConfig(Document):
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    bos_token_id: Token | list[Token] | None = None
+    bos_token_id: Token | None = None
     eos_token_id: Token | list[Token] | None = None
-    pad_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | None = None
     dtype: str | dict[str, Any] | None = None
     torch_dtype: str | dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None

@@ -357,3 +357,13 @@ def test_a_number_that_is_no_token_is_left_out(value: int, tmp_path: Path) -> No
     assert "tokenizer.ggml.bos_token_id" not in fields
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
     assert fields["tokenizer.ggml.padding_token_id"].contents() == 0  # the tokenizer's
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "pad_token_id"])
+def test_several_tokens_where_transformers_takes_one_are_one_line(key: str, tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: [0, 1]}))
+    with pytest.raises(lr.LoramError, match=rf"config.json: {key} must be") as error:
+        export(base, tmp_path / "out")
+    assert "\n" not in str(error.value)

@@ -240,18 +240,14 @@ def test_llama_cpp_loads_no_bpe_without_merges_and_export_refuses_it(tmp_path: P
 
 @pytest.mark.slow
 def test_the_real_model_and_its_tokenizer_are_the_same(real_base: Path, tmp_path: Path) -> None:
-    result = lr.export(
-        lr.ExportConfig(
-            model=str(real_base), output=tmp_path / "out", type="f32", pre_tokenizer="smollm"
-        )
-    )
+    path = export(real_base, tmp_path / "out")
     tokenizer = load_tokenizer(real_base)
     model = AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32).eval()
     ids = tokenizer("The capital of France is Paris, and that of Italy is")["input_ids"]
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     sampled = tokenizer.convert_tokens_to_ids("a")
-    with running(result.output / result.manifest.details["file"]) as runtime:
+    with running(path) as runtime:
         found = runtime.log_probabilities(ids, len(expected), sampled)
         for text in TEXTS:
             assert runtime.tokens(text) == tokenizer(text)["input_ids"], text
