@@ -183,7 +183,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda b: change_config(b, num_hidden_layers=True),
         "num_hidden_layers must be a valid integer",
     ),
-    "no hidden size": (lambda b: change_config(b, hidden_size="gone"), "lacks hidden_size"),
+    "no hidden size": (lambda b: change_config(b, hidden_size="gone"), "hidden_size must be given"),
     "weights in another file": (
         lambda b: change_config(b, transformers_weights="other.safetensors"),
         "transformers_weights in .* must be left out",
