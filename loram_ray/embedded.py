@@ -13,7 +13,7 @@ from typing import Any
 
 from loram_ray import interruption
 from loram_ray.errors import LoramError, root_of
-from loram_ray.scratch import keep, scratch, temporary_directory
+from loram_ray.scratch import keep, remove_abandoned, scratch, temporary_directory
 from loram_ray.watching import watched
 
 HOST = "127.0.0.1"
@@ -64,7 +64,7 @@ def embedded_ray(cpus: int, options: dict[str, Any]) -> Iterator[None]:
     """
     import ray
 
-    with scratch(_PREFIX, _parent()) as folder:
+    with _nothing_left(), scratch(_PREFIX, _parent()) as folder:
         try:
             with _ended(folder):
                 with (
@@ -88,6 +88,15 @@ def embedded_ray(cpus: int, options: dict[str, Any]) -> Iterator[None]:
                 logs = _keep_logs(folder)
                 error.add_note(f"Ray's logs: {logs}")
             raise
+
+
+@contextlib.contextmanager
+def _nothing_left() -> Iterator[None]:
+    """Remove the temporary folders of workers that ended with Ray."""
+    try:
+        yield
+    finally:
+        remove_abandoned("loram-", temporary_directory())
 
 
 @contextlib.contextmanager
