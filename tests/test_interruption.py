@@ -125,10 +125,12 @@ def assert_interrupted(command: Command, number: signal.Signals, scratch: Path) 
     while (left := command.processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
-    assert not list(scratch.iterdir())
+    assert not list(scratch.glob("loram-*"))
 
 
 def is_progress(line: str) -> bool:
+    if line.startswith("Adding merges requested"):
+        return True  # gguf's, of a tokenizer without merges
     return line.split()[0] in (
         *OUTPUTS,
         "corpus",
@@ -173,7 +175,7 @@ def test_a_signal_in_a_stage_is_one_line_and_the_same_command_goes_on(
     assert not list((tmp_path / "out").rglob(".*.partial"))
     again = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
     assert again.end() == 0, again.err[-2000:]
-    assert not list(scratch.iterdir())
+    assert not list(scratch.glob("loram-*"))
     assert output.exists()
     if stage in ("prune", "align", "train", "recover", "merge", "run"):
         assert contents(output) == contents(finished / "out" / OUTPUTS[stage])
