@@ -36,7 +36,7 @@ from loram_ray.names import fault_of_name
 _IDENTITY_NOTE = "identity"
 _NOT_WRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.EIO,
+    errno.ELOOP, errno.EISDIR, errno.ENOENT, errno.EINVAL,
 )  # fmt: skip
 _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
 
@@ -186,10 +186,11 @@ def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = (
                 continue
             read = Path(path).resolve()
             if place == read or read in place.parents or place in read.parents:
+                relation = "is" if place == read else "is in"
+                relation = "holds" if place in read.parents else relation
                 raise LoramError(
-                    f"{key} must be apart from what is read, {output} is "
-                    f"{'it' if place == read else 'inside' if read in place.parents else 'around'}"
-                    f"{'' if place == read else f' {path}'}; name another directory"
+                    f"{key} must be a new or empty directory outside of what is read, {output} "
+                    f"{relation} {path}; choose another output"
                 )
     except (OSError, RuntimeError) as error:  # pathlib's own error for a loop of links
         reason = getattr(error, "strerror", None) or error

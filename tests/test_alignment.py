@@ -396,7 +396,7 @@ def test_a_deepspeed_file_that_is_none_is_refused(
     pruned: Path, corpus: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "ds.json"
-    for content, message in (("{", "cannot be read"), ("[]", "must hold a JSON object")):
+    for content, message in (("{", "is not valid JSON"), ("[]", "must hold a JSON object")):
         file.write_text(content)
         with pytest.raises(lr.LoramError, match=f"align.deepspeed .*ds.json {message}"):
             lr.align(config(pruned, corpus, tmp_path / "aligned", deepspeed=file))

@@ -216,14 +216,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
     "no family": (
         lambda base: _edit_config(base, model_type=None),
         {},
-        "model_type must be one of",
+        "config.json: model_type must be a valid string, got None",
     ),
     "no config": (lambda base: (base / "config.json").unlink(), {}, "holds no config.json"),
     "broken config": (lambda base: (base / "config.json").write_text("{"), {}, "not valid JSON"),
     "config without sizes": (
         lambda base: (base / "config.json").write_text('{"model_type": "llama"}'),
         {},
-        r"config.json lacks",
+        r"config.json: hidden_size must be given",
     ),
     "quantised": (
         lambda base: _edit_config(base, quantization_config={"quant_method": "gptq"}),

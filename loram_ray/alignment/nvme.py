@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loram_ray.errors import LoramError
-from loram_ray.model_weights import ModelCheckpoint
+from loram_ray.tensorfile import Checkpoint
 
 
 def require_async_io(ds_config: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ def size_swap_buffers(ds_config: dict[str, Any], models: Iterable[Path], workers
     if parameters.get("device") == "nvme" and "buffer_size" not in parameters:
         largest = 0
         for model in models:
-            with ModelCheckpoint(model) as checkpoint:
+            with Checkpoint(model) as checkpoint:
                 largest = max(largest, *(prod(spec.shape) for spec in checkpoint.specs.values()))
         parameters["buffer_size"] = -(-largest // workers)
 
