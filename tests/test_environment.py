@@ -445,7 +445,7 @@ def test_a_stage_is_done_whatever_its_streams_are(
 ODD = {
     "nothing is there": {"TMPDIR": "/nonexistent", "HOME": "/nonexistent", "COLUMNS": "1"},
     "files are there": {"TMPDIR": "/etc/passwd", "HOME": "/etc/passwd", "COLUMNS": "0"},
-    "ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "a C locale": {"LC_ALL": "C"},
     "an unknown locale": {"LC_ALL": "xx_YY.ISO-8859-15", "PYTHONIOENCODING": "ascii"},
 }
 
@@ -457,11 +457,23 @@ def test_stages_do_not_depend_on_the_environment(odd: str, small: Path, tmp_path
     ended = shell(f"loram {words} && loram report $'é日本' --output page", tmp_path, **ODD[odd])
     assert ended.returncode == 0, ended
     [made] = [path for path in tmp_path.iterdir() if path.name not in ("base", "page")]
-    assert "é日本" in (tmp_path / "page" / "report.html").read_text("utf-8") or "ASCII" in odd
+    assert "é日本" in (tmp_path / "page" / "report.html").read_text("utf-8")
     expected = tmp_path / "expected"
     lr.prune(lr.PruneConfig(base=str(small), output=expected, ratio=0.5, layers=(1, 3)))
     for file in ("config.json", "model.safetensors"):
         assert (made / file).read_bytes() == (expected / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_python_that_reads_ascii_alone_is_told_how_to_read_more(
+    small: Path, tmp_path: Path
+) -> None:
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = " ".join(map(str, prune(small, "$'é日本'")))
+    ended = shell(f"loram {words}", tmp_path, **ascii_alone)
+    assert ended.returncode == 2 and ended.stderr.rstrip().endswith(b"; set PYTHONUTF8=1"), ended
+    assert shell(f"loram {words}", tmp_path, **{**ascii_alone, "PYTHONUTF8": "1"}).returncode == 0
+    assert "é日本" in {path.name for path in tmp_path.iterdir()}
 
 
 def test_streams_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:

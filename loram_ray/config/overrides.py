@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def _value(key: str, text: str) -> Any:
     """The value that a text stands for at a key."""
     for word in (key, text):
         if not _is_utf8(word) or "\0" in word:
-            raise LoramError(f"--set {ascii(key)} must be UTF-8 text, got {ascii(text)}; change it")
+            remedy = "change it" if sys.getfilesystemencoding() == "utf-8" else "set PYTHONUTF8=1"
+            raise LoramError(f"--set {ascii(key)} must be UTF-8 text, got {ascii(text)}; {remedy}")
     kinds = set(_kinds(RunConfig, key.split(".")))
     if kinds and kinds <= {str, Path, None}:
         return None if None in kinds and text in _NOTHING else text
