@@ -17,6 +17,8 @@ from loram_ray.tensorfile import TensorSpec
 
 _NF4_BLOCK, _NF4_BLOCK_OF_SCALES = 64, 256
 _QUANTISED = ".quant_state.bitsandbytes__"
+_MOST_BLOCKS_OF_A_TENSOR = 100
+"""Layers times experts for each stored tensor, at most; in real models each has several tensors."""
 _RECOMPUTED = ".rotary_emb.inv_freq"
 """End of the names of rotary frequencies, which old models store and transformers computes."""
 
@@ -88,6 +90,7 @@ def require_described(
             f"transformers_weights in {directory / 'config.json'} must be left out, got "
             f"{named!r:.80}; the model is {file}"
         )
+    _require_possible(directory, config, len(stored))
     expected = expected_shapes(config)
     quantisation = _Quantisation(directory, config)
     left = dict(stored)
@@ -119,6 +122,20 @@ def require_described(
                 f"{directory} holds tensor {name} {spec.shape}, its config.json describes a model "
                 "without it; correct config.json or download the model again"
             )
+
+
+def _require_possible(directory: Path, config: Mapping[str, Any], stored: int) -> None:
+    """Refuse absurd numbers of layers and experts before their tensors are listed."""
+    settings = dict(config)
+    geometry = family_in(settings).geometry(settings)
+    blocks = geometry.num_layers * max(1, geometry.num_experts)
+    if blocks > _MOST_BLOCKS_OF_A_TENSOR * max(1, stored):
+        experts = f" of {geometry.num_experts:,} experts" if geometry.num_experts else ""
+        raise LoramError(
+            f"{directory} holds {stored:,} tensors, its config.json describes "
+            f"{geometry.num_layers:,} layers{experts}; correct config.json or download the model "
+            "again"
+        )
 
 
 def _missing(directory: Path, name: str, shape: tuple[int, ...] | None, others: int) -> LoramError:

@@ -272,6 +272,18 @@ def test_a_weight_that_is_not_finite_is_named_by_whoever_reads_it(
     assert tiny.tree(tmp_path) == before
 
 
+def test_absurd_numbers_of_layers_and_experts_are_refused_before_their_tensors_are_listed(
+    tmp_path: Path,
+) -> None:
+    """Listed, with 10^5 experts, they would be 10^9 names."""
+    directory = families.write_base(tmp_path / "base", "qwen3_moe")
+    config = json.loads((directory / "config.json").read_text())
+    config.update(num_hidden_layers=10**4)
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lr.LoramError, match="describes 10,000 layers of 4 experts"):
+        ModelCheckpoint(directory)
+
+
 def test_what_transformers_computes_itself_may_be_stored(base: Path, tmp_path: Path) -> None:
     """Llama-2 checkpoints of 2023 have a rotary_emb.inv_freq in each layer."""
     old = shutil.copytree(base, tmp_path / "old")
