@@ -64,3 +64,20 @@ def machine() -> str:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, no GPU"
+
+
+def commit() -> str:
+    """The commit that is checked out.
+
+    Raises:
+        SystemExit: tracked files differ from it, so it does not say what ran.
+    """
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    if git("status", "--porcelain", "--untracked-files=no", "--", ":!*.md", ":!*.json"):
+        raise SystemExit("commit first: a record names the commit that it was made with")
+    return git("rev-parse", "HEAD")

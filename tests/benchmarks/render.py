@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 GB, MB = 1e9, 1e6
@@ -11,12 +10,10 @@ CORRECTED = (4, 8)
 
 
 def as_markdown(results: dict[str, dict[str, object]]) -> str:
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "ray", "deepspeed", "transformers")
-    )
     parts = [
-        "# Benchmarks\n\nMade by `make bench` (one: `python tests/benchmarks/run.py NAME`); "
-        f"numbers of that run alone. {packages}.\n"
+        "# Benchmarks\n\nMade by `make bench` (one: `python tests/benchmarks/run.py NAME`). Each "
+        "section names the commit that it was recorded with, whose `constraints.txt` has the "
+        "versions.\n"
     ]
     for name, render in (
         ("recovery", _recovery),
@@ -40,8 +37,12 @@ def as_markdown(results: dict[str, dict[str, object]]) -> str:
     ):
         if name in results:
             entry = results[name]
-            parts.append(render(entry["found"]) + f"\n\n{entry['machine']}; {entry['date']}.\n")
+            parts.append(render(entry["found"]) + f"\n\n{_origin(entry)}\n")
     return "\n".join(parts)
+
+
+def _origin(entry: dict[str, Any]) -> str:
+    return f"{entry['machine']}; {entry['date']}; commit {entry['commit'][:10]}."
 
 
 def _recovery(found: dict[str, float]) -> str:

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import in_fresh_process, machine
+from measure import commit, in_fresh_process, machine
 from render import CORRECTED, DEPTHS, as_markdown
 
 HERE = Path(__file__).parent
@@ -170,6 +170,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="loram-bench-") as folder:
             print(f"{name} ...", file=sys.stderr, flush=True)
             results[name] = {
+                "commit": commit(),
                 "date": datetime.date.today().isoformat(),
                 "machine": machine(),
                 "found": BENCHMARKS[name](Path(folder)),
