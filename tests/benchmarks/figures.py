@@ -71,7 +71,6 @@ def _demo() -> dict[str, Any]:
     return {
         **rows,
         "gain": loram_keeps(found["rows"]),
-        "minutes": found["seconds"] / 60,
     }
 
 

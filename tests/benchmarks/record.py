@@ -1,6 +1,6 @@
 """Record the results of a command in ``records/``, for the documents.
 
-    make demo && python tests/benchmarks/record.py demo runs/demo/results.json --seconds 1200
+    make demo && python tests/benchmarks/record.py demo runs/demo/results.json
 
 Run it in the checkout that ran the command, with nothing uncommitted: the record names its commit.
 """
@@ -23,7 +23,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=COMMANDS, help="the record")
     parser.add_argument("results", type=Path, help="results.json of the run")
-    parser.add_argument("--seconds", type=float, required=True, help="the whole command took")
     arguments = parser.parse_args()
     results: dict[str, Any] = json.loads(arguments.results.read_text())
     record = {
@@ -31,7 +30,7 @@ def main() -> None:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "found": {"seconds": arguments.seconds, "rows": results["rows"]},
+        "found": {"rows": results["rows"]},
     }
     path = RECORDS / f"{arguments.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -35,7 +35,6 @@ def _demo(name: str, bold: str = "", trained: bool = True) -> str:
         f"{of}[trained_parameters]:.2f}} M" if trained else "",
         f"{of}[model_parameters]:.2f}} M",
         f"{of}[model_bytes]:.0f}} MB",
-        f"{of}[train_seconds]:.0f}} s" if trained else "",
     ]
     return _row(cells)
 
@@ -67,7 +66,7 @@ README = [
     _demo("LoRAM without alignment"),
     _demo("LoRAM", bold="**"),
     _demo("LoRA on the full base"),
-    "LoRAM kept {demo[gain]:.1%} of LoRA's gain; the demo took {demo[minutes]:.0f} minutes",
+    "LoRAM kept {demo[gain]:.1%} of LoRA's gain.",
     "({publisher[millions][pruned]:.1f} M of {publisher[millions][base]:.1f} M parameters)",
     _row(["the paper's loss", *_last_bold(_publisher("causal_lm"))]),
     _row(["distillation", *_last_bold(_publisher("distillation"))]),
@@ -215,5 +214,6 @@ EXEMPT = [
     r"of 80 GB",
     r"(?:0\.2 USD|0\.3 to 0\.8|0\.9 to 1\.3)",
     # bounds that tests hold
+    r"20 times a second",
     r"within 0\.01% in fp32, within 0\.1% in bf16 and NF4",
 ]
