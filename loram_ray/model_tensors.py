@@ -112,8 +112,9 @@ def require_described(
                 f"{directory} holds {name} as {stored[name].dtype}, a weight must be in floating "
                 "point; convert the model or download it again"
             )
-    head = f"{family_in(dict(config)).output_head}.weight"
-    embeddings = expected[f"{family_in(dict(config)).embeddings}.weight"]
+    family = family_in(config)
+    head = f"{family.output_head}.weight"
+    embeddings = expected[f"{family.embeddings}.weight"]
     for name, spec in left.items():
         if name == head and spec.shape == embeddings:  # of a tied model that stores it twice
             continue

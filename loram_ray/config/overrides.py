@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from loram_ray.config.run import STAGES, RunConfig
 from loram_ray.config.section import KeysOf
 from loram_ray.errors import LoramError, shown
-from loram_ray.parsing import comment_in, parse_yaml
+from loram_ray.parsing import comment_in, is_unicode, parse_yaml
 
 _NOTHING = ("", "~", "null")
 
@@ -53,7 +53,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 def _value(key: str, text: str) -> Any:
     """The value that a text stands for at a key."""
     for word in (key, text):
-        if not _is_utf8(word) or "\0" in word:
+        if not is_unicode(word) or "\0" in word:
             remedy = "change it" if sys.getfilesystemencoding() == "utf-8" else "set PYTHONUTF8=1"
             raise LoramError(f"--set {ascii(key)} must be UTF-8 text, got {ascii(text)}; {remedy}")
     kinds = set(_kinds(RunConfig, key.split(".")))
@@ -73,14 +73,6 @@ def _value(key: str, text: str) -> Any:
             f"--set {key} must have no comment, got {comment!r:.60}; quote the text that holds #"
         )
     return value
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _place_in(node: Any, part: str, key: str) -> str | int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loram_ray.addresses import problem_with
+from loram_ray.parsing import is_unicode
 
 Precision = Literal["bf16", "fp32"]
 
@@ -29,7 +30,7 @@ class Section(BaseModel):
             field = cls.model_fields.get(key)
             any_character = field is not None and GeneratedText() in field.metadata
             for text in _texts_in(value):
-                if ("\0" in text and not any_character) or not _is_utf8(text):
+                if ("\0" in text and not any_character) or not is_unicode(text):
                     raise ValueError(
                         f"{key} must be text in UTF-8 without null characters, got {text!r:.80}; "
                         "change or rename it"
@@ -110,10 +111,6 @@ def _all_texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _all_texts_in(item)
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

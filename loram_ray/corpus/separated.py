@@ -16,6 +16,7 @@ from loram_ray.corpus.encoding import BYTE_ORDER_MARK
 from loram_ray.corpus.files import DataFile, read_lines
 from loram_ray.corpus.read import BadRow
 from loram_ray.errors import LoramError
+from loram_ray.parsing import is_unicode
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_FIELD = 64 * 2**20
@@ -42,7 +43,7 @@ def separated_rows(file: DataFile) -> Iterator[tuple[str, dict[str, str]] | BadR
         content = "".join(fields)
         if len(fields) != len(header):
             yield BadRow(place, f"it has not the header's {len(header)} columns, but {len(fields)}")
-        elif not _is_text(content):
+        elif not is_unicode(content):
             yield BadRow(place, "not UTF-8")
         elif "\0" in content:
             yield BadRow(place, "it holds a NUL byte")
@@ -129,18 +130,9 @@ class _Records:
 
 
 def _checked_header(names: Sequence[str], place: str) -> list[str]:
-    if not _is_text("".join(names)):
+    if not is_unicode("".join(names)):
         raise LoramError(f"{place} must be UTF-8 text, the header is not; convert the file")
     if not any(name.strip() for name in names):
         raise LoramError(f"{place} must name the columns, it is empty; add a header")
     refuse_repeated(names, place)
     return list(names)
-
-
-def _is_text(found: str) -> bool:
-    """Whether bytes that were decoded with ``surrogateescape`` were UTF-8."""
-    try:
-        found.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -9,6 +9,7 @@ of ``parsing.documents``, which needs pydantic.
 
 from loram_ray.parsing.json_text import parse_json, read_json
 from loram_ray.parsing.text import (
+    is_unicode,
     named,
     read_bytes,
     read_text,
@@ -18,6 +19,7 @@ from loram_ray.parsing.yaml_text import comment_in, parse_yaml, read_yaml
 
 __all__ = [
     "comment_in",
+    "is_unicode",
     "named",
     "parse_json",
     "parse_yaml",

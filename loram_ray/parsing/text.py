@@ -82,6 +82,15 @@ def decode(data: bytes, name: str, remedy: str) -> str:
         ) from error
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: none of its characters is half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown_reason(error: BaseException, limit: int = 160) -> str:
     """What a library's error says, on one line of a bounded length."""
     line = " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from loram_ray.errors import LoramError, shown
-from loram_ray.parsing.text import MAX_DEPTH, named, read_text, shown_reason, too_deep
+from loram_ray.parsing.text import MAX_DEPTH, is_unicode, named, read_text, shown_reason, too_deep
 
 MAX_YAML_BYTES = 2**20
 MAX_ALIASED = 100_000
@@ -155,7 +155,7 @@ def _require_plain(root: Any, name: str) -> None:
             _require_distinct_keys(node, name)
             node.value = [(_as_text(key), value) for key, value in node.value]
         elif isinstance(node, yaml.ScalarNode):
-            if "\0" in node.value or not _is_unicode(node.value):
+            if "\0" in node.value or not is_unicode(node.value):
                 raise LoramError(f"{where} must hold Unicode text without NUL; remove it")
             if node.tag in (_INT, _FLOAT):
                 _require_number(node, where)
@@ -223,14 +223,6 @@ def _overflows(text: str) -> bool:
         return math.isinf(float(text))
     except ValueError:
         return False
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _line(node: Any) -> int:
