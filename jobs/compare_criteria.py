@@ -21,8 +21,8 @@ from typing import Any
 from prepare_demo import write_lines
 
 import loram_ray as lr
-from loram_ray.cluster import ray_session
-from loram_ray.evaluation.statistics import share_of_gain
+from loram_ray.evaluation.uncertainty import share_of_gain
+from loram_ray.runtime.cluster import ray_session
 
 SEQUENCE = 256
 HOLD_OUT_EVERY, HELD_OUT = 25, 24

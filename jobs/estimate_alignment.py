@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from loram_ray.alignment.deepspeed import read_users
-from loram_ray.alignment.estimate import GB, GPU_MEMORY, Cluster, Estimate, estimate
-from loram_ray.alignment.shapes import ModelShapes, shapes_of
-from loram_ray.alignment.work import NVLINK
-from loram_ray.config.reading import load_run, section_of
+from loram_ray.alignment.deepspeed_config import read_users
+from loram_ray.config.load import load_run, section_of
 from loram_ray.errors import LoramError
-from loram_ray.planning.bases import base_config
+from loram_ray.estimating.alignment import GB, GPU_MEMORY, Cluster, Estimate, estimate
+from loram_ray.estimating.base_configs import base_config
+from loram_ray.estimating.flops import NVLINK
+from loram_ray.estimating.shapes import ModelShapes, shapes_of
 
 PARTS = (
     "weights",

@@ -5,7 +5,7 @@
 loram submit does this and more: it reads the run file first, follows, and tries again.
 """
 
-from loram_ray.cli import main
+from loram_ray.cli.main import main
 
 if __name__ == "__main__":
     main("run", "--set", "ray.address=auto")

@@ -10,11 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from loram_ray.errors import LoramError
-from loram_ray.registration import register_on_first_use
+from loram_ray.models.registration import register_on_first_use
 
 if TYPE_CHECKING:
-    from loram_ray.batching.run import batch
-    from loram_ray.comparing.run import compare
     from loram_ray.config import (
         AlignConfig,
         BatchConfig,
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
         TrainConfig,
         load_run,
     )
-    from loram_ray.modeling import load_pruned
+    from loram_ray.models.loading import load_pruned
     from loram_ray.plan import PruningPlan
     from loram_ray.reporting.write import report
     from loram_ray.stages.align import align
@@ -46,7 +44,9 @@ if TYPE_CHECKING:
     from loram_ray.stages.recover import recover
     from loram_ray.stages.run import run
     from loram_ray.stages.train import train
-    from loram_ray.sweeping.run import sweep
+    from loram_ray.studies.batch import batch
+    from loram_ray.studies.compare import compare
+    from loram_ray.studies.sweep import sweep
 
 _MODULE_OF = {
     "AlignConfig": "config",
@@ -66,11 +66,11 @@ _MODULE_OF = {
     "SweepConfig": "config",
     "TrainConfig": "config",
     "align": "stages.align",
-    "batch": "batching.run",
-    "compare": "comparing.run",
+    "batch": "studies.batch",
+    "compare": "studies.compare",
     "evaluate": "stages.evaluate",
     "export": "stages.export",
-    "load_pruned": "modeling",
+    "load_pruned": "models.loading",
     "load_run": "config",
     "merge": "stages.merge",
     "prune": "stages.prune",
@@ -79,7 +79,7 @@ _MODULE_OF = {
     "recover": "stages.recover",
     "report": "reporting.write",
     "run": "stages.run",
-    "sweep": "sweeping.run",
+    "sweep": "studies.sweep",
     "train": "stages.train",
 }
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec
 from loram_ray.errors import LoramError
-from loram_ray.tensorfile import TensorFile, TensorSpec
 
 MASKS_FILE = "pruning_masks.safetensors"
 _BITS = 8

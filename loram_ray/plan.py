@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit, architecture_of
+from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec, TensorWriter
 from loram_ray.errors import LoramError, shown
 from loram_ray.masks import MASKS_FILE, Masks
-from loram_ray.parsing import parse_json
-from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
+from loram_ray.utils.parsing import parse_json
 
 PLAN_FILE = "pruning_plan.safetensors"
 STRUCTURED = "structured"
@@ -234,8 +234,8 @@ class PruningPlan:
         Raises:
             LoramError: there is no plan, it is corrupt, or its format is unknown.
         """
-        from loram_ray.formats import WrittenPlan
-        from loram_ray.parsing.documents import checked
+        from loram_ray.artifacts.schemas import WrittenPlan
+        from loram_ray.utils.parsing.documents import checked
 
         path = Path(directory) / PLAN_FILE
         if not os.path.lexists(path):

@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from loram_ray.architectures import Architecture, Geometry
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.finetuning.adapters import save_adapter
-from loram_ray.model_weights import identify_model
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
+from loram_ray.models.weights import identify_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.pruning.random import random_scores
+from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_ratios
-from loram_ray.stage import StageDirectory, StageResult, run_stage
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from loram_ray.cli import main
+from loram_ray.cli.main import main
 
 
 class Ended(NamedTuple):

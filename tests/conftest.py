@@ -74,7 +74,7 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, made once and kept in the repository's cache directory."""
     import prepare_demo
 
-    from loram_ray.waiting import alone
+    from loram_ray.runtime.locks import alone
 
     cache = Path(__file__).parents[1] / ".cache"
     cache.mkdir(exist_ok=True)
@@ -97,8 +97,8 @@ def embedded_ray(until_the_end: contextlib.ExitStack) -> None:
     """One embedded Ray for all tests that need one; started again if a module has ended it."""
     import ray
 
-    from loram_ray.cluster import ray_session
     from loram_ray.config import RayConfig
+    from loram_ray.runtime.cluster import ray_session
 
     if not ray.is_initialized():
         until_the_end.enter_context(ray_session(RayConfig(num_cpus=4), cpus=4))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import loram_ray as lr
 from loram_ray.finetuning.masked import put_adapter_on
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
 
 PREFIX = "base_model.model."

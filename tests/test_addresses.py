@@ -14,7 +14,7 @@ from loram_ray.addresses import has_credentials, without_credentials
 from loram_ray.config import EvaluateConfig, load_run, validate
 from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.errors import LoramError, first_line, one_line, shown
-from loram_ray.submission import JobSpec
+from loram_ray.runtime.submission import JobSpec
 
 SECRET = "wJalrXUtn/K7MDENG+bPx"
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrSt"

@@ -21,21 +21,21 @@ from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.alignment.checkpoints import last_checkpoint
-from loram_ray.alignment.deepspeed import (
+from loram_ray.alignment.deepspeed_config import (
     deepspeed_config,
     import_deepspeed,
     load_partitioned,
 )
 from loram_ray.alignment.loop import ROWS_FILE
 from loram_ray.alignment.nvme import require_async_io, size_swap_buffers
-from loram_ray.alignment.reshape import note_workers
+from loram_ray.alignment.universal_checkpoint import note_workers
+from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import list_sources
 from loram_ray.corpus.stream import Share, open_order, read_chunk
-from loram_ray.modeling import DTYPES
-from loram_ray.progress import METRICS_FILE, read_lines, restarts_in
-from loram_ray.tensorfile import Checkpoint
+from loram_ray.models.loading import DTYPES
+from loram_ray.runtime.progress import METRICS_FILE, read_lines, restarts_in
 
 STEPS, BATCH, LENGTH, LR = 6, 8, 32, 1e-3
 

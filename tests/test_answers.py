@@ -18,15 +18,15 @@ from transformers import (
 )
 
 import loram_ray as lr
-from loram_ray.chat import Chat
-from loram_ray.chat import Sampling as ChatSampling
 from loram_ray.config.evaluate import GenerationBenchmark
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.templates import end_of_answer
 from loram_ray.evaluation.answers import exact_answers, generated_answers
+from loram_ray.evaluation.chat import Chat
+from loram_ray.evaluation.chat import Sampling as ChatSampling
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.generation import Sampling, answers, stop_tokens
-from loram_ray.tokenizer import continuation
+from loram_ray.models.tokenizer import continuation
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

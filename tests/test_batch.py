@@ -24,14 +24,14 @@ from test_together import difference
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.adapter import ADAPTER_FILE
-from loram_ray.batching.tasks import tasks_of
-from loram_ray.cli import app
+from loram_ray.artifacts.adapter import ADAPTER_FILE
+from loram_ray.cli.main import app
 from loram_ray.config import load_run, validate
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.progress import METRICS_FILE
-from loram_ray.schedule import Outcome, Schedule, WorkerDied, run_tasks
+from loram_ray.runtime.progress import METRICS_FILE
+from loram_ray.runtime.schedule import Outcome, Schedule, WorkerDied, run_tasks
+from loram_ray.studies.tasks import tasks_of
 
 TRAIN: dict[str, Any] = {
     "lora": {"r": 4, "alpha": 8, "dropout": 0.1},

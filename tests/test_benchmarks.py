@@ -27,8 +27,8 @@ from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers, cut_off
 from loram_ray.evaluation.likelihood import Branches, nlls_of_branches
 from loram_ray.evaluation.scoring import Plan, Scorer
-from loram_ray.evaluation.statistics import mean_and_error, pass_at_k
-from loram_ray.modeling import load_model
+from loram_ray.evaluation.uncertainty import mean_and_error, pass_at_k
+from loram_ray.models.loading import load_model
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.chat import Sampling, open_chat
-from loram_ray.cli import app
+from loram_ray.cli.main import app
+from loram_ray.evaluation.chat import Sampling, open_chat
 
 QUESTIONS = ("What is 3 + 4?", "And 5?")
 

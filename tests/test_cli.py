@@ -17,9 +17,9 @@ import pytest
 import tiny
 import yaml
 
-from loram_ray import cli
+from loram_ray.cli import main as cli
 from loram_ray.config import STAGES, PruneConfig, RunConfig
-from loram_ray.interruption import CONTINUE
+from loram_ray.runtime.interruption import CONTINUE
 from loram_ray.stages.prune import prune
 
 COMMAND = [sys.executable, "-m", "loram_ray.cli"]
@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COL
 FORKING = """
 import json, os, sys
 import loram_ray.stages.evaluate, loram_ray.stages.prune, loram_ray.stages.recover
-from loram_ray import cli
+from loram_ray.cli import main as cli
 
 for line in sys.stdin:
     folder, arguments, *outputs = json.loads(line)
@@ -415,7 +415,7 @@ def test_what_ray_says_of_its_nodes_stays_off_standard_output(tmp_path: Path) ->
 import io, sys, time
 import ray
 from ray._private.utils import publish_error_to_driver
-from loram_ray.cluster import ray_session
+from loram_ray.runtime.cluster import ray_session
 from loram_ray.config import RayConfig
 sys.stderr, deadline = io.StringIO(), time.monotonic() + 60
 with ray_session(RayConfig(num_cpus=1)):
@@ -432,7 +432,14 @@ print("{}")
     assert done.stdout == "{}\n"
 
 
-PURE = ["plan", "recovery", "correction", "tensorfile", "architectures", "pruning.random"]
+PURE = [
+    "plan",
+    "recovery.scatter",
+    "recovery.correction",
+    "artifacts.tensorfile",
+    "architectures",
+    "pruning.random_scores",
+]
 
 
 def test_the_mathematics_imports_no_ray_no_deepspeed_and_no_command(tmp_path: Path) -> None:

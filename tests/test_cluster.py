@@ -21,9 +21,9 @@ import yaml
 from test_batch import TRAIN, alone, same, write_tasks
 from test_finetuning import wait_for_steps
 
-from loram_ray.batching.tasks import tasks_of
 from loram_ray.config import load_run
-from loram_ray.progress import METRICS_FILE
+from loram_ray.runtime.progress import METRICS_FILE
+from loram_ray.studies.tasks import tasks_of
 
 LORAM = Path(sys.executable).with_name("loram")
 

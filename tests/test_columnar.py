@@ -16,8 +16,8 @@ import tiny
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from loram_ray.alignment.targets import read_targets, target_file
-from loram_ray.columnar import arrow_batches, open_parquet
 from loram_ray.config import CalibrationConfig, CorpusConfig, SourceConfig, TextConfig, TextSource
+from loram_ray.corpus.columnar import arrow_batches, open_parquet
 from loram_ray.corpus.conversations import conversations
 from loram_ray.corpus.order import Block
 from loram_ray.corpus.prepare import prepare_corpus, require_text

@@ -21,18 +21,18 @@ import yaml
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.cli import app
-from loram_ray.comparing.claims import CLAIMS, Claim, verdict
-from loram_ray.comparing.run import claims_of, rows_of, run_steps
-from loram_ray.comparing.scores import Score, read_scores, scores_of, with_others, write_scores
-from loram_ray.comparing.steps import Cell, Step, comparison_of
-from loram_ray.comparing.table import as_markdown
+from loram_ray.artifacts.manifest import Manifest, read_manifest
+from loram_ray.artifacts.stage_directory import StageResult
+from loram_ray.cli.main import app
 from loram_ray.config import RunConfig, Section, load_run
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.statistics import gain_kept
-from loram_ray.manifest import Manifest, read_manifest
-from loram_ray.model_weights import identify_model
-from loram_ray.stage import StageResult
+from loram_ray.evaluation.uncertainty import gain_kept
+from loram_ray.models.weights import identify_model
+from loram_ray.studies.claims import CLAIMS, Claim, verdict
+from loram_ray.studies.compare import claims_of, rows_of, run_steps
+from loram_ray.studies.comparison_table import as_markdown
+from loram_ray.studies.scores import Score, read_scores, scores_of, with_others, write_scores
+from loram_ray.studies.systems import Cell, Step, comparison_of
 
 
 def run_of(base: Path, folder: Path, compare: dict[str, Any], **sections: Any) -> RunConfig:
@@ -325,8 +325,8 @@ def test_steps_that_begin_at_once_in_a_fresh_process_all_find_transformers(base:
     code = f"""
 import threading
 from types import SimpleNamespace
-from loram_ray.comparing.run import run_steps
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.studies.compare import run_steps
+from loram_ray.models.tokenizer import load_tokenizer
 both = threading.Barrier(2)
 def do(step):
     both.wait()

@@ -20,7 +20,7 @@ from loram_ray.corpus.read import BadRow
 from loram_ray.corpus.templates import prompt_ids
 from loram_ray.finetuning.preview import preview
 from loram_ray.losses import IGNORED
-from loram_ray.tokenizer import continuation
+from loram_ray.models.tokenizer import continuation
 
 USER = {"role": "user", "content": "weather?"}
 ANSWER = {"role": "assistant", "content": "Rain."}

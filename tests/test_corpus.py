@@ -14,6 +14,7 @@ import pytest
 import tiny
 from transformers import PreTrainedTokenizerFast
 
+from loram_ray.artifacts.manifest import require_stage
 from loram_ray.config import CorpusConfig, SourceConfig
 from loram_ray.corpus import read
 from loram_ray.corpus.files import list_files
@@ -30,7 +31,6 @@ from loram_ray.corpus.read import (
     refuse_bad_rows,
 )
 from loram_ray.errors import LoramError
-from loram_ray.manifest import require_stage
 
 LENGTH = 16
 

@@ -27,16 +27,16 @@ from test_quantize import decoded
 from test_recovery import CASES, PREFIX, kept_of, make_pruned
 
 import loram_ray as lr
-from loram_ray import nf4
-from loram_ray.correction import limited, orthonormal, projected
+from loram_ray.artifacts.manifest import MANIFEST_FILE, read_manifest
+from loram_ray.artifacts.stage_directory import StageDirectory, run_stage
+from loram_ray.artifacts.tensorfile import Checkpoint, TensorFile
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.manifest import MANIFEST_FILE, read_manifest
-from loram_ray.modeling import load_model
+from loram_ray.models import nf4
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
-from loram_ray.stage import StageDirectory, run_stage
-from loram_ray.stages import recover_corrected
+from loram_ray.recovery import corrected as recover_corrected
+from loram_ray.recovery.correction import limited, orthonormal, projected
 from loram_ray.stages.train import train_by
-from loram_ray.tensorfile import Checkpoint, TensorFile
 
 ADAPTER = "adapter_model.safetensors"
 EXACT = 1e9  # a lambda that limits nothing

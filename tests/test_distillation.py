@@ -24,18 +24,18 @@ from loram_ray.alignment.targets import (
     target_file,
     visited_blocks,
 )
+from loram_ray.artifacts.manifest import Manifest, write_json
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
+from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import SourceInfo, write_sources
 from loram_ray.corpus.stream import Share, list_blocks, open_order, read_chunk
 from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
 from loram_ray.losses import IGNORED
-from loram_ray.manifest import Manifest, write_json
-from loram_ray.modeling import load_model
-from loram_ray.progress import METRICS_FILE
-from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tensorfile import Checkpoint
-from loram_ray.tokenizer import frame_of
+from loram_ray.models.loading import load_model
+from loram_ray.models.tokenizer import frame_of
+from loram_ray.runtime.progress import METRICS_FILE
 
 POSITIONS, VOCABULARY = 5, 40
 

@@ -19,18 +19,18 @@ import tiny
 from command import Command, leftovers
 
 import loram_ray as lr
+from loram_ray.artifacts.manifest import read_manifest
 from loram_ray.errors import LoramError
-from loram_ray.files import (
+from loram_ray.runtime.locks import alone
+from loram_ray.runtime.progress import read_lines
+from loram_ray.runtime.streams import safe_streams
+from loram_ray.utils.files import (
     open_lock,
     read_regular,
     require_directory,
     require_regular_files,
     write_whole,
 )
-from loram_ray.manifest import read_manifest
-from loram_ray.progress import read_lines
-from loram_ray.streams import safe_streams
-from loram_ray.waiting import alone
 
 pytestmark = pytest.mark.timeout(120)  # nothing here may wait
 ROOT = Path(__file__).parents[1]

@@ -22,16 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import loram_ray as lr
-from loram_ray.alignment.deepspeed import deepspeed_config
+from loram_ray.alignment.deepspeed_config import deepspeed_config
 from loram_ray.alignment.engine import freeze, start_engine
-from loram_ray.alignment.estimate import Cluster, estimate
-from loram_ray.alignment.footprint import activations_of, memory_of, saved_by_layer
+from loram_ray.alignment.mfu import linear_weights
 from loram_ray.alignment.objective import AlignmentModel
-from loram_ray.alignment.shapes import model_shapes, shapes_of
-from loram_ray.alignment.throughput import linear_weights
-from loram_ray.alignment.work import traffic_of, work_of
 from loram_ray.config import load_run
 from loram_ray.distillation import TopTokens
+from loram_ray.estimating.alignment import Cluster, estimate
+from loram_ray.estimating.flops import traffic_of, work_of
+from loram_ray.estimating.footprint import activations_of, memory_of, saved_by_layer
+from loram_ray.estimating.shapes import model_shapes, shapes_of
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "jobs" / "configs" / "llama-3.1-70b.yaml"

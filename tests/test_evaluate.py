@@ -18,7 +18,7 @@ from scored import score
 
 import loram_ray as lr
 from loram_ray.errors import LoramError
-from loram_ray.progress import read_lines
+from loram_ray.runtime.progress import read_lines
 from loram_ray.stages.evaluate import _data_digest, _settings
 
 pytestmark = pytest.mark.cluster

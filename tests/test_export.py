@@ -21,8 +21,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import loram_ray as lr
 from loram_ray.config import load_run
-from loram_ray.gguf_file import rotary_factors
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.models.gguf import rotary_factors
+from loram_ray.models.tokenizer import load_tokenizer
 
 IDS = token_ids(tiny.VOCABULARY)
 LLAMA_3_1 = {

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from loram_ray import cli
-from loram_ray.actors import Actors, run_in_actor
-from loram_ray.cluster import ray_session
+from loram_ray.cli import main as cli
 from loram_ray.config import RayConfig
 from loram_ray.errors import LoramError, one_line
-from loram_ray.launchers import forget_launchers, launcher_variables
-from loram_ray.schedule import Outcome, Schedule, WorkerDied, run_tasks
-from loram_ray.scratch import keep, remove_abandoned, scratch
+from loram_ray.runtime.actors import Actors, run_in_actor
+from loram_ray.runtime.cluster import ray_session
+from loram_ray.runtime.launchers import forget_launchers, launcher_variables
+from loram_ray.runtime.schedule import Outcome, Schedule, WorkerDied, run_tasks
+from loram_ray.runtime.scratch import keep, remove_abandoned, scratch
 
 LONG = "\n".join(f"line {number}" for number in range(40))
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 import loram_ray as lr
 from loram_ray.architectures import ARCHITECTURES, Unit, architecture_of
-from loram_ray.manifest import read_model_config
-from loram_ray.model_files import family_of
-from loram_ray.modeling import load_model
-from loram_ray.modeling_pruned import unfuse_experts
+from loram_ray.artifacts.manifest import read_model_config
+from loram_ray.models.files import family_of
+from loram_ray.models.loading import load_model
+from loram_ray.models.modeling_pruned import unfuse_experts
 from loram_ray.plan import KeptUnits, PruningPlan, unit_sums
 
 # Longer than the sliding windows; 48 tokens, two experts each, leave no expert of four unused.

@@ -29,8 +29,8 @@ from ray.cluster_utils import Cluster
 
 import loram_ray as lr
 from loram_ray.alignment.loop import ROWS_FILE
-from loram_ray.progress import METRICS_FILE, read_lines, restarts_in
-from loram_ray.tensorfile import Checkpoint
+from loram_ray.artifacts.tensorfile import Checkpoint
+from loram_ray.runtime.progress import METRICS_FILE, read_lines, restarts_in
 
 STEPS, BATCH, WORKERS, EVERY = 48, 4, 2, 3
 RAY = Path(sys.executable).with_name("ray")

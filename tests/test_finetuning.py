@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import loram_ray as lr
-from loram_ray import cluster
-from loram_ray.adapter import ADAPTER_FILE
+from loram_ray.artifacts.adapter import ADAPTER_FILE
 from loram_ray.corpus.batches import padded
 from loram_ray.corpus.examples import Example, load_examples
 from loram_ray.finetuning.trainer import train_adapter
+from loram_ray.models.tokenizer import load_tokenizer
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import METRICS_FILE
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.runtime import cluster
+from loram_ray.runtime.progress import METRICS_FILE
 
 STEPS, BATCH, LR = 6, 4, 5e-3
 
@@ -254,8 +254,8 @@ import os, sys, threading, time
 from pathlib import Path
 
 import ray
-from loram_ray.actors import run_in_actor
-from loram_ray.cluster import gpus_per_worker, require_resources
+from loram_ray.runtime.actors import run_in_actor
+from loram_ray.runtime.cluster import gpus_per_worker, require_resources
 
 def meet(folder, number, others):
     (folder / str(number)).touch()

@@ -29,12 +29,12 @@ from scored import score
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from loram_ray.cli import app
+from loram_ray.cli.main import app
 from loram_ray.config import EvaluateConfig
 from loram_ray.config.evaluate import HarnessConfig
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.engine import Engine
-from loram_ray.evaluation.harness import HarnessModel, run_harness, scores_of
+from loram_ray.evaluation.lm_eval_model import HarnessModel, run_harness, scores_of
 from loram_ray.evaluation.scoring import Scorer
 
 

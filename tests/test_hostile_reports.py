@@ -14,10 +14,6 @@ from command import Command
 from markdown_it import MarkdownIt
 from test_names import HOSTILE
 
-from loram_ray.comparing.table import as_markdown as comparison_page
-from loram_ray.model_card import hub_id, quantized_card
-from loram_ray.names import fault_of_name
-from loram_ray.printing import plain, plain_lines
 from loram_ray.reporting.figures import (
     Curve,
     Draw,
@@ -31,8 +27,12 @@ from loram_ray.reporting.figures import (
     quality,
 )
 from loram_ray.reporting.write import PAGE_FILE, TEXT_FILE, report
-from loram_ray.results import markdown_table, read_results, write_results
-from loram_ray.tracking import metric_of_mlflow
+from loram_ray.runtime.results import markdown_table, read_results, write_results
+from loram_ray.runtime.tracking import metric_of_mlflow
+from loram_ray.stages.model_card import hub_id, quantized_card
+from loram_ray.studies.comparison_table import as_markdown as comparison_page
+from loram_ray.utils.names import fault_of_name
+from loram_ray.utils.printing import plain, plain_lines
 
 OURS = {
     "html", "head", "meta", "title", "link", "style", "body", "h1", "h2", "span", "dl", "dt", "dd",

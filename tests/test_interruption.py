@@ -15,7 +15,7 @@ import pytest
 import tiny
 from commands import Command, contents, default_signals, has_bytes, lines_in, write_run
 
-from loram_ray.interruption import CONTINUE, Interruption, handlers_kept
+from loram_ray.runtime.interruption import CONTINUE, Interruption, handlers_kept
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 Moment = Callable[[Path, Command], bool]
@@ -257,7 +257,7 @@ def test_signals_that_were_ignored_stay_ignored() -> None:
 
 ENDLESS = """
 import sys, time
-from loram_ray import cli
+from loram_ray.cli import main as cli
 def app():
     try:
         print("ready", flush=True)

@@ -10,7 +10,7 @@ import torch
 from loram_ray.alignment.batches import to_device
 from loram_ray.corpus.isolation import document_positions
 from loram_ray.losses import IGNORED
-from loram_ray.tokenizer import Frame
+from loram_ray.models.tokenizer import Frame
 
 CLOSING = 0
 FRAME = Frame((), (CLOSING,))

@@ -16,7 +16,7 @@ import pytest
 from commands import Command, lines_in, write_run
 
 EMBEDDED = """
-from loram_ray.cluster import ray_session
+from loram_ray.runtime.cluster import ray_session
 from loram_ray.config import RayConfig
 
 class Worker:
@@ -31,7 +31,7 @@ with ray_session(RayConfig(num_cpus=2)):
 """
 JOINING = """
 import os, sys
-from loram_ray.cluster import ray_session
+from loram_ray.runtime.cluster import ray_session
 from loram_ray.config import RayConfig
 with ray_session(RayConfig(address=sys.argv[1])):
     import ray

@@ -17,8 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import loram_ray as lr
-from loram_ray.gguf_vocabulary import _SPLITS
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.models.gguf_vocabulary import _SPLITS
+from loram_ray.models.tokenizer import load_tokenizer
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 TOLERANCES = {"f32": 1e-4, "f16": 0.01, "bf16": 0.1, "q8_0": 0.25}

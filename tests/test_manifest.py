@@ -18,23 +18,23 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from loram_ray.config import PruneConfig
-from loram_ray.errors import LoramError
-from loram_ray.manifest import (
+from loram_ray.artifacts.manifest import (
     MANIFEST_FILE,
     fingerprint,
     read_manifest,
     read_model_config,
     require_stage,
 )
-from loram_ray.stage import StageDirectory, StageResult, run_stage
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
+from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.config import PruneConfig
+from loram_ray.errors import LoramError
 from loram_ray.stages.prune import prune
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 
 # A process that enters a stage, says so, and then waits for a line before it goes on.
 OTHER_PROCESS = """
 import sys
-from loram_ray.stage import run_stage
+from loram_ray.artifacts.stage_directory import run_stage
 
 def write(target):
     (target.path / "half.bin").write_bytes(b"half")

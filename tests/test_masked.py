@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import loram_ray as lr
 from loram_ray.masks import MASKS_FILE, pack, unpack
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.recovery import truncated
+from loram_ray.recovery.scatter import truncated
 from loram_ray.stages.run import plan_steps
 
 IDS = token_ids(tiny.VOCABULARY)

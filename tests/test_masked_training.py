@@ -40,11 +40,11 @@ from loram_ray.finetuning.masked import (
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.losses import summed_loss
 from loram_ray.masks import pack
-from loram_ray.modeling import load_model
-from loram_ray.modeling_pruned import SparseLinear
+from loram_ray.models.loading import load_model
+from loram_ray.models.modeling_pruned import SparseLinear
+from loram_ray.models.tokenizer import load_tokenizer
 from loram_ray.plan import PruningPlan
-from loram_ray.progress import METRICS_FILE
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.runtime.progress import METRICS_FILE
 
 IDS = token_ids(tiny.VOCABULARY)
 STEPS, LR = 4, 1e-3

@@ -25,14 +25,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loram_ray as lr
-from loram_ray.adapter import Adapter
 from loram_ray.architectures import architecture_of
-from loram_ray.changes import open_change
-from loram_ray.layerwise.parity import parity_of
-from loram_ray.modeling import load_model
+from loram_ray.artifacts.adapter import Adapter
+from loram_ray.artifacts.stage_directory import StageResult
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
-from loram_ray.recovery import merged_weight
-from loram_ray.stage import StageResult
+from loram_ray.recovery.deltas import open_change
+from loram_ray.recovery.parity import parity_of
+from loram_ray.recovery.scatter import merged_weight
 
 IDS = token_ids(tiny.VOCABULARY)
 PREFIX = "base_model.model."
@@ -407,7 +407,7 @@ def test_a_merge_gone_wrong_is_refused(
 
     base = tiny.write_base(tmp_path / "base")
     adapter, _ = saved_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("loram_ray.changes.merged_weight", wrong)
+    monkeypatch.setattr("loram_ray.recovery.deltas.merged_weight", wrong)
     with pytest.raises(lr.LoramError, match="away from those of base and adapter"):
         merge(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

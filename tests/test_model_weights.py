@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loram_ray as lr
-from loram_ray.alignment.deepspeed import load_partitioned
+from loram_ray.alignment.deepspeed_config import load_partitioned
+from loram_ray.artifacts.manifest import read_model_config
 from loram_ray.evaluation.scoring import with_adapter
-from loram_ray.manifest import read_model_config
-from loram_ray.model_tensors import expected_shapes
-from loram_ray.model_weights import ModelCheckpoint
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
+from loram_ray.models.tensors import expected_shapes
+from loram_ray.models.weights import ModelCheckpoint
 
 IDS = token_ids(tiny.VOCABULARY)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

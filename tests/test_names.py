@@ -15,17 +15,17 @@ from command import Command, leftovers
 from markdown_it import MarkdownIt
 from rich.table import Table
 
-from loram_ray.batching.tasks import tasks_of
-from loram_ray.cli import _show_piece
+from loram_ray.artifacts.manifest import MANIFEST_FILE, read_manifest
+from loram_ray.artifacts.tensorfile import Checkpoint
+from loram_ray.cli.main import _show_piece
 from loram_ray.config import BatchConfig, CompareConfig, CorpusConfig, SweepConfig
 from loram_ray.corpus.sources import SOURCES_FILE, list_sources
 from loram_ray.errors import LoramError
-from loram_ray.manifest import MANIFEST_FILE, read_manifest
-from loram_ray.names import fault_of_name, first_clash, is_inside, slug
-from loram_ray.printing import PlainConsole, markdown, plain, plain_lines
-from loram_ray.progress import Reporter, say
-from loram_ray.sweeping.trials import trials_of
-from loram_ray.tensorfile import Checkpoint
+from loram_ray.runtime.progress import Reporter, say
+from loram_ray.studies.tasks import tasks_of
+from loram_ray.studies.trials import trials_of
+from loram_ray.utils.names import fault_of_name, first_clash, is_inside, slug
+from loram_ray.utils.printing import PlainConsole, markdown, plain, plain_lines
 
 E_ACUTE = "é"
 NOT_PLAIN = [

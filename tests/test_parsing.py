@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loram_ray import parsing
 from loram_ray.errors import LoramError
-from loram_ray.parsing import documents
+from loram_ray.utils import parsing
+from loram_ray.utils.parsing import documents
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)

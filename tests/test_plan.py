@@ -15,6 +15,7 @@ import torch
 from adapters import random_plan
 
 from loram_ray.architectures import Geometry, architecture_of
+from loram_ray.artifacts.tensorfile import TensorFile
 from loram_ray.config import PruneConfig
 from loram_ray.errors import LoramError
 from loram_ray.plan import (
@@ -25,7 +26,6 @@ from loram_ray.plan import (
     kept_neuron_count,
 )
 from loram_ray.pruning.selection import layer_range
-from loram_ray.tensorfile import TensorFile
 
 LLAMA = architecture_of("llama")
 
@@ -392,8 +392,8 @@ def test_a_corrupt_plan_is_refused_by_name(tmp_path: Path, case: str) -> None:
 
 def test_the_mathematics_imports_no_ray_no_deepspeed_and_no_command() -> None:
     script = (
-        "import sys, loram_ray.plan, loram_ray.recovery, loram_ray.pruning.random\n"
-        "import loram_ray.tensorfile, loram_ray.manifest, loram_ray.adapter\n"
+        "import sys, loram_ray.plan, loram_ray.recovery.scatter, loram_ray.pruning.random_scores\n"
+        "from loram_ray.artifacts import adapter, manifest, tensorfile\n"
         "found = {'ray', 'deepspeed', 'typer', 'transformers'} & set(sys.modules)\n"
         "assert not found, found\n"
     )

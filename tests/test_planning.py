@@ -18,19 +18,19 @@ from test_recipes import CONFIGS, RECIPES
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.alignment.shapes import empty_model
 from loram_ray.architectures import architecture_of
-from loram_ray.cli import app
+from loram_ray.artifacts.manifest import read_model_config
+from loram_ray.cli.main import app
+from loram_ray.estimating.base_configs import PUBLISHED, base_config
+from loram_ray.estimating.forecast import forecast
+from loram_ray.estimating.gpu_check import require_memory
+from loram_ray.estimating.gpus import CONTEXT, GAPS, GPUS, fitting
+from loram_ray.estimating.memory_trace import TrainingMemory, training_memory, without_nf4
+from loram_ray.estimating.optimizer_state import moments_bytes
+from loram_ray.estimating.shapes import empty_model
+from loram_ray.estimating.sizes import sizes_of
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.manifest import read_model_config
-from loram_ray.modeling import load_model
-from loram_ray.planning.bases import PUBLISHED, base_config
-from loram_ray.planning.card import require_memory
-from loram_ray.planning.forecast import forecast
-from loram_ray.planning.gpus import CONTEXT, GAPS, GPUS, fitting
-from loram_ray.planning.moments import moments_bytes
-from loram_ray.planning.rehearsal import TrainingMemory, training_memory, without_nf4
-from loram_ray.planning.sizes import sizes_of
+from loram_ray.models.loading import load_model
 
 # METHOD.md: recipe, ratio, parameters in billions, reduction in bf16 and of QLoRAM.
 PAPER = [
@@ -53,7 +53,7 @@ def test_reductions_are_the_published_ones(
     recipe: str, ratio: float, billions: str, bf16: str, nf4: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = TrainingMemory(*[0] * 7)
-    monkeypatch.setattr("loram_ray.planning.forecast.training_memory", lambda *_, **__: nothing)
+    monkeypatch.setattr("loram_ray.estimating.forecast.training_memory", lambda *_, **__: nothing)
     found = plan(recipe, f"prune.ratio={ratio}")
     assert f"{found['pruned_parameters'] / 1e9:.2f}" == billions
     reduction = found["reduction"]

@@ -15,7 +15,7 @@ from adapters import logits_of, run_python, token_ids, zero_pruned
 from safetensors.torch import load_file, save_file
 
 import loram_ray as lr
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
 
 IDS = token_ids(tiny.VOCABULARY)
@@ -360,7 +360,7 @@ LOAD = """
 import torch
 ids = torch.load(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
-assert type(model).__module__ == "loram_ray.modeling_pruned", type(model)
+assert type(model).__module__ == "loram_ray.models.modeling_pruned", type(model)
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[3])
 """
@@ -369,7 +369,7 @@ ORDERS = {
 import sys, loram_ray
 from loram_ray.stages import align, evaluate, merge, prune, train
 assert "transformers" not in sys.modules and "ray" not in sys.modules
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.models.tokenizer import load_tokenizer
 load_tokenizer(sys.argv[2])
 assert "transformers.modeling_utils" not in sys.modules  # which takes seconds to import
 from transformers import AutoModelForCausalLM

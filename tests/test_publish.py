@@ -17,9 +17,9 @@ import tiny
 from huggingface_hub import constants
 
 import loram_ray as lr
-from loram_ray import cli
+from loram_ray.artifacts.manifest import hash_file, read_manifest, write_json
+from loram_ray.cli import main as cli
 from loram_ray.config import load_run
-from loram_ray.manifest import hash_file, read_manifest, write_json
 from loram_ray.stages.publish import _contents
 
 REPO = "someone/small-model"

@@ -28,14 +28,14 @@ from test_finetuning import metrics, run_directly
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import loram_ray as lr
-from loram_ray import nf4
-from loram_ray.adapter import ADAPTER_FILE
+from loram_ray.artifacts.adapter import ADAPTER_FILE
+from loram_ray.artifacts.manifest import hash_file, read_manifest
+from loram_ray.artifacts.tensorfile import Checkpoint, TensorSpec
 from loram_ray.config import load_run
-from loram_ray.manifest import hash_file, read_manifest
 from loram_ray.masks import MASKS_FILE
-from loram_ray.modeling import load_model
+from loram_ray.models import nf4
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
-from loram_ray.tensorfile import Checkpoint, TensorSpec
 
 IDS = adapters.token_ids(tiny.VOCABULARY)
 NF4 = BitsAndBytesConfig(
@@ -464,7 +464,7 @@ def test_training_on_it_is_plain_peft_s(quantized: Path, tmp_path: Path) -> None
 
     from loram_ray.corpus.batches import padded
     from loram_ray.corpus.examples import load_examples
-    from loram_ray.tokenizer import load_tokenizer
+    from loram_ray.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(quantized)
     examples = [e for _, e in load_examples(tokenizer, str(eight), 64, 0.0, "train.data")]

@@ -17,9 +17,9 @@ from adapters import (
 from transformers import AutoTokenizer
 
 import loram_ray as lr
-from loram_ray.modeling import load_model
+from loram_ray.artifacts.tensorfile import Checkpoint
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
-from loram_ray.tensorfile import Checkpoint
 
 TEXTS = [
     "Pruning removes whole attention heads and neurons; recovery puts the adapter back in place.",

@@ -10,14 +10,14 @@ from accelerate import init_empty_weights
 from adapters import random_plan
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loram_ray.alignment.deepspeed import deepspeed_config
+from loram_ray.alignment.deepspeed_config import deepspeed_config
 from loram_ray.architectures import architecture_of
+from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.config import RunConfig, load_run
-from loram_ray.configuration_pruned import PrunedLlamaConfig
-from loram_ray.model_files import pruned_config
-from loram_ray.modeling_pruned import PrunedLlamaForCausalLM
+from loram_ray.models.configuration_pruned import PrunedLlamaConfig
+from loram_ray.models.files import pruned_config
+from loram_ray.models.modeling_pruned import PrunedLlamaForCausalLM
 from loram_ray.pruning.selection import layer_range
-from loram_ray.tensorfile import TensorSpec
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 

@@ -24,9 +24,9 @@ from adapters import (
 from safetensors.torch import load_file, save_file
 
 import loram_ray as lr
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 from loram_ray.plan import KeptIndices, PruningPlan
-from loram_ray.recovery import recover_tensor
+from loram_ray.recovery.scatter import recover_tensor
 
 IDS = token_ids(tiny.VOCABULARY)
 PREFIX = "base_model.model."

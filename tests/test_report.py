@@ -15,10 +15,10 @@ import tiny
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.cli import app
+from loram_ray.artifacts.manifest import MANIFEST_FILE
+from loram_ray.cli.main import app
 from loram_ray.config import RunConfig
 from loram_ray.errors import LoramError
-from loram_ray.manifest import MANIFEST_FILE
 from loram_ray.reporting.content import report_on
 from loram_ray.reporting.found import found_in
 from loram_ray.reporting.parts import Part

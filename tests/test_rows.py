@@ -19,7 +19,7 @@ from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.read import BadRow, documents, identify, list_units
 from loram_ray.corpus.rows import identify_rows, read_rows
 from loram_ray.errors import LoramError
-from loram_ray.tokenizer import read_template
+from loram_ray.models.tokenizer import read_template
 
 MARK = b"\xef\xbb\xbf"
 COLUMNS = ("prompt", "completion", "text")

@@ -28,7 +28,8 @@ from sandbox_programs import PROGRAMS, Program, failing, run_all, wrong
 
 import loram_ray
 from loram_ray.errors import LoramError
-from loram_ray.evaluation import confined, sandbox
+from loram_ray.evaluation import sandbox
+from loram_ray.evaluation import sandbox_child as child
 from loram_ray.evaluation.sandbox import Limits, run_program
 
 _TEMPORARY = tempfile.gettempdir()  # before the fixture below
@@ -481,13 +482,19 @@ def test_the_numbers_of_calls_are_the_kernels() -> None:
     for machine, (path, pattern) in headers.items():
         if path.exists():
             numbers = dict(re.findall(pattern, path.read_text()))
-            calls = {**confined._REFUSED[machine], "clone": confined._CLONE[machine]}
-            calls |= {"prlimit64": confined._LIMITS[machine], "clone3": confined._CLONE3}
-            calls |= {"openat2": confined._OPENAT2, "close_range": confined._CLOSE_RANGE}
-            calls |= {"fallocate": confined._FALLOCATE[machine], "umask": confined._UMASK[machine]}
-            calls |= {"prctl": confined._PRCTL[machine], "fcntl": confined._FCNTL[machine]}
-            calls |= {"openat": max(confined._OPENS[machine])}
-            calls |= {"mkdirat": max(confined._MKDIRS[machine])}
+            calls = {**child._REFUSED[machine], "clone": child._CLONE[machine]}
+            calls |= {"prlimit64": child._LIMITS[machine], "clone3": child._CLONE3}
+            calls |= {"openat2": child._OPENAT2, "close_range": child._CLOSE_RANGE}
+            calls |= {
+                "fallocate": child._FALLOCATE[machine],
+                "umask": child._UMASK[machine],
+            }
+            calls |= {
+                "prctl": child._PRCTL[machine],
+                "fcntl": child._FCNTL[machine],
+            }
+            calls |= {"openat": max(child._OPENS[machine])}
+            calls |= {"mkdirat": max(child._MKDIRS[machine])}
             for name, number in calls.items():
                 if name in numbers:
                     assert numbers[name] == str(number), name
@@ -501,7 +508,7 @@ def test_a_machine_that_cannot_confine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where Landlock is missing: nothing is run without it."""
-    source = Path(confined.__file__).read_text()
+    source = Path(child.__file__).read_text()
     lacking = source.replace("444, 445, 446", "1444, 1445, 1446")
     assert lacking != source
     (tmp_path / "lacking.py").write_text(lacking)

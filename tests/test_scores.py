@@ -18,10 +18,10 @@ from loram_ray.corpus.examples import Example
 from loram_ray.corpus.templates import prompt_ids
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.answers import exact_answers
+from loram_ray.evaluation.benchmark import Found, Measurement
 from loram_ray.evaluation.engine import Engine
-from loram_ray.evaluation.measurement import Found, Measurement
 from loram_ray.evaluation.perplexity import Perplexity, Stretch
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 
 
 def answered(place: str, asked: list[dict[str, str]], answer: str) -> Conversation:

@@ -13,10 +13,10 @@ from adapters import LINEARS, train_randomly, with_random_adapter
 from safetensors.torch import load_file
 
 import loram_ray as lr
-from loram_ray.adapter import ADAPTER_FILE, Adapter
 from loram_ray.architectures import architecture_of
-from loram_ray.modeling import load_model
-from loram_ray.serving import VLLM_RANKS, serving_note, vllm_options, why_not_vllm
+from loram_ray.artifacts.adapter import ADAPTER_FILE, Adapter
+from loram_ray.models.loading import load_model
+from loram_ray.recovery.vllm import VLLM_RANKS, serving_note, vllm_options, why_not_vllm
 
 LLAMA = architecture_of("llama")
 

@@ -701,7 +701,7 @@ def test_a_cut_archive_stops_the_preparation_with_one_line(
 PREPARE = """
 import sys
 from pathlib import Path
-from loram_ray.cluster import ray_session
+from loram_ray.runtime.cluster import ray_session
 from loram_ray.config import CorpusConfig, RayConfig
 from loram_ray.corpus import read
 from loram_ray.corpus.prepare import prepare_corpus

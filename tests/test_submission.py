@@ -24,7 +24,8 @@ import yaml
 
 import loram_ray as lr
 from loram_ray.config import load_run
-from loram_ray.submission import (
+from loram_ray.runtime.locks import backing_off
+from loram_ray.runtime.submission import (
     Jobs,
     JobSpec,
     exit_code,
@@ -33,7 +34,6 @@ from loram_ray.submission import (
     require_directory,
     run_job,
 )
-from loram_ray.waiting import backing_off
 
 LORAM = Path(sys.executable).with_name("loram")
 

@@ -20,10 +20,10 @@ from test_finetuning import wait_for_steps
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.cli import app
+from loram_ray.cli.main import app
 from loram_ray.config import validate
-from loram_ray.progress import METRICS_FILE, read_lines
-from loram_ray.sweeping.trials import trials_of
+from loram_ray.runtime.progress import METRICS_FILE, read_lines
+from loram_ray.studies.trials import trials_of
 
 SHARED: dict[str, Any] = {**TRAIN, "eval_share": 0.25, "eval_every": 2}
 

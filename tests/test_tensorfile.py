@@ -16,8 +16,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from loram_ray.artifacts.tensorfile import (
+    Checkpoint,
+    CheckpointWriter,
+    TensorFile,
+    TensorSpec,
+    TensorWriter,
+)
 from loram_ray.errors import LoramError
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorFile, TensorSpec, TensorWriter
 
 DTYPES = [
     torch.float64,

@@ -16,6 +16,7 @@ from test_scores import evaluation, naive_nll
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loram_ray.alignment.batches import to_device
+from loram_ray.artifacts.manifest import hash_file
 from loram_ray.config import CalibrationConfig, EvaluateConfig, TrainConfig
 from loram_ray.corpus.conversations import Document
 from loram_ray.corpus.examples import tokenise_row
@@ -23,10 +24,9 @@ from loram_ray.corpus.isolation import document_positions, openings
 from loram_ray.corpus.pack import PackedFile, pack, tokenise
 from loram_ray.evaluation.traits import settings_of_reading
 from loram_ray.losses import IGNORED
-from loram_ray.manifest import hash_file
+from loram_ray.models.tokenizer import Frame, frame_of, ids_to_continue, load_tokenizer
 from loram_ray.pruning.text import calibration_sequences
 from loram_ray.stages.train import settings_of_rows
-from loram_ray.tokenizer import Frame, frame_of, ids_to_continue, load_tokenizer
 
 TEXTS = [row["text"] for row in tiny.texts(9)]
 

@@ -17,15 +17,15 @@ from test_finetuning import config as training
 from test_finetuning import run_directly
 
 import loram_ray as lr
-from loram_ray.adapter import ADAPTER_FILE
-from loram_ray.finetuning import joint
+from loram_ray.artifacts.adapter import ADAPTER_FILE
+from loram_ray.finetuning import shared_forward as joint
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
-from loram_ray.finetuning.joint import JointForward
-from loram_ray.finetuning.layout import laid_out, rows_of
-from loram_ray.finetuning.together import Together
+from loram_ray.finetuning.lockstep import Together
+from loram_ray.finetuning.packing import laid_out, rows_of
+from loram_ray.finetuning.shared_forward import JointForward
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.modeling import load_model
-from loram_ray.progress import METRICS_FILE
+from loram_ray.models.loading import load_model
+from loram_ray.runtime.progress import METRICS_FILE
 
 DROPOUT = {"r": 4, "alpha": 8, "dropout": 0.3}
 DIFFERENT: list[dict[str, Any]] = [
@@ -55,7 +55,7 @@ def run_together(
     settings: list[lr.TrainConfig], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Path], list[int], dict[int, BaseException]]:
     """Train all at once; return their folders, the sizes of the passes and what was raised."""
-    monkeypatch.setattr("loram_ray.finetuning.together.JointForward", Watched)
+    monkeypatch.setattr("loram_ray.finetuning.lockstep.JointForward", Watched)
     monkeypatch.setattr(Watched, "sizes", [], raising=False)
     together = Together(lambda: FrozenModel.load(settings[0]))
     frozen = together.frozen

@@ -14,8 +14,8 @@ import tiny
 import torch
 
 import loram_ray as lr
-from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_of
-from loram_ray.progress import (
+from loram_ray.alignment.mfu import flops_per_token, linear_weights, peak_of
+from loram_ray.runtime.progress import (
     METRICS_FILE,
     MetricsLog,
     Reporter,
@@ -23,7 +23,7 @@ from loram_ray.progress import (
     read_lines,
     restarts_in,
 )
-from loram_ray.tracking import Tracking, require_trackers, tracking
+from loram_ray.runtime.tracking import Tracking, require_trackers, tracking
 
 SETTINGS = {"steps": 3, "optimiser": {"learning_rate": 1e-3}}
 LINES = [{"step": i, "loss": 3.0 - i, "tokens_per_s": 10.0 * i} for i in range(1, 4)]

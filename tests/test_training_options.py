@@ -24,19 +24,19 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, TEMPLATE_FILE
-from loram_ray.cli import app
+from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, TEMPLATE_FILE
+from loram_ray.cli.main import app
 from loram_ray.config import validate
 from loram_ray.corpus.batches import first_fit_decreasing, packed, padded
 from loram_ray.corpus.examples import ExampleTable
-from loram_ray.finetuning.data import tables
 from loram_ray.finetuning.eva import explain_inputs
+from loram_ray.finetuning.examples import tables
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.losses import IGNORED, summed_loss
-from loram_ray.progress import METRICS_FILE
+from loram_ray.models.tokenizer import load_tokenizer
+from loram_ray.runtime.progress import METRICS_FILE
 from loram_ray.stages.train import train_by
-from loram_ray.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -23,22 +23,22 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import loram_ray as lr
 from loram_ray.architectures import ARCHITECTURES, architecture_of
+from loram_ray.artifacts.manifest import read_manifest, read_model_config
+from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import CalibrationConfig, load_run
-from loram_ray.manifest import read_manifest, read_model_config
 from loram_ray.masks import MASKS_FILE, pack, unpack
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
-from loram_ray.progress import Reporter
-from loram_ray.pruning import calibrate
+from loram_ray.pruning import driver as calibrate
 from loram_ray.pruning import pool as pool_module
+from loram_ray.pruning.calibration import Walk, share_out, solved_file
 from loram_ray.pruning.criteria import LayerScores, TaylorForm
 from loram_ray.pruning.pool import InProcess, Job, RayPool
 from loram_ray.pruning.scores import SCORES_FILE
 from loram_ray.pruning.sparse import Pattern, sparsegpt, wanda_mask
 from loram_ray.pruning.statistics import Hessian, SquaredNorms
-from loram_ray.pruning.walk import Walk, share_out, solved_file
 from loram_ray.pruning.worker import TOKENS_FILE, Setup
-from loram_ray.tensorfile import Checkpoint
+from loram_ray.runtime.progress import Reporter
 
 LAYERS = (1, 3)
 # Longer than the sliding windows; 144 tokens, two experts each, leave no expert of four unused.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from loram_ray.alignment.whole_files import whole_files
+from loram_ray.alignment.atomic_filesystem import whole_files
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:

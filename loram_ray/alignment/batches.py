@@ -17,7 +17,7 @@ from loram_ray.corpus.isolation import document_positions, openings
 from loram_ray.corpus.stream import Share, open_order, stream
 from loram_ray.distillation import TopTokens
 from loram_ray.losses import IGNORED
-from loram_ray.tokenizer import Frame
+from loram_ray.models.tokenizer import Frame
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from loram_ray.alignment.reshape import make_universal, note_workers, workers_of
-from loram_ray.disk import full_disk, is_full
+from loram_ray.alignment.universal_checkpoint import make_universal, note_workers, workers_of
+from loram_ray.artifacts.disk import full_disk, is_full
 from loram_ray.errors import LoramError
-from loram_ray.scratch import remove_abandoned, temporary_directory
+from loram_ray.runtime.scratch import remove_abandoned, temporary_directory
 
 TAG = "state"
 _STAGING = "loram-staging-"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loram_ray.alignment.checkpoints import TAG, Progress
-from loram_ray.alignment.deepspeed import (
+from loram_ray.alignment.deepspeed_config import (
     deepspeed_config,
     import_deepspeed,
     load_partitioned,

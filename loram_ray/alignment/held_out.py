@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from loram_ray.alignment.batches import to_device, without_labels
-from loram_ray.columnar import open_parquet
 from loram_ray.config import AlignConfig
+from loram_ray.corpus.columnar import open_parquet
 from loram_ray.corpus.sources import SourceInfo, list_sources
 from loram_ray.corpus.stream import columns_of
 from loram_ray.losses import summed_loss
-from loram_ray.tokenizer import Frame
+from loram_ray.models.tokenizer import Frame
 
 
 @torch.no_grad()

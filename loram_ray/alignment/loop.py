@@ -21,18 +21,18 @@ from loram_ray.alignment.checkpoints import (
     naming_full_disks,
     staging_prefix,
 )
-from loram_ray.alignment.deepspeed import export_partitioned
+from loram_ray.alignment.deepspeed_config import export_partitioned
 from loram_ray.alignment.engine import start_engine
 from loram_ray.alignment.held_out import held_out_losses
+from loram_ray.alignment.mfu import flops_per_token, linear_weights, peak_tflops
 from loram_ray.alignment.objective import PARTS, AlignmentModel
-from loram_ray.alignment.throughput import flops_per_token, linear_weights, peak_tflops
+from loram_ray.artifacts.manifest import write_json
 from loram_ray.config import AlignConfig
 from loram_ray.losses import labelled
-from loram_ray.manifest import write_json
-from loram_ray.memory import peak_memory_gb
-from loram_ray.progress import HELD_OUT, METRICS_FILE, MetricsLog
-from loram_ray.scratch import scratch
-from loram_ray.waiting import alone
+from loram_ray.runtime.locks import alone
+from loram_ray.runtime.memory import peak_memory_gb
+from loram_ray.runtime.progress import HELD_OUT, METRICS_FILE, MetricsLog
+from loram_ray.runtime.scratch import scratch
 
 OUTCOME_FILE = "outcome.json"
 ROWS_FILE = "rows.jsonl"

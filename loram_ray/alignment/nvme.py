@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.errors import LoramError
-from loram_ray.tensorfile import Checkpoint
 
 
 def require_async_io(ds_config: Mapping[str, Any]) -> None:

@@ -26,17 +26,17 @@ import pyarrow.parquet as pq
 import torch
 
 from loram_ray.alignment.teacher import StreamedTeacher, Teaching, WholeTeacher, teacher_of
-from loram_ray.cluster import gpus_per_worker, require_resources
-from loram_ray.columnar import open_parquet
+from loram_ray.artifacts.manifest import digest_of, write_json
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.config import AlignConfig
+from loram_ray.corpus.columnar import open_parquet
 from loram_ray.corpus.order import Block
 from loram_ray.corpus.spread import failure_of, raise_failures
 from loram_ray.corpus.stream import list_blocks, matrix_of, open_order, read_block
 from loram_ray.distillation import TopTokens
-from loram_ray.manifest import digest_of, write_json
-from loram_ray.progress import Reporter
-from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import Frame
+from loram_ray.models.tokenizer import Frame
+from loram_ray.runtime.cluster import gpus_per_worker, require_resources
+from loram_ray.runtime.progress import Reporter
 
 LISTS = ("token_ids", "log_probs", "missing")
 

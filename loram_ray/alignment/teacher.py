@@ -13,13 +13,13 @@ import torch
 
 from loram_ray.corpus.isolation import document_positions
 from loram_ray.distillation import TopTokens
-from loram_ray.layerwise.hidden import HiddenStates
-from loram_ray.layerwise.layers import LayerStream
 from loram_ray.losses import CHUNK, logits_of
-from loram_ray.memory import return_freed_memory
-from loram_ray.model_files import family_of
-from loram_ray.modeling import load_model
-from loram_ray.tokenizer import Frame
+from loram_ray.models.files import family_of
+from loram_ray.models.hidden_states import HiddenStates
+from loram_ray.models.layer_stream import LayerStream
+from loram_ray.models.loading import load_model
+from loram_ray.models.tokenizer import Frame
+from loram_ray.runtime.memory import return_freed_memory
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,7 @@ the input of alignment) are filled in, so that ``loram prune --config f.yaml`` a
 """
 
 from loram_ray.config.align import AlignConfig, DistillationConfig
-from loram_ray.config.batch import BatchConfig, TaskConfig
-from loram_ray.config.compare import ALIGNMENTS, CompareConfig
-from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
-from loram_ray.config.evaluate import EvaluateConfig
-from loram_ray.config.finetune import MergeConfig, RecoverConfig
-from loram_ray.config.grids import named, with_values
-from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
-from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
-from loram_ray.config.reading import load_run, section_of, validate
-from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
-from loram_ray.config.section import (
+from loram_ray.config.base import (
     OptimiserConfig,
     Precision,
     RayConfig,
@@ -25,6 +15,16 @@ from loram_ray.config.section import (
     over,
     section_types,
 )
+from loram_ray.config.batch import BatchConfig, TaskConfig
+from loram_ray.config.compare import ALIGNMENTS, CompareConfig
+from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
+from loram_ray.config.evaluate import EvaluateConfig
+from loram_ray.config.finetune import MergeConfig, RecoverConfig
+from loram_ray.config.grids import named, with_values
+from loram_ray.config.load import load_run, section_of, validate
+from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
+from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
+from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.sweep import RangeConfig, SweepConfig
 from loram_ray.config.train import LoraConfig, TrainConfig
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from loram_ray.config.base import OptimiserConfig, Precision, Section
 from loram_ray.config.corpus import CorpusConfig
-from loram_ray.config.section import OptimiserConfig, Precision, Section
 
 Offload = Literal["none", "cpu", "nvme"]
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import KeysOf, Section
-from loram_ray.names import fault_of_output
+from loram_ray.config.base import KeysOf, Section
+from loram_ray.utils.names import fault_of_output
 
 OF_THE_WHOLE = {"model", "output", "data", "cpus", "gpus", "max_failures"}
 """Keys of the train section that many trainings share."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import KeysOf, Section
-from loram_ray.names import fault_of_output, first_clash, folded
+from loram_ray.config.base import KeysOf, Section
+from loram_ray.utils.names import fault_of_output, first_clash, folded
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]

@@ -9,8 +9,8 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import Section
-from loram_ray.names import is_control
+from loram_ray.config.base import Section
+from loram_ray.utils.names import is_control
 
 
 class TextSource(Section):

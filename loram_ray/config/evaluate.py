@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from loram_ray.config.base import GeneratedText, Precision, Section
 from loram_ray.config.corpus import TextConfig
-from loram_ray.config.section import GeneratedText, Precision, Section
 
 _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 

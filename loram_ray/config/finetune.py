@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.section import Section
+from loram_ray.config.base import Section
 
 
 class RecoverConfig(Section):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loram_ray.config.section import over
+from loram_ray.config.base import over
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 

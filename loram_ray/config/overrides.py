@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from loram_ray.config.base import KeysOf
 from loram_ray.config.run import STAGES, RunConfig
-from loram_ray.config.section import KeysOf
 from loram_ray.errors import LoramError, shown
-from loram_ray.parsing import comment_in, is_unicode, parse_yaml
+from loram_ray.utils.parsing import comment_in, is_unicode, parse_yaml
 
 _NOTHING = ("", "~", "null")
 

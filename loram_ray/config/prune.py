@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from loram_ray.config.base import Precision, Section
 from loram_ray.config.corpus import TextSource
-from loram_ray.config.section import Precision, Section
 
 MASKING_METHODS = ("wanda", "sparsegpt")
 

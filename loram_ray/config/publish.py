@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from loram_ray.config.section import Section
+from loram_ray.config.base import Section
 
 _REPO_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _NOT_IN_REPOS = re.compile(r"--|\.\.|\.git$")

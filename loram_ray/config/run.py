@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from loram_ray.config.align import AlignConfig
+from loram_ray.config.base import RayConfig, Section
 from loram_ray.config.batch import BatchConfig
 from loram_ray.config.compare import CompareConfig
 from loram_ray.config.evaluate import EvaluateConfig
 from loram_ray.config.finetune import MergeConfig, RecoverConfig
 from loram_ray.config.prune import PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
-from loram_ray.config.section import RayConfig, Section
 from loram_ray.config.sweep import SweepConfig
 from loram_ray.config.train import TrainConfig
 

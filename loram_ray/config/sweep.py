@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from loram_ray.config.base import KeysOf, Section
 from loram_ray.config.batch import OF_THE_WHOLE
-from loram_ray.config.section import KeysOf, Section
 
 _COMPARED_BY = {
     "steps",

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.section import OptimiserConfig, Precision, Section, over
-from loram_ray.patterns import fault_of_patterns
+from loram_ray.config.base import OptimiserConfig, Precision, Section, over
+from loram_ray.utils.patterns import fault_of_patterns
 
 _NOT_RECOVERED = {
     "use_dora": "DoRA's magnitudes belong to the pruned weights' norms",

@@ -27,7 +27,7 @@ from loram_ray.corpus.templates import (
 )
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED
-from loram_ray.tokenizer import frame_of
+from loram_ray.models.tokenizer import frame_of
 
 _ROWS_PER_BATCH = 1024
 

@@ -13,7 +13,7 @@ from pyarrow import fs
 from loram_ray.corpus.places import Place
 from loram_ray.corpus.splits import Declared, Several, declared_in, selecting, several_in
 from loram_ray.errors import LoramError
-from loram_ray.parsing import parse_json
+from loram_ray.utils.parsing import parse_json
 
 _README_BYTES = 2**20
 _STATE_BYTES = 64 * 2**20

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from loram_ray.tokenizer import Frame
+from loram_ray.models.tokenizer import Frame
 
 
 def document_positions(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:

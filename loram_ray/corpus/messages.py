@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from loram_ray.errors import LoramError
-from loram_ray.parsing import parse_json
+from loram_ray.utils.parsing import parse_json
 
 KEYS_OF_WEIGHT = ("weight", "train")
 """Whether a message carries loss: OpenAI's key, 0 or 1, and Axolotl's, false or true."""

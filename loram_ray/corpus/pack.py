@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loram_ray.errors import LoramError
-from loram_ray.tokenizer import end_of_text, frame_of
+from loram_ray.models.tokenizer import end_of_text, frame_of
 
 _DOCUMENTS_AT_ONCE = 512
 _CHARACTERS_AT_ONCE = 2**20

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from loram_ray.artifacts.manifest import digest_of, hash_file, read_manifest, write_json
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.duplicates import (
     count_parts,
@@ -41,9 +43,7 @@ from loram_ray.corpus.selection import Selection
 from loram_ray.corpus.sources import Counts, SourceInfo, write_sources
 from loram_ray.corpus.spread import spread
 from loram_ray.errors import LoramError
-from loram_ray.manifest import digest_of, hash_file, read_manifest, write_json
-from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import frame_of, load_tokenizer
+from loram_ray.models.tokenizer import frame_of, load_tokenizer
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 32

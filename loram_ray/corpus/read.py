@@ -11,8 +11,8 @@ from itertools import groupby
 import pyarrow as pa
 from pyarrow.lib import ArrowException
 
-from loram_ray.columnar import arrow_batches, open_parquet
 from loram_ray.config import TextSource
+from loram_ray.corpus.columnar import arrow_batches, open_parquet
 from loram_ray.corpus.encoding import BYTE_ORDER_MARK, refuse_other_encodings
 from loram_ray.corpus.files import (
     DataFile,
@@ -24,7 +24,7 @@ from loram_ray.corpus.files import (
     read_lines,
 )
 from loram_ray.errors import LoramError
-from loram_ray.progress import say
+from loram_ray.runtime.progress import say
 
 CORPUS_KEY = "align.corpus.sources"
 _UNIT_BYTES = 8 * 2**20

@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 from pyarrow.lib import ArrowException
 
-from loram_ray.columnar import arrow_batches, open_parquet
+from loram_ray.corpus.columnar import arrow_batches, open_parquet
 from loram_ray.corpus.encoding import refuse_other_encodings
 from loram_ray.corpus.files import DataFile, hash_content, open_at, open_random, read_lines
 from loram_ray.corpus.read import BadRow, documents_of, note_on, parse_object
 from loram_ray.corpus.separated import separated_rows
 from loram_ray.errors import LoramError
-from loram_ray.parsing import parse_json
+from loram_ray.utils.parsing import parse_json
 
 _ROWS_AT_ONCE = 256
 

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from loram_ray.columnar import refuse_repeated
+from loram_ray.corpus.columnar import refuse_repeated
 from loram_ray.corpus.encoding import BYTE_ORDER_MARK
 from loram_ray.corpus.files import DataFile, read_lines
 from loram_ray.corpus.read import BadRow
 from loram_ray.errors import LoramError
-from loram_ray.parsing import is_unicode
+from loram_ray.utils.parsing import is_unicode
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_FIELD = 64 * 2**20

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from loram_ray.artifacts.manifest import write_json
 from loram_ray.errors import LoramError
-from loram_ray.manifest import write_json
-from loram_ray.names import is_plain
+from loram_ray.utils.names import is_plain
 
 SOURCES_FILE = "sources.json"
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from loram_ray.errors import LoramError
-from loram_ray.parsing import parse_yaml
+from loram_ray.utils.parsing import parse_yaml
 
 _KEYWORDS = {
     "train": ("train", "training"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loram_ray.errors import LoramError
-from loram_ray.progress import Reporter
+from loram_ray.runtime.progress import Reporter
 
 
 def spread(

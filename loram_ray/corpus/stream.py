@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from loram_ray.columnar import open_parquet
+from loram_ray.corpus.columnar import open_parquet
 from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
 from loram_ray.corpus.sources import list_sources
 

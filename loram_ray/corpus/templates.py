@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.messages import arguments_of_calls, with_arguments_as_text
 from loram_ray.errors import first_line
-from loram_ray.tokenizer import continuation
+from loram_ray.models.tokenizer import continuation
 
 _ANSWER = "xyzzy"  # what no template writes by itself
 _ANCHORS = ("", "\n", ">", "a", "|")

@@ -20,9 +20,9 @@ from loram_ray.corpus.templates import (
     visible_surroundings,
 )
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.benchmark import Found, Measurement, Scores
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
-from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.prompts import (
     Asker,
     Shot,
@@ -32,7 +32,7 @@ from loram_ray.evaluation.prompts import (
     good_rows,
     rows_of,
 )
-from loram_ray.evaluation.statistics import mean_and_error
+from loram_ray.evaluation.uncertainty import mean_and_error
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

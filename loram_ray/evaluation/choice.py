@@ -8,9 +8,9 @@ from typing import Any
 
 from loram_ray.config.evaluate import ChoiceBenchmark
 from loram_ray.corpus.read import BadRow
+from loram_ray.evaluation.benchmark import Found, Measurement, Scores
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.likelihood import Branches, nlls_of_branches
-from loram_ray.evaluation.measurement import Found, Measurement, Scores
 from loram_ray.evaluation.prompts import (
     Asker,
     Shot,
@@ -21,7 +21,7 @@ from loram_ray.evaluation.prompts import (
     rows_of,
     split_ids,
 )
-from loram_ray.evaluation.statistics import mean_and_error
+from loram_ray.evaluation.uncertainty import mean_and_error
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from loram_ray.corpus.templates import end_of_answer
 from loram_ray.evaluation.engine import Engine
-from loram_ray.tokenizer import continuation
+from loram_ray.models.tokenizer import continuation
 
 _MARGIN = 4
 """Tokens looked at besides those that the longest stop text could have."""

@@ -16,11 +16,11 @@ from loram_ray.corpus.isolation import openings
 from loram_ray.corpus.pack import pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.benchmark import Found, Measurement, Scores
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.likelihood import nlls_of_rows
-from loram_ray.evaluation.measurement import Found, Measurement, Scores
-from loram_ray.evaluation.statistics import perplexity_and_error
-from loram_ray.tokenizer import frame_of
+from loram_ray.evaluation.uncertainty import perplexity_and_error
+from loram_ray.models.tokenizer import frame_of
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.corpus.rows import Row, read_rows
 from loram_ray.errors import LoramError, first_line
-from loram_ray.evaluation.measurement import require_items
-from loram_ray.tokenizer import ids_to_continue
+from loram_ray.evaluation.benchmark import require_items
+from loram_ray.models.tokenizer import ids_to_continue
 
 _COLUMN = re.compile(r"\{(\w+)\}")
 _BETWEEN_SHOTS = "\n\n"

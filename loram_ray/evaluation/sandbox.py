@@ -1,8 +1,8 @@
 """Running programs that nobody has read: each in processes of its own that can harm nothing.
 
-What a program may do is limited by the kernel, from inside its process (see `confined`); here it is
-started with an empty environment in an empty directory, watched, and ended. No privilege, container
-or other program is needed; Linux 5.13 or newer is.
+What a program may do is limited by the kernel, from inside its process (see `sandbox_child`); here
+it is started with an empty environment in an empty directory, watched, and ended. No privilege,
+container or other program is needed; Linux 5.13 or newer is.
 
 A program and its tests run in two processes (see `sandboxed`). The tests call the program as they
 would call a function: values are copied into its process, and its answers are copied back as plain
@@ -44,7 +44,7 @@ from loram_ray.evaluation.trial import Trial
 from loram_ray.evaluation.trial import Verdict as Verdict
 from loram_ray.evaluation.usage import Space
 
-_CONFINED = Path(__file__).with_name("confined.py")
+_CONFINED = Path(__file__).with_name("sandbox_child.py")
 _OPEN_FILES = 64
 _USUAL = Limits()
 _MAY_MOUNT = True

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from loram_ray.adapter import own_template
+from loram_ray.artifacts.adapter import own_template
 from loram_ray.config import EvaluateConfig
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.benchmark import Found, Measurement, Scores
+from loram_ray.evaluation.benchmarks import measurements_of
 from loram_ray.evaluation.engine import Engine
-from loram_ray.evaluation.measurement import Found, Measurement, Scores
-from loram_ray.evaluation.measurements import measurements_of
-from loram_ray.progress import METRICS_FILE, MetricsLog
-from loram_ray.tokenizer import load_tokenizer
-from loram_ray.waiting import alone
+from loram_ray.models.tokenizer import load_tokenizer
+from loram_ray.runtime.locks import alone
+from loram_ray.runtime.progress import METRICS_FILE, MetricsLog
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Scorer:
     @functools.cached_property
     def engine(self) -> Engine:
         """The model with its adapter."""
-        from loram_ray.modeling import load_model, parameters_and_bytes
+        from loram_ray.models.loading import load_model, parameters_and_bytes
 
         config = self._config
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,7 +137,7 @@ class Scorer:
             LoramError: lm-eval is not installed, or does not have a task.
         """
         try:
-            from loram_ray.evaluation.harness import run_harness
+            from loram_ray.evaluation.lm_eval_model import run_harness
         except ImportError as error:
             raise LoramError(
                 f"evaluate.lm_eval needs the package lm-eval ({error}); "

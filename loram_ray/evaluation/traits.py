@@ -18,8 +18,8 @@ from loram_ray.config.evaluate import (
 )
 from loram_ray.corpus.conversations import forms_of
 from loram_ray.corpus.templates import end_of_answer, ids_of, surroundings, visible_surroundings
-from loram_ray.parsing import read_json
-from loram_ray.tokenizer import continuation, frame_of, ids_to_continue
+from loram_ray.models.tokenizer import continuation, frame_of, ids_to_continue
+from loram_ray.utils.parsing import read_json
 
 _GENERATES = (GenerationBenchmark, CodeBenchmark, GymBenchmark)
 

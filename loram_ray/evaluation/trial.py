@@ -57,7 +57,7 @@ class Trial:
     """Watches a program.
 
     Args:
-        process: `confined`, which waits for the program and its tests; the job is its input.
+        process: `sandbox_child`, which waits for the program and its tests; the job is its input.
         verdicts: lines of JSON: ``program`` and ``tests``, the ids of their processes; ``passed``
             and ``reason``; and ``signal``, if the program ended before its tests.
         folder: file descriptor of its directory.

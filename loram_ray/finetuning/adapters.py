@@ -11,13 +11,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE
 from loram_ray.architectures import Architecture
+from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE
+from loram_ray.artifacts.tensorfile import TensorSpec, TensorWriter
 from loram_ray.config import LoraConfig, TrainConfig
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.masked import put_adapter_on
-from loram_ray.modeling import DTYPES
-from loram_ray.tensorfile import TensorSpec, TensorWriter
+from loram_ray.models.loading import DTYPES
 
 _INITIALISATIONS = {
     "default": True,

@@ -18,8 +18,8 @@ from loram_ray.architectures import Architecture
 from loram_ray.config import TrainConfig
 from loram_ray.finetuning.adapters import new_adapter, save_memory
 from loram_ray.losses import summed_loss
-from loram_ray.model_files import family_of
-from loram_ray.modeling import load_model
+from loram_ray.models.files import family_of
+from loram_ray.models.loading import load_model
 
 M = TypeVar("M", bound=nn.Module)
 

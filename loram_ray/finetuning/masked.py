@@ -35,9 +35,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from loram_ray.artifacts.tensorfile import require_finite
 from loram_ray.masks import Masks, unpack
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.tensorfile import require_finite
 
 BLOCK_ELEMENTS = 2**23
 

@@ -13,7 +13,7 @@ from loram_ray.config import TrainConfig
 from loram_ray.corpus.examples import Example, each_row, require_some
 from loram_ray.corpus.read import BadRow
 from loram_ray.losses import IGNORED
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.models.tokenizer import load_tokenizer
 
 _BETWEEN = "·"
 _WRITTEN_OUT = {ord("\\"): "\\\\", ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}

@@ -21,22 +21,22 @@ from transformers import (
     TrainingArguments,
 )
 
+from loram_ray.artifacts.disk import full_disk, is_full
 from loram_ray.config import TrainConfig
 from loram_ray.corpus.batches import longest_first, packed, padded
 from loram_ray.corpus.examples import ExampleTable
-from loram_ray.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.adapters import save_adapter
-from loram_ray.finetuning.data import tables
 from loram_ray.finetuning.eva import explain_inputs
+from loram_ray.finetuning.examples import tables
 from loram_ray.finetuning.frozen import FrozenModel
+from loram_ray.finetuning.lockstep import Seat, Together
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.finetuning.together import Seat, Together
-from loram_ray.memory import peak_memory_gb
-from loram_ray.modeling import parameters_and_bytes
-from loram_ray.progress import METRICS_FILE, MetricsLog
-from loram_ray.tokenizer import end_of_text, load_tokenizer
-from loram_ray.waiting import alone
+from loram_ray.models.loading import parameters_and_bytes
+from loram_ray.models.tokenizer import end_of_text, load_tokenizer
+from loram_ray.runtime.locks import alone
+from loram_ray.runtime.memory import peak_memory_gb
+from loram_ray.runtime.progress import METRICS_FILE, MetricsLog
 
 _OPTIMISERS = {
     "adamw": "adamw_torch_fused",

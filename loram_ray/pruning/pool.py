@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from loram_ray.actors import actor_of, cause_of, death_of
-from loram_ray.cluster import gpus_per_worker, ray_session, require_resources
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.pruning.text import KEY
 from loram_ray.pruning.worker import CalibrationWorker, Setup
+from loram_ray.runtime.actors import actor_of, cause_of, death_of
+from loram_ray.runtime.cluster import gpus_per_worker, ray_session, require_resources
 
 Job = tuple[str, tuple[Any, ...]]
 """A method of `CalibrationWorker` and its arguments."""

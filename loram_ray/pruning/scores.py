@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec, TensorWriter
 from loram_ray.errors import LoramError
-from loram_ray.parsing import parse_json
 from loram_ray.pruning.criteria import LayerScores
-from loram_ray.tensorfile import TensorFile, TensorSpec, TensorWriter
+from loram_ray.utils.parsing import parse_json
 
 SCORES_FILE = "importance.safetensors"
 _NORMS = ".squared_input_norms"

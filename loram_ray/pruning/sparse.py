@@ -13,8 +13,8 @@ from fractions import Fraction
 import torch
 
 from loram_ray.errors import LoramError
-from loram_ray.progress import say
 from loram_ray.pruning.pattern import Pattern, kept_in_groups, lowest, rank
+from loram_ray.runtime.progress import say
 
 __all__ = ["Pattern", "SparseGptResult", "magnitude_mask", "sparsegpt", "wanda_mask"]
 

@@ -13,8 +13,8 @@ from loram_ray.config import CalibrationConfig
 from loram_ray.corpus.pack import pack, tokenise
 from loram_ray.corpus.read import Unit, documents, list_units
 from loram_ray.errors import LoramError
-from loram_ray.progress import say
-from loram_ray.tokenizer import frame_of, load_tokenizer
+from loram_ray.models.tokenizer import frame_of, load_tokenizer
+from loram_ray.runtime.progress import say
 
 KEY = "prune.calibration"
 _WINDOW_CHARACTERS = 2**24

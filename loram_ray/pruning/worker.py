@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loram_ray.architectures import architecture_of
-from loram_ray.layerwise.hidden import HiddenStates
-from loram_ray.layerwise.layers import LayerStream
-from loram_ray.memory import return_freed_memory
-from loram_ray.pruning.solve import Solved, solve_linear
+from loram_ray.models.hidden_states import HiddenStates
+from loram_ray.models.layer_stream import LayerStream
 from loram_ray.pruning.sparse import Pattern
+from loram_ray.pruning.sparsify import Solved, solve_linear
 from loram_ray.pruning.statistics import (
     Hessian,
     MeanActivations,
@@ -30,6 +29,7 @@ from loram_ray.pruning.statistics import (
     SquaredNorms,
     Statistic,
 )
+from loram_ray.runtime.memory import return_freed_memory
 
 TOKENS_FILE = "tokens.safetensors"
 STATISTICS: dict[str, Any] = {

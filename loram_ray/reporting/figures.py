@@ -13,9 +13,9 @@ from typing import Any
 import numpy
 
 from loram_ray.errors import LoramError
-from loram_ray.names import slug
-from loram_ray.planning.gpus import GPUS
-from loram_ray.printing import plain
+from loram_ray.estimating.gpus import GPUS
+from loram_ray.utils.names import slug
+from loram_ray.utils.printing import plain
 
 _INK = "#13579b"  # stands for the page's own colour of text
 # Okabe and Ito's colours, which people with any colour vision tell apart.

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loram_ray.comparing.claims import CLAIMS_FILE
+from loram_ray.artifacts.manifest import MANIFEST_FILE, Manifest, read_manifest
+from loram_ray.artifacts.stage_directory import StageDirectory
 from loram_ray.errors import LoramError
-from loram_ray.manifest import MANIFEST_FILE, Manifest, read_manifest
-from loram_ray.names import is_plain
-from loram_ray.progress import METRICS_FILE, read_lines
 from loram_ray.reporting.rows import Kind, read_claims, read_rows
-from loram_ray.results import RESULTS_FILE
-from loram_ray.stage import StageDirectory
+from loram_ray.runtime.progress import METRICS_FILE, read_lines
+from loram_ray.runtime.results import RESULTS_FILE
+from loram_ray.studies.claims import CLAIMS_FILE
+from loram_ray.utils.names import is_plain
 
 _DEEPEST = 5
 _OF_MERGED_MODELS = ("evaluate", "export")

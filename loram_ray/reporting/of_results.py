@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from loram_ray.comparing.table import CLAIM_COLUMNS, COLUMNS, cells_of, cells_of_claim, name_of
 from loram_ray.reporting.figures import (
     Figure,
     Point,
@@ -19,6 +18,13 @@ from loram_ray.reporting.figures import (
 )
 from loram_ray.reporting.found import Found
 from loram_ray.reporting.parts import Part, Table, duration, text
+from loram_ray.studies.comparison_table import (
+    CLAIM_COLUMNS,
+    COLUMNS,
+    cells_of,
+    cells_of_claim,
+    name_of,
+)
 
 
 def systems(found: Found) -> Part | None:

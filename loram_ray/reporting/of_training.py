@@ -11,11 +11,11 @@ import numpy
 import torch
 
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import HELD_OUT, restarts_in
 from loram_ray.reporting.figures import Curve, Draw, curves, figure_of, heat
 from loram_ray.reporting.figures import memory as memory_bars
 from loram_ray.reporting.found import Found
 from loram_ray.reporting.parts import Part, Table
+from loram_ray.runtime.progress import HELD_OUT, restarts_in
 
 _NEURON_BINS = 64
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from loram_ray.errors import LoramError
-from loram_ray.parsing import read_json
+from loram_ray.utils.parsing import read_json
 
 Kind = Literal["run", "batch", "sweep", "comparison"]
 _Number = float | int | None

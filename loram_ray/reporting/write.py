@@ -7,12 +7,12 @@ from typing import Any
 
 import jinja2
 
-from loram_ray.files import make_directory, write_whole
-from loram_ray.printing import markdown, plain_lines
 from loram_ray.reporting.content import report_on
 from loram_ray.reporting.found import found_in
 from loram_ray.reporting.parts import Report
-from loram_ray.results import markdown_table
+from loram_ray.runtime.results import markdown_table
+from loram_ray.utils.files import make_directory, write_whole
+from loram_ray.utils.printing import markdown, plain_lines
 
 PAGE_FILE, TEXT_FILE = "report.html", "report.md"
 _TEMPLATE = Path(__file__).with_name("page.html.j2")

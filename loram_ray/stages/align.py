@@ -7,37 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.batches import Inputs
-from loram_ray.alignment.deepspeed import deepspeed_config, read_users
-from loram_ray.alignment.fit import fit
+from loram_ray.alignment.deepspeed_config import deepspeed_config, read_users
+from loram_ray.alignment.driver import fit
 from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings
 from loram_ray.alignment.targets import prepare_targets
-from loram_ray.cluster import (
-    advise_precision,
-    gpus_per_worker,
-    ray_session,
-    require_resources,
-    require_shared,
-)
-from loram_ray.config import AlignConfig, RayConfig
-from loram_ray.corpus.order import WINDOW
-from loram_ray.corpus.prepare import prepare_corpus, require_text
-from loram_ray.corpus.sources import list_sources
-from loram_ray.errors import LoramError
-from loram_ray.manifest import (
+from loram_ray.artifacts.manifest import (
     fingerprint,
     read_manifest,
     read_model_config,
     require_sizes,
     require_stage,
 )
-from loram_ray.model_card import CARD_FILE, SIZES, model_card
-from loram_ray.model_files import resolve_base, write_model_files
-from loram_ray.model_weights import ModelCheckpoint
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
+from loram_ray.config import AlignConfig, RayConfig
+from loram_ray.corpus.order import WINDOW
+from loram_ray.corpus.prepare import prepare_corpus, require_text
+from loram_ray.corpus.sources import list_sources
+from loram_ray.errors import LoramError
+from loram_ray.models.files import resolve_base, write_model_files
+from loram_ray.models.tokenizer import frame_of, load_tokenizer
+from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
-from loram_ray.progress import METRICS_FILE, read_lines
-from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import frame_of, load_tokenizer
-from loram_ray.tracking import require_trackers
+from loram_ray.runtime.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+    require_shared,
+)
+from loram_ray.runtime.progress import METRICS_FILE, read_lines
+from loram_ray.runtime.tracking import require_trackers
+from loram_ray.stages.model_card import CARD_FILE, SIZES, model_card
 
 # Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
 _NOT_IN_IDENTITY = {

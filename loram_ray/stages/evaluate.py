@@ -8,34 +8,39 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from loram_ray.actors import Actors
-from loram_ray.adapter import CONFIG_FILE, require_readable
-from loram_ray.changes import is_delta
-from loram_ray.cluster import advise_precision, gpus_per_worker, ray_session, require_resources
-from loram_ray.config import EvaluateConfig, RayConfig, TextConfig
-from loram_ray.corpus.files import EXAMPLES, list_files
-from loram_ray.corpus.read import identify
-from loram_ray.corpus.rows import identify_rows
-from loram_ray.errors import LoramError
-from loram_ray.evaluation.measurement import Found, Scores
-from loram_ray.evaluation.measurements import name_of
-from loram_ray.evaluation.scoring import Plan, Scorer, tokenizer_of
-from loram_ray.evaluation.traits import settings_of_reading
-from loram_ray.manifest import (
+from loram_ray.artifacts.adapter import CONFIG_FILE, require_readable
+from loram_ray.artifacts.manifest import (
     digest_of,
     hash_file,
     read_manifest,
     require_stage,
     write_json,
 )
-from loram_ray.model_files import resolve_base
-from loram_ray.model_weights import identify_model
-from loram_ray.names import slug
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
+from loram_ray.config import EvaluateConfig, RayConfig, TextConfig
+from loram_ray.corpus.files import EXAMPLES, list_files
+from loram_ray.corpus.read import identify
+from loram_ray.corpus.rows import identify_rows
+from loram_ray.errors import LoramError
+from loram_ray.evaluation.benchmark import Found, Scores
+from loram_ray.evaluation.benchmarks import name_of
+from loram_ray.evaluation.scoring import Plan, Scorer, tokenizer_of
+from loram_ray.evaluation.traits import settings_of_reading
+from loram_ray.models.files import resolve_base
+from loram_ray.models.tokenizer import read_template
+from loram_ray.models.weights import identify_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines
-from loram_ray.schedule import Outcome, Schedule, run_tasks
-from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import read_template
+from loram_ray.recovery.deltas import is_delta
+from loram_ray.runtime.actors import Actors
+from loram_ray.runtime.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+)
+from loram_ray.runtime.progress import METRICS_FILE, Reporter, last_line, read_lines
+from loram_ray.runtime.schedule import Outcome, Schedule, run_tasks
+from loram_ray.utils.names import slug
 
 SCORES_FILE, ITEMS = "scores.json", "items"
 _RECORD_FILE, _HARNESS_FILE = "batches.jsonl", "lm_eval.json"

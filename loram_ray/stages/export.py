@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 
+from loram_ray.artifacts.manifest import read_model_config
+from loram_ray.artifacts.stage_directory import (
+    StageDirectory,
+    StageResult,
+    require_space,
+    run_stage,
+)
 from loram_ray.config import ExportConfig
 from loram_ray.errors import LoramError
-from loram_ray.gguf_file import Source, architecture_of, read_source, size_of, write_gguf
-from loram_ray.manifest import read_model_config
-from loram_ray.model_files import resolve_base
-from loram_ray.model_weights import identify_model
-from loram_ray.progress import Reporter
-from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
+from loram_ray.models.files import resolve_base
+from loram_ray.models.gguf import Source, architecture_of, read_source, size_of, write_gguf
+from loram_ray.models.weights import identify_model
+from loram_ray.runtime.progress import Reporter
 
 
 def export(config: ExportConfig) -> StageResult:

@@ -8,28 +8,33 @@ from typing import Any
 
 import torch
 
-from loram_ray.adapter import copy_template, own_template
 from loram_ray.architectures import Architecture
-from loram_ray.changes import Change, open_change
-from loram_ray.config import MergeConfig
-from loram_ray.corpus.templates import end_of_answer
-from loram_ray.errors import LoramError
-from loram_ray.layerwise.parity import parity_of
-from loram_ray.manifest import (
+from loram_ray.artifacts.adapter import copy_template, own_template
+from loram_ray.artifacts.manifest import (
     fingerprint,
     read_manifest,
     read_model_config,
     require_stage,
     write_json,
 )
-from loram_ray.model_files import family_of, resolve_base, write_model_files
-from loram_ray.model_weights import ModelCheckpoint
-from loram_ray.parsing import read_json
+from loram_ray.artifacts.stage_directory import (
+    StageDirectory,
+    StageResult,
+    require_space,
+    run_stage,
+)
+from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.config import MergeConfig
+from loram_ray.corpus.templates import end_of_answer
+from loram_ray.errors import LoramError
+from loram_ray.models.files import family_of, resolve_base, write_model_files
+from loram_ray.models.tokenizer import load_tokenizer
+from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PLAN_FILE
-from loram_ray.progress import Reporter, say
-from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
-from loram_ray.tokenizer import load_tokenizer
+from loram_ray.recovery.deltas import Change, open_change
+from loram_ray.recovery.parity import parity_of
+from loram_ray.runtime.progress import Reporter, say
+from loram_ray.utils.parsing import read_json
 
 GENERATION_FILE = "generation_config.json"
 _EXACT = 1e-3

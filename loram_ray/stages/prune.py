@@ -9,32 +9,37 @@ import torch
 from safetensors import safe_open
 
 from loram_ray.architectures import Architecture, CoupledLinear
+from loram_ray.artifacts.manifest import digest_of, fingerprint, read_model_config, require_stage
+from loram_ray.artifacts.stage_directory import (
+    StageDirectory,
+    StageResult,
+    require_space,
+    run_stage,
+)
+from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec, TensorWriter
 from loram_ray.config import PruneConfig, RayConfig
 from loram_ray.corpus.prepare import digest_of_tokenizer
 from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
-from loram_ray.manifest import digest_of, fingerprint, read_model_config, require_stage
 from loram_ray.masks import MASKS_FILE, Masks, packed_spec
-from loram_ray.model_files import (
+from loram_ray.models.files import (
     NORM_MEAN,
     family_of,
     pruned_config,
     resolve_base,
     write_model_files,
 )
-from loram_ray.model_weights import ModelCheckpoint
+from loram_ray.models.tokenizer import frame_of, load_tokenizer
+from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import STRUCTURED, PruningPlan
-from loram_ray.progress import Reporter
-from loram_ray.pruning.calibrate import Base, solve_weights, structured_scores
+from loram_ray.pruning.calibration import solved_file
 from loram_ray.pruning.criteria import LayerScores, layer_linears
+from loram_ray.pruning.driver import Base, solve_weights, structured_scores
 from loram_ray.pruning.scores import SCORES_FILE, load_scores, save_scores
 from loram_ray.pruning.selection import keep_units, kept_counts, layer_range, layer_ratios
 from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.text import KEY
-from loram_ray.pruning.walk import solved_file
-from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec, TensorWriter
-from loram_ray.tokenizer import frame_of, load_tokenizer
+from loram_ray.runtime.progress import Reporter
 
 _NOT_IN_IDENTITY: dict[str, Any] = {
     "base": True,

@@ -19,12 +19,12 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from loram_ray.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from loram_ray.artifacts.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from loram_ray.artifacts.manifest import MANIFEST_FILE, Manifest, require_stage
 from loram_ray.config import PublishConfig
 from loram_ray.errors import LoramError
-from loram_ray.manifest import MANIFEST_FILE, Manifest, require_stage
-from loram_ray.model_card import hub_id
-from loram_ray.progress import say
+from loram_ray.runtime.progress import say
+from loram_ray.stages.model_card import hub_id
 
 PUBLISHED = ("prune", "align", "quantize", "recover")
 _MODEL_CONFIG_FILE = "config.json"

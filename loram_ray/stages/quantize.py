@@ -8,23 +8,28 @@ from pathlib import Path
 
 import torch
 
-from loram_ray.config import QuantizeConfig
-from loram_ray.errors import LoramError
-from loram_ray.manifest import (
+from loram_ray.artifacts.manifest import (
     Manifest,
     read_manifest,
     read_model_config,
     require_sizes,
     require_stage,
 )
-from loram_ray.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
-from loram_ray.model_files import write_model_files
-from loram_ray.model_weights import ModelCheckpoint
-from loram_ray.parsing import read_text
+from loram_ray.artifacts.stage_directory import (
+    StageDirectory,
+    StageResult,
+    require_space,
+    run_stage,
+)
+from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.config import QuantizeConfig
+from loram_ray.errors import LoramError
+from loram_ray.models.files import write_model_files
+from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
-from loram_ray.progress import Reporter
-from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.runtime.progress import Reporter
+from loram_ray.stages.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
+from loram_ray.utils.parsing import read_text
 
 _FORM = {"type": "nf4", "blocksize": 64, "double": True, "compute": "bfloat16"}
 
@@ -89,7 +94,7 @@ def _write(
     plan: PruningPlan,
     source: Manifest,
 ) -> None:
-    from loram_ray.nf4 import quantization_config, quantize_weight
+    from loram_ray.models.nf4 import quantization_config, quantize_weight
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = checkpoint.specs
@@ -136,7 +141,7 @@ def _outline(
     Raises:
         LoramError: a linear that is not stored, or in a dtype that has no NF4.
     """
-    from loram_ray.nf4 import QUANTIZABLE, linears_to_quantize, scales, stored_specs
+    from loram_ray.models.nf4 import QUANTIZABLE, linears_to_quantize, scales, stored_specs
 
     weights = {f"{linear}.weight" for linear in linears_to_quantize(directory)}
     for name in sorted(weights):

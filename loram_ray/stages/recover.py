@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loram_ray.adapter import (
+from loram_ray.artifacts.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
     Adapter,
@@ -17,26 +17,31 @@ from loram_ray.adapter import (
     split_name,
     tensor_name,
 )
+from loram_ray.artifacts.manifest import fingerprint, require_stage
+from loram_ray.artifacts.stage_directory import (
+    StageDirectory,
+    StageResult,
+    require_space,
+    run_stage,
+)
+from loram_ray.artifacts.tensorfile import TensorSpec, TensorWriter
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
-from loram_ray.experts import adapted_experts, require_fusable_experts
-from loram_ray.manifest import fingerprint, require_stage
-from loram_ray.memory import freed_memory_returned
-from loram_ray.model_files import resolve_base
-from loram_ray.model_weights import ModelCheckpoint
+from loram_ray.models.files import resolve_base
+from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import Reporter
-from loram_ray.recovery import is_scattered, recover_tensor
-from loram_ray.serving import serving_note
-from loram_ray.stage import StageDirectory, StageResult, require_space, run_stage
-from loram_ray.stages.recover_corrected import (
+from loram_ray.recovery.corrected import (
     Correction,
     corrects,
     require_correctable,
     trained_on,
 )
-from loram_ray.stages.recover_masked import write_delta, write_truncated
-from loram_ray.tensorfile import TensorSpec, TensorWriter
+from loram_ray.recovery.experts import adapted_experts, require_fusable_experts
+from loram_ray.recovery.masked import write_delta, write_truncated
+from loram_ray.recovery.scatter import is_scattered, recover_tensor
+from loram_ray.recovery.vllm import serving_note
+from loram_ray.runtime.memory import freed_memory_returned
+from loram_ray.runtime.progress import Reporter
 
 
 def recovery_in(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loram_ray.cluster import ray_session
+from loram_ray.artifacts.manifest import write_json
+from loram_ray.artifacts.stage_directory import StageResult
 from loram_ray.config import (
     AlignConfig,
     EvaluateConfig,
@@ -23,11 +24,10 @@ from loram_ray.config import (
     recovers_delta,
 )
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.statistics import gain_kept
-from loram_ray.manifest import write_json
-from loram_ray.progress import say
+from loram_ray.evaluation.uncertainty import gain_kept
 from loram_ray.pruning.pool import threads_of
-from loram_ray.stage import StageResult
+from loram_ray.runtime.cluster import ray_session
+from loram_ray.runtime.progress import say
 from loram_ray.stages.align import align
 from loram_ray.stages.evaluate import evaluate
 from loram_ray.stages.merge import merge

@@ -14,26 +14,26 @@ from typing import Any
 
 import torch
 
-from loram_ray.actors import run_in_actor
-from loram_ray.adapter import TEMPLATE_FILE
-from loram_ray.cluster import (
-    advise_precision,
-    gpus_per_worker,
-    ray_session,
-    require_resources,
-)
+from loram_ray.artifacts.adapter import TEMPLATE_FILE
+from loram_ray.artifacts.manifest import digest_of, read_manifest
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.config import RayConfig, TextSource, TrainConfig
 from loram_ray.corpus.conversations import forms_of
 from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.rows import identify_rows
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.manifest import digest_of, read_manifest
-from loram_ray.model_files import family_of
-from loram_ray.model_weights import identify_model
+from loram_ray.models.files import family_of
+from loram_ray.models.tokenizer import frame_of, load_tokenizer, read_template
+from loram_ray.models.weights import identify_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
-from loram_ray.progress import METRICS_FILE, Reporter, follow
-from loram_ray.stage import StageDirectory, StageResult, run_stage
-from loram_ray.tokenizer import frame_of, load_tokenizer, read_template
+from loram_ray.runtime.actors import run_in_actor
+from loram_ray.runtime.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+)
+from loram_ray.runtime.progress import METRICS_FILE, Reporter, follow
 
 _OF_EVALUATION = {"eval_every", "patience"}
 _NOT_IN_IDENTITY = {
@@ -195,7 +195,7 @@ def require_room(config: TrainConfig, adapters: int = 1) -> None:
         LoramError: it does; the message says what would fit.
     """
     if torch.cuda.is_available():
-        from loram_ray.planning.card import require_memory
+        from loram_ray.estimating.gpu_check import require_memory
 
         free, whole = torch.cuda.mem_get_info()
         if config.gpus < 1:  # a training that wants more fails itself, and not its neighbour

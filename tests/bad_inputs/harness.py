@@ -18,9 +18,9 @@ import pytest
 import tiny
 import yaml
 
-from loram_ray import cli
+from loram_ray.cli import main as cli
 from loram_ray.config import PruneConfig
-from loram_ray.modeling import load_model
+from loram_ray.models.loading import load_model
 from loram_ray.stages.prune import prune
 
 Change = Callable[[Path], object]

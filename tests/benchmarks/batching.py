@@ -24,7 +24,7 @@ from typing import Any
 from inputs import write_inputs
 
 import loram_ray as lr
-from loram_ray.progress import METRICS_FILE
+from loram_ray.runtime.progress import METRICS_FILE
 
 TASKS = (
     "chain_sum",

@@ -21,13 +21,13 @@ from measure import peak_memory
 
 import loram_ray as lr
 from loram_ray.architectures import architecture_of
-from loram_ray.progress import Reporter
+from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.pruning.calibration import Walk, save_tensors, share_out
 from loram_ray.pruning.criteria import TaylorForm
 from loram_ray.pruning.pool import InProcess
 from loram_ray.pruning.sparse import Pattern
-from loram_ray.pruning.walk import Walk, save_tensors, share_out
 from loram_ray.pruning.worker import TOKENS_FILE, CalibrationWorker, Setup
-from loram_ray.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
+from loram_ray.runtime.progress import Reporter
 
 LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
 LLAMA_70B = {"hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128}

@@ -58,9 +58,9 @@ def _fill(file: Any, documents: list[str], megabytes: int) -> None:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    from loram_ray.cluster import ray_session
     from loram_ray.config import CorpusConfig, RayConfig
     from loram_ray.corpus.prepare import prepare_corpus
+    from loram_ray.runtime.cluster import ray_session
 
     def prepared(name: str) -> dict[str, Any]:
         source = {"path": str(folder / name)}
@@ -114,7 +114,7 @@ def memory(folder: Path, size: str) -> dict[str, Any]:
     from loram_ray.corpus.prepare import prepare_unit
     from loram_ray.corpus.read import list_units
     from loram_ray.corpus.selection import Selection
-    from loram_ray.tokenizer import load_tokenizer
+    from loram_ray.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder / "base")
     work = folder / f"work-{size}"

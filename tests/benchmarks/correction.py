@@ -21,15 +21,15 @@ import torch
 from measure import peak_memory, reset_peak_memory
 
 import loram_ray as lr
-from loram_ray.adapter import ADAPTER_FILE, CONFIG_FILE, tensor_name
 from loram_ray.architectures import architecture_of
-from loram_ray.manifest import fingerprint, read_model_config
-from loram_ray.nf4 import quantize_weight
+from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, tensor_name
+from loram_ray.artifacts.manifest import fingerprint, read_model_config
+from loram_ray.artifacts.stage_directory import StageDirectory, run_stage
+from loram_ray.artifacts.tensorfile import Checkpoint, TensorSpec, TensorWriter
+from loram_ray.models.nf4 import quantize_weight
 from loram_ray.plan import PruningPlan
-from loram_ray.pruning.random import random_scores
+from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_ratios
-from loram_ray.stage import StageDirectory, run_stage
-from loram_ray.tensorfile import Checkpoint, TensorSpec, TensorWriter
 
 RATIO, RANK = 0.85, 8
 

@@ -102,7 +102,7 @@ def _together() -> dict[str, Any]:
 
 def scores_of(*names: str) -> list[Any]:
     """The scores of the study's files, each once."""
-    from loram_ray.comparing.scores import Score
+    from loram_ray.studies.scores import Score
 
     found = {}
     for name in names:
@@ -131,7 +131,7 @@ def _perplexity(scores: list[Any]) -> dict[str, dict[str, float]]:
 
 
 def _rows(scores: list[Any]) -> Iterator[dict[str, Any]]:
-    from loram_ray.comparing.run import rows_of
+    from loram_ray.studies.compare import rows_of
 
     for row in rows_of(scores, "answer_perplexity"):
         place = [str(row[key]) for key in ("method", "ratio") if row[key] is not None]
@@ -140,7 +140,7 @@ def _rows(scores: list[Any]) -> Iterator[dict[str, Any]]:
 
 def _pairs(scores: list[Any], better: str, worse: str, method: str | None = None) -> dict[str, Any]:
     """Of two systems, the advantage of one in gain kept, in points, over pairs of task and seed."""
-    from loram_ray.evaluation.statistics import gain_kept
+    from loram_ray.evaluation.uncertainty import gain_kept
 
     base = {score.task: score.value for score in scores if score.system == "base"}
     full = {(score.task, score.seed): score.value for score in scores if score.system == "full"}
@@ -196,7 +196,7 @@ def _study(scores: list[Any]) -> dict[str, Any]:
 
 
 def _objectives(scores: list[Any]) -> dict[str, Any]:
-    from loram_ray.comparing.run import claims_of
+    from loram_ray.studies.compare import claims_of
 
     claims = {
         f"{claim['better']} {claim['worse']} {claim['ratio']}": claim

@@ -36,7 +36,7 @@ from measure import in_fresh_process, median, peak_memory, reset_peak_memory
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loram_ray as lr
-from loram_ray.modeling import DTYPES
+from loram_ray.models.loading import DTYPES
 
 TASKS = ("gsm_symbolic", "chain_sum", "family_relationships")
 EXAMPLES, STEPS, BATCH, MICRO_BATCH, LENGTH, WARM, ROUNDS = 600, 12, 16, 8, 512, 3, 3
@@ -189,7 +189,7 @@ def trainer_with_peft(folder: Path, options: argparse.Namespace) -> dict[str, An
 
     from loram_ray.corpus.batches import padded
     from loram_ray.corpus.examples import ExampleTable, load_examples
-    from loram_ray.tokenizer import end_of_text, load_tokenizer
+    from loram_ray.models.tokenizer import end_of_text, load_tokenizer
 
     settings = settings_of(folder, options)
     tokenizer = load_tokenizer(settings.model)

@@ -32,14 +32,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 import loram_ray as lr
-from loram_ray.alignment.shapes import config_after, empty_model
 from loram_ray.architectures import architecture_of
+from loram_ray.estimating.base_configs import PUBLISHED
+from loram_ray.estimating.memory_trace import training_memory
+from loram_ray.estimating.shapes import config_after, empty_model
 from loram_ray.finetuning.adapters import lora_config, save_memory, set_dtype
 from loram_ray.losses import summed_loss
-from loram_ray.nf4 import linears_of, mend_on_cpu, quantize_weight
-from loram_ray.planning.bases import PUBLISHED
-from loram_ray.planning.rehearsal import training_memory
-from loram_ray.registration import register
+from loram_ray.models.nf4 import linears_of, mend_on_cpu, quantize_weight
+from loram_ray.models.registration import register
 
 BASE, LAYERS, RATIO = "meta-llama/Llama-3.1-70B", (4, 78), 0.85
 LENGTHS, BATCHES, STEPS, WARM = (512, 2048), (1, 2, 4, 8), 6, 2

@@ -44,6 +44,6 @@ def write_inputs(folder: Path, quick: bool, ratio: float = RATIO) -> Inputs:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Lines of an aligned model's metrics."""
-    from loram_ray.progress import METRICS_FILE
+    from loram_ray.runtime.progress import METRICS_FILE
 
     return [json.loads(line) for line in (directory / METRICS_FILE).read_text().splitlines()]

@@ -28,12 +28,12 @@ WORKERS, LAYERS, QUICK_LAYERS = (1, 2, 4), 24, 4
 
 def work(rank: int, folder: Path, workers: int, port: int) -> None:
     """One worker: load, then export, peaks written down."""
-    from loram_ray.alignment.deepspeed import (
+    from loram_ray.alignment.deepspeed_config import (
         export_partitioned,
         import_deepspeed,
         load_partitioned,
     )
-    from loram_ray.memory import return_freed_memory
+    from loram_ray.runtime.memory import return_freed_memory
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

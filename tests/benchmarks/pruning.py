@@ -14,7 +14,7 @@ import torch
 from measure import median, peak_memory, timed_copy
 
 import loram_ray as lr
-from loram_ray.tensorfile import CheckpointWriter, TensorSpec
+from loram_ray.artifacts.tensorfile import CheckpointWriter, TensorSpec
 
 ROUNDS, RATIO = 3, 0.65
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2048, 8192, 32, 8, 64, 32000

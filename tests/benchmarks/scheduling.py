@@ -24,7 +24,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-from loram_ray.schedule import Outcome, Schedule
+from loram_ray.runtime.schedule import Outcome, Schedule
 
 TASKS, GPUS = (1_000, 10_000), (10, 100, 500)
 LOAD, CHECKPOINT, HOURS_BETWEEN, BACK = 60.0, 60.0, 6.0, 300.0

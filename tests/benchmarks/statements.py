@@ -20,8 +20,8 @@ from figures import (
     scores_of,
 )
 
-from loram_ray.comparing.run import claims_of, rows_of
-from loram_ray.comparing.table import cells_of, cells_of_claim
+from loram_ray.studies.compare import claims_of, rows_of
+from loram_ray.studies.comparison_table import cells_of, cells_of_claim
 
 _RATIOS = (0.35, 0.65)
 

@@ -27,7 +27,7 @@ def main() -> None:
     import tiny
 
     import loram_ray as lr
-    from loram_ray.batching import run as batching
+    from loram_ray.studies import run as batching
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

@@ -31,9 +31,9 @@ from inputs import write_inputs
 
 import loram_ray as lr
 from loram_ray.finetuning.frozen import FrozenModel
-from loram_ray.finetuning.together import Together
+from loram_ray.finetuning.lockstep import Together
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.memory import peak_memory_gb
+from loram_ray.runtime.memory import peak_memory_gb
 
 
 def settings_of(folder: Path, number: int, options: argparse.Namespace) -> lr.TrainConfig:

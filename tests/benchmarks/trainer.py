@@ -33,7 +33,7 @@ from measure import in_fresh_process, median
 
 import loram_ray as lr
 from loram_ray.losses import IGNORED
-from loram_ray.modeling import DTYPES
+from loram_ray.models.loading import DTYPES
 
 PROCESSES, STAGES, ROUNDS = 2, (1, 2), 3
 STEPS, BATCH, LENGTH, MICRO_BATCH, WARM = 12, 8, 256, 2, 4
@@ -100,7 +100,7 @@ def peers(settings: lr.AlignConfig, rows: Path, output: Path) -> dict[str, Any] 
         default_data_collator,
     )
 
-    from loram_ray.alignment.deepspeed import deepspeed_config, import_deepspeed
+    from loram_ray.alignment.deepspeed_config import deepspeed_config, import_deepspeed
 
     import_deepspeed()  # with gloo, as alignment has it
 
@@ -235,8 +235,8 @@ def main() -> None:
         return
     settings = settings_of(folder, options)
     if options.work == "prepare":
-        from loram_ray.cluster import ray_session
         from loram_ray.corpus.prepare import prepare_corpus
+        from loram_ray.runtime.cluster import ray_session
 
         with ray_session(lr.RayConfig(num_cpus=2)):
             corpus = prepare_corpus(settings.corpus, settings.pruned, folder / "aligned_corpus")

@@ -1,0 +1,233 @@
+"""DeepSpeed's dictionary, and weights in and out of its partitions.
+
+Nothing here holds a whole model where ZeRO-3 shares it out: tensors go one by one from safetensors
+into partitions, and one by one from partitions to safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from loram_ray.artifacts.tensorfile import CheckpointWriter, TensorSpec
+from loram_ray.config import AlignConfig
+from loram_ray.errors import LoramError
+from loram_ray.models.loading import DTYPES
+from loram_ray.models.tensors import is_recomputed
+from loram_ray.models.weights import ModelCheckpoint
+from loram_ray.runtime.memory import freed_memory_returned
+from loram_ray.utils.parsing import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def deepspeed_config(config: AlignConfig, users: Mapping[str, Any], workers: int) -> dict[str, Any]:
+    """Build DeepSpeed's dictionary from the stage's settings; a pure function.
+
+    Args:
+        config: the stage's configuration.
+        users: a DeepSpeed dictionary of the user's own. Key by key, at any depth, what it says
+            wins, and ``"auto"`` leaves a key to the settings. Keys that the settings decide
+            (batches, clipping, precision) it may leave out, leave to them, or say the same.
+        workers: how many there are.
+
+    Raises:
+        LoramError: it contradicts the settings, or asks for what the loop does itself.
+    """
+    return _joined(_own(config, workers), users, "")
+
+
+def _own(config: AlignConfig, workers: int) -> dict[str, Any]:
+    optimiser, accumulation = config.optimiser, config.accumulation(workers)
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    for key, place in (
+        ("offload_optimizer", config.offload_optimiser),
+        ("offload_param", config.offload_parameters),
+    ):
+        if place != "none":
+            folder = {"nvme_path": str(config.offload_folder)} if place == "nvme" else {}
+            zero[key] = {"device": place, **folder}
+    offloads = config.offload_optimiser != "none"
+    return {
+        # with the micro-batches without labels of workers that have less to do
+        "train_batch_size": workers * accumulation * config.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimiser.max_grad_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": zero,
+        # torch's AdamW where DeepSpeed would compile its own for the CPU
+        **({"zero_force_ds_cpu_optimizer": False} if offloads else {}),
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimiser.learning_rate,
+                "weight_decay": optimiser.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 2**31,
+    }
+
+
+_DECIDED = {
+    "train_batch_size": "align.batch_size",
+    "train_micro_batch_size_per_gpu": "align.micro_batch_size",
+    "gradient_accumulation_steps": "align.batch_size and align.micro_batch_size",
+    "gradient_clipping": "align.optimiser.max_grad_norm",
+    "bf16.enabled": "align.precision",
+    "zero_optimization.stage": "align.zero_stage",
+    "optimizer.params.lr": "align.optimiser.learning_rate",
+    "optimizer.params.weight_decay": "align.optimiser.weight_decay",
+}
+_REFUSED = {
+    "scheduler": "align.optimiser.schedule and warmup_steps",
+    "fp16": "align.precision (bf16 or fp32)",
+    "amp": "align.precision (bf16 or fp32)",
+    "activation_checkpointing": "align.activation_checkpointing",
+}
+
+
+def _joined(own: dict[str, Any], users: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    joined = dict(own)
+    if prefix == "optimizer." and users.get("type", own["type"]) != own["type"]:
+        joined["params"] = {k: v for k, v in own["params"].items() if k != "torch_adam"}
+    for key, value in users.items():
+        path = f"{prefix}{key}"
+        if path in _REFUSED:
+            raise LoramError(
+                f"align.deepspeed must not hold {path}: {_REFUSED[path]} decides; remove it"
+            )
+        if value == "auto":
+            if key not in own:
+                raise LoramError(
+                    f"align.deepspeed has {path}: auto, and no setting decides it; give a value"
+                )
+        elif isinstance(value, Mapping):
+            inner = joined.get(key)
+            joined[key] = _joined(inner if isinstance(inner, dict) else {}, value, f"{path}.")
+        elif path in _DECIDED and value != own.get(key, value):
+            raise LoramError(
+                f"align.deepspeed has {path}: {value}, {_DECIDED[path]} says {own[key]}; "
+                "change one of the two or leave it out of the file"
+            )
+        else:
+            joined[key] = value
+    return joined
+
+
+def read_users(path: Path | None) -> dict[str, Any]:
+    """Read a user's DeepSpeed JSON; empty without one.
+
+    Raises:
+        LoramError: it is missing or holds no JSON object.
+    """
+    if path is None:
+        return {}
+    return read_json(path, "align.deepspeed", remedy="fix the file")
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed, without the CPU communication kernel that it would compile at start.
+
+    On CPU DeepSpeed builds a shared-memory all-reduce with the machine's C++ compiler: a minute at
+    the first start, a race between workers, and a failure where there is no compiler. Declared
+    incompatible, DeepSpeed uses torch's gloo instead.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@freed_memory_returned()
+def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str) -> PreTrainedModel:
+    """Build a model and read its weights tensor by tensor, into ZeRO-3 partitions where asked.
+
+    Args:
+        directory: pruned or aligned model.
+        ds_config: DeepSpeed's dictionary.
+        precision: ``bf16`` or ``fp32``.
+
+    Raises:
+        LoramError: the weights are not those of the model's configuration, or not finite.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    partitioned = ds_config["zero_optimization"]["stage"] == 3
+    with ModelCheckpoint(directory) as checkpoint, no_init_weights(), torch.no_grad():
+        config = AutoConfig.from_pretrained(directory)
+        if checkpoint.has_own_head():  # as from_pretrained has it
+            config.tie_word_embeddings = False
+        with _partitioning(ds_config) if partitioned else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
+        model.tie_weights()
+        for name, parameter in model.named_parameters():
+            with _whole([parameter], partitioned, write=True) as writable:
+                if writable:
+                    parameter.copy_(checkpoint.read(name))
+    return model  # type: ignore[no-any-return]
+
+
+@freed_memory_returned()
+def export_partitioned(
+    model: nn.Module, source: Path, target: Path, partitioned: bool, writes: bool
+) -> dict[str, str]:
+    """Write a model's weights as safetensors, with the names, dtypes and order of ``source``.
+
+    Every worker must call this: partitions are gathered one parameter at a time.
+
+    Args:
+        model: the trained model, its parameters named as in ``source``.
+        source: directory of the weights that the model was loaded from.
+        target: directory to write into.
+        partitioned: True under ZeRO-3.
+        writes: True on the one worker that writes.
+
+    Returns:
+        SHA-256 of each file, empty on the other workers.
+    """
+    with ModelCheckpoint(source) as checkpoint:
+        specs = {n: spec for n, spec in checkpoint.specs.items() if not is_recomputed(n)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not writes:
+        for name in specs:
+            with _whole([parameters[name]], partitioned, write=False):
+                pass
+        return {}
+    with CheckpointWriter(target, specs) as writer:
+        for name, spec in specs.items():
+            with _whole([parameters[name]], partitioned, write=False):
+                writer.write(name, _as_stored(parameters[name], spec))
+    return writer.hashes
+
+
+def _as_stored(parameter: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    return parameter.detach().to(device="cpu", dtype=spec.dtype)
+
+
+def _partitioning(ds_config: dict[str, Any]) -> Any:
+    return import_deepspeed().zero.Init(config_dict_or_path=ds_config)
+
+
+@contextmanager
+def _whole(parameters: list[Any], partitioned: bool, write: bool) -> Iterator[bool]:
+    """Have parameters whole inside the block; yields True where they may be written."""
+    if not partitioned:
+        yield True
+        return
+    deepspeed = import_deepspeed()
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield torch.distributed.get_rank() == 0

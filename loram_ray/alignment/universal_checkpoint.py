@@ -1,0 +1,53 @@
+"""A checkpoint of one number of workers, made loadable by another (DeepSpeed's universal form)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+from loram_ray.artifacts.manifest import write_json
+
+_WORKERS_FILE = "workers.json"
+
+
+def note_workers(checkpoint: Path, workers: int) -> None:
+    """Write beside a checkpoint how many workers' parts it has."""
+    write_json(checkpoint / _WORKERS_FILE, workers)
+
+
+def workers_of(checkpoint: Path) -> int:
+    """How many workers' parts a checkpoint has."""
+    return int(json.loads((checkpoint / _WORKERS_FILE).read_text()))
+
+
+def make_universal(checkpoint: Path, tag: str, target: Path) -> None:
+    """Convert a checkpoint, whole or not at all; one that was converted before is kept.
+
+    Args:
+        checkpoint: directory with the parts of all its workers under ``tag``.
+        tag: name of the state in it, and in ``target``.
+        target: directory to write; load it with ``checkpoint.load_universal``.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    if target.exists():
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / tag).mkdir(parents=True)
+    arguments = Namespace(
+        input_folder=str(checkpoint / tag),
+        output_folder=str(partial / tag),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
+    partial.rename(target)

@@ -1,0 +1,325 @@
+"""Atomic stage directories.
+
+A stage writes to a hidden sibling of its output and renames it at the end, so a directory that
+exists is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from loram_ray.artifacts import FORMAT
+from loram_ray.artifacts.disk import FULL
+from loram_ray.artifacts.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    digest_of,
+    hash_file,
+    read_manifest,
+    require_files,
+    write_json,
+)
+from loram_ray.errors import LoramError
+from loram_ray.utils.files import open_lock, read_regular_text, require_directory, write_whole
+from loram_ray.utils.names import fault_of_name
+
+_IDENTITY_NOTE = "identity"
+_NOT_WRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EISDIR, errno.ENOENT, errno.EINVAL,
+)  # fmt: skip
+_VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A completed stage.
+
+    Attributes:
+        output: its directory.
+        manifest: what the directory says of itself.
+        skipped: True where the directory was complete before.
+    """
+
+    output: Path
+    manifest: Manifest
+    skipped: bool
+
+
+class StageDirectory:
+    """A stage's output under construction.
+
+    Attributes:
+        path: where to write; renamed to the output when the stage completes.
+        work: checkpoints and caches that outlive an interruption; removed on completion.
+        lock: held while the stage runs.
+        details: goes into the manifest.
+        hashes: SHA-256 of files already known, to hash no file twice.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_name(f".{output.name}.partial")
+        self.work = output.with_name(f".{output.name}.work")
+        self.lock = output.with_name(f".{output.name}.lock")
+        self.details: dict[str, Any] = {}
+        self.hashes: dict[str, str] = {}
+
+
+def run_stage(
+    output: Path | str,
+    stage: str,
+    settings: dict[str, Any],
+    parents: dict[str, str],
+    base_fingerprint: str,
+    write: Callable[[StageDirectory], None],
+    reads: Iterable[str | Path | None] = (),
+) -> StageResult:
+    """Run a stage's ``write`` unless its output is complete.
+
+    Args:
+        output: directory to make.
+        stage: the stage's name.
+        settings: what determines the result, besides the inputs; kept in the manifest.
+        parents: digest of each input, by role.
+        base_fingerprint: the base at the root of the lineage.
+        write: writes the files into ``StageDirectory.path``.
+        reads: local inputs, which the output must be neither in nor around.
+
+    Raises:
+        LoramError: the output holds something else or is no place for a directory, another process
+            writes it, or the disk is full.
+    """
+    identity = digest_of([FORMAT, stage, settings, parents])
+    manifest = read_manifest(output) if os.path.isdir(output) else None
+    if manifest is not None and manifest.identity == identity:
+        require_files(Path(output), manifest)
+        return StageResult(Path(output), manifest, skipped=True)
+    require_place(Path(output), f"{stage}.output", reads)
+    lineage = Manifest(stage, identity, base_fingerprint, parents, settings)
+    with _stage_directory(Path(output), lineage) as target:
+        write(target)
+    written = read_manifest(output)
+    assert written is not None
+    return StageResult(Path(output), written, skipped=False)
+
+
+@contextmanager
+def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory]:
+    """Yield a directory that becomes ``output`` whole, or not at all.
+
+    Work of an interrupted run is kept in ``work`` if it has the same identity, else cleared.
+    """
+    target = StageDirectory(output)
+    with _naming_full_disks(target):
+        require_free(output, key=f"{lineage.stage}.output")
+        with _parents(target.output), _exclusive(target.lock, target.output):
+            _prepare(target, lineage.identity)
+            try:
+                yield target
+                manifest = replace(
+                    lineage,
+                    details=target.details,
+                    files=_describe_files(target),
+                    versions=_versions(),
+                    created=time.time(),
+                )
+                write_json(target.path / MANIFEST_FILE, asdict(manifest))
+                _publish(target)
+            except BaseException:
+                _clear(target)
+                raise
+
+
+@contextmanager
+def _parents(output: Path) -> Iterator[None]:
+    """Make the directories that an output lies in, and remove those that stay empty if it fails."""
+    made = [path for path in output.parents if not os.path.lexists(path)]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # an interrupted stage keeps its work there
+                path.rmdir()
+        raise
+
+
+def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = ()) -> None:
+    """Refuse an output where no directory can be made, or that would change what is read.
+
+    Args:
+        output: directory to make.
+        key: its configuration key, for messages.
+        reads: local inputs; what does not exist is no local input.
+
+    Raises:
+        LoramError: it is the current directory, has no name of its own, is a symbolic link, lies
+            below a file, or is in or around an input.
+    """
+    if os.path.exists(output) and output.samefile("."):
+        raise LoramError(
+            f"{key} must not be the current directory, which a stage cannot replace, got {output}; "
+            "name a new directory in it"
+        )
+    if (fault := fault_of_name(output.name)) is not None:
+        raise LoramError(f"{key} must be a directory whose name is {fault}, got {output}; name one")
+    try:
+        if output.is_symlink():
+            raise LoramError(
+                f"{key} must be a directory of its own, {output} is a symbolic link; remove it or "
+                "name another"
+            )
+        place = output.resolve()
+        for path in reads:
+            if path is None or not os.path.exists(path):
+                continue
+            read = Path(path).resolve()
+            if place == read or read in place.parents or place in read.parents:
+                relation = "is" if place == read else "is in"
+                relation = "holds" if place in read.parents else relation
+                raise LoramError(
+                    f"{key} must be a new or empty directory outside of what is read, {output} "
+                    f"{relation} {path}; choose another output"
+                )
+    except (OSError, RuntimeError) as error:  # pathlib's own error for a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise LoramError(f"{key} cannot be {output} ({reason}); name another directory") from error
+
+
+def require_free(output: Path, key: str) -> None:
+    """Refuse an output directory that holds something else.
+
+    Raises:
+        LoramError: it exists and is not an empty directory.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise LoramError(
+            f"{key} must be a new or empty directory, {output} holds something else; "
+            "choose another output or move it away"
+        )
+
+
+def require_space(directory: Path, nbytes: int) -> None:
+    """Refuse to start writing ``nbytes`` where they do not fit.
+
+    Raises:
+        LoramError: the file system of ``directory`` has less left.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise LoramError(
+            f"{directory} needs {nbytes / 1e6:,.1f} MB free, its disk has {free / 1e6:,.1f} MB; "
+            "free some space or choose an output on another disk"
+        )
+
+
+def _prepare(target: StageDirectory, identity: str) -> None:
+    for directory in (target.path, target.work):
+        require_directory(directory)
+    shutil.rmtree(target.path, ignore_errors=True)
+    target.path.mkdir()
+    note = target.work / _IDENTITY_NOTE
+    if not os.path.lexists(note) or read_regular_text(note) != identity:
+        shutil.rmtree(target.work, ignore_errors=True)
+        target.work.mkdir()
+        write_whole(note, identity)
+
+
+def _publish(target: StageDirectory) -> None:
+    if target.output.is_dir():
+        target.output.rmdir()
+    target.path.rename(target.output)
+    descriptor = os.open(target.output.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(target.work, ignore_errors=True)
+
+
+def _clear(target: StageDirectory) -> None:
+    """Remove what is half-written, and the work directory where nothing was saved in it."""
+    shutil.rmtree(target.path, ignore_errors=True)
+    if {path.name for path in target.work.glob("*")} <= {_IDENTITY_NOTE}:
+        shutil.rmtree(target.work, ignore_errors=True)
+
+
+def _describe_files(target: StageDirectory) -> dict[str, dict[str, Any]]:
+    files = {}
+    for path in sorted(p for p in target.path.rglob("*") if p.is_file()):
+        name = str(path.relative_to(target.path))
+        sha256 = target.hashes.get(name) or hash_file(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
+    return files
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONS_OF:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _exclusive(lock: Path, output: Path) -> Iterator[None]:
+    """Hold an advisory lock that the kernel releases when its process dies."""
+    descriptor = open_lock(lock)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(descriptor), lock.stat())
+        except (BlockingIOError, FileNotFoundError):  # held, or just let go and removed
+            held = False
+        if not held:
+            raise LoramError(
+                f"{output} is being written by another process; wait for it or stop it"
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming_full_disks(target: StageDirectory) -> Iterator[None]:
+    """Name the output in errors of writing it; what is read elsewhere is named by the command."""
+    output = target.output
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise LoramError(
+                f"the disk of {output} is full; nothing was left half-written there, free some "
+                "space or choose an output on another disk"
+            ) from error
+        if error.errno in _NOT_WRITABLE and _is_of(error, target):
+            raise LoramError(
+                f"{output} cannot be written ({error.strerror}); choose another output"
+            ) from error
+        raise
+
+
+def _is_of(error: OSError, target: StageDirectory) -> bool:
+    """Whether an error is of a file that the stage writes, or of a parent of its output."""
+    names = (error.filename, error.filename2)
+    paths = [Path(os.fsdecode(name)).absolute() for name in names if isinstance(name, str | bytes)]
+    own = [path.absolute() for path in (target.path, target.work, target.lock, target.output)]
+    return not paths or any(
+        path == one or one in path.parents or path in one.parents for path in paths for one in own
+    )

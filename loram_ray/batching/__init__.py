@@ -1,1 +1,0 @@
-"""Many fine-tuning tasks over one model."""

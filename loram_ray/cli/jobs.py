@@ -1,0 +1,208 @@
+"""loram submit and loram jobs: the same commands on a cluster."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from loram_ray.cli.tables import AsJson, Debug, Overrides, console, print_json
+from loram_ray.config import STAGES, load_run, section_of
+from loram_ray.errors import LoramError
+from loram_ray.runtime.interruption import current
+from loram_ray.runtime.streams import reader_is_gone
+from loram_ray.runtime.submission import (
+    ADDRESS,
+    Environment,
+    Jobs,
+    JobSpec,
+    require_directory,
+    run_job,
+)
+from loram_ray.utils.printing import plain, show, without_colours
+
+Address = Annotated[
+    str,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the job.", show_default=False)]
+
+SUBMIT_HELP = """Run a stage on a cluster as a Ray Job; show its output and return its exit code.
+
+loram submit train --config jobs/configs/demo.yaml --address http://127.0.0.1:8265
+
+loram submit run --config jobs/configs/demo.yaml --detach
+
+The run file is read here, so that a mistake is told at once, and goes with the job. Its relative
+paths begin at --directory, a folder on storage that all nodes share (on this machine: the present
+one). Neither weights nor data go with the job; nor do secrets, which the nodes have in their
+environment (HF_TOKEN). Ctrl-C leaves the job running. A job that dies with its node, or fails
+otherwise than by a mistake in the run file, is submitted again, --retries times, after a pause that
+doubles; a stage goes on where it was.
+
+The cluster's token is taken from RAY_AUTH_TOKEN, or from the file that RAY_AUTH_TOKEN_PATH names,
+or from ~/.ray/auth_token. Plain http carries it readably: over a network forward the port (ssh -L,
+kubectl port-forward, ray dashboard) or put TLS before the dashboard.
+"""
+
+app = typer.Typer(help="Ray Jobs: list, logs, stop.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def submit_command(
+    command: Annotated[
+        str, typer.Argument(help=f"One of {', '.join((*STAGES, 'run'))}.", show_default=False)
+    ],
+    config: Annotated[Path, typer.Option("--config", help="YAML file with a section per stage.")],
+    overrides: Overrides = None,
+    address: Address = ADDRESS,
+    directory: Annotated[
+        str | None,
+        typer.Option("--directory", help="On the cluster: where relative paths begin."),
+    ] = None,
+    environment: Annotated[
+        Environment,
+        typer.Option(
+            "--environment",
+            help="image: what the nodes have; package: this loram over it; pins: also its "
+            "dependencies as they are installed here.",
+        ),
+    ] = "package",
+    variables: Annotated[
+        list[str] | None,
+        typer.Option("--env", help="NAME=VALUE, no secret; for the job and its workers."),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option("--metadata", help="KEY=VALUE, to find the job by.")
+    ] = None,
+    cpus: Annotated[
+        float, typer.Option("--entrypoint-cpus", min=0, help="0: it runs on the head node.")
+    ] = 0,
+    gpus: Annotated[float, typer.Option("--entrypoint-gpus", min=0)] = 0,
+    memory: Annotated[int, typer.Option("--entrypoint-memory", min=0, help="In bytes.")] = 0,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the job; default: a new one.")
+    ] = None,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="See above.")] = 3,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the job's name and end; no retries.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a stage on a cluster."""
+    if command not in (*STAGES, "run"):
+        raise LoramError(
+            f"COMMAND must be one of {', '.join((*STAGES, 'run'))}, got {command}; see loram --help"
+        )
+    settings = load_run(config, overrides or ())
+    if command != "run":
+        section_of(settings, command)
+    spec = JobSpec(
+        command=command,
+        config=config,
+        overrides=overrides or (),
+        directory=require_directory(address, directory, settings),
+        environment=environment,
+        variables=_pairs(variables, "--env"),
+        cpus=cpus,
+        gpus=gpus,
+        memory=memory,
+        metadata=_pairs(metadata, "--metadata"),
+        name=name,
+        retries=retries,
+    )
+    jobs = Jobs(address, _say)
+    if detach:
+        print(jobs.submit(spec))
+        return
+    began: list[str] = []
+
+    def tell(job: str) -> None:
+        began.append(job)
+        _say(f"submitted {job} to {address}; loram jobs stop {job} stops it")
+        if (interruption := current()) is not None:
+            interruption.remedy = f"{job} goes on; loram jobs logs {job} --follow shows more"
+
+    code = run_job(jobs, spec, _show, tell)
+    if code:
+        _say(f"{began[-1]} ended with exit code {code}")
+        raise typer.Exit(code)
+
+
+@app.command("list")
+def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Debug = False) -> None:
+    """The submitted jobs, the newest first."""
+    rows = [_row(job) for job in Jobs(address, _say).all()]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(title="Jobs")
+    keys = ("name", "state", "command", "config", "began", "minutes")
+    for key in keys:
+        table.add_column(key, justify="right" if key == "minutes" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in keys))
+    console(140).print(table)
+
+
+@app.command("logs")
+def logs_command(
+    name: Name,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until the job ends; returns its exit code.")
+    ] = False,
+    address: Address = ADDRESS,
+    debug: Debug = False,
+) -> None:
+    """What a job has printed."""
+    jobs = Jobs(address, _say)
+    if not follow:
+        _show(jobs.logs(name))
+        return
+    code = jobs.follow(name, _show)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command("stop")
+def stop_command(name: Name, address: Address = ADDRESS, debug: Debug = False) -> None:
+    """Stop a job; the same stage submitted again goes on from its last checkpoint."""
+    show(f"{name}: {Jobs(address, _say).stop(name).lower()}")
+
+
+def _row(job: Any) -> dict[str, Any]:
+    metadata = job.metadata or {}
+    began = (job.start_time or 0) / 1000
+    ended = (job.end_time or 0) / 1000 or time.time()
+    return {
+        "name": job.submission_id,
+        "state": str(job.status.value).lower(),
+        "command": metadata.get("command", job.entrypoint),
+        "config": metadata.get("config", ""),
+        "began": time.strftime("%Y-%m-%d %H:%M", time.localtime(began)) if began else "",
+        "minutes": round((ended - began) / 60, 1) if began else "",
+        "metadata": metadata,
+    }
+
+
+def _pairs(lines: list[str] | None, option: str) -> dict[str, str]:
+    found = {}
+    for line in lines or ():
+        key, equals, value = line.partition("=")
+        if not key or not equals:
+            raise LoramError(f"{option} must be NAME=VALUE, got {line}; write an equals sign")
+        found[key] = value
+    return found
+
+
+def _show(text: str) -> None:
+    show(without_colours(text), end="")
+    if reader_is_gone():
+        raise typer.Exit(0)
+
+
+def _say(line: str) -> None:
+    print(plain(f"loram: {line}"), file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""What the commands share: their options, and what they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from loram_ray.utils.printing import PlainConsole
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with a section per stage.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override by dotted key, e.g. --set train.lora.r=16; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def console(width: int) -> PlainConsole:
+    """Standard output as a console: as wide as the terminal, or this many characters."""
+    return PlainConsole(width=None if sys.stdout.isatty() else width)
+
+
+def print_json(value: object) -> None:
+    """Print a result as JSON."""
+    print(json.dumps(value, indent=1, default=str))
+
+
+def print_tasks(rows: list[dict[str, Any]]) -> None:
+    """Print what became of a batch's tasks."""
+    table = Table(title="Tasks")
+    for key in ("name", "state", "steps", "loss", "held-out loss", "seconds"):
+        table.add_column(key, justify="left" if key in ("name", "state") else "right")
+    table.add_column("adapter, or why not", overflow="fold")
+    for row in rows:
+        loss, held_out, seconds = (row[key] for key in ("loss", "eval_loss", "seconds"))
+        table.add_row(
+            row["name"],
+            row["state"],
+            "" if row["steps"] is None else str(row["steps"]),
+            "" if loss is None else f"{loss:.3f}",
+            "" if held_out is None else f"{held_out:.3f}",
+            "" if seconds is None else f"{seconds:.0f}",
+            row["adapter"] or row["reason"],
+        )
+    console(140).print(table)
+
+
+def print_trials(rows: list[dict[str, Any]]) -> None:
+    """Print what became of a sweep's trials, the best first."""
+    judged = any(row["base_loss"] is not None for row in rows)
+    table = Table(title="Trials")
+    table.add_column("name", overflow="fold")
+    table.add_column("state")
+    for key in ("steps", "held-out loss", *(["on the base"] if judged else []), "trained"):
+        table.add_column(key, justify="right")
+    table.add_column("")
+
+    def place(row: dict[str, Any]) -> tuple[object, ...]:
+        losses = (row["base_loss"], row["eval_loss"])
+        return (not row["best"], row["state"], *(float("inf") if x is None else x for x in losses))
+
+    for row in sorted(rows, key=place):
+        losses = [row["eval_loss"], *([row["base_loss"]] if judged else [])]
+        table.add_row(
+            row["name"],
+            row["state"],
+            str(row["steps"]),
+            *("" if loss is None else f"{loss:.4f}" for loss in losses),
+            _millions(row["trained_parameters"]),
+            "best" if row["best"] else row["reason"],
+        )
+    console(140).print(table)
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """Print an evaluation's scores, each with its standard error."""
+    table = Table(title="Scores")
+    table.add_column("of")
+    table.add_column("score")
+    for key in ("value", "standard error"):
+        table.add_column(key, justify="right")
+    for key, value in scores.items():
+        if not key.endswith("_stderr"):
+            of, _, name = key.rpartition("/")
+            error = scores.get(f"{key}_stderr")
+            table.add_row(
+                of,
+                name.replace("_", " "),
+                f"{value:,}" if isinstance(value, int) else f"{value:,.4f}",
+                "" if error is None else f"{error:.4f}",
+            )
+    console(120).print(table)
+
+
+def print_systems(rows: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
+    """Print a comparison's systems, and what becomes of the claims."""
+    from loram_ray.studies.comparison_table import COLUMNS, cells_of, difference_of
+
+    table = Table(title="Systems")
+    for key in COLUMNS:
+        right = key in ("gain kept", "seeds", "parameters", "ratio")
+        table.add_column(key, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*cells_of(row))
+    shown = console(140)
+    shown.print(table)
+    table = Table(title="Claims")
+    for key in ("claim", "method", "ratio", "", "advantage"):
+        table.add_column(key)
+    for claim in claims:
+        ratio = "" if claim["ratio"] is None else f"{claim['ratio']:g}"
+        table.add_row(claim["claim"], claim["method"], ratio, claim["seen"], difference_of(claim))
+    shown.print(table)
+
+
+def print_comparison(rows: list[dict[str, Any]]) -> None:
+    """Print a run's rows, and how much of full LoRA's gain was kept."""
+    from loram_ray.stages.run import loram_keeps
+
+    measured = [k for k in ("answer_perplexity", "text_perplexity", "exact_match") if k in rows[0]]
+    table = Table(title="Held-out data")
+    table.add_column("model")
+    for key in (*measured, "trained", "against parameters", "bytes", "training"):
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            *(f"{row[key]:.1%}" if key == "exact_match" else f"{row[key]:.3f}" for key in measured),
+            _millions(row["trained_parameters"]),
+            _millions(row["model_parameters"]),
+            f"{row['model_bytes'] / 1e6:,.0f} MB",
+            "" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s",
+        )
+    shown = console(140)
+    shown.print(table)
+    kept = loram_keeps(rows) if "answer_perplexity" in measured else None
+    if kept is not None:
+        shown.print(f"gain kept: {kept:.1%} of what LoRA on the full base gains (log-perplexity)")
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.2f} M"

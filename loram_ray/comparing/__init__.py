@@ -1,1 +1,0 @@
-"""The comparison: LoRAM in its variants against what else one could do."""

@@ -1,0 +1,120 @@
+"""From YAML and overrides to sections, and from broken rules to clear lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from loram_ray.config.base import Section, kind_of, section_types
+from loram_ray.config.overrides import apply_override
+from loram_ray.config.run import STAGES, RunConfig
+from loram_ray.errors import LoramError, nearest, shown
+from loram_ray.utils.parsing import read_yaml
+from loram_ray.utils.parsing.documents import broken_rule
+
+
+def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply overrides.
+
+    Args:
+        config: a YAML file, or None to start from nothing.
+        overrides: ``dotted.key=value``; the value is text as it is written where the key is text
+            or a path, else YAML.
+
+    Raises:
+        LoramError: the file or an override cannot be read, or a value breaks a rule.
+    """
+    data = _read_run(Path(config)) if config is not None else {}
+    for override in overrides:
+        apply_override(data, override)
+    for stage in STAGES:
+        if stage in data and data[stage] is None:  # "recover:" alone asks for its defaults
+            data[stage] = {}
+    return validate(RunConfig, data, source=str(config) if config is not None else "--set")
+
+
+def section_of(run: RunConfig, stage: str) -> Any:
+    """Return one stage's section.
+
+    Raises:
+        LoramError: the run file has none.
+    """
+    section = getattr(run, stage)
+    if section is None:
+        raise LoramError(f"{stage} must be a section of the config; add '{stage}:' to it")
+    return section
+
+
+def validate(model: type[Section], data: Mapping[str, Any], source: str) -> Any:
+    """Validate a dictionary, turning each broken rule into one clear line."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(model, entry) for entry in _causes(error.errors())]
+        raise LoramError(*(f"{source}: {line}" for line in lines)) from error
+
+
+def _causes(errors: Sequence[Any]) -> list[Any]:
+    """Leave out errors that only follow from others.
+
+    Sections lack paths where ``base`` or ``output`` is wrong, and a list is said to be too short
+    where one of its items is wrong. Of a list's items the first wrong one stands for all.
+    """
+    shared = [error for error in errors if error["loc"] in (("base",), ("output",))]
+    if shared:
+        return shared
+    locations = [error["loc"] for error in errors]
+    own = [
+        error
+        for error in errors
+        if not any(
+            len(other) > len(error["loc"]) and other[: len(error["loc"])] == error["loc"]
+            for other in locations
+        )
+    ]
+    first: dict[Any, Any] = {}
+    for error in own:
+        *inside, last = error["loc"] or ("",)
+        first.setdefault((*inside, "item" if isinstance(last, int) else last), error)
+    return list(first.values())
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    data = read_yaml(path, "--config")
+    if not isinstance(data, dict):
+        raise LoramError(f"--config {path} must hold keys and values; see jobs/configs/demo.yaml")
+    return data
+
+
+def _describe(model: type[BaseModel], error: Any) -> str:
+    location = error["loc"]
+    key = ".".join(str(part) for part in location) or "the config"
+    match error["type"]:
+        case "extra_forbidden" | "invalid_key":
+            known = _fields_at(model, location[:-1])
+            return f"{key} is not a known key{nearest(str(location[-1]), known)}"
+        case "missing":
+            return f"{key} must be given; add it to the config or pass --set {key}=…"
+        case "value_error":
+            text = str(error["ctx"]["error"])  # of a section it begins with the key, of a key not
+            return (f"{key} " if text.startswith("must ") else f"{key}." if location else "") + text
+        case "path_type":
+            return f"{key} must be a path, got {shown(error['input'])}; change the value"
+    return f"{key} {broken_rule(error)}; change the value"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the section at a location, for suggestions."""
+    current: type[BaseModel] = model
+    by_kind: dict[str, type[Section]] = {}
+    for part in location:
+        if part in by_kind:  # which section of several it is comes after its number
+            current = by_kind[part]
+        elif part in current.model_fields:
+            inside = section_types(current.model_fields[part].annotation)
+            current = inside[0] if inside else current
+            by_kind = {kind_of(section): section for section in inside} if inside[1:] else {}
+    return list(current.model_fields)

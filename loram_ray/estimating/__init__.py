@@ -1,0 +1,1 @@
+"""Memory, time and sizes by arithmetic, before anything runs."""

@@ -1,0 +1,58 @@
+"""Parameters and bytes of a base, of what pruning leaves, and of that in NF4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from loram_ray.artifacts.tensorfile import TensorSpec
+
+_BF16 = 2
+NF4_BY_NAME = 4
+"""How often NF4 goes into bf16, if nothing but its codes were stored, and of all parameters."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's size.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        bf16: bytes in bfloat16.
+        nf4_nominal: bytes at four bits a parameter, embeddings included, as the paper counts.
+        nf4_stored: bytes of the tensors that `quantize` writes: codes, scales, and what is not
+            quantised (embeddings, ``lm_head``, norms) in bfloat16. The mean of a weight's scales is
+            text, whose length is taken as that of a usual one.
+        nf4_loaded: bytes of the same tensors on a GPU, without the text.
+    """
+
+    parameters: int
+    bf16: int
+    nf4_nominal: float
+    nf4_stored: int
+    nf4_loaded: int
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """Count a model on any device, whatever dtype it has there."""
+    from loram_ray.models.nf4 import linears_of
+
+    count = sum(parameter.numel() for parameter in model.parameters())
+    stored = loaded = _BF16 * count
+    for name in linears_of(model):
+        weight = model.get_parameter(f"{name}.weight")
+        parts = _nf4_parts(tuple(weight.shape))
+        stored += sum(parts.values()) - _BF16 * weight.numel()
+        loaded += sum(n for part, n in parts.items() if "quant_state" not in part)
+        loaded -= _BF16 * weight.numel()
+    return Sizes(count, _BF16 * count, _BF16 * count / NF4_BY_NAME, stored, loaded)
+
+
+def _nf4_parts(shape: tuple[int, ...]) -> dict[str, int]:
+    from loram_ray.models.nf4 import stored_specs
+
+    usual = torch.tensor(0.0314159)
+    specs = stored_specs(TensorSpec(shape, torch.bfloat16), usual)
+    return {part: spec.nbytes for part, spec in specs.items()}

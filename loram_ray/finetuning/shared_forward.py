@@ -1,0 +1,421 @@
+"""Losses of several adapters on one model in one pass: ``h = x W + s_k * drop(x) A_k^T B_k^T``.
+
+The adapters' sequences, without their padding, are packed into rows and the frozen weights work
+once on all of them; to each linear's output each adapter's tokens get what that adapter adds. The
+losses have no parameter in common, so the gradient of their sum is that of each, and each is the
+loss that its adapter has alone, up to the rounding of products of other shapes. Dropout draws from
+each adapter's own random numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from loram_ray.finetuning.frozen import FrozenModel, shell_of
+from loram_ray.finetuning.masked import MaskedLoraLinear
+from loram_ray.finetuning.packing import Inputs, laid_out
+from loram_ray.losses import summed_loss_of_states
+from loram_ray.runtime.progress import say
+
+Loss = tuple[torch.Tensor, torch.Tensor]
+"""The summed loss, and the number of labels."""
+
+_ADAPTER = "default"
+
+
+class Draws:
+    """The state of torch's random numbers of one training, on the CPU and on the GPU."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def put(self) -> None:
+        """Make it this process's."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter on its shell of the model.
+
+    Attributes:
+        model: the shell.
+        layers: of the adapter, by the names of the modules that they are put on.
+        joins: whether they are linears alone, and none is compiled.
+        checkpoints: whether activations are to be worked out again.
+    """
+
+    model: PreTrainedModel
+    layers: Mapping[str, Any]
+    joins: bool
+    checkpoints: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Adapted:
+        """Look at a shell."""
+        modules = dict(model.named_modules())
+        layers = {n: module for n, module in modules.items() if isinstance(module, BaseTunerLayer)}
+        compiled = any(module._compiled_call_impl is not None for module in modules.values())
+        joins = not compiled and all(map(_is_plain, layers.values()))
+        return cls(model, layers, joins, model.is_activation_checkpointing)
+
+
+def _is_plain(layer: Any) -> bool:
+    return (
+        isinstance(layer, lora.LoraLayer)
+        and isinstance(layer.get_base_layer(), nn.Linear)
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+    )
+
+
+@dataclass
+class Member:
+    """An adapter that wants the loss of a batch.
+
+    Attributes:
+        adapted: the adapter.
+        inputs: of `losses.summed_loss`.
+        draws: what its dropout draws from; moved on by what it draws.
+    """
+
+    adapted: Adapted
+    inputs: Inputs
+    draws: Draws
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw this member's random numbers inside the block."""
+        self.draws.put()
+        try:
+            yield
+        finally:
+            self.draws = Draws()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A member's tokens in a pass.
+
+    Attributes:
+        member: whose.
+        places: int64 ``[rows, seq]``, where in the pass each token of the member's batch is, all
+            rows of the pass one after another; of its padding another token's.
+        seen: ``[rows, seq]``, False where the batch has padding.
+    """
+
+    member: Member
+    places: torch.Tensor
+    seen: torch.Tensor
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The member's own of a tensor of the pass, ``[rows, seq, n]``: as it has it alone."""
+        return x.flatten(0, 1)[self.places]
+
+
+class JointForward:
+    """The module tree in which all rows go through the frozen weights together.
+
+    Args:
+        frozen: the model.
+    """
+
+    def __init__(self, frozen: FrozenModel) -> None:
+        self._frozen = frozen
+        self._model = shell_of(frozen.model).train()
+        self._modules = dict(self._model.named_modules())
+        draws = any(
+            getattr(module, "attention_dropout", 0) or getattr(module, "p", 0)
+            for module in self._modules.values()
+        )
+        self._joins = not draws and frozen.kind[1] != "flash_attention_2"
+        self._parts: list[_Part] = []
+        self._owners = torch.empty(0)
+        self._columns: dict[tuple[int, ...], torch.Tensor] = {}
+        self._checkpointing = False
+        self._most = sys.maxsize  # tokens of a pass
+
+    def losses(self, members: Sequence[Member]) -> list[Loss | Exception]:
+        """Each member's summed loss, or what it raised: no member has what is another's.
+
+        The losses have their gradients already: their backward passes only hand them out. Adapters
+        on more than linears, compiled ones, and models that draw random numbers of their own take
+        turns instead.
+        """
+        found: dict[int, Loss | Exception] = {}
+        joining = [n for n, member in enumerate(members) if self._joins and member.adapted.joins]
+        tokens = [_tokens(member.inputs) for member in members]
+        for joined in _within(joining, tokens, self._most):
+            if len(joined) == 1:
+                continue
+            before = [members[n].draws for n in joined]
+            try:
+                found.update(zip(joined, self._together([members[n] for n in joined]), strict=True))
+            except Exception as error:  # of whom is not known
+                _put_back([members[n] for n in joined], before)
+                if _is_memory(error):
+                    self._most = sum(tokens[n] for n in joined) // 2
+                    say("train", f"memory is short: at most {self._most:,} tokens in a pass now")
+                if self._frozen.device == "cuda":
+                    torch.cuda.empty_cache()
+        for number, member in enumerate(members):
+            if number not in found:
+                try:
+                    found[number] = self._alone(member)
+                except Exception as error:
+                    found[number] = error
+        return [found[number] for number in range(len(members))]
+
+    def _alone(self, member: Member) -> Loss:
+        with member.drawing():
+            found = self._frozen.summed_loss(member.adapted.model, member.inputs)
+            return _with_gradients([found], [member])[0]
+
+    def _together(self, members: Sequence[Member]) -> list[Loss]:
+        self._checkpoint(any(member.adapted.checkpoints for member in members))
+        batch, parts = laid_out([member.inputs for member in members])
+        self._parts = [_Part(m, *part) for m, part in zip(members, parts, strict=True)]
+        found = []
+        with self._with_adapters(batch), self._frozen.computing():
+            hidden = self._model.get_decoder()(**batch, use_cache=False)[0]
+            for part in self._parts:
+                model, labels = part.member.adapted.model, part.member.inputs["labels"]
+                with part.member.drawing():  # the head may have an adapter, too
+                    found.append(summed_loss_of_states(model, part.of(hidden), labels))
+            return _with_gradients(found, members, finite=True)
+
+    @contextmanager
+    def _with_adapters(self, batch: Inputs) -> Iterator[None]:
+        """Have the linears add what each member's adapter adds, inside the block."""
+        owners = torch.full_like(batch["input_ids"], -1).flatten()
+        for number, part in enumerate(self._parts):
+            owners[part.places[part.seen]] = number
+        self._owners = owners
+        names = {name for part in self._parts for name in part.member.adapted.layers}
+        hooks = [
+            self._modules[name].register_forward_hook(functools.partial(self._add, name))
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._parts, self._columns = [], {}
+
+    def _add(
+        self, name: str, _: nn.Module, given: tuple[torch.Tensor], made: torch.Tensor
+    ) -> torch.Tensor:
+        """A linear's output ``[rows, seq, out]`` with what each part's adapter adds to it."""
+        x = given[0]
+        adapted = [
+            (number, layer)
+            for number, part in enumerate(self._parts)
+            if (layer := part.member.adapted.layers.get(name)) is not None
+        ]
+        by_kind: dict[torch.dtype | None, list[tuple[int, Any]]] = {}
+        for number, layer in adapted:
+            masked = isinstance(layer, MaskedLoraLinear)
+            kind = None if masked else layer.lora_A[_ADAPTER].weight.dtype
+            by_kind.setdefault(kind, []).append((number, layer))
+        for kind, some in by_kind.items():
+            if kind is None:
+                made = self._with_masked(some, x, made)
+            else:
+                left = self._dropped(some, x)
+                if not torch.is_autocast_enabled(x.device.type):
+                    left = left.to(kind)
+                made = made + _added_by_all(some, left, self._own(some)).to(made.dtype)
+        return made
+
+    def _own(self, layers: Sequence[tuple[int, Any]]) -> torch.Tensor:
+        """Which ranks are of whom a token is, ``[tokens of the pass, sum of the ranks]``."""
+        numbers = tuple(
+            number for number, layer in layers for _ in range(layer.lora_A[_ADAPTER].out_features)
+        )
+        if numbers not in self._columns:
+            of_whom = torch.tensor(numbers, device=self._owners.device)
+            self._columns[numbers] = self._owners[:, None] == of_whom
+        return self._columns[numbers]
+
+    def _dropped(self, layers: Sequence[tuple[int, Any]], x: torch.Tensor) -> torch.Tensor:
+        """What each adapter's dropout leaves of its tokens, ``[rows, seq, in]``."""
+        places, left = [], []
+        for number, layer in layers:
+            if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout):
+                part = self._parts[number]
+                with part.member.drawing():
+                    left.append(layer.lora_dropout[_ADAPTER](part.of(x))[part.seen])
+                places.append(part.places[part.seen])
+        if not left:
+            return x
+        return x.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(left)).view_as(x)
+
+    def _with_masked(
+        self, layers: Sequence[tuple[int, Any]], x: torch.Tensor, made: torch.Tensor
+    ) -> torch.Tensor:
+        """A linear's output with what adapters under masks add, one after another."""
+        places, added = [], []
+        for number, layer in layers:
+            part = self._parts[number]
+            with part.member.drawing():
+                product = _masked_product(layer, part.of(x))
+            places.append(part.places[part.seen])
+            added.append(product[part.seen].to(made.dtype))
+        flat = made.flatten(0, 1).index_add(0, torch.cat(places), torch.cat(added))
+        return flat.view_as(made)
+
+    def _checkpoint(self, wanted: bool) -> None:
+        """Have activations worked out again in the backward pass, with the numbers drawn before."""
+        if wanted and not self._checkpointing:
+            self._model.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self._drawn_again}
+            )
+        elif self._checkpointing and not wanted:
+            self._model.activation_checkpointing_disable()
+        self._checkpointing = wanted
+
+    def _drawn_again(self) -> tuple[Any, Any]:
+        members = [part.member for part in self._parts]
+        before: list[Draws] = []
+
+        @contextmanager
+        def first() -> Iterator[None]:
+            before.extend(member.draws for member in members)
+            yield
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now = [member.draws for member in members]
+            _put_back(members, before)
+            try:
+                yield
+            finally:
+                _put_back(members, now)
+
+        return first(), again()
+
+
+def _within(numbers: Sequence[int], tokens: Sequence[int], most: int) -> list[list[int]]:
+    """Groups of batches that together have at most so many tokens, unless a group is of one."""
+    groups: list[list[int]] = []
+    room = 0
+    for number in numbers:
+        if tokens[number] > room:
+            groups.append([])
+            room = most
+        groups[-1].append(number)
+        room -= tokens[number]
+    return groups
+
+
+def _tokens(batch: Inputs) -> int:
+    """Of a batch, without its padding."""
+    return int(
+        batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
+    )
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether there was too little memory, on a GPU or not."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _put_back(members: Sequence[Member], draws: Sequence[Draws]) -> None:
+    for member, state in zip(members, draws, strict=True):
+        member.draws = state
+
+
+def _masked_product(layer: MaskedLoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """What PEFT's layer adds to a frozen linear's output, ``[..., in]`` to ``[..., out]``."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return layer.masked_product(layer.lora_dropout[_ADAPTER](x), _ADAPTER)
+
+
+def _added_by_all(
+    layers: Sequence[tuple[int, Any]], x: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """What adapters add to a linear's output, each to its tokens: two products for all of them.
+
+    Their ranks are put beside each other. What a token has in ranks of another adapter than its
+    own is replaced with zeros, which neither product's gradient sees.
+
+    Args:
+        layers: PEFT's, with the numbers of their members.
+        x: ``[rows, seq, in]``, of the adapters' dtype unless there is autocast.
+        own: which ranks are a token's, ``[rows * seq, sum of the ranks]``.
+
+    Returns:
+        ``[rows, seq, out]``.
+    """
+    down = torch.cat([layer.lora_A[_ADAPTER].weight for _, layer in layers])
+    up = torch.cat(
+        [layer.lora_B[_ADAPTER].weight * layer.scaling[_ADAPTER] for _, layer in layers], dim=1
+    )
+    low = functional.linear(x.flatten(0, 1), down)
+    low = torch.where(own, low, torch.zeros((), dtype=low.dtype, device=low.device))
+    return functional.linear(low, up).view(*x.shape[:-1], -1)
+
+
+def _with_gradients(
+    found: Sequence[Loss], members: Sequence[Member], finite: bool = False
+) -> list[Loss]:
+    """Losses that have their gradients before they are asked for.
+
+    Raises:
+        ArithmeticError: ``finite`` is asked for, and a loss or a gradient is not: it may be that of
+            a neighbour in a row, for nothing times infinity is not nothing.
+    """
+    trained = [[p for p in m.adapted.model.parameters() if p.requires_grad] for m in members]
+    every = [parameter for parameters in trained for parameter in parameters]
+    whole = torch.stack([total for total, _ in found]).sum()
+    computed = torch.autograd.grad(whole, every, allow_unused=True)
+    if finite:
+        sizes = torch._foreach_norm([gradient for gradient in computed if gradient is not None])
+        if (
+            not torch.stack([whole.detach(), *(size.to(whole.dtype) for size in sizes)])
+            .isfinite()
+            .all()
+        ):
+            raise ArithmeticError("a loss or a gradient is not finite")
+    gradients = iter(computed)
+    ready = []
+    for (total, count), parameters in zip(found, trained, strict=True):
+        of_these = [next(gradients) for _ in parameters]
+        ready.append((_HandOut.apply(total.detach(), of_these, *parameters), count))
+    return ready
+
+
+class _HandOut(torch.autograd.Function):
+    """A loss whose backward pass hands out gradients that are there already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: torch.Tensor,
+        gradients: Sequence[torch.Tensor | None],
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = [None if ready is None else ready * gradient for ready in ctx.gradients]
+        return None, None, *found

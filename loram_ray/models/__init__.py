@@ -1,0 +1,1 @@
+"""Base and pruned models: loading, modelling code, tokenizers, NF4 and GGUF."""

@@ -1,0 +1,214 @@
+"""The vocabulary of a byte-level BPE, as GGUF holds it and llama.cpp reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from loram_ray.errors import LoramError
+from loram_ray.models.tokenizer import added_around, load_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, TokenType
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+_REMEDY = "convert the model with llama.cpp's convert_hf_to_gguf.py"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What GGUF holds of a tokenizer.
+
+    Attributes:
+        tokens: by number, one for each row of the embeddings.
+        kinds: of each.
+        pre_tokenizer: llama.cpp's name of the pre-tokenisation.
+        merges: in order, the two parts of each with a space between.
+        special: numbers of special tokens, by llama.cpp's names.
+        begins: whether the tokenizer itself puts BOS in front of a text.
+        ends: whether it puts EOS behind.
+        templates: the chat template, several by name, or None.
+    """
+
+    tokens: list[str]
+    kinds: list[TokenType]
+    pre_tokenizer: str
+    merges: list[str]
+    special: dict[str, int]
+    begins: bool
+    ends: bool
+    templates: str | list[dict[str, str]] | None
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        """Put it into a file's metadata."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre_tokenizer)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        writer.add_token_merges(self.merges)
+        for name, number in self.special.items():
+            getattr(writer, f"add_{name}_token_id")(number)
+        writer.add_add_bos_token(self.begins)
+        writer.add_add_eos_token(self.ends)
+        if self.templates is not None:
+            writer.add_chat_template(self.templates)
+
+
+def read_vocabulary(
+    directory: Path, config: PreTrainedConfig, pre_tokenizer: str | None
+) -> Vocabulary:
+    """Read the tokenizer of a model directory.
+
+    Args:
+        directory: the model.
+        config: as transformers reads it.
+        pre_tokenizer: llama.cpp's name of the pre-tokenisation; None recognises it.
+
+    Raises:
+        LoramError: a tokenizer that GGUF cannot hold, or that llama.cpp does not load.
+    """
+    tokenizer = load_tokenizer(directory)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    _require_byte_level(backend, directory)
+    tokens, kinds = _tokens(tokenizer, config.vocab_size)
+    merges = backend["model"]["merges"]
+    begins, ends = _added(tokenizer, directory)
+    return Vocabulary(
+        tokens,
+        kinds,
+        pre_tokenizer or _recognised(backend["pre_tokenizer"] or {}, directory),
+        [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
+        _special(tokenizer, config),
+        begins,
+        ends,
+        _templates(tokenizer.chat_template, directory),
+    )
+
+
+def _require_byte_level(backend: dict[str, Any], directory: Path) -> None:
+    """Refuse what llama.cpp's byte-level BPE does not do.
+
+    Raises:
+        LoramError: the first of it.
+    """
+    model = backend["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise LoramError(
+            f"export writes byte-level BPE vocabularies, {directory} has another; {_REMEDY}"
+        )
+    if not model["merges"]:
+        raise LoramError(
+            f"{directory}/tokenizer.json must have merges, it has none and llama.cpp does not load "
+            "a BPE without; export a model whose tokenizer has some"
+        )
+    normalizer = backend["normalizer"] or {}
+    for part in normalizer.get("normalizers", [normalizer] if normalizer else []):
+        if part["type"] != "NFC":
+            raise LoramError(
+                f"{directory}/tokenizer.json must have no normalizer but NFC to be exported, it "
+                f"has {part['type']}, which llama.cpp's BPE lacks; export another model"
+            )
+    if any(part.get("add_prefix_space") for part in _parts(backend["pre_tokenizer"] or {})):
+        raise LoramError(
+            f"add_prefix_space must be false in {directory}/tokenizer.json to be exported: "
+            "llama.cpp's BPE puts no space in front of a text; export another model"
+        )
+
+
+def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[TokenType]]:
+    from gguf import TokenType
+
+    words = {number: word for word, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds = [], []
+    for number in range(size):
+        tokens.append(words.get(number, f"[PAD{number}]"))
+        if number not in words:
+            kinds.append(TokenType.UNUSED)
+        elif number not in added:
+            kinds.append(TokenType.NORMAL)
+        else:
+            kinds.append(TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED)
+    return tokens, kinds
+
+
+def _special(tokenizer: Any, config: PreTrainedConfig) -> dict[str, int]:
+    """Numbers of special tokens: the tokenizer's, or else the configuration's where it has one."""
+    found = {}
+    for name in _SPECIAL:
+        of_config = getattr(config, f"{name}_token_id", None)
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is None and type(of_config) is int and 0 <= of_config < config.vocab_size:
+            number = of_config
+        if number is not None:
+            found[name] = number
+    return found
+
+
+def _added(tokenizer: Any, directory: Path) -> tuple[bool, bool]:
+    """Whether the tokenizer itself puts BOS in front of a text, and EOS behind it.
+
+    Raises:
+        LoramError: it adds others, which GGUF has no field for.
+    """
+    opening, closing = added_around(tokenizer)
+    bos, eos = (tokenizer.bos_token_id,), (tokenizer.eos_token_id,)
+    if opening not in ((), bos) or closing not in ((), eos):
+        words = tokenizer.convert_ids_to_tokens([*opening, *closing])
+        raise LoramError(
+            f"{directory} must have a tokenizer that adds at most its bos_token in front of a text "
+            f"and its eos_token behind it, it adds {' '.join(words)}; set them in its "
+            "tokenizer_config.json"
+        )
+    return bool(opening), bool(closing)
+
+
+def _templates(
+    given: str | dict[str, str] | None, directory: Path
+) -> str | list[dict[str, str]] | None:
+    """Chat templates as gguf writes them: one, or several by name.
+
+    Raises:
+        LoramError: a name that is no key in GGUF.
+    """
+    if not isinstance(given, dict):
+        return given
+    for name in given:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise LoramError(
+                f"names of chat templates must be of letters, digits and _ in GGUF, {directory} "
+                f"has {name!r}; rename it in its tokenizer files"
+            )
+    return [{"name": name, "template": template} for name, template in given.items()]
+
+
+def _parts(pre_tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(pre_tokenizer.get("pretokenizers", [pre_tokenizer]))
+
+
+def _recognised(pre_tokenizer: dict[str, Any], directory: Path) -> str:
+    """llama.cpp's name of a pre-tokenisation."""
+    parts = _parts(pre_tokenizer)
+    match [part.get("type") for part in parts]:
+        case ["ByteLevel"] if parts[0].get("use_regex", True):
+            return "gpt-2"
+        case ["Digits", "ByteLevel"] if parts[0]["individual_digits"] and parts[1]["use_regex"]:
+            return "smollm"
+        case ["Split", "ByteLevel"]:
+            expression = parts[0]["pattern"].get("Regex")
+            if expression in _SPLITS and not parts[1]["use_regex"]:
+                return _SPLITS[expression]
+    raise LoramError(
+        f"export.pre_tokenizer must be given, {directory} splits text in a way that is not "
+        "recognised; llama.cpp's name of it is in its convert_hf_to_gguf.py"
+    )

@@ -1,0 +1,122 @@
+"""Loading base and pruned models.
+
+The pruned classes themselves are in `modeling_pruned`, which is copied beside the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from loram_ray.artifacts.tensorfile import require_finite
+from loram_ray.errors import LoramError
+from loram_ray.models.weights import ModelCheckpoint
+from loram_ray.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NO_ADAPTER = "no adapter"
+"""Folder in which transformers looks for an adapter's configuration; beside the weights it would
+put the adapter on without a word."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(
+    directory: Path | str,
+    precision: str = "bf16",
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load a base, pruned, aligned, quantised or merged model directory.
+
+    A quantised model's linears stay in NF4 and multiply in the precision, but for those that
+    bitsandbytes cannot compute on CPUs (`nf4.mend_on_cpu`).
+
+    Args:
+        directory: the model.
+        precision: ``bf16`` or ``fp32``.
+        device: where its weights go.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None is transformers' choice.
+
+    Raises:
+        LoramError: weights that are not those of the model's configuration, or not finite; an
+            attention that the family or the machine does not have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with ModelCheckpoint(directory):
+        pass
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[precision],
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+            adapter_kwargs={"subfolder": _NO_ADAPTER},
+        )
+    except (ImportError, ValueError) as error:
+        reason = f"{' '.join(str(error).split()):.300}"
+        if attention is None:
+            raise LoramError(
+                f"{directory} cannot be loaded ({reason}); restore its config.json"
+            ) from error
+        raise LoramError(
+            f"attention = {attention} cannot be used for {directory} "
+            f"({reason}); install what it needs or leave it out"
+        ) from error
+    _require_finite(model, directory)
+    if getattr(model, "is_loaded_in_4bit", False):
+        from loram_ray.models.nf4 import compute_in, mend_on_cpu
+
+        for parameter in model.parameters():  # transformers leaves what is not quantised as stored
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[precision])
+        compute_in(model, DTYPES[precision])
+        mend_on_cpu(model)
+    return model
+
+
+def _require_finite(model: PreTrainedModel, directory: Path | str) -> None:
+    """Refuse loaded weights, and scales of quantised ones, that are NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter, directory)
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            for part, scale in state.as_dict(packed=False).items():
+                if isinstance(scale, torch.Tensor):
+                    require_finite(f"{name}.{part}", scale, directory)
+                elif isinstance(scale, float):
+                    require_finite(f"{name}.{part}", torch.tensor(scale), directory)
+
+
+def parameters_and_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Count parameters, a quantised one as its weights, and the bytes that hold them."""
+    count = nbytes = 0
+    for parameter in parameters:
+        state = getattr(parameter, "quant_state", None)
+        count += parameter.numel() if state is None else math.prod(state.shape)
+        nbytes += parameter.nbytes
+        if state is not None:
+            nbytes += sum(part.nbytes for part in state.as_dict(packed=True).values())
+    return count, nbytes
+
+
+def load_pruned(directory: Path | str, precision: str = "bf16") -> PreTrainedModel:
+    """Load a pruned or aligned model as an ordinary `PreTrainedModel`.
+
+    Args:
+        directory: written by prune, align or quantize.
+        precision: ``bf16`` or ``fp32``.
+
+    Raises:
+        LoramError: the directory holds no pruning plan.
+    """
+    PruningPlan.load(directory)
+    return load_model(directory, precision)

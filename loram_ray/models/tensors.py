@@ -1,0 +1,280 @@
+"""Names and shapes of the tensors that a ``config.json`` describes.
+
+What a model's class expects follows from its configuration and its family alone, so nothing here
+needs transformers, whose modelling code takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_ray.architectures import Architecture, Geometry, architecture_of
+from loram_ray.artifacts.tensorfile import TensorSpec
+from loram_ray.errors import LoramError
+
+_NF4_BLOCK, _NF4_BLOCK_OF_SCALES = 64, 256
+_QUANTISED = ".quant_state.bitsandbytes__"
+_MOST_BLOCKS_OF_A_TENSOR = 100
+"""Layers times experts for each stored tensor, at most; in real models each has several tensors."""
+_RECOMPUTED = ".rotary_emb.inv_freq"
+"""End of the names of rotary frequencies, which old models store and transformers computes."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def is_recomputed(name: str) -> bool:
+    """Whether a stored tensor is no weight: transformers computes it from the configuration."""
+    return name.endswith(_RECOMPUTED)
+
+
+def expected_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Shape of each tensor that a model has on disk, by name; a tied output head is left out.
+
+    Args:
+        config: ``config.json`` of a base, pruned, aligned or merged model. Quantised linears have
+            the shapes that they had before.
+
+    Raises:
+        LoramError: an unsupported family, or a size that is missing or no size.
+    """
+    settings = dict(config)
+    family = family_in(settings)
+    geometry = family.geometry(settings)
+    words, hidden = _size_of_vocabulary(settings), geometry.hidden_size
+    shapes: Shapes = {
+        f"{family.embeddings}.weight": (words, hidden),
+        f"{family.final_norm}.weight": (hidden,),
+    }
+    if not family.is_tied(settings):
+        shapes[f"{family.output_head}.weight"] = (words, hidden)
+    changed = _changed_linears(settings)
+    biases = (names for key, names in family.biases if key is None or settings.get(key))
+    biased = {name for names in biases for name in names}
+    for layer in range(geometry.num_layers):
+        for name, shape in _linears(family, geometry, settings, layer):
+            path = f"{family.layers}.{layer}.{name}"
+            shape = changed.pop(path, shape)
+            shapes[f"{path}.weight"] = shape
+            if name in biased:
+                shapes[f"{path}.bias"] = shape[:1]
+        for name, size in _norms(family, geometry, layer, shapes):
+            shapes[f"{family.layers}.{layer}.{name}.weight"] = (size,)
+    if changed:
+        raise LoramError(
+            f"pruned_linears in the model's config.json must name linears of its layers, got "
+            f"{next(iter(changed))}; restore the file"
+        )
+    return shapes
+
+
+def require_described(
+    directory: Path, config: Mapping[str, Any], stored: Mapping[str, TensorSpec], file: str
+) -> None:
+    """Refuse weights that are not those of a configuration.
+
+    Args:
+        directory: of both, for messages.
+        config: ``config.json``.
+        stored: shape and dtype of each tensor.
+        file: that the weights are read from: the one with all of them, or their index.
+
+    Raises:
+        LoramError: they are not; the message names the first tensor.
+    """
+    named = config.get("transformers_weights")
+    if named not in (None, file):
+        raise LoramError(
+            f"transformers_weights in {directory / 'config.json'} must be left out, got "
+            f"{named!r:.80}; the model is {file}"
+        )
+    _require_possible(directory, config, len(stored))
+    expected = expected_shapes(config)
+    quantisation = _Quantisation(directory, config)
+    left = dict(stored)
+    for name, shape in expected.items():
+        parts = quantisation.parts(name, shape, stored)
+        missing = [part for part in parts if part not in left]
+        if missing:
+            others = len(expected.keys() - stored.keys() - {name})
+            raise _missing(directory, missing[0], parts[missing[0]], others)
+        for part, size in parts.items():
+            found = left.pop(part)
+            if size is not None and found.shape != size:
+                raise LoramError(
+                    f"{directory} holds {part} as {found.shape}, its config.json says {size}; "
+                    "correct config.json or download the model again"
+                )
+        if parts.keys() == {name} and not stored[name].dtype.is_floating_point:
+            raise LoramError(
+                f"{directory} holds {name} as {stored[name].dtype}, a weight must be in floating "
+                "point; convert the model or download it again"
+            )
+    family = family_in(config)
+    head = f"{family.output_head}.weight"
+    embeddings = expected[f"{family.embeddings}.weight"]
+    for name, spec in left.items():
+        if name == head and spec.shape == embeddings:  # of a tied model that stores it twice
+            continue
+        if not is_recomputed(name):
+            raise LoramError(
+                f"{directory} holds tensor {name} {spec.shape}, its config.json describes a model "
+                "without it; correct config.json or download the model again"
+            )
+
+
+def _require_possible(directory: Path, config: Mapping[str, Any], stored: int) -> None:
+    """Refuse absurd numbers of layers and experts before their tensors are listed."""
+    settings = dict(config)
+    geometry = family_in(settings).geometry(settings)
+    blocks = geometry.num_layers * max(1, geometry.num_experts)
+    if blocks > _MOST_BLOCKS_OF_A_TENSOR * max(1, stored):
+        experts = f" of {geometry.num_experts:,} experts" if geometry.num_experts else ""
+        raise LoramError(
+            f"{directory} holds {stored:,} tensors, its config.json describes "
+            f"{geometry.num_layers:,} layers{experts}; correct config.json or download the model "
+            "again"
+        )
+
+
+def _missing(directory: Path, name: str, shape: tuple[int, ...] | None, others: int) -> LoramError:
+    more = f" and {others} more" if others else ""
+    size = "" if shape is None else f" {shape}"
+    return LoramError(
+        f"{directory} lacks tensor {name}{size}{more}, which its config.json asks for; correct "
+        "config.json or download the model again"
+    )
+
+
+def family_in(config: Mapping[str, Any]) -> Architecture:
+    """The family of a base's or a pruned model's ``config.json``."""
+    return architecture_of(str(config.get("model_type")).removeprefix("loram_"))
+
+
+def _size_of_vocabulary(config: Mapping[str, Any]) -> int:
+    words = config.get("vocab_size")
+    if type(words) is not int or words < 1:
+        raise LoramError(
+            "vocab_size in the model's config.json must be a positive whole number, got "
+            f"{words!r:.40}; restore the file"
+        )
+    return words
+
+
+def _changed_linears(config: Mapping[str, Any]) -> Shapes:
+    """Shapes of the linears that pruning changed."""
+    found = config.get("pruned_linears") or {}
+    try:
+        shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LoramError(
+            "pruned_linears in the model's config.json must give [out, in] by name, got "
+            f"{found!r:.80}; restore the file"
+        ) from error
+    return dict(shapes)
+
+
+def _linears(
+    family: Architecture, geometry: Geometry, config: Mapping[str, Any], layer: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name inside a stock layer and shape ``[out, in]`` of each of its linears."""
+    hidden = geometry.hidden_size
+    sparse = family.router is not None and _has_experts(config, layer)
+    for linear in family.linears:
+        if linear.per_expert and not sparse:
+            continue
+        size = sum(geometry.count(unit) * geometry.width(unit) for unit in linear.sections)
+        shape = (size, hidden) if linear.axis == 0 else (hidden, size)
+        for expert in range(geometry.num_experts) if linear.per_expert else (0,):
+            yield linear.name_of(expert), shape
+    if sparse:
+        assert family.router is not None
+        yield family.router, (geometry.num_experts, hidden)
+    elif family.router is not None:
+        neurons = config.get("intermediate_size")
+        yield "mlp.gate_proj", (neurons, hidden)  # type: ignore[misc]
+        yield "mlp.up_proj", (neurons, hidden)  # type: ignore[misc]
+        yield "mlp.down_proj", (hidden, neurons)  # type: ignore[misc]
+
+
+def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer of a mixture's model is one (Qwen3-MoE's configuration)."""
+    step = config.get("decoder_sparse_step") or 1
+    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+
+
+def _norms(
+    family: Architecture, geometry: Geometry, layer: int, shapes: Shapes
+) -> Iterator[tuple[str, int]]:
+    """Name inside a layer and size of each of its norms."""
+    for name in family.hidden_norms:
+        yield name, geometry.hidden_size
+    for name in family.head_norms:
+        yield name, geometry.head_dim
+    for norm in family.norms:  # over the features of a linear that may be pruned
+        linear = next(one for one in family.linears if one.sections == norm.sections)
+        yield norm.name, shapes[f"{family.layers}.{layer}.{linear.name}.weight"][0]
+
+
+class _Quantisation:
+    """What a configuration says of quantised weights.
+
+    Raises:
+        LoramError: a form that is not read here.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self._directory = directory
+        said = config.get("quantization_config")
+        self._is_on = bool(said)
+        said = said if isinstance(said, dict) else {}
+        kind = said.get("quant_method", "bitsandbytes")
+        if self._is_on and (kind != "bitsandbytes" or not said.get("load_in_4bit")):
+            raise LoramError(
+                f"quantization_config in {directory / 'config.json'} must be bitsandbytes' with "
+                f"load_in_4bit, got {kind}; give the model in full precision"
+            )
+        self._is_double = bool(said.get("bnb_4bit_use_double_quant"))
+        self._layers = f"{family_in(config).layers}."
+        self._some_whole = bool(said.get("llm_int8_skip_modules"))
+        self._modules = {linear.name.rpartition(".")[2] for linear in family_in(config).linears}
+
+    def parts(
+        self, name: str, shape: tuple[int, ...], stored: Mapping[str, TensorSpec]
+    ) -> dict[str, tuple[int, ...] | None]:
+        """Stored tensors of a weight and their shapes; None is any.
+
+        Raises:
+            LoramError: it is quantised and should not be, or the other way around.
+        """
+        states = [f"{name}{_QUANTISED}{kind}" for kind in ("nf4", "fp4")]
+        state = next((state for state in states if state in stored), None)
+        if state is None:
+            is_linear = name.startswith(self._layers) and len(shape) == 2
+            is_linear &= name.split(".")[-2] in self._modules
+            if self._is_on and is_linear and not self._some_whole and name in stored:
+                raise LoramError(
+                    f"{self._directory} holds {name} in full precision, quantization_config in "
+                    "its config.json says that it is quantised; take quantization_config out or "
+                    "quantise the model again"
+                )
+            return {name: shape}
+        if not self._is_on:
+            raise LoramError(
+                f"{self._directory} holds {name} quantised, its config.json has no "
+                "quantization_config; restore config.json or quantise the model again"
+            )
+        elements = math.prod(shape)
+        blocks = -(-elements // _NF4_BLOCK)
+        parts: dict[str, tuple[int, ...] | None] = {
+            name: (-(-elements // 2), 1),
+            f"{name}.absmax": (blocks,),
+            f"{name}.quant_map": (16,),
+            state: None,
+        }
+        if self._is_double:
+            parts[f"{name}.nested_absmax"] = (-(-blocks // _NF4_BLOCK_OF_SCALES),)
+            parts[f"{name}.nested_quant_map"] = (256,)
+        return parts

@@ -1,0 +1,190 @@
+"""Loading tokenizers, without the modelling code of transformers: it takes seconds to import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram_ray.errors import LoramError, first_line
+from loram_ray.models.tokenizer_files import require_template, require_tokenizer_files
+from loram_ray.utils.files import require_regular_files
+from loram_ray.utils.parsing import read_json, read_text
+
+_PROBES = ("Hello.", "a", "0")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens around a document: those with which the tokenizer itself begins and ends a text.
+
+    Attributes:
+        opening: token ids in front; none for many tokenizers, BOS for others (Llama, Gemma).
+        closing: token ids behind, the end-of-text token among them.
+    """
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The last token of every document."""
+        return self.closing[-1]
+
+    @property
+    def settings(self) -> dict[str, list[int]]:
+        """What a stage's identity holds of it: nothing where only one token is added, at the end.
+
+        Without it the outputs of earlier versions, which added no other, stay valid.
+        """
+        if not self.opening and len(self.closing) == 1:
+            return {}
+        return {"opening": list(self.opening), "closing": list(self.closing)}
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of a document, opened and closed."""
+        return [*_opened(ids, self.opening), *self.closing]
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """How documents begin and end.
+
+    Raises:
+        LoramError: the tokenizer has no end-of-text token.
+    """
+    opening, closing = added_around(tokenizer)
+    end = end_of_text(tokenizer)
+    return Frame(opening, closing if end in closing else (*closing, end))
+
+
+def end_of_text(tokenizer: Any) -> int:
+    """Id of the token that closes a document, and pads.
+
+    Raises:
+        LoramError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise LoramError(
+            f"{tokenizer.name_or_path} must have an end-of-text token, its tokenizer has none; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def ids_to_continue(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that is to be continued: begun as the tokenizer does, and not ended."""
+    opening, _ = added_around(tokenizer)
+    return _opened(tokenizer(text, add_special_tokens=False)["input_ids"], opening)
+
+
+def continuation(
+    tokenizer: Any, prompt: Sequence[int], new: Sequence[int], skip_special_tokens: bool = True
+) -> str:
+    """Text of generated tokens, decoded behind their prompt, whose text is cut off.
+
+    Decoded alone, tokens lose a space in front under SentencePiece, and a character that the prompt
+    has the first bytes of.
+
+    Args:
+        tokenizer: of the model.
+        prompt: token ids before them; the last few are enough.
+        new: generated token ids.
+        skip_special_tokens: whether special tokens are left out of the text.
+    """
+    before, whole = tokenizer.batch_decode(
+        [[*prompt], [*prompt, *new]], skip_special_tokens=skip_special_tokens
+    )
+    return str(whole[len(os.path.commonprefix([before, whole])) :])
+
+
+def _opened(ids: Sequence[int], opening: tuple[int, ...]) -> list[int]:
+    """Put the opening in front, unless the text holds it already."""
+    return [*ids] if tuple(ids[: len(opening)]) == opening else [*opening, *ids]
+
+
+def added_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that the tokenizer adds in front of a text and behind it.
+
+    They are seen in what it does to a text: flags such as ``add_bos_token`` need not agree.
+
+    Raises:
+        LoramError: it adds tokens elsewhere.
+    """
+    for text in _PROBES:
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(text)["input_ids"]
+        for begin in range(len(whole) - len(plain) + 1) if plain else ():
+            end = begin + len(plain)
+            if whole[begin:end] == plain:
+                return tuple(whole[:begin]), tuple(whole[end:])
+    raise LoramError(
+        f"{tokenizer.name_or_path} must have a tokenizer that adds special tokens around a text "
+        "only; use its base's tokenizer files"
+    )
+
+
+def load_tokenizer(
+    directory: Path | str, chat_template: Path | None = None, key: str = "chat_template"
+) -> Any:
+    """Load the tokenizer of a model directory.
+
+    Args:
+        directory: the model.
+        chat_template: Jinja file, instead of the tokenizer's own chat template.
+        key: configuration key or option of that file, for messages.
+
+    Raises:
+        LoramError: there is none that transformers can read, or the file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    require_regular_files(directory)
+    require_tokenizer_files(Path(directory))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    except BaseException as error:  # the library in Rust panics, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise LoramError(
+            f"{directory} has no tokenizer that transformers can load ({first_line(error)}); "
+            "copy the base's tokenizer files into it"
+        ) from error
+    _require_embedded(tokenizer, Path(directory))
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template, key)
+    name = f"{directory}: chat_template" if chat_template is None else f"{key} {chat_template}"
+    require_template(tokenizer.chat_template, name)
+    return tokenizer
+
+
+def _require_embedded(tokenizer: Any, directory: Path) -> None:
+    """Refuse a token whose number is beyond the rows of the embeddings.
+
+    Where the weights are opened, those are as many as ``config.json`` says.
+    """
+    if not (directory / "config.json").is_file():
+        return
+    config: dict[str, Any] = read_json(directory / "config.json")
+    words = config.get("vocab_size") if isinstance(config, dict) else None
+    if type(words) is not int:
+        return
+    beyond = [(number, token) for token, number in tokenizer.get_vocab().items() if number >= words]
+    if beyond:
+        number, token = min(beyond)
+        raise LoramError(
+            f"{directory}: token {token!r:.80} has number {number}, the embeddings have {words} "
+            "rows; resize the model's embeddings or take the token out of its tokenizer"
+        )
+
+
+def read_template(path: Path, key: str) -> str:
+    """Read a file with a chat template.
+
+    Raises:
+        LoramError: it cannot be read as text.
+    """
+    if not os.path.lexists(path):
+        raise LoramError(f"{key} {path} cannot be read (it does not exist); check the path")
+    return read_text(path, key, remedy="check the path")

@@ -1,0 +1,185 @@
+"""From a configuration to scores, or to pruned weights: which criterion looks at what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from loram_ray.architectures import Architecture, Geometry
+from loram_ray.artifacts.tensorfile import Checkpoint
+from loram_ray.config import PruneConfig, RayConfig
+from loram_ray.errors import LoramError
+from loram_ray.pruning.calibration import Walk, save_solved, share_out
+from loram_ray.pruning.criteria import (
+    LayerScores,
+    TaylorForm,
+    layer_linears,
+    magnitude,
+    score_layer,
+)
+from loram_ray.pruning.pool import ray_pool
+from loram_ray.pruning.random_scores import random_scores
+from loram_ray.pruning.sparse import Pattern
+from loram_ray.pruning.sparsify import solve_linear
+from loram_ray.pruning.statistics import SquaredNorms
+from loram_ray.pruning.text import KEY, calibration_sequences
+from loram_ray.pruning.worker import TOKENS_FILE, Setup
+from loram_ray.runtime.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that is being pruned.
+
+    Attributes:
+        directory: where it is.
+        checkpoint: its tensors.
+        family: its family.
+        geometry: its sizes.
+        positions: longest sequence it was made for, or None where its config does not say.
+        layers: first pruned layer and the one after the last.
+    """
+
+    directory: Path
+    checkpoint: Checkpoint
+    family: Architecture
+    geometry: Geometry
+    positions: int | None
+    layers: tuple[int, int]
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of a linear, ``[out, in]``.
+
+        Raises:
+            LoramError: it holds NaN or infinity.
+        """
+        return self.checkpoint.read(f"{module}.weight")
+
+
+def structured_scores(
+    config: PruneConfig, base: Base, work: Path, ray_config: RayConfig
+) -> dict[int, LayerScores]:
+    """Scores of every unit of the pruned layers, by the configured criterion.
+
+    Args:
+        config: the stage's configuration.
+        base: what is pruned.
+        work: directory for what outlives an interruption.
+        ray_config: where the workers of a calibration run.
+    """
+    match config.method:
+        case "random":
+            return random_scores(base.geometry, base.layers, config.seed)
+        case "magnitude":
+            return {layer: _magnitudes(base, layer) for layer in range(*base.layers)}
+        case "taylor":
+            passes = 2 * base.geometry.num_layers - base.layers[0]
+            with _walk(config, base, work, ray_config, passes) as walk:
+                return walk.score_taylor(TaylorForm(config.taylor))
+        case _:
+            with _walk(config, base, work, ray_config, base.layers[1]) as walk:
+                return walk.score_forward(config.method)
+
+
+def solve_weights(
+    config: PruneConfig,
+    base: Base,
+    ratios: dict[int, float],
+    norms: dict[str, torch.Tensor] | None,
+    work: Path,
+    ray_config: RayConfig,
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Prune the weights of every linear of the pruned layers; see `solved_file` for where they are.
+
+    Args:
+        config: the stage's configuration.
+        base: what is pruned.
+        ratios: share of zeros of each pruned layer.
+        norms: Wanda's squared input norms of an earlier calibration, or None.
+        work: directory for what outlives an interruption.
+        ray_config: where the workers of a calibration run.
+
+    Returns:
+        SparseGPT's relative error, and Wanda's squared input norms, by module path; either may be
+        empty.
+    """
+    pattern = Pattern.parse(config.pattern)
+    if config.method == "magnitude" or norms is not None:
+        _solve_without_calibration(config, base, ratios, pattern, norms or {}, work)
+        return {}, norms or {}
+    with _walk(config, base, work, ray_config, base.layers[1]) as walk:
+        errors = walk.solve(config.method, ratios, pattern, config.damping)
+        return errors, walk.input_norms()
+
+
+def _magnitudes(base: Base, layer: int) -> LayerScores:
+    linears = layer_linears(base.family, base.geometry, layer)
+    return score_layer(
+        linears, base.geometry, lambda e: magnitude(base.weight(e.module), e.linear.axis)
+    )
+
+
+def _solve_without_calibration(
+    config: PruneConfig,
+    base: Base,
+    ratios: dict[int, float],
+    pattern: Pattern,
+    norms: dict[str, torch.Tensor],
+    work: Path,
+) -> None:
+    with Reporter("prune", total=len(ratios), unit="layer") as reporter:
+        for layer, ratio in ratios.items():
+            solved = {}
+            for entry in layer_linears(base.family, base.geometry, layer):
+                name = entry.module
+                inputs = SquaredNorms(norms[name]) if name in norms else None
+                weight = base.weight(name)
+                solved[name] = solve_linear(
+                    weight, config.method, inputs, ratio, pattern, config.damping, name
+                )
+            save_solved(work, layer, solved)
+            reporter.advance(1)
+
+
+@contextmanager
+def _walk(
+    config: PruneConfig, base: Base, work: Path, ray_config: RayConfig, passes: int
+) -> Iterator[Walk]:
+    """Have workers and a walk over the base inside the block.
+
+    Args:
+        config: the stage's configuration.
+        base: what is pruned.
+        work: directory for what outlives an interruption.
+        ray_config: where Ray runs.
+        passes: layers that will be run, for the progress.
+    """
+    calibration = config.calibration
+    assert calibration is not None
+    if base.positions is not None and calibration.sequence_length > base.positions:
+        raise LoramError(
+            f"{KEY}.sequence_length must be at most {base.positions} (the base's positions), got "
+            f"{calibration.sequence_length}; lower it"
+        )
+    work = work.resolve()
+    tokens = work / TOKENS_FILE
+    sequences = calibration_sequences(calibration, base.directory, config.seed)
+    save_file({"token_ids": sequences}, tokens)
+    setup = Setup(
+        base=base.directory.resolve(),
+        model_type=base.family.model_type,
+        work=work,
+        precision=calibration.precision,
+        batch_size=calibration.batch_size,
+        shares=share_out(len(sequences), calibration.shares),
+    )
+    with (
+        ray_pool(setup, calibration, ray_config) as pool,
+        Reporter("prune", total=passes, unit="layer") as reporter,
+    ):
+        yield Walk(setup, pool, base.checkpoint, base.family, base.geometry, base.layers, reporter)

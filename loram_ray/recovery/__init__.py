@@ -1,0 +1,1 @@
+"""From an adapter of a pruned model to one of the base."""

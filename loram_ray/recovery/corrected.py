@@ -1,0 +1,187 @@
+"""The LoRA correction in recovery: which model it is of, and weights read a block at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_ray.artifacts.adapter import Adapter
+from loram_ray.artifacts.manifest import Manifest
+from loram_ray.artifacts.tensorfile import Checkpoint
+from loram_ray.config import RecoverConfig
+from loram_ray.errors import LoramError
+from loram_ray.models.weights import identify_model
+from loram_ray.plan import PruningPlan
+from loram_ray.recovery.correction import limited, orthonormal, projected
+from loram_ray.recovery.scatter import squared_norm
+from loram_ray.runtime.progress import say
+
+_MOVING = ("align", "quantize")  # stages after which the kept weights are no longer the base's
+_BLOCK_ELEMENTS = 2**22  # of a weight, in memory at a time; 16 MB in float32
+
+
+def corrects(config: RecoverConfig, manifest: Manifest) -> bool:
+    """Whether an adapter of structured pruning is corrected: as asked, or where its model moved.
+
+    Args:
+        config: the stage's configuration.
+        manifest: of the adapter.
+    """
+    if config.correction is None:
+        return manifest.details.get("model_stage") in _MOVING
+    return config.correction
+
+
+def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
+    """Refuse a correction after non-structured pruning.
+
+    Args:
+        plan: of the pruning.
+        key: of the configuration that asks for it, to name.
+        which: what has such a pruning, for the message.
+
+    Raises:
+        LoramError: the pruning is not structured.
+    """
+    if plan.masks is not None:
+        raise LoramError(
+            f"{key} must be false for a {plan.pattern} pruning, which {which}: a masked product is "
+            "no function of A x, on which the correction rests"
+        )
+
+
+def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> Path:
+    """Return the directory of the model that an adapter was trained on, after checking that it is.
+
+    Args:
+        config: the stage's configuration.
+        adapter: trained by the train stage.
+        manifest: the adapter's.
+
+    Raises:
+        LoramError: it is not there, it is damaged, or it is another one.
+    """
+    named = adapter.config.get("base_model_name_or_path")
+    model = config.model or Path(str(named))
+    if not model.is_dir():
+        raise LoramError(
+            f"recover.model must be a directory, got {model}; the correction needs the model that "
+            f"{adapter.directory} was trained on, or set recover.correction to false"
+        )
+    digest, _ = identify_model(model, "recover.model")
+    expected = manifest.parents.get("model", "unknown")
+    if digest != expected:
+        raise LoramError(
+            f"recover.model must be the model that {adapter.directory} was trained on, "
+            f"{expected[:12]}, {model} is {digest[:12]}; give that one"
+        )
+    return model
+
+
+class Correction:
+    """Corrects the pairs of an adapter, one after another, and keeps count.
+
+    Args:
+        base: the base's weights.
+        model: those that the adapter was trained on, in NF4 or in full.
+        plan: what was kept of the base.
+        limit: lambda.
+    """
+
+    def __init__(
+        self, base: Checkpoint, model: Checkpoint, plan: PruningPlan, limit: float
+    ) -> None:
+        self._base, self._model = base, model
+        self._base_specs, self._model_specs = base.specs, model.specs
+        self._plan, self._limit = plan, limit
+        self._norms: dict[str, float] = {}
+        self._changed = self._learnt = 0.0
+
+    def pair(
+        self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the corrected pair; the same where nothing is to be corrected.
+
+        Args:
+            module: path of the linear.
+            a: ``[r, in]``, as trained.
+            b: ``[out, r]``, as trained.
+            scale: LoRA's alpha / r, or alpha / sqrt(r).
+
+        Returns:
+            A' ``[r, in]`` and B' less the correction ``[out, r]``, in the dtypes of A and B.
+        """
+        new_a, new_b = orthonormal(a, b)
+        learnt = squared_norm(new_b)
+        self._learnt += scale**2 * learnt
+        change = projected(self._differences(module), new_a) if learnt else None
+        if change is None:
+            return a, b
+        change = limited(change / scale, new_b, self._limit)
+        changed = squared_norm(change)
+        self._changed += scale**2 * changed
+        self._norms[module] = math.sqrt(changed / learnt)
+        return new_a.to(a.dtype), (new_b - change).to(b.dtype)
+
+    def details(self) -> dict[str, Any]:
+        """What was corrected, relative to what was learnt, in the Frobenius norm.
+
+        A warning is shown where that is nothing.
+        """
+        if not self._norms:
+            say(
+                "warning",
+                "the correction changed nothing: the adapter was trained on the base's own "
+                "weights, or has learnt nothing; leave recover.correction out",
+            )
+        return {
+            "corrected_modules": len(self._norms),
+            "correction_norm": math.sqrt(self._changed / self._learnt) if self._learnt else 0.0,
+            "correction_norms": self._norms,
+        }
+
+    def _differences(self, module: str) -> Iterator[torch.Tensor]:
+        """Yield ``W_0[kept] - W_E`` of a linear in blocks of rows, float32, all in one buffer."""
+        family, kept = self._plan.architecture, self._plan.kept(module)
+        name = _weight(family.weight_name(module, self._base_specs), module, self._base)
+        height, width = self._base_specs[name].shape
+        rows = torch.arange(height) if kept is None or kept.axis == 1 else kept.index
+        moved = _weight(family.weight_name(module, self._model_specs), module, self._model)
+        whole = self._dequantized(moved)
+        first = 0
+        blocks = rows.split(max(1, _BLOCK_ELEMENTS // width))
+        columns = width if kept is None or kept.axis == 0 else len(kept.index)
+        buffer = torch.empty(len(blocks[0]), columns)
+        for block in blocks:
+            last = first + len(block)
+            ours = self._base.read_rows(name, block)
+            if kept is not None and kept.axis == 1:
+                ours = ours.index_select(1, kept.index)
+            theirs = (
+                self._model.read_rows(moved, torch.arange(first, last))
+                if whole is None
+                else whole[first:last]
+            )
+            yield buffer[: len(block)].copy_(ours).sub_(theirs)
+            first = last
+
+    def _dequantized(self, name: str) -> torch.Tensor | None:
+        """A weight that is stored in NF4, as training computes with it; None where it is not."""
+        from loram_ray.models.nf4 import TYPE, dequantize_weight
+
+        if f"{name}.quant_state.bitsandbytes__{TYPE}" not in self._model_specs:
+            return None
+        parts = (stem for stem in self._model_specs if stem == name or stem.startswith(f"{name}."))
+        return dequantize_weight({p.removeprefix(name): self._model.read(p) for p in parts})
+
+
+def _weight(name: str | None, module: str, checkpoint: Checkpoint) -> str:
+    if name is None:
+        raise LoramError(
+            f"the adapter adapts {module}, {checkpoint.directory} has no such module; check it"
+        )
+    return name

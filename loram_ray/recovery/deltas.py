@@ -1,0 +1,111 @@
+"""What is merged into a base: a LoRA, or the dense delta of a masked one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loram_ray.artifacts.adapter import Adapter, tensor_name
+from loram_ray.artifacts.manifest import digest_of, hash_file
+from loram_ray.artifacts.tensorfile import Checkpoint, index_file
+from loram_ray.recovery.scatter import merged_weight
+
+DELTA = "delta"
+"""Stem of the files of a dense delta: a float32 tensor ``<module>.weight`` for each module."""
+
+
+class LoraChange:
+    """A PEFT LoRA directory as a change of weights.
+
+    Attributes:
+        directory: where it is.
+        modules: paths of the linears that it changes.
+        adapter: the LoRA.
+    """
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.adapter = Adapter(directory, key)
+        self.directory, self.modules = self.adapter.directory, self.adapter.modules
+
+    @property
+    def digest(self) -> str:
+        """Identity of its content."""
+        return digest_of([self.adapter.config, hash_file(self.adapter.file.path)])
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Shape ``[out, in]`` of the weight that it changes."""
+        specs = self.adapter.file.specs
+        rows, columns = (specs[tensor_name(module, side)].shape for side in "BA")
+        return rows[0], columns[1]
+
+    def added_to(self, weight: torch.Tensor, module: str) -> torch.Tensor:
+        """The weight with the change, summed in float32, in the weight's dtype."""
+        a, b = (self.adapter.read(module, side) for side in "AB")
+        return merged_weight(weight, a, b, self.adapter.scale(module))
+
+    def applied(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """What it adds to the module's output for an input ``[..., in]``, in the input's dtype."""
+        a, b = (self.adapter.read(module, side).to(x) for side in "AB")
+        return self.adapter.scale(module) * (x @ a.T @ b.T)
+
+    def close(self) -> None:
+        """Close its file."""
+        self.adapter.close()
+
+
+class DeltaChange:
+    """A dense delta as a change of weights; one linear is read at a time.
+
+    Attributes:
+        directory: where it is.
+        modules: paths of the linears that it changes.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._checkpoint = Checkpoint(directory, DELTA)
+        self.modules = [name.removesuffix(".weight") for name in self._checkpoint.location]
+
+    @property
+    def digest(self) -> str:
+        """Identity of its content."""
+        return digest_of([hash_file(file.path) for file in self._checkpoint.files.values()])
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Shape ``[out, in]`` of the weight that it changes."""
+        rows, columns = self._checkpoint.specs[f"{module}.weight"].shape
+        return rows, columns
+
+    def added_to(self, weight: torch.Tensor, module: str) -> torch.Tensor:
+        """The weight with the change, summed in float32, in the weight's dtype."""
+        return (weight.float() + self._checkpoint.read(f"{module}.weight")).to(weight.dtype)
+
+    def applied(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """What it adds to the module's output for an input ``[..., in]``, in the input's dtype."""
+        return x @ self._checkpoint.read(f"{module}.weight").to(x).T
+
+    def close(self) -> None:
+        """Close its files."""
+        self._checkpoint.close()
+
+
+Change = LoraChange | DeltaChange
+
+
+def is_delta(directory: Path) -> bool:
+    """Whether a directory holds a dense delta."""
+    return any((directory / name).exists() for name in (f"{DELTA}.safetensors", index_file(DELTA)))
+
+
+def open_change(directory: Path, key: str) -> Change:
+    """Open what a directory holds; close it after use.
+
+    Args:
+        directory: written by recover or train, or a PEFT LoRA.
+        key: configuration key it came from, for messages.
+
+    Raises:
+        LoramError: it is neither, or it is damaged.
+    """
+    return DeltaChange(directory) if is_delta(directory) else LoraChange(directory, key)

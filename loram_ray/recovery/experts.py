@@ -1,0 +1,77 @@
+"""Adapters of single experts, and what PEFT needs to put them on a base with fused experts.
+
+transformers holds all experts of a layer in one parameter per projection, gate and up together.
+PEFT converts an adapter of single experts when it loads it: ranks of gate and up are added, and
+their alphas. That is the same function only for the adapters that are let pass here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loram_ray.architectures import Architecture, CoupledLinear
+from loram_ray.artifacts.adapter import Adapter
+from loram_ray.errors import LoramError
+
+
+def adapted_experts(adapter: Adapter, family: Architecture) -> dict[str, CoupledLinear]:
+    """Return the adapted modules that belong to single experts."""
+    return _of_experts(adapter.modules, family)
+
+
+def require_fusable_experts(
+    adapter: Adapter, family: Architecture, base_parameters: Iterable[str]
+) -> None:
+    """Refuse an adapter whose experts PEFT would change, or not find, on the base.
+
+    Args:
+        adapter: of the base's shapes or of pruned ones.
+        family: of the base.
+        base_parameters: names of the base's parameters on disk.
+
+    Raises:
+        LoramError: it is one; the message says why.
+    """
+    experts = adapted_experts(adapter, family)
+    why = _why_not(adapter, family, experts, base_parameters) if experts else None
+    if why is not None:
+        raise LoramError(
+            f"{adapter.directory} adapts experts in a way that PEFT cannot put on the base, which "
+            f"holds them fused: {why}; train with settings that treat all experts alike, or leave "
+            "the experts out of train.lora.targets"
+        )
+
+
+def _why_not(
+    adapter: Adapter,
+    family: Architecture,
+    experts: dict[str, CoupledLinear],
+    base_parameters: Iterable[str],
+) -> str | None:
+    config = adapter.config
+    if config.get("use_rslora"):
+        return "use_rslora scales by the square root of the rank, which fusing doubles"
+    if isinstance(config.get("target_modules"), str):
+        return "target_modules is an expression"
+    rank, alpha = config["r"], config["lora_alpha"]
+    for module in experts:
+        if adapter.rank(module) != rank or adapter.scale(module) != alpha / rank:
+            return f"{module} has a rank or an alpha of its own"
+    adapted = set(experts.values())
+    fused = {linear for linear in family.linears if linear.per_expert and linear.axis == 0}
+    if adapted & fused and not fused <= adapted:
+        return f"only one of {' and '.join(sorted(linear.name for linear in fused))} is adapted"
+    stored = (name.removesuffix(".weight") for name in base_parameters)
+    for module, linear in _of_experts(stored, family).items():
+        if linear in adapted and module not in experts:
+            return f"{module} is not adapted, others of its kind are"
+    names = {module.rpartition(".")[2] for module in experts}
+    for module in adapter.modules:
+        if module not in experts and module.rpartition(".")[2] in names:
+            return f"{module} is no expert and has the name of one"
+    return None
+
+
+def _of_experts(modules: Iterable[str], family: Architecture) -> dict[str, CoupledLinear]:
+    found = ((module, family.locate(module)) for module in modules)
+    return {module: place[1] for module, place in found if place and place[1].per_expert}

@@ -1,0 +1,158 @@
+"""Recovery after non-structured pruning: to a dense delta, or to a LoRA by truncated SVD."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, tensor_name
+from loram_ray.artifacts.stage_directory import StageDirectory, require_space
+from loram_ray.artifacts.tensorfile import CheckpointWriter, TensorSpec, TensorWriter
+from loram_ray.config import RecoverConfig
+from loram_ray.errors import LoramError
+from loram_ray.plan import PruningPlan
+from loram_ray.recovery.deltas import DELTA
+from loram_ray.recovery.experts import adapted_experts
+from loram_ray.recovery.scatter import dense_delta, squared_norm, truncated
+from loram_ray.runtime.progress import Reporter, say
+
+
+def write_delta(
+    target: StageDirectory, adapter: Adapter, plan: PruningPlan, shapes: dict[str, tuple[int, int]]
+) -> None:
+    """Write ``scale * (B A) * M`` of each adapted linear, float32, one in memory at a time.
+
+    Args:
+        target: the stage's directory.
+        adapter: trained under the plan's masks.
+        plan: of the pruned model.
+        shapes: ``[out, in]`` of each adapted linear, by module path.
+    """
+    specs = {f"{m}.weight": TensorSpec(shape, torch.float32) for m, shape in shapes.items()}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    require_space(target.path, nbytes)
+    with (
+        Reporter("recover", total=nbytes, unit="B") as reporter,
+        CheckpointWriter(target.path, specs, stem=DELTA) as writer,
+    ):
+        for module in shapes:
+            delta = _delta(adapter, module, plan)
+            writer.write(f"{module}.weight", delta)
+            reporter.advance(delta.nbytes)
+    target.hashes.update(writer.hashes)
+    target.details.update(modules=len(shapes), bytes=nbytes)
+
+
+def write_truncated(
+    target: StageDirectory,
+    adapter: Adapter,
+    plan: PruningPlan,
+    shapes: dict[str, tuple[int, int]],
+    config: RecoverConfig,
+) -> None:
+    """Write a plain PEFT LoRA whose products are nearest to the masked ones.
+
+    LoRA's scale is put into the matrices: each module's alpha is its rank. Linears that have no
+    mask keep their matrices. The relative error, in the Frobenius norm, of each masked module and
+    of all together goes into the manifest.
+
+    Args:
+        target: the stage's directory.
+        adapter: trained under the plan's masks.
+        plan: of the pruned model.
+        shapes: ``[out, in]`` of each adapted linear, by module path.
+        config: the stage's configuration.
+
+    Raises:
+        LoramError: experts of different ranks, which PEFT cannot put on a base that fuses them.
+    """
+    ranks = {m: _rank(adapter, m, plan, shape, config) for m, shape in shapes.items()}
+    settings = _peft_config(adapter, ranks, plan, config)
+    specs = {}
+    for module, (rows, columns) in shapes.items():
+        dtype = adapter.file.specs[tensor_name(module, "A")].dtype
+        specs[tensor_name(module, "A")] = TensorSpec((ranks[module], columns), dtype)
+        specs[tensor_name(module, "B")] = TensorSpec((rows, ranks[module]), dtype)
+    require_space(target.path, sum(spec.nbytes for spec in specs.values()))
+    errors: dict[str, float] = {}
+    missed_in_all = size_of_all = 0.0
+    writer = TensorWriter(target.path / ADAPTER_FILE, specs)
+    try:
+        with Reporter("recover", total=len(shapes), unit="linear") as reporter:
+            for module in shapes:
+                if plan.masks is not None and module in plan.masks.shapes:
+                    delta = _delta(adapter, module, plan)
+                    dtype = specs[tensor_name(module, "A")].dtype
+                    a, b, missed = truncated(delta, ranks[module], dtype)
+                    size = squared_norm(delta)
+                    errors[module] = math.sqrt(missed / size) if size else 0.0
+                    missed_in_all, size_of_all = missed_in_all + missed, size_of_all + size
+                else:
+                    a = adapter.read(module, "A")
+                    b = adapter.read(module, "B") * adapter.scale(module)
+                for side, matrix in (("A", a), ("B", b)):
+                    name = tensor_name(module, side)
+                    writer.write(name, matrix.to(specs[name].dtype))
+                reporter.advance(1)
+        target.hashes[ADAPTER_FILE] = writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    (target.path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    error = math.sqrt(missed_in_all / size_of_all) if size_of_all else 0.0
+    target.details.update(modules=len(shapes), svd_error=error, svd_errors=errors)
+    if error > config.max_svd_error:
+        say(
+            "warning",
+            f"the recovered adapter misses {error:.1%} of the masked one (recover.max_svd_error "
+            f"{config.max_svd_error:.1%}); raise recover.svd_rank, or set recover.form to delta "
+            "and merge, which is exact",
+        )
+
+
+def _delta(adapter: Adapter, module: str, plan: PruningPlan) -> torch.Tensor:
+    a, b = (adapter.read(module, side) for side in "AB")
+    return dense_delta(a, b, adapter.scale(module), plan.mask(module))
+
+
+def _rank(
+    adapter: Adapter,
+    module: str,
+    plan: PruningPlan,
+    shape: tuple[int, int],
+    config: RecoverConfig,
+) -> int:
+    if plan.masks is None or module not in plan.masks.shapes:
+        return adapter.rank(module)
+    return min(config.svd_rank or adapter.rank(module), *shape)
+
+
+def _peft_config(
+    adapter: Adapter, ranks: dict[str, int], plan: PruningPlan, config: RecoverConfig
+) -> dict[str, Any]:
+    """PEFT's configuration of an adapter whose modules have an alpha equal to their rank."""
+    experts = adapted_experts(adapter, plan.architecture)
+    of_experts = sorted({ranks[module] for module in experts})
+    if len(of_experts) > 1:
+        raise LoramError(
+            f"recover.svd_rank must give all experts one rank, got {of_experts}; the base holds "
+            "them fused: set it to the adapter's own, or recover.form to delta"
+        )
+    rank = of_experts[0] if of_experts else max(ranks.values())
+    others = {module: own for module, own in ranks.items() if own != rank}
+    return {
+        **adapter.config,
+        # PEFT refuses dropout on fused experts, inference has none
+        **({"lora_dropout": 0.0} if experts else {}),
+        "base_model_name_or_path": config.base,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "use_rslora": False,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }

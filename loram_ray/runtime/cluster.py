@@ -1,0 +1,220 @@
+"""Starting or joining Ray, and what its cluster can place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from loram_ray.config import RayConfig
+from loram_ray.errors import LoramError
+from loram_ray.runtime.embedded import authenticate, embedded_ray
+from loram_ray.runtime.joined import joined_ray
+from loram_ray.runtime.launchers import forget_launchers, without_launchers
+from loram_ray.runtime.progress import say
+
+_CPUS_FOR_DATA = 2
+_ROUNDING = 1e-9
+_advised: set[str] = set()
+_autoscaling: ContextVar[str] = ContextVar("autoscaling", default="off")
+_WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+@contextmanager
+def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
+    """Have Ray initialised inside the block; an embedded one is shut down after it.
+
+    A process that has initialised Ray before keeps what it has. Where Ray is initialised here,
+    standard output is standard error inside the block.
+
+    Args:
+        config: where Ray runs.
+        cpus: logical CPUs that a stage's workers ask for, besides those of Ray Data.
+
+    Raises:
+        LoramError: there is no cluster at the address, or it does not take the token.
+    """
+    before = _autoscaling.set(config.autoscaling)
+    try:
+        with _connected(config, cpus):
+            yield
+    finally:
+        _autoscaling.reset(before)
+
+
+@contextmanager
+def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
+    local = config.address == "local"
+    if _is_initialised():
+        yield
+        return
+    if local:
+        authenticate()
+    else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Ray would print a stack where we print a line, and what its own actors stumble over.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    options = {"runtime_env": _runtime_env(), "log_to_driver": False}
+    count = config.num_cpus or max(os.cpu_count() or 1, cpus + _CPUS_FOR_DATA)
+    with (
+        without_launchers(),
+        embedded_ray(count, options) if local else joined_ray(config.address, options),
+        # Ray prints what befalls nodes to standard output, where a command's result belongs.
+        redirect_stdout(sys.stderr),
+    ):
+        yield
+
+
+def _is_initialised() -> bool:
+    """Whether this process has a Ray; one that has not even imported it has none."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What Ray's workers get: some of our variables, and none of a launcher's."""
+    environment = {k: os.environ[k] for k in _WORKER_ENVIRONMENT if k in os.environ}
+    for name in _job_variables():  # which workers have anyway, and Ray refuses to be told twice
+        environment.pop(name, None)
+    return {
+        "env_vars": environment,
+        "worker_process_setup_hook": f"{forget_launchers.__module__}.{forget_launchers.__name__}",
+    }
+
+
+def _job_variables() -> set[str]:
+    """Names of the environment variables that the Ray Job gives which this process is of."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set(job.get("runtime_env", {}).get("env_vars", {}))
+
+
+def gpus_per_worker(share: float = 1) -> float:
+    """A GPU, or the share of one, where the cluster has or gets GPUs; none where it has not."""
+    import ray
+
+    if _autoscaling.get() == "gpu":
+        return share
+    return share if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+
+
+def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
+    """Refuse at once what the cluster can never place, unless it grows.
+
+    Args:
+        workers: number of workers.
+        cpus: CPUs of each; Ray Data needs one more for the whole.
+        gpus: GPUs of each, or the share of one.
+        key: configuration key to name.
+
+    Raises:
+        LoramError: the cluster has less; the message says what is missing.
+    """
+    import ray
+
+    if _autoscaling.get() != "off":
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, wanted in (("CPU", workers * cpus + 1), ("GPU", workers * gpus)):
+        have = sum(node.get(kind, 0) for node in nodes)
+        if have < wanted:
+            raise LoramError(
+                f"{key} needs {wanted:g} {kind}s in the Ray cluster, it has {math.floor(have)}; "
+                "lower it, add nodes, or set ray.autoscaling where an autoscaler does"
+            )
+    places = sum(
+        min(node.get("CPU", 0) // cpus, _places_of(node.get("GPU", 0), gpus)) for node in nodes
+    )
+    if places < workers:
+        each = f"{cpus} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
+        raise LoramError(
+            f"{key} needs {workers} places of {each}, each on one node, the Ray cluster's nodes "
+            f"have {math.floor(places)}; lower it or add larger nodes"
+        )
+
+
+def advise_precision(precision: str, stage: str) -> None:
+    """Say, once for a stage, that bf16 is slow where workers run on this machine's CPU.
+
+    A CPU with AVX2 and no AVX-512 multiplies in bf16 7 to 30 times as slowly as in fp32: torch 2.13
+    has no kernels for it but plain loops.
+
+    Args:
+        precision: of the workers' weights and activations.
+        stage: to name, with its setting.
+    """
+    import ray
+    import torch
+
+    if precision != "bf16" or stage in _advised or _autoscaling.get() != "off":
+        return
+    if gpus_per_worker():
+        return
+    elsewhere = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    elsewhere -= {ray.get_runtime_context().get_node_id()}
+    if not elsewhere and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        _advised.add(stage)
+        say(
+            stage.partition(".")[0],
+            f"this CPU has no AVX-512: {stage}.precision=fp32 is many times faster than bf16",
+        )
+
+
+def _places_of(have: float, gpus: float) -> float:
+    """How many fit into the GPUs of a node; a share of less than one lies on one of them."""
+    if not gpus:
+        return math.inf
+    return have // gpus if gpus >= 1 else have * math.floor(1 / gpus + _ROUNDING)
+
+
+def require_shared(folder: Path, key: str) -> None:
+    """Refuse a folder that is not on storage which all nodes of the cluster share.
+
+    Args:
+        folder: where the driver will write.
+        key: configuration key to name.
+
+    Raises:
+        LoramError: a node does not see what the driver wrote there.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".shared-") as mark:
+        exists = ray.remote(_exists)
+        seen = ray.get(
+            [
+                exists.options(
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                ).remote(mark.name)
+                for node in nodes
+            ]
+        )
+    for node, sees in zip(nodes, seen, strict=True):
+        if not sees:
+            raise LoramError(
+                f"{key} must be on storage that all nodes share, {folder} is not the same folder "
+                f"on node {node['NodeManagerAddress']} ({node['NodeID'][:8]}); name a folder on "
+                "NFS or the like, mounted on all of them"
+            )
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()

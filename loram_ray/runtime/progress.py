@@ -1,0 +1,204 @@
+"""Progress on long work: a bar on a terminal, a line now and then elsewhere, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from loram_ray.utils.files import read_regular_text, write_whole
+from loram_ray.utils.printing import PlainConsole, plain
+
+METRICS_FILE = "metrics.jsonl"
+HELD_OUT = "held_out_nll_"
+"""Begins the names of alignment's losses on what each source holds out."""
+_LINE_EVERY_SECONDS = 5.0
+_STILL_THERE_EVERY_SECONDS = 30.0
+_NOT_SHOWN = ("data_s", "checkpoint_s", "copy_s")
+
+
+class Reporter:
+    """Shows how far a stage is, on standard error.
+
+    Args:
+        stage: name shown.
+        total: amount of work.
+        unit: of the amount: ``step``, ``example`` or ``B`` (bytes).
+    """
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self._stage, self._total, self._unit = stage, max(total, 1), unit
+        self._done = 0
+        self._shown = -1
+        self._started = self._last_line = time.monotonic()
+        self._first_done: int | None = None
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description:<10}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[amount]}  {task.fields[metrics]}", markup=False),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=PlainConsole(stderr=True),
+            )
+            self._task = self._bar.add_task(stage, total=self._total, amount="", metrics="")
+
+    def __enter__(self) -> Reporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, exc_type: object, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif exc_type is None and self._last_line > self._started:
+            self._line("done")
+
+    def advance(self, amount: int) -> None:
+        """Add to the work done."""
+        self.update(self._done + amount, {})
+
+    def update(self, done: int, metrics: dict[str, Any]) -> None:
+        """Set the work done and the measurements shown beside it; ``total`` sets the total."""
+        self._done = done
+        metrics = dict(metrics)
+        self._total = metrics.pop("total", self._total)
+        if self._first_done is None:
+            self._first_done = done
+            self._started_first = time.monotonic()
+        shown = plain("  ".join(f"{k} {_short(v)}" for k, v in metrics.items()))
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=done, total=self._total, amount=self._amount(), metrics=shown
+            )
+        elif self._line_is_due():
+            self._line(f"{shown}  {self._time_left()}")
+
+    def waiting(self, reason: str) -> None:
+        """Say now and then that nothing is done yet, and why."""
+        if self._bar is not None:
+            self._bar.update(self._task, amount=self._amount(), metrics=plain(reason))
+        elif self._line_is_due():
+            self._line(reason)
+
+    def _line_is_due(self) -> bool:
+        waited = time.monotonic() - self._last_line
+        moved = self._done != self._shown
+        return waited >= (_LINE_EVERY_SECONDS if moved else _STILL_THERE_EVERY_SECONDS)
+
+    def _amount(self) -> str:
+        if self._unit == "B":
+            return f"{self._done / 1e6:,.0f}/{self._total / 1e6:,.0f} MB"
+        return f"{self._unit} {self._done:,}/{self._total:,}"
+
+    def _time_left(self) -> str:
+        advanced = self._done - (self._first_done or 0)
+        if advanced <= 0:
+            return ""
+        seconds = (time.monotonic() - self._started_first) / advanced * (self._total - self._done)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+    def _line(self, text: str) -> None:
+        self._last_line, self._shown = time.monotonic(), self._done
+        say(self._stage, f"{self._amount()}  {text}")
+
+
+def say(stage: str, text: str) -> None:
+    """Print one line about a stage on standard error."""
+    print(plain(f"{stage:<10} {text}"), file=sys.stderr, flush=True)
+
+
+class MetricsLog:
+    """Appends one JSON object a step to ``metrics.jsonl``; a resumed run continues it.
+
+    Args:
+        path: the file.
+        resume_at: steps already done; later lines of an earlier attempt are dropped.
+        count_restarts: lines after a restart say how many there were, as ``restarts``.
+    """
+
+    def __init__(self, path: Path, resume_at: int = 0, count_restarts: bool = True) -> None:
+        before = read_lines(path)
+        self._restarts = restarts_in(before) + 1 if count_restarts and path.exists() else 0
+        kept = [line for line in before if resume_at and line["step"] <= resume_at]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._path = path
+
+    def write(self, step: int, **metrics: float | str | list[int]) -> None:
+        """Append the measurements of a step."""
+        restarts = {"restarts": self._restarts} if self._restarts else {}
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics, **restarts}) + "\n")
+
+
+def follow(
+    reporter: Reporter,
+    path: Path,
+    finished: Callable[[float], bool],
+    tracking: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Show the newest line of ``metrics.jsonl`` until ``finished`` says so.
+
+    Args:
+        reporter: where to show it.
+        path: the file that a worker appends to.
+        finished: waits up to the given seconds; True ends the following.
+        tracking: is given all lines, again and again, the last time when all is done.
+    """
+    ended = False
+    while not ended:
+        ended = finished(0.5)
+        lines = read_lines(path)
+        if tracking is not None:
+            tracking(lines)
+        if lines:
+            newest = {k: v for k, v in lines[-1].items() if k not in _NOT_SHOWN}
+            reporter.update(newest.pop("step"), newest)
+        else:
+            reporter.waiting("starting workers")
+
+
+def last_step(path: Path) -> int:
+    """The newest step in ``metrics.jsonl``, 0 without one."""
+    line = last_line(path)
+    return int(line["step"]) if line else 0
+
+
+def last_line(path: Path, having: str = "step") -> dict[str, Any] | None:
+    """The newest line of ``metrics.jsonl`` that has a key, None without one."""
+    return next((line for line in reversed(read_lines(path)) if having in line), None)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``metrics.jsonl``; none without one."""
+    try:
+        text = read_regular_text(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # the last line of a killed writer
+        if isinstance(found, dict):
+            lines.append(found)
+    return lines
+
+
+def restarts_in(lines: Sequence[dict[str, Any]]) -> int:
+    """How often a run was restarted, by the lines of its ``metrics.jsonl``."""
+    return max((line.get("restarts", 0) for line in lines), default=0)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

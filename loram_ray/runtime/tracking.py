@@ -1,0 +1,224 @@
+"""Metrics of a run where users look at them: TensorBoard, Weights & Biases, MLflow, Prometheus.
+
+The driver reads what the workers write and hands it on, so that accounts and credentials are needed
+on its machine alone. Each library is optional, but for Prometheus, which is Ray's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from loram_ray.artifacts.manifest import digest_of, write_json
+from loram_ray.errors import LoramError
+
+_NOTE = "tracked.json"
+_NOT_IN_METRICS = re.compile(r"[^A-Za-z0-9_. :/-]")
+_LONGEST_METRIC = 250
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+
+    def close(self) -> None:
+        """Write what is still held."""
+
+
+class TensorBoard:
+    """Event files in a folder."""
+
+    def __init__(self, folder: Path, stage: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+        self._stage = stage
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{self._stage}/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is still held."""
+        self._writer.close()
+
+
+class WandB:
+    """A run in the project ``loram``; ``WANDB_MODE``, ``WANDB_PROJECT`` and others apply."""
+
+    def __init__(self, folder: Path, stage: str, name: str, settings: dict[str, Any]) -> None:
+        import os
+
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "loram"),
+            id=_identity(folder, stage),
+            name=name,
+            group=stage,
+            resume="allow",
+            config=settings,
+            dir=str(folder),
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Write what is still held."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run of the experiment ``loram`` at ``MLFLOW_TRACKING_URI``."""
+
+    def __init__(self, folder: Path, stage: str, name: str, settings: dict[str, Any]) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        found = self._client.get_experiment_by_name("loram")
+        experiment = found.experiment_id if found else self._client.create_experiment("loram")
+        mine = _identity(folder, stage)
+        runs = self._client.search_runs([experiment], f"tags.loram_run = '{mine}'")
+        if runs:
+            self._run = runs[0].info.run_id
+            return
+        run = self._client.create_run(experiment, tags={"loram_run": mine}, run_name=name)
+        self._run = run.info.run_id
+        for key, value in _flat(settings):
+            self._client.log_param(self._run, key, value)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+        for name, value in metrics.items():
+            self._client.log_metric(self._run, metric_of_mlflow(name), value, step=step)
+
+    def close(self) -> None:
+        """Say that the run has ended."""
+        self._client.set_terminated(self._run)
+
+
+def metric_of_mlflow(name: str) -> str:
+    """A metric's name, which may hold a corpus source's, as MLflow takes it: it refuses others."""
+    parts = (part.strip(".") for part in _NOT_IN_METRICS.sub("_", name).split("/"))
+    return "/".join(filter(None, parts))[:_LONGEST_METRIC].rstrip("/")
+
+
+class Prometheus:
+    """Gauges ``ray_loram_<stage>_<metric>`` among the metrics that Ray exports."""
+
+    def __init__(self, stage: str, name: str) -> None:
+        self._stage, self._name = stage, name
+        self._gauges: dict[str, Any] = {}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Set the gauges."""
+        from ray.util.metrics import Gauge
+
+        for name, value in {"step": float(step), **metrics}.items():
+            if name not in self._gauges:
+                safe = re.sub(r"\W", "_", f"loram_{self._stage}_{name}", flags=re.ASCII)
+                self._gauges[name] = Gauge(safe, f"{name} of {self._stage}", tag_keys=("run",))
+            self._gauges[name].set(value, tags={"run": self._name})
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Tracking:
+    """Hands every step on once, in order, to all trackers.
+
+    Args:
+        trackers: where metrics go.
+        note: file that says which step was the last, for a driver that is started again.
+    """
+
+    def __init__(self, trackers: Iterable[Tracker], note: Path) -> None:
+        self._trackers = list(trackers)
+        self._note = note
+        self._last = last_tracked(note)
+
+    def __call__(self, lines: list[dict[str, Any]]) -> None:
+        """Take the lines of ``metrics.jsonl``, old and new."""
+        new = [line for line in lines if line["step"] > self._last]
+        for line in new:
+            metrics = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
+            for tracker in self._trackers:
+                tracker.log(line["step"], metrics)
+            self._last = line["step"]
+        if new:
+            with suppress(OSError):  # a full disk: the run itself says so
+                write_json(self._note, self._last)
+
+
+def last_tracked(note: Path) -> int:
+    """Step that was handed on last, -1 before the first."""
+    return int(json.loads(note.read_text())) if note.exists() else -1
+
+
+@contextmanager
+def tracking(
+    names: Iterable[str], stage: str, output: Path, work: Path, settings: dict[str, Any]
+) -> Iterator[Tracking]:
+    """Have a run tracked inside the block.
+
+    Args:
+        names: of ``tensorboard``, ``wandb`` and ``mlflow``.
+        stage: what runs.
+        output: its output; files go to ``<output>_logs`` beside it.
+        work: its work directory.
+        settings: recorded with the run.
+
+    Raises:
+        LoramError: a library is not installed.
+    """
+    note = work / _NOTE
+    folder = output.with_name(f"{output.name}_logs")
+    with ExitStack() as stack:
+        trackers: list[Tracker] = [Prometheus(stage, output.name)]
+        for name in names:
+            folder.mkdir(parents=True, exist_ok=True)
+            match name:
+                case "tensorboard":
+                    trackers.append(TensorBoard(folder, stage, last_tracked(note)))
+                case "wandb":
+                    trackers.append(WandB(folder, stage, output.name, settings))
+                case "mlflow":
+                    trackers.append(MLflow(folder, stage, output.name, settings))
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        yield Tracking(trackers, note)
+
+
+def require_trackers(names: Iterable[str], key: str) -> None:
+    """Refuse a tracker whose library is not installed.
+
+    Raises:
+        LoramError: it is not.
+    """
+    for name in names:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise LoramError(f"{key} has {name}, which is not installed; pip install {name}")
+
+
+def _identity(folder: Path, stage: str) -> str:
+    """The same for the same output: a run that is gone on with is the same run."""
+    return digest_of([str(folder.resolve()), stage])[:16]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

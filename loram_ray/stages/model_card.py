@@ -1,0 +1,195 @@
+"""The README.md of a model to train on: where it comes from, what it learnt, how to train on it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from loram_ray.artifacts.manifest import Manifest
+from loram_ray.config import AlignConfig
+from loram_ray.config.publish import is_repo
+from loram_ray.corpus.sources import SourceInfo
+from loram_ray.errors import LoramError
+from loram_ray.plan import PruningPlan
+from loram_ray.runtime.progress import HELD_OUT
+from loram_ray.runtime.results import markdown_table
+from loram_ray.utils.parsing import parse_yaml
+from loram_ray.utils.printing import markdown
+
+CARD_FILE = "README.md"
+SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
+"""Details of a pruned or aligned model's manifest that the card shows."""
+_USE = "## Use"
+
+
+def model_card(
+    config: AlignConfig,
+    plan: PruningPlan,
+    pruned: Manifest,
+    sources: Sequence[SourceInfo],
+    first: dict[str, Any],
+    last: dict[str, Any],
+    steps: int,
+) -> str:
+    """Write a card as hubs show it: YAML for machines, then Markdown.
+
+    Args:
+        config: of the alignment.
+        plan: of the pruning.
+        pruned: manifest of the pruned model.
+        sources: of the corpus.
+        first: metrics before the first step, where something is held out.
+        last: metrics of the last step.
+        steps: optimiser steps done.
+    """
+    rows = {
+        **_origin(config.base, plan, pruned),
+        "alignment": f"{_objective(config)}; {steps:,} steps, "
+        f"{steps * config.batch_size * config.corpus.sequence_length:,} tokens",
+        "learning rate": f"{config.optimiser.learning_rate:g}, {config.optimiser.schedule}, "
+        f"{config.optimiser.warmup_steps} warm-up steps",
+        "loss at the end": f"{last['loss']:.4g}",
+    }
+    head = ("source", "share", "documents", "tokens", "perplexity held out, pruned", "aligned")
+    corpus = [
+        (
+            source.name,
+            f"{source.share:.1%}",
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            _perplexity(first.get(HELD_OUT + source.name)),
+            _perplexity(last.get(HELD_OUT + source.name)),
+        )
+        for source in sources
+    ]
+    sections = ["## Corpus", markdown_table(head, corpus)]
+    name, kind = config.output.name, "pruned and aligned"
+    return _card(name, kind, config.base, plan, rows, sections)
+
+
+def pruned_card(base: str | None, plan: PruningPlan, pruned: Manifest, name: str) -> str:
+    """Write the card of a model that is pruned and not aligned.
+
+    Args:
+        base: that was pruned, named if it is a hub id.
+        plan: of the pruning.
+        pruned: manifest of the pruned model.
+        name: of its directory.
+    """
+    return _card(name, "pruned", base, plan, _origin(base, plan, pruned), [])
+
+
+def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
+    """Return the card of a quantised model, from that of the model that was quantised.
+
+    Args:
+        card: of the model that was quantised.
+        name: of the quantised model's directory.
+        details: of the quantised model's manifest.
+    """
+    head, body = _split_head(card)
+    head["tags"] = [*head.get("tags", []), "nf4", "bitsandbytes"]
+    if "base_model" in head:
+        head["base_model_relation"] = "quantized"
+    saved = details["bytes_before"] / details["bytes"]
+    section = (
+        "## Quantisation\n\n"
+        f"{details['quantized_tensors']:,} linears ({details['quantized_parameters']:,} of "
+        f"{details['parameters']:,} parameters) are in NF4 with double quantisation, blocks of 64, "
+        "products in bfloat16; embeddings, output head and norms are as they were. "
+        f"{details['bytes']:,} bytes are stored, {details['bytes_before']:,} before ({saved:.2f} "
+        "times fewer). transformers loads it as it is, with bitsandbytes installed.\n\n"
+    )
+    title, _, rest = body.partition("\n")
+    if title.startswith("# "):
+        body = f"# {markdown(name)}\n{rest}"
+    before, use, after = body.partition(_USE)
+    return f"{_yaml(head)}{before}{section}{use}{after}"
+
+
+def _origin(base: str | None, plan: PruningPlan, pruned: Manifest) -> dict[str, str]:
+    """Rows of the table on base and pruning."""
+    sizes = pruned.details
+    named = "" if base is None else f"{hub_id(base) or 'a local model'}, "
+    return {
+        "base": f"{named}fingerprint `{plan.base_fingerprint[:12]}`",
+        "pruning": f"{plan.method}, {plan.pattern}, ratio {plan.ratio}, layers "
+        f"{plan.layer_range[0]} to {plan.layer_range[1] - 1}, seed {plan.seed}",
+        "parameters": f"{sizes['parameters']:,} of {sizes['base_parameters']:,} "
+        f"({sizes['base_parameters'] / sizes['parameters']:.2f} times fewer)",
+        "bytes": f"{sizes['bytes']:,} of {sizes['base_bytes']:,}",
+    }
+
+
+def _card(
+    name: str,
+    kind: str,
+    base: str | None,
+    plan: PruningPlan,
+    rows: dict[str, str],
+    sections: list[str],
+) -> str:
+    named = hub_id(base)
+    run = f"--set base={named or 'BASE'} --set output=run"
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["loram", "pruned", plan.method],
+        **({"base_model": named, "base_model_relation": "finetune"} if named else {}),
+    }
+    lines = [
+        f"{_yaml(head)}# {markdown(name)}",
+        f"A {kind} language model to train LoRA adapters on, by "
+        "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained here is *recovered* to the "
+        "shapes of the base and used with the base, which training never loads.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        *sections,
+        _USE,
+        "```sh\npip install loram-ray\n"
+        f"loram train {run} --set train.model=DIRECTORY --set train.data=examples.jsonl\n"
+        f"loram recover {run} --set recover.form=adapter\n```",
+        "`run/adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says "
+        "which parts were kept; `manifest.json` has the whole lineage.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _yaml(head: dict[str, Any]) -> str:
+    """The part of a card that is for machines."""
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
+
+
+def _split_head(card: str) -> tuple[dict[str, Any], str]:
+    """The YAML of a card and its text; a card of others may have no YAML, or no list of tags."""
+    before, _, rest = card.partition("---\n")
+    written, end, body = rest.partition("---\n")
+    if before.strip() or not end:
+        return {}, card
+    head = parse_yaml(written, f"the head of {CARD_FILE}")
+    if not isinstance(head, dict) or not isinstance(head.get("tags", []), list):
+        raise LoramError(
+            f"{CARD_FILE} must begin with keys and values between lines of ---, tags a list; "
+            "remove it or correct it"
+        )
+    return head, body.lstrip("\n")
+
+
+def hub_id(base: str | None) -> str | None:
+    """The base, where it is named as on a hub: no path of a machine goes into a card."""
+    return base if base is not None and is_repo(base) and not os.path.exists(base) else None
+
+
+def _objective(config: AlignConfig) -> str:
+    if config.objective == "causal_lm":
+        return "causal-LM loss"
+    distillation = config.distillation
+    kept = "" if distillation.targets == "live" else f" ({distillation.top_k} likeliest tokens)"
+    return f"distilled from the base{kept}, temperature {distillation.temperature:g}"
+
+
+def _perplexity(nll: float | None) -> str:
+    return "" if nll is None else f"{math.exp(nll):,.2f}"

@@ -1,0 +1,214 @@
+"""The batch: tasks on actors that keep the model, and the table of what became of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from loram_ray.artifacts.stage_directory import StageDirectory
+from loram_ray.config import BatchConfig, RayConfig, TrainConfig
+from loram_ray.finetuning.summary import TrainingSummary
+from loram_ray.models.files import family_of
+from loram_ray.models.weights import identify_model
+from loram_ray.runtime.actors import Actors
+from loram_ray.runtime.cluster import (
+    advise_precision,
+    gpus_per_worker,
+    ray_session,
+    require_resources,
+)
+from loram_ray.runtime.progress import METRICS_FILE, Reporter, last_line
+from loram_ray.runtime.results import write_results
+from loram_ray.runtime.schedule import Outcome, Schedule, run_tasks
+from loram_ray.stages.recover import recover, require_recovery
+from loram_ray.stages.train import require_room, train_by
+from loram_ray.studies.tasks import Task, tasks_of
+from loram_ray.utils.files import make_directory
+
+if TYPE_CHECKING:
+    from loram_ray.finetuning.frozen import FrozenModel
+    from loram_ray.finetuning.lockstep import Together
+
+_SHOWN = 4
+_COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "eval_loss", "loss")
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch made.
+
+    Attributes:
+        output: its directory.
+        rows: one for each task, in the order in which they begin.
+    """
+
+    output: Path
+    rows: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> int:
+        """Tasks that failed."""
+        return sum(row["state"] == "failed" for row in self.rows)
+
+
+def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResult:
+    """Train an adapter for each task on one model, several at a time, and recover it.
+
+    An actor loads the model once and takes task after task. A task that fails, or whose actor dies
+    too often, is told with its reason and harms no other. A second call runs what is not complete,
+    from its last checkpoint.
+
+    Raises:
+        LoramError: no task, settings that train does not take, not a model, or a cluster that
+            cannot place the actors. What a task raises is in its row.
+    """
+    tasks = {task.name: task for task in tasks_of(config)}
+    family_of(config.model)
+    identity = identify_model(config.model, "batch.model")
+    require_recovery(config.model, config.correction, "batch.correction")
+    make_directory(config.output, "batch.output")
+    each = config.adapters_per_actor
+    workers = min(config.actors, -(-len(tasks) // each))
+    cpus = workers * config.cpus
+    with (
+        ray_session(ray_config or RayConfig(), cpus),
+        Reporter("batch", len(tasks), "task") as reporter,
+    ):
+        require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
+        advise_precision(next(iter(tasks.values())).train.precision, "batch.train")
+        state = _Progress(reporter, tasks)
+        actors = Actors(TaskActor, (each,), config.cpus, config.gpus, each)
+        schedule = Schedule(list(tasks), config.max_failures)
+        try:
+            run_tasks(
+                schedule,
+                workers,
+                lambda number, name: _do(tasks[name], actors, number, identity, state),
+                state.ended,
+                state.show,
+                each,
+                actors.release,
+                actors.stop,
+            )
+        finally:
+            actors.stop()
+    rows = [_row(tasks[outcome.name], outcome) for outcome in schedule.outcomes]
+    write_results(config.output, rows, _columns())
+    return BatchResult(config.output, rows)
+
+
+class TaskActor:
+    """Keeps a model and trains on it, task after task, or several at a time.
+
+    Args:
+        adapters: tasks at a time.
+    """
+
+    def __init__(self, adapters: int) -> None:
+        self._adapters = adapters
+        self._frozen: FrozenModel | None = None
+        self._together: Together | None = None
+        self._loading = threading.Lock()
+
+    def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        """Train one task; the model is loaded if another or none is there."""
+        from loram_ray.finetuning.frozen import FrozenModel
+        from loram_ray.finetuning.lockstep import Together
+        from loram_ray.finetuning.trainer import train_adapter
+
+        with self._loading:
+            if self._frozen is None or not self._frozen.serves(config):
+                self._frozen = self._together = None
+                require_room(config, self._adapters)
+                if self._adapters > 1:
+                    self._together = Together(lambda: FrozenModel.load(config))
+                    self._frozen = self._together.frozen
+                else:
+                    self._frozen = FrozenModel.load(config)
+            frozen, together = self._frozen, self._together
+        return train_adapter(config, work, output, frozen, together)
+
+
+class _Progress:
+    """What is shown: how many tasks have ended, and how far those are that run."""
+
+    def __init__(self, reporter: Reporter, tasks: dict[str, Task]) -> None:
+        self._reporter, self._tasks = reporter, tasks
+        self._running: set[str] = set()
+        self._lock = threading.Lock()
+        self._ended = self._failed = 0
+
+    def begun(self, name: str) -> None:
+        with self._lock:
+            self._running.add(name)
+
+    def ended(self, outcome: Outcome) -> None:
+        with self._lock:
+            self._running.discard(outcome.name)
+            self._ended += 1
+            self._failed += outcome.state == "failed"
+        self.show()
+
+    def show(self) -> None:
+        with self._lock:
+            shown: dict[str, Any] = {"failed": self._failed} if self._failed else {}
+            for name in sorted(self._running)[:_SHOWN]:
+                shown[name] = self._how_far(self._tasks[name].train)
+            self._reporter.update(self._ended, shown)
+
+    def _how_far(self, config: TrainConfig) -> str:
+        line = last_line(StageDirectory(config.output).work / METRICS_FILE) or {"step": 0}
+        loss = f" loss {line['loss']:.3f}" if "loss" in line else ""
+        return f"{line['step']}/{config.steps}{loss}"
+
+
+def _do(
+    task: Task, actors: Actors, number: int, identity: tuple[str, str], state: _Progress
+) -> Outcome:
+    """Train and recover one task; called again if its actor dies."""
+    started = time.perf_counter()
+    state.begun(task.name)
+
+    def training(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
+        summary: TrainingSummary = actors.call(number, "train", config, work, output)
+        return summary
+
+    trained = train_by(task.train, training, identity)
+    recovered = None if task.recover is None else recover(task.recover)
+    skipped = trained.skipped and (recovered is None or recovered.skipped)
+    lines = (trained.output / METRICS_FILE).read_text().splitlines()
+    learnt = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    details = {
+        **{key: trained.manifest.details.get(key) for key in _COLUMNS},
+        "loss": learnt[-1],
+        "seconds": 0.0 if skipped else time.perf_counter() - started,
+    }
+    return Outcome(task.name, "skipped" if skipped else "done", details=details)
+
+
+def _row(task: Task, outcome: Outcome) -> dict[str, Any]:
+    empty: dict[str, Any] = dict.fromkeys((*_COLUMNS, "seconds"))
+    return {
+        "name": task.name,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "deaths": outcome.deaths,
+        "data": task.train.data,
+        "adapter": None if outcome.state == "failed" else str(task.adapter),
+        **empty,
+        **outcome.details,
+    }
+
+
+def _columns() -> dict[str, pa.DataType]:
+    text = ("name", "state", "reason", "data", "adapter")
+    whole = ("deaths", "steps", "examples", "tokens", "trained_parameters", "best_step")
+    real = ("eval_loss", "loss", "seconds")
+    kinds = ((text, pa.string()), (whole, pa.int64()), (real, pa.float64()))
+    return {name: kind for names, kind in kinds for name in names}

@@ -1,0 +1,300 @@
+"""The comparison run: its steps in the order that they need, and the table of all systems."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import pyarrow as pa
+
+from loram_ray.artifacts.manifest import write_json
+from loram_ray.artifacts.stage_directory import StageResult
+from loram_ray.config import CompareConfig, RunConfig, section_of
+from loram_ray.errors import LoramError
+from loram_ray.evaluation.uncertainty import gain_kept, goodness
+from loram_ray.runtime.cluster import ray_session
+from loram_ray.runtime.progress import say
+from loram_ray.runtime.results import write_results
+from loram_ray.stages.run import call, cpus_for_models
+from loram_ray.studies.claims import (
+    CLAIMS_FILE,
+    Verdict,
+    claims_about,
+    mean_and_deviation,
+    verdict,
+)
+from loram_ray.studies.comparison_table import NAMES, as_markdown
+from loram_ray.studies.scores import (
+    SCORES_FILE,
+    Score,
+    read_scores,
+    scores_of,
+    with_others,
+    write_scores,
+)
+from loram_ray.studies.systems import Cell, Comparison, Step, comparison_of
+from loram_ray.utils.files import make_directory, write_whole
+
+PAGE_FILE = "comparison.md"
+_Group = tuple[str, str | None, float | None, str]
+"""System, method, ratio and task."""
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison found.
+
+    Attributes:
+        output: its directory.
+        rows: one for each system, method, ratio and task: mean and deviation over seeds.
+        claims: by method and ratio, what the numbers say.
+        failed: why steps failed, by name.
+    """
+
+    output: Path
+    rows: list[dict[str, Any]]
+    claims: list[dict[str, Any]]
+    failed: dict[str, str]
+
+
+def compare(run: RunConfig) -> ComparisonResult:
+    """Compare LoRAM's variants with the base, with LoRA on it and with the pruned model.
+
+    Stages that systems share run once. What is complete is skipped, so that a comparison of many
+    hours can be done in pieces; what fails is told, and only what needs it is left out. The output
+    gets ``results.json`` and ``results.parquet``, ``claims.json`` and ``comparison.md``, and
+    ``scores.json`` with each score of its own, for a comparison of other seeds (``others``).
+
+    Raises:
+        LoramError: a section is missing or does not fit, or nothing at all could be scored.
+    """
+    config: CompareConfig = section_of(run, "compare")
+    planned = comparison_of(run)
+    others = read_scores(config.others, config.metric, planned.cells)
+    make_directory(config.output, "compare.output")
+    say("compare", f"{len(planned.steps)} stages, {len(planned.cells)} scores")
+    with ray_session(run.ray, cpus_for_models(run)):
+        done, failed = run_steps(
+            planned.steps, lambda step: call(step.config, run.ray), config.at_a_time
+        )
+    scored = [cell for cell in planned.cells if cell.evaluation in done]
+    if not scored:
+        name, reason = next(iter(failed.items()))
+        raise LoramError(f"compare: nothing could be scored; {name}: {reason}")
+    _require_metric(config.metric, scored, done)
+    own = scores_of(scored, done, config.metric)
+    write_scores(config.output / SCORES_FILE, own, config.metric)
+    scores = with_others(own, others)
+    rows = rows_of(scores, config.metric)
+    rows += [_not_done(cell, planned, failed) for cell in planned.cells if cell not in scored]
+    claims = claims_of(scores, config.metric)
+    write_results(config.output, rows, _columns())
+    write_json(config.output / CLAIMS_FILE, claims)
+    write_whole(config.output / PAGE_FILE, as_markdown(rows, claims, config.metric))
+    return ComparisonResult(config.output, rows, claims, failed)
+
+
+def run_steps(
+    steps: Mapping[str, Step], do: Callable[[Step], StageResult], at_a_time: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run steps, each after those it needs; one that fails harms only those that need it.
+
+    An interrupt does not wait for those that run: they go on in daemon threads, until the process
+    ends, and from where they were at the next call.
+
+    Args:
+        steps: by name.
+        do: runs one.
+        at_a_time: that run beside each other.
+
+    Returns:
+        What the manifest of each says, and why others failed, by name.
+    """
+    # Threads that import transformers' lazy package at once can be given it half made.
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401
+
+    done: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    waiting = dict(steps)
+    running: set[str] = set()
+    ended: SimpleQueue[tuple[str, Future[StageResult], float]] = SimpleQueue()
+
+    def run(name: str) -> None:
+        began, result = time.monotonic(), Future[StageResult]()
+        try:
+            result.set_result(do(steps[name]))
+        except BaseException as error:
+            result.set_exception(error)
+        ended.put((name, result, time.monotonic() - began))
+
+    while waiting or running:
+        for name in list(waiting):
+            needs = waiting[name].needs
+            if lost := [need for need in needs if need in failed]:
+                failed[name] = f"it needs {lost[0]}"
+                del waiting[name]
+            elif all(need in done for need in needs) and len(running) < at_a_time:
+                del waiting[name]
+                running.add(name)
+                threading.Thread(target=run, args=(name,), daemon=True).start()
+        with suppress(Empty):
+            name, result, seconds = ended.get(timeout=0.5)  # so that an interrupt is heard
+            running.remove(name)
+            _keep(name, result, seconds, done, failed)
+            say("compare", f"{len(done) + len(failed)}/{len(steps)} {name}: "
+                f"{failed.get(name) or done[name]['said']}")  # fmt: skip
+    return done, failed
+
+
+def _keep(
+    name: str,
+    ended: Future[StageResult],
+    seconds: float,
+    done: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+) -> None:
+    try:
+        result = ended.result()
+    except (LoramError, OSError) as error:
+        failed[name] = str(error)
+        return
+    said = "complete before" if result.skipped else f"{seconds:.0f} s"
+    done[name] = {**result.manifest.details, "said": said}
+
+
+def _require_metric(
+    metric: str, scored: Sequence[Cell], done: Mapping[str, dict[str, Any]]
+) -> None:
+    details = done[scored[0].evaluation]
+    if metric not in details:
+        known = [k for k, v in details.items() if isinstance(v, float) and "stderr" not in k]
+        raise LoramError(
+            f"compare.metric must be one of the scores, {', '.join(known)}, got {metric}; change it"
+        )
+
+
+def rows_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
+    """One row for each system, method, ratio and task, over its seeds.
+
+    Args:
+        scores: of the base, where gain kept is to be told, among them.
+        metric: that they are of.
+    """
+    base = {score.task: score.value for score in scores if score.system == "base"}
+    full = {(score.task, score.seed): score.value for score in scores if score.system == "full"}
+    grouped: dict[_Group, list[Score]] = {}
+    for score in scores:
+        grouped.setdefault((score.system, score.method, score.ratio, score.task), []).append(score)
+    rows = []
+    for (system, method, ratio, task), group in grouped.items():
+        mean, deviation = mean_and_deviation([score.value for score in group])
+        kept = [
+            share
+            for score in group
+            if task in base and (of_full := full.get((task, score.seed))) is not None
+            if (share := gain_kept(metric, base[task], score.value, of_full)) is not None
+        ]
+        kept_mean, kept_deviation = mean_and_deviation(kept) if kept else (None, None)
+        rows.append(
+            {
+                "system": system,
+                "method": method,
+                "ratio": ratio,
+                "task": task,
+                "seeds": len(group),
+                "metric": metric,
+                "mean": mean,
+                "deviation": deviation,
+                "gain_kept": kept_mean,
+                "gain_kept_deviation": kept_deviation,
+                "model_parameters": group[0].model_parameters,
+                "model_bytes": group[0].model_bytes,
+                "train_seconds": group[0].train_seconds,
+                "reason": "",
+            }
+        )
+    return rows
+
+
+def _not_done(cell: Cell, planned: Comparison, failed: Mapping[str, str]) -> dict[str, Any]:
+    """The row of a score that there is not, with what went wrong first."""
+    name, reason = cell.evaluation, failed[cell.evaluation]
+    while lost := [need for need in planned.steps[name].needs if need in failed]:
+        name, reason = lost[0], failed[lost[0]]
+    empty = dict.fromkeys(_columns())
+    return {
+        **empty,
+        "system": cell.system,
+        "method": cell.method,
+        "ratio": cell.ratio,
+        "task": cell.task,
+        "seeds": 0,
+        "reason": f"{name}: {reason}",
+    }
+
+
+def claims_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
+    """What the numbers say of each claim, for each method and ratio, over tasks and seeds."""
+    seeds = sorted({score.seed for score in scores if score.seed is not None})
+    pruned: list[tuple[str | None, float | None]] = sorted(
+        {(score.method, score.ratio) for score in scores if score.method is not None}
+    ) or [(None, None)]
+    found = []
+    for method, ratio in pruned:
+        of_system: dict[str, dict[tuple[str, int], float]] = {}
+        for score in scores:
+            if score.method is None or (score.method, score.ratio) == (method, ratio):
+                value = goodness(metric, score.value)
+                for seed in [score.seed] if score.seed is not None else seeds:
+                    of_system.setdefault(score.system, {})[score.task, seed] = value
+        for said in _verdicts(of_system):
+            found.append(
+                {
+                    "claim": said.claim.says,
+                    "better": said.claim.better,
+                    "worse": said.claim.worse,
+                    "paper": said.claim.paper,
+                    "method": method,
+                    "ratio": ratio,
+                    "seen": said.seen,
+                    "difference": said.difference,
+                    "interval": said.interval,
+                    "pairs": said.pairs,
+                }
+            )
+    return found
+
+
+def _verdicts(of_system: Mapping[str, Mapping[tuple[str, int], float]]) -> Iterator[Verdict]:
+    named = dict.fromkeys(system.partition(" ")[0] for system in of_system)
+    for claim in claims_about(name for name in named if name not in NAMES):
+        better, worse = of_system.get(claim.better, {}), of_system.get(claim.worse, {})
+        if better.keys() & worse.keys():
+            yield verdict(claim, better, worse)
+
+
+def _columns() -> dict[str, pa.DataType]:
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    return {
+        "system": text,
+        "method": text,
+        "ratio": real,
+        "task": text,
+        "seeds": whole,
+        "metric": text,
+        "mean": real,
+        "deviation": real,
+        "gain_kept": real,
+        "gain_kept_deviation": real,
+        "model_parameters": whole,
+        "model_bytes": whole,
+        "train_seconds": real,
+        "reason": text,
+    }

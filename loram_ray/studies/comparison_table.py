@@ -1,0 +1,93 @@
+"""A comparison as Markdown, and as rows of cells for whoever shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from loram_ray.runtime.results import markdown_table
+
+NAMES = {
+    "base": "full base, untouched",
+    "full": "LoRA on the full base",
+    "sibling": "LoRA on a smaller sibling",
+    "pruned": "pruned model, as it is",
+    "small": "trained small, inferred small",
+    "unaligned": "LoRAM without alignment",
+    "causal": "LoRAM, aligned as in the paper",
+    "distilled": "LoRAM, aligned by distillation",
+    "qloram": "QLoRAM",
+}
+CLAIM_COLUMNS = ("claim", "whose", "method", "ratio", "what is seen", "advantage", "pairs")
+COLUMNS = ("system", "method", "ratio", "task", "score", "gain kept", "seeds", "parameters")
+
+
+def name_of(system: str) -> str:
+    """A system in words."""
+    name, _, more = system.partition(" ")
+    return f"{NAMES.get(name) or f'LoRAM, alignment {name}'} {more}".strip()
+
+
+def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text, for `COLUMNS`."""
+    return (
+        name_of(row["system"]),
+        row["method"] or "",
+        "" if row["ratio"] is None else f"{row['ratio']:g}",
+        row["task"],
+        row["reason"] or _with_deviation(row["mean"], row["deviation"], ".4g"),
+        _with_deviation(row["gain_kept"], row["gain_kept_deviation"], ".1%"),
+        str(row["seeds"]),
+        "" if row["model_parameters"] is None else f"{row['model_parameters'] / 1e6:,.1f} M",
+    )
+
+
+def cells_of_claim(claim: dict[str, Any]) -> tuple[str, ...]:
+    """A claim as text, for `CLAIM_COLUMNS`."""
+    return (
+        claim["claim"],
+        "the paper's" if claim["paper"] else "ours",
+        claim["method"] or "",
+        "" if claim["ratio"] is None else f"{claim['ratio']:g}",
+        claim["seen"],
+        difference_of(claim),
+        str(claim["pairs"]),
+    )
+
+
+def difference_of(claim: dict[str, Any]) -> str:
+    """A claim's difference with its interval."""
+    return _with_deviation(claim["difference"], claim["interval"], "+.4f")
+
+
+def _with_deviation(mean: float | None, deviation: float | None, form: str) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:{form.lstrip('+')}}")
+
+
+def as_markdown(
+    rows: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]], metric: str
+) -> str:
+    """The page of a comparison.
+
+    Args:
+        rows: of `compare`.
+        claims: of `compare`.
+        metric: by which was compared.
+    """
+    unit = "log-perplexity" if metric.endswith("perplexity") else metric
+    parts = [
+        "# Comparison\n",
+        f"Scores are {metric.replace('_', ' ')}: mean ± standard deviation over seeds. *Gain kept* "
+        "is what a system gains over the untouched base as a share of what LoRA on the full base "
+        f"gains, in {unit}.\n",
+        markdown_table(COLUMNS, [cells_of(row) for row in rows]),
+        "\n## Claims\n",
+        f"The better system's advantage in {unit}, over pairs of task and seed: mean ± half of its "
+        "95% interval (Student's t). Noise is what seeds change within a task; of one seed, what "
+        "tasks differ by. *Seen*: the interval is above zero; *not seen*: below; *within noise*: "
+        "it holds zero; *one pair*: of noise nothing is known.\n",
+        markdown_table(CLAIM_COLUMNS, map(cells_of_claim, claims), bold="what is seen"),
+    ]
+    return "\n".join(parts) + "\n"

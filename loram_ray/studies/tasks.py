@@ -1,0 +1,121 @@
+"""From a batch's configuration to its tasks: globs, grids, names."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from loram_ray.config import (
+    BatchConfig,
+    RecoverConfig,
+    TaskConfig,
+    TrainConfig,
+    named,
+    over,
+    validate,
+    with_values,
+)
+from loram_ray.errors import LoramError
+from loram_ray.runtime.results import RESULTS_FILE, TABLE_FILE
+from loram_ray.stages.recover import recovery_in
+from loram_ray.utils.names import fault_of_output, first_clash
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training, and the recovery that follows it.
+
+    Attributes:
+        name: of its directory.
+        train: its training.
+        recover: its recovery; None where the adapter stays as it is.
+        priority: a task of a higher one begins first.
+    """
+
+    name: str
+    train: TrainConfig
+    recover: RecoverConfig | None
+    priority: int
+
+    @property
+    def adapter(self) -> Path:
+        """Directory of what the task makes."""
+        return self.train.output if self.recover is None else self.recover.output
+
+
+def tasks_of(config: BatchConfig) -> list[Task]:
+    """The tasks of a batch, those that begin first in front.
+
+    Raises:
+        LoramError: none, names that are no folder's or not distinct, or settings that train does
+            not take.
+    """
+    found = [
+        task for number, one in enumerate(config.tasks) for task in _expand(config, number, one)
+    ]
+    if not found:
+        raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
+    if (clash := first_clash(task.name for task in found)) is not None:
+        one, other = clash
+        said = f"two are {one}" if one == other else f"{one} and {other} differ by case alone"
+        raise LoramError(f"batch.tasks must have names of their own, {said}; give them a name")
+    _require_one_model(config, found)
+    return sorted(found, key=lambda task: -task.priority)
+
+
+def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
+    """Tasks that share a copy of the model want it loaded alike."""
+    kinds = {(task.train.precision, task.train.attention) for task in tasks}
+    if config.adapters_per_actor > 1 and len(kinds) > 1:
+        raise LoramError(
+            "batch.adapters_per_actor above 1 needs tasks of one precision and attention, got "
+            f"{', '.join(f'{precision} with {attention}' for precision, attention in kinds)}; "
+            "set them in batch.train or make it 1"
+        )
+
+
+def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task]:
+    key = f"batch.tasks.{number}"
+    files = sorted(glob(task.data, recursive=True)) if has_magic(task.data) else [task.data]
+    if not files:
+        raise LoramError(f"{key}.data matches no file, got {task.data}; check the path")
+    for file in files:
+        for values in itertools.product(*task.grid.values()):
+            settings = dict(zip(task.grid, values, strict=True))
+            name = task.name or _stem(file)
+            if task.name and len(files) > 1:
+                name = f"{task.name}-{_stem(file)}"
+            name = named(name, settings)
+            if (fault := fault_of_output(name, (RESULTS_FILE, TABLE_FILE))) is not None:
+                raise LoramError(
+                    f"{key}.name must be {fault}, got {name!r:.80} for {file}; give the task a name"
+                )
+            yield _task(config, task, name, file, settings, key)
+
+
+def _stem(file: str) -> str:
+    return Path(file).name.partition(".")[0]
+
+
+def _task(
+    config: BatchConfig, task: TaskConfig, name: str, file: str, grid: dict[str, Any], key: str
+) -> Task:
+    folder = config.output / name
+    settings = with_values(over(config.train, task.train), grid)
+    if task.seed is not None:
+        settings["seed"] = task.seed
+    trained, recover = recovery_in(folder, config.model, config.base, config.correction)
+    settings.update(
+        model=config.model,
+        output=trained,
+        data=file,
+        cpus=config.cpus,
+        gpus=config.gpus,
+        max_failures=config.max_failures,
+    )
+    train: TrainConfig = validate(TrainConfig, settings, f"{key} ({name})")
+    return Task(name, train, recover, task.priority)

@@ -1,0 +1,140 @@
+"""From a sweep's configuration to its trials: every combination, or draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from loram_ray.config import (
+    RangeConfig,
+    SweepConfig,
+    TrainConfig,
+    named,
+    over,
+    validate,
+    with_values,
+)
+from loram_ray.errors import LoramError
+from loram_ray.utils.names import fault_of_output, first_clash
+
+ADAPTER, WORK, SUMMARY_FILE = "adapter", "work", "summary.json"
+"""In a trial's directory; it is complete when the last of them is there."""
+
+_DIGITS = 3
+_DRAWS_EACH = 100
+"""Draws after which no combination is left that is not there already."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training to try.
+
+    Attributes:
+        name: of its directory.
+        model: name of its model, empty where there is but one.
+        values: those that are tried, by dotted key.
+        train: the training, without an output.
+    """
+
+    name: str
+    model: str
+    values: dict[str, Any]
+    train: TrainConfig
+
+
+def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
+    """The trials of a sweep, the same for the same configuration.
+
+    Args:
+        config: of the sweep.
+        models: directories of the models to try, by name.
+
+    Raises:
+        LoramError: settings that train does not take, no held-out examples, or names that are no
+            folder's or not distinct.
+    """
+    found = [
+        _trial(config, model, directory, values)
+        for (model, directory), values in _combinations(config, models)
+    ]
+    if not found[0].train.evaluates:
+        raise LoramError(
+            "sweep.train must hold out examples, by whose loss trials are judged, got none; add "
+            "eval_share, e.g. 0.1, or eval_data"
+        )
+    for trial in found:
+        if (fault := fault_of_output(trial.name)) is not None:
+            raise LoramError(
+                f"sweep must try values that give trials names which are {fault}, got "
+                f"{trial.name!r:.80}; rename the model or try other values"
+            )
+    if (clash := first_clash(trial.name for trial in found)) is not None:
+        raise LoramError(
+            f"sweep must try values that give trials different names, got {clash[0]} and "
+            f"{clash[1]}; rename the files that they name"
+        )
+    grace, steps = config.grace_steps or 1, found[0].train.steps
+    if grace > steps:
+        raise LoramError(
+            f"sweep.grace_steps must be at most train.steps = {steps}, got {grace}; change one"
+        )
+    return found
+
+
+def _combinations(
+    config: SweepConfig, models: Mapping[str, Path]
+) -> Iterator[tuple[tuple[str, Path], dict[str, Any]]]:
+    each = itertools.product(models.items(), *config.grid.values())
+    every = [(model, dict(zip(config.grid, values, strict=True))) for model, *values in each]
+    if config.trials is None or (not config.ranges and config.trials >= len(every)):
+        yield from every
+        return
+    random = numpy.random.default_rng(config.seed)
+    if not config.ranges:
+        yield from (every[i] for i in sorted(random.permutation(len(every))[: config.trials]))
+        return
+    seen: list[object] = []
+    for _ in range(config.trials * _DRAWS_EACH):
+        model, values = every[random.integers(len(every))]
+        drawn = values | {key: _draw(rule, random) for key, rule in config.ranges.items()}
+        if (model, drawn) not in seen:
+            seen.append((model, drawn))
+            yield model, drawn
+        if len(seen) == config.trials:
+            return
+
+
+def _draw(rule: RangeConfig, random: numpy.random.Generator) -> int | float:
+    """A number in a range; what is not whole is rounded, so that its name says all of it."""
+    whole = isinstance(rule.low, int) and isinstance(rule.high, int)
+    least, greatest = rule.low, rule.high + whole  # each whole number has as long a stretch
+    if rule.log:
+        drawn = math.exp(random.uniform(math.log(least), math.log(greatest)))
+    else:
+        drawn = random.uniform(least, greatest)
+    if whole:
+        return int(min(drawn, rule.high))
+    return min(max(float(f"{drawn:.{_DIGITS}g}"), float(rule.low)), float(rule.high))
+
+
+def _trial(config: SweepConfig, model: str, directory: Path, values: dict[str, Any]) -> Trial:
+    name = named(model, values)
+    settings = over(
+        with_values(config.train, values),
+        {
+            "model": directory,
+            "output": config.output / name,
+            "data": config.data,
+            "cpus": config.cpus,
+            "gpus": config.gpus,
+            "max_failures": config.max_failures,
+        },
+    )
+    train: TrainConfig = validate(TrainConfig, settings, f"sweep ({name})")
+    return Trial(name, model, values, train)

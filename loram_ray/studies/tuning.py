@@ -1,0 +1,157 @@
+"""Ray Tune with ASHA over a sweep's trials, those of each model among themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from loram_ray.config import SweepConfig
+from loram_ray.runtime.progress import Reporter
+from loram_ray.stages.train import absolute
+from loram_ray.studies.trial_actor import TrialActor
+from loram_ray.studies.trials import Trial
+
+_TRIAL = "trial"
+_LOSS, _STEP = "eval_loss", "step"
+
+
+def try_all(
+    config: SweepConfig, trials: Sequence[Trial], folder: Path, scratch: Path, gpus: float
+) -> dict[str, str]:
+    """Run all trials, stopping those that are worse than others of their model were.
+
+    Args:
+        config: of the sweep.
+        trials: to run.
+        folder: gets a directory for each, or has what an earlier call left of it.
+        scratch: for Tune's own files.
+        gpus: of each trial.
+
+    Returns:
+        For each trial why it failed, or nothing.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has it all
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints whatever one asks for
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
+    shutil.rmtree(scratch, ignore_errors=True)
+    given = {trial.name: (absolute(trial.train), folder / trial.name) for trial in trials}
+    training = trials[0].train
+    schedule = _AshaOfEach(
+        {trial.name: trial.model for trial in trials},
+        max_t=training.steps,
+        grace_period=config.grace_steps or min(training.eval_every, training.steps),
+        reduction_factor=config.reduction_factor,
+    )
+    with Reporter("sweep", len(trials), "trial") as reporter:
+        results = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(TrialActor, trials=given),
+                {"cpu": config.cpus, "gpu": gpus},
+            ),
+            param_space={_TRIAL: tune.grid_search(list(given))},
+            tune_config=tune.TuneConfig(
+                scheduler=schedule,
+                max_concurrent_trials=config.actors,
+                reuse_actors=True,
+                trial_name_creator=_name_of,
+                trial_dirname_creator=_name_of,
+            ),
+            run_config=tune.RunConfig(
+                name=scratch.name,
+                storage_path=str(scratch.parent),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials do it
+                failure_config=tune.FailureConfig(max_failures=config.max_failures),
+                callbacks=[_Shown(reporter, training.steps, len({t.model for t in trials}) == 1)],
+                verbose=0,
+            ),
+        ).fit()
+    reasons = dict.fromkeys(given, "")
+    for result in results:
+        assert result.config is not None
+        reason = (result.metrics or {}).get("reason", "")
+        if result.error is not None:
+            said = " ".join(str(result.error).split())[:200]
+            reason = f"its worker died {config.max_failures + 1} times ({said})"
+        reasons[result.config[_TRIAL]] = reason
+    return reasons
+
+
+def _name_of(trial: Any) -> str:
+    name: str = trial.config[_TRIAL]
+    return name
+
+
+class _AshaOfEach(FIFOScheduler):  # type: ignore[misc]
+    """ASHA among the trials of each model: losses on different models say nothing together.
+
+    Args:
+        models: of each trial.
+        settings: of ASHA.
+    """
+
+    def __init__(self, models: Mapping[str, str], **settings: Any) -> None:
+        super().__init__()
+        self._models = models
+        self._schedules = {
+            model: ASHAScheduler(time_attr=_STEP, metric=_LOSS, mode="min", **settings)
+            for model in dict.fromkeys(models.values())
+        }
+
+    def _of(self, trial: Any) -> ASHAScheduler:
+        return self._schedules[self._models[_name_of(trial)]]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = self._of(trial).on_trial_result(tune_controller, trial, result)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+
+class _Shown(tune.Callback):  # type: ignore[misc]
+    """Shows how many trials have ended, how far those are that run, and of one model the best.
+
+    Args:
+        reporter: where to show it.
+        steps: of a trial.
+        compares: whether the losses of all trials say something together.
+    """
+
+    def __init__(self, reporter: Reporter, steps: int, compares: bool) -> None:
+        self._reporter, self._steps, self._compares = reporter, steps, compares
+        self._ended: set[str] = set()
+        self._best: tuple[float, str] | None = None
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        if self._compares and _LOSS in result:
+            found = result[_LOSS], _name_of(trial)
+            self._best = found if self._best is None else min(self._best, found)
+        self._show(trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._ended.add(_name_of(trial))
+        self._show(trials)
+
+    def _show(self, trials: list[Any]) -> None:
+        shown: dict[str, Any] = {}
+        for trial in trials:
+            if trial.status == "RUNNING" and _name_of(trial) not in self._ended:
+                step = (trial.last_result or {}).get(_STEP, 0)
+                shown[_name_of(trial)] = f"{step}/{self._steps}"
+        if self._best is not None:
+            shown["best"] = f"{self._best[1]} {self._best[0]:.4f}"
+        self._reporter.update(len(self._ended), shown)

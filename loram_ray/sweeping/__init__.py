@@ -1,1 +1,0 @@
-"""Trials of a training's settings, of which the best is kept."""

@@ -1,0 +1,1 @@
+"""Helpers without a domain: files, names, text and parsing, all with bounds."""

@@ -1,0 +1,245 @@
+"""YAML from outside."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loram_ray.errors import LoramError, shown
+from loram_ray.utils.parsing.text import (
+    MAX_DEPTH,
+    is_unicode,
+    named,
+    read_text,
+    shown_reason,
+    too_deep,
+)
+
+MAX_YAML_BYTES = 2**20
+MAX_ALIASED = 100_000
+"""Nodes of a document that aliases may add to those written out."""
+_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
+_FLOAT, _INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+
+
+class _Loader(_PARSER):  # type: ignore[misc]
+    """YAML in which 4:8 is a pattern and 2024-01-01 is text.
+
+    PyYAML counts to base sixty and makes dates, as YAML 1.1 did.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"(?!.*\d:)" + pattern.pattern, pattern.flags))
+        if tag in (_INT, _FLOAT)
+        else (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith(":timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path | str, key: str | None = None, *, remedy: str = "check the path") -> Any:
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        key: configuration key or option it was given under, for messages.
+        remedy: what to do where it cannot be read, for messages.
+
+    Returns:
+        Dictionaries with text as keys, lists, text, numbers, booleans and None; dates are text.
+
+    Raises:
+        LoramError: as of `read_text`, or as of `parse_yaml`.
+    """
+    text = read_text(path, key, limit=MAX_YAML_BYTES, remedy=remedy)
+    return parse_yaml(text, named(path, key))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse one YAML document; see `read_yaml`.
+
+    Args:
+        text: the YAML.
+        name: what it is, for messages.
+
+    Raises:
+        LoramError: it is not YAML, nested deeply, expands to much more than is written, has a key
+            twice or one that is not text, an absurd number, or a type that is not JSON's.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise LoramError(f"{name} must have at most {MAX_YAML_BYTES:,} characters; shorten it")
+    try:
+        _require_bounded(text, name)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _require_plain(node, name)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise LoramError(f"{name} is not valid YAML: {_yaml_reason(error)}; fix it") from error
+    except (ValueError, KeyError) as error:  # of a tag such as !!int or !!bool
+        reason = shown_reason(error)
+        raise LoramError(f"{name} is not valid YAML: a tag denies its value ({reason})") from error
+
+
+def comment_in(text: str) -> str | None:
+    """The comment that YAML would cut off a text, from its ``#``, or None."""
+    outside, end = [], 0
+    for event in _events(text):
+        if isinstance(event, yaml.ScalarEvent):
+            begin: Any = event.start_mark
+            behind: Any = event.end_mark
+            outside.append((end, begin.index))
+            end = behind.index
+    outside.append((end, len(text)))
+    starts = (text.find("#", begin, stop) for begin, stop in outside)
+    return next((text[start:] for start in starts if start >= 0), None)
+
+
+def _events(text: str) -> Iterator[Any]:
+    """The events of a text, one at a time: nothing recurses over them."""
+    yield from yaml.parse(text, Loader=_PARSER)
+
+
+def _require_bounded(text: str, name: str) -> None:
+    """Refuse depth, cycles and what aliases add, before anything is composed."""
+    sizes: dict[Any, int] = {}
+    open_: list[tuple[str | None, int]] = []  # anchor and nodes before of each open collection
+    count = aliased = 0
+    for event in _events(text):
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_):
+                raise LoramError(
+                    f"{name} must not hold itself, alias *{event.anchor:.40} in line "
+                    f"{_line(event)} does; write it out"
+                )
+            count += sizes.get(event.anchor, 0)
+            aliased += sizes.get(event.anchor, 0)
+            if aliased > MAX_ALIASED:
+                raise LoramError(
+                    f"{name} must expand by aliases to at most {MAX_ALIASED:,} more values, alias "
+                    f"*{event.anchor:.40} in line {_line(event)} makes it more; write less"
+                )
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1 + len(event.value) // 64
+            count += size
+            if event.anchor:
+                sizes[event.anchor] = size
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, count))
+            if len(open_) > MAX_DEPTH:
+                raise too_deep(f"{name}, line {_line(event)},", "flatten it")
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor:
+                sizes[anchor] = count - before
+
+
+def _require_plain(root: Any, name: str) -> None:
+    """Refuse keys that come twice or are not text, and types and numbers that JSON lacks."""
+    for node in _nodes(root):
+        where = f"{name}, line {_line(node)},"
+        if node.tag not in _TAGS:
+            raise LoramError(f"{where} must not have tag {node.tag:.60}; remove it")
+        if isinstance(node, yaml.MappingNode):
+            _require_distinct_keys(node, name)
+            node.value = [(_as_text(key), value) for key, value in node.value]
+        elif isinstance(node, yaml.ScalarNode):
+            if "\0" in node.value or not is_unicode(node.value):
+                raise LoramError(f"{where} must hold Unicode text without NUL; remove it")
+            if node.tag in (_INT, _FLOAT):
+                _require_number(node, where)
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    """Every node once."""
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.SequenceNode):
+            pending.extend(reversed(node.value))
+        elif isinstance(node, yaml.MappingNode):
+            pending.extend(part for pair in reversed(node.value) for part in reversed(pair))
+
+
+def _require_distinct_keys(node: Any, name: str) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise LoramError(
+                f"{name}, line {_line(key)}, must have text as keys, got a list or a section; "
+                "quote it"
+            )
+        if key.tag == _MERGE:
+            continue
+        if key.value in lines:
+            raise LoramError(
+                f"{name} must have each key once, got {shown(key.value)} in lines "
+                f"{lines[key.value]} and {_line(key)}; remove one"
+            )
+        lines[key.value] = _line(key)
+
+
+def _as_text(key: Any) -> Any:
+    """A key as the text that is written: 7 and yes name keys, too."""
+    if key.tag in (_MERGE, _TEXT):
+        return key
+    return yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark)
+
+
+def _require_number(node: Any, where: str) -> None:
+    text = node.value.replace("_", "").lower()
+    if node.tag == _FLOAT:
+        absurd = "inf" not in text and _overflows(text)
+    else:  # no key means more than 64 bits
+        absurd = len(text) > 66 or abs(_whole(text)) >= 2**64
+    if absurd:
+        raise LoramError(f"{where} must have numbers of a sensible size, got {shown(node.value)}")
+
+
+def _whole(text: str) -> int:
+    sign = "-" if text[0] == "-" else ""
+    digits = text.lstrip("+-")
+    octal = digits[0] == "0" and digits.isdecimal()
+    return int(f"{sign}{digits}", 8 if octal else 0)
+
+
+def _overflows(text: str) -> bool:
+    try:
+        return math.isinf(float(text))
+    except ValueError:
+        return False
+
+
+def _line(node: Any) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    """A YAML error on one line, without the excerpt, which may be long."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return shown_reason(error)
+    return f"{' '.join(problem.split()):.120} in line {mark.line + 1}, column {mark.column + 1}"
