@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,14 @@ def test_two_lines_that_could_be_rows_are_a_field_where_quotes_are_used_on_purpo
     [row, _] = rows_of(write(tmp_path / "b.csv", f'{ambiguous}r,"s, t"\n'))
     assert isinstance(row, dict)
     assert row["completion"] == "print\nf(1,2)"
+
+
+def test_a_long_line_is_looked_through_for_quotes_in_little_time(tmp_path: Path) -> None:
+    long = f'r,"s\nt"{"x," * 200_000}\n'  # by backtracking: minutes
+    path = write(tmp_path / "a.csv", f'prompt,completion\nq,"print\nf(1,2)"\n{long}')
+    started = time.process_time()
+    assert "must close the quote" in refusal(path)
+    assert time.process_time() - started < 5
 
 
 def test_code_that_begins_its_lines_with_tabs_is_read(tmp_path: Path) -> None:

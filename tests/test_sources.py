@@ -430,6 +430,17 @@ def test_filters_keep_what_a_loop_over_the_documents_keeps(
     assert (counts.documents, counts.filtered) == (len(expected), len(TEXTS) - len(expected))
 
 
+@pytest.mark.parametrize("key", ["keep", "drop"])
+def test_a_filter_that_takes_for_ever_on_a_document_is_refused(tmp_path: Path, key: str) -> None:
+    path = tiny.write_jsonl(tmp_path / "data.jsonl", [{"text": "short"}, {"text": "a" * 60}])
+    source = SourceConfig(path=str(path), filters=FilterConfig(**{key: "(a|a)*b"}))
+    with pytest.raises(LoramError) as refused:
+        prepare_here(CorpusConfig(sources=(source,)), tmp_path / "work")
+    message = str(refused.value)
+    assert message.startswith(f"align.corpus.sources.0.filters.{key} must be matched within 1 s")
+    assert str(path) in message
+
+
 def repetitive(draw: random.Random, count: int) -> list[dict[str, str]]:
     return [
         {"text": f"text {draw.randrange(40)}" + " word" * draw.randrange(2)} for _ in range(count)

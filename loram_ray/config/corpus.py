@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -11,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Section
 from loram_ray.utils.names import is_control
+from loram_ray.utils.patterns import fault_of_expression
 
 
 class TextSource(Section):
@@ -46,12 +46,9 @@ class FilterConfig(Section):
     @field_validator("keep", "drop")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(
-                f"must be a regular expression, got {pattern!r} ({error}); mend it"
-            ) from error
+        fault = fault_of_expression(pattern or "")
+        if fault is not None:
+            raise ValueError(f"must be {fault}")
         return pattern
 
     @model_validator(mode="after")
@@ -63,15 +60,10 @@ class FilterConfig(Section):
             )
         return self
 
-    def keeps(self, text: str) -> bool:
-        """Whether a document is kept."""
-        if len(text) < self.min_characters:
-            return False
-        if self.max_characters is not None and len(text) > self.max_characters:
-            return False
-        if self.keep is not None and not re.search(self.keep, text):
-            return False
-        return self.drop is None or not re.search(self.drop, text)
+    def has_length(self, text: str) -> bool:
+        """Whether a document's length is one of those that are kept."""
+        longest = len(text) if self.max_characters is None else self.max_characters
+        return self.min_characters <= len(text) <= longest
 
 
 class SourceConfig(TextSource):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from loram_ray.config import CorpusConfig, FilterConfig
-from loram_ray.corpus.read import BadRow, Unit, documents
+from loram_ray.corpus.read import CORPUS_KEY, BadRow, Unit, documents
+from loram_ray.patterns import Search
 
 _HASH_BYTES = 16
 
@@ -44,13 +46,26 @@ class Selection:
         """Yield a unit's documents and bad rows, and None for each that does not pass the filters.
 
         Raises:
-            LoramError: the file is cut or damaged.
+            LoramError: the file is cut or damaged, or a filter's pattern takes too long.
         """
-        for document in documents(unit):
-            if isinstance(document, str) and not self.filters.keeps(document):
-                yield None
-            else:
-                yield document
+        with ExitStack() as stack:
+            patterns = {"keep": self.filters.keep, "drop": self.filters.drop}
+            searches = {
+                key: stack.enter_context(
+                    Search(pattern, f"{CORPUS_KEY}.{unit.source}.filters.{key}")
+                )
+                for key, pattern in patterns.items()
+                if pattern is not None
+            }
+
+            def kept(text: str) -> bool:
+                return self.filters.has_length(text) and all(
+                    search.found(text, unit.path) == (key == "keep")
+                    for key, search in searches.items()
+                )
+
+            for document in documents(unit):
+                yield document if isinstance(document, BadRow) or kept(document) else None
 
 
 def content_hash(text: str) -> bytes:

@@ -125,8 +125,12 @@ class _Records:
     def _quotes_on_purpose(self) -> bool:
         """Whether a line of the file has a field whose quotes are needed and are in their place."""
         mark = re.escape(self._delimiter)
-        quoted = re.compile(rf'(?:^|{mark})"(?:[^"]|"")*(?:{mark}|"")(?:[^"]|"")*"(?:{mark}|\s*$)')
-        return any(quoted.search(raw.decode("utf-8", "replace")) for raw in read_lines(self._path))
+        field = re.compile(rf'(?:^|{mark})(?="((?:[^"]|"")*+)"(?:{mark}|\s*+$))')
+        return any(
+            self._delimiter in content or '""' in content
+            for raw in read_lines(self._path)
+            for content in field.findall(raw.decode("utf-8", "replace"))
+        )
 
 
 def _checked_header(names: Sequence[str], place: str) -> list[str]:

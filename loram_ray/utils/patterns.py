@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from loram_ray.errors import LoramError, shown
 
@@ -27,6 +29,18 @@ patterns, names, seconds = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 compiled = [re.compile(rf"(.*\\.)?({pattern})$") for pattern in patterns]
 any([pattern.match(name) for pattern in compiled for name in names])
+"""
+# Texts come with their lengths; a byte goes back. A process that computes for too long is ended.
+_SEARCH = """
+import re, signal, struct, sys
+pattern, seconds = re.compile(sys.argv[1]), float(sys.argv[2])
+while head := sys.stdin.buffer.read(8):
+    text = sys.stdin.buffer.read(*struct.unpack("<Q", head)).decode("utf-8", "surrogatepass")
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds + seconds * len(text) / 1e6)
+    found = pattern.search(text)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    sys.stdout.buffer.write(b"1" if found else b"0")
+    sys.stdout.buffer.flush()
 """
 
 
@@ -67,12 +81,9 @@ def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str
         names: what they will be matched against, besides examples of modules' paths.
     """
     for pattern in patterns:
-        if len(pattern) > _LONGEST:
-            return f"patterns of at most {_LONGEST:,} characters, got {len(pattern):,}; shorten it"
-        try:
-            _compiled(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            return f"regular expressions, got {shown(pattern)} ({error}); fix it"
+        fault = fault_of_expression(pattern)
+        if fault is not None:
+            return fault
     if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
         return None
     asked = json.dumps([list(patterns), [*names, *_EXAMPLES], SECONDS])
@@ -90,6 +101,65 @@ def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str
         f"matched within {SECONDS} s, {shown(patterns[0])} takes longer; write patterns without "
         "nested repetitions"
     )
+
+
+def fault_of_expression(pattern: str) -> str | None:
+    """Return what a pattern must be and this one is not, with the remedy, or None."""
+    if len(pattern) > _LONGEST:
+        return f"at most {_LONGEST:,} characters long, got {len(pattern):,}; shorten it"
+    try:
+        _compiled(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"a regular expression, got {shown(pattern)} ({error}); fix it"
+    return None
+
+
+class Search:
+    """A regular expression that is looked for in texts, in a process that can be ended.
+
+    Use it as a context manager, which ends the process.
+
+    Args:
+        pattern: a regular expression.
+        name: where it stands, for messages.
+        seconds: CPU time for a text, and as much again for each million characters.
+    """
+
+    def __init__(self, pattern: str, name: str, seconds: float = SECONDS) -> None:
+        self._pattern, self._name = pattern, name
+        command = [sys.executable, "-I", "-S", "-c", _SEARCH, pattern, str(seconds)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def found(self, text: str, place: str) -> bool:
+        """Whether the pattern is found in a text.
+
+        Args:
+            text: any.
+            place: where the text is from, for messages.
+
+        Raises:
+            LoramError: it takes too long.
+        """
+        process, data = self._process, text.encode("utf-8", "surrogatepass")
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(struct.pack("<Q", len(data)) + data)
+        process.stdin.flush()
+        answer = process.stdout.read(1)
+        if not answer:
+            raise LoramError(
+                f"{self._name} must be matched within {SECONDS} s per million characters, "
+                f"{shown(self._pattern)} takes longer on a text of {place}; write a pattern "
+                "without nested repetitions"
+            )
+        return answer == b"1"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
