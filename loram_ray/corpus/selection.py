@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from loram_ray.config import CorpusConfig, FilterConfig
 from loram_ray.corpus.read import CORPUS_KEY, BadRow, Unit, documents
-from loram_ray.patterns import Search
+from loram_ray.utils.patterns import Search
 
 _HASH_BYTES = 16
 
