@@ -386,7 +386,7 @@ def test_help_without_arguments_lists_every_command(tmp_path: Path) -> None:
 
 def test_the_installed_command_is_this_one() -> None:
     [script] = entry_points(group="console_scripts", name="loram")
-    assert script.load() is cli.main
+    assert script.value == "loram_ray.cli.__main__:main"
 
 
 def test_json_is_all_that_stands_on_standard_output(folder: Path) -> None:

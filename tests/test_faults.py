@@ -93,7 +93,12 @@ def command(folder: Path, output: Path, address: str, *overrides: str) -> list[s
         "log_rows": True,
     }
     file = output.with_suffix(".yaml")
-    run = {"base": str(folder), "output": str(folder), "ray": {"address": address}, "align": align}
+    run = {
+        "base": str(folder / "base"),
+        "output": str(folder),
+        "ray": {"address": address},
+        "align": align,
+    }
     file.write_text(yaml.safe_dump(run))
     changes = [word for override in overrides for word in ("--set", override)]
     return [sys.executable, "-m", "loram_ray.cli", "align", "--config", str(file), *changes]

@@ -128,6 +128,13 @@ def assert_interrupted(command: Command, number: signal.Signals, scratch: Path) 
     assert not list(scratch.glob("loram-*"))
 
 
+def partial_outside_of_work(out: Path) -> Iterator[Path]:
+    """What was half written and kept, but for a checkpoint in a work directory that goes on."""
+    for path in out.rglob(".*.partial"):
+        if not any(parent.name.endswith(".work") for parent in path.parents):
+            yield path
+
+
 def is_progress(line: str) -> bool:
     if line.startswith("Adding merges requested"):
         return True  # gguf's, of a tokenizer without merges
@@ -172,11 +179,12 @@ def test_a_signal_in_a_stage_is_one_line_and_the_same_command_goes_on(
         command.kill()
     output = tmp_path / "out" / OUTPUTS[stage]
     assert not output.exists()
-    assert not list((tmp_path / "out").rglob(".*.partial"))
+    assert not list(partial_outside_of_work(tmp_path / "out"))
     again = Command(tmp_path, stage, "--config", "run.yaml", TMPDIR=str(scratch))
     assert again.end() == 0, again.err[-2000:]
     assert not list(scratch.glob("loram-*"))
     assert output.exists()
+    assert not list((tmp_path / "out").rglob(".*.partial"))
     if stage in ("prune", "align", "train", "recover", "merge", "run"):
         assert contents(output) == contents(finished / "out" / OUTPUTS[stage])
 
@@ -268,6 +276,27 @@ def app():
 cli.app = app
 cli.main()
 """
+
+
+def test_signals_are_heard_beside_thousands_of_open_files() -> None:
+    code = """
+import os, resource
+from loram_ray.runtime.interruption import Interruption
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 4096), limit))
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+import signal, time
+with Interruption() as interruption:
+    time.sleep(0.2)  # the thread that waits for signals begins
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        pass
+print(interruption.ending.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("143\n", "")
 
 
 @pytest.mark.parametrize("number", SIGNALS)

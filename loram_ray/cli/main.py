@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-# ruff: noqa: E402, I001 - signals come first: the imports below take seconds
-from loram_ray.runtime.interruption import Ending, Interruption, end_early
-
-end_early()
-
 import inspect
 import logging
 import os
@@ -23,13 +18,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import loram_ray
-from loram_ray.cli import jobs as cli_jobs
 from loram_ray.addresses import without_credentials
-from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
-from loram_ray.errors import LoramError, on_a_place, one_line, root_of
-from loram_ray.runtime.launchers import forget_launchers
-from loram_ray.utils.printing import plain, show
-from loram_ray.runtime.streams import reader_is_gone, safe_streams
+from loram_ray.cli import jobs as cli_jobs
 from loram_ray.cli.tables import (
     AsJson,
     Config,
@@ -43,6 +33,12 @@ from loram_ray.cli.tables import (
     print_tasks,
     print_trials,
 )
+from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
+from loram_ray.errors import LoramError, on_a_place, one_line, root_of
+from loram_ray.runtime.interruption import Ending, Interruption
+from loram_ray.runtime.launchers import forget_launchers
+from loram_ray.runtime.streams import reader_is_gone, safe_streams
+from loram_ray.utils.printing import plain, show
 
 app = typer.Typer(
     name="loram",
@@ -499,7 +495,3 @@ def _tell(error: BaseException) -> int:
     for line in lines:
         print(plain(f"loram: {' '.join(line.splitlines())}"), file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -196,11 +195,13 @@ class Interruption:
     def _watch(self, reading: socket.socket) -> None:
         """See each signal at once, even while the main thread is inside C code."""
         heard: float | None = None
+        poll = select.poll()  # select() itself takes no descriptor beyond 1,023
+        poll.register(reading, select.POLLIN)
         while True:
             left = None
             if self.ending is not None:
-                left = max(self._since + _PATIENCE - time.monotonic(), 0.0)
-            ready, _, _ = select.select([reading], [], [], left)
+                left = max(self._since + _PATIENCE - time.monotonic(), 0.0) * 1000
+            ready = poll.poll(left)
             numbers = reading.recv(64) if ready else b""
             now = time.monotonic()
             if ready and not numbers:
@@ -225,9 +226,7 @@ class Interruption:
 
 
 def end_early() -> None:
-    """Until there is an `Interruption`, have signals end the ``loram`` command with their line."""
-    if Path(sys.argv[0]).stem not in ("loram", "cli"):
-        return  # this process is another program's
+    """Until there is an `Interruption`, have signals end the process with their line."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_at_once)
