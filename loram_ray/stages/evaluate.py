@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loram_ray.actors import Actors
 from loram_ray.adapter import CONFIG_FILE, require_readable
@@ -31,6 +33,7 @@ from loram_ray.manifest import (
 from loram_ray.model_files import resolve_base
 from loram_ray.model_weights import identify_model
 from loram_ray.names import slug
+from loram_ray.parsing.documents import as_type, read_as
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.progress import METRICS_FILE, Reporter, last_line, read_lines
 from loram_ray.schedule import Outcome, Schedule, run_tasks
@@ -228,6 +231,13 @@ def _write(
     target.details.update(scores)
 
 
+class _Kept(NamedTuple):
+    """What lm-eval found."""
+
+    scores: Scores
+    samples: dict[str, list[Any]]
+
+
 class _Harness:
     """What lm-eval found, in a file that an interrupted evaluation finds again.
 
@@ -247,13 +257,22 @@ class _Harness:
         self.scores: Scores = {}
         self.samples: dict[str, list[Any]] = {}
         if path.exists():
-            self.scores, self.samples = json.loads(path.read_text())
+            self.scores, self.samples = read_as(path, _Kept, constants=True)
             self.waits = False
 
     def keep(self, found: tuple[Scores, dict[str, list[Any]]]) -> None:
         """Keep what was found."""
         write_json(self._path, found)
         self.scores, self.samples = found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A line of the record."""
+
+    batch: int
+    found: list[Found]
+    seconds: float
 
 
 class _Record:
@@ -273,15 +292,16 @@ class _Record:
         self.found: dict[int, list[Found]] = {}
         self.seconds = 0.0
         for line in read_lines(path):
-            self._keep(line)
+            with suppress(LoramError):  # done again
+                self._keep(as_type(_Batch, line, str(path)))
 
     def add(self, number: int, found: list[Found], seconds: float) -> None:
         """Keep what a batch's items were found to be."""
-        line = {"batch": number, "found": found, "seconds": seconds}
+        batch = _Batch(number, found, seconds)
         with self._adding, open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            self._keep(line)
+            file.write(json.dumps(asdict(batch)) + "\n")
+            self._keep(batch)
 
-    def _keep(self, line: dict[str, Any]) -> None:
-        self.found[line["batch"]] = line["found"]
-        self.seconds += line["seconds"]
+    def _keep(self, batch: _Batch) -> None:
+        self.found[batch.batch] = batch.found
+        self.seconds += batch.seconds
