@@ -17,7 +17,6 @@ import pytest
 import tiny
 import yaml
 
-from loram_ray.cli import main as cli
 from loram_ray.config import STAGES, PruneConfig, RunConfig
 from loram_ray.runtime.interruption import CONTINUE
 from loram_ray.stages.prune import prune

@@ -40,6 +40,17 @@ ROWS_FILE = "rows.jsonl"
 
 
 @dataclass(frozen=True)
+class Outcome(Progress):
+    """What a run came to.
+
+    Attributes:
+        hashes: SHA-256 of the files that were written, by name.
+    """
+
+    hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
 class LoopSettings:
     """What a worker is told.
 
@@ -93,7 +104,8 @@ def train_loop(settings: dict[str, Any]) -> None:
             engine.module.model, loop.config.pruned, loop.export, partitioned, writes=rank == 0
         )
         if rank == 0:
-            write_json(loop.work / OUTCOME_FILE, {"hashes": hashes, **asdict(progress)})
+            outcome = Outcome(hashes=hashes, **asdict(progress))
+            write_json(loop.work / OUTCOME_FILE, asdict(outcome))
         checkpoints.finish()
 
 

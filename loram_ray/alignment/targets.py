@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -161,17 +161,29 @@ def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) ->
             reporter.update(done, {"sequences_per_s": rate})
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """What a block came to."""
+
+    tokens: int
+    bytes: int
+    missing: float
+    seconds: float
+
+
 def _totals(work: Path, blocks: Sequence[Block]) -> dict[str, float]:
     """What the blocks came to, for the manifest."""
-    summaries = [json.loads((work / _summary_file(block)).read_text()) for block in blocks]
-    tokens = sum(summary["tokens"] for summary in summaries)
-    nbytes = sum(summary["bytes"] for summary in summaries)
+    from loram_ray.utils.parsing.documents import read_as
+
+    summaries = [read_as(work / _summary_file(block), _Summary) for block in blocks]
+    tokens = sum(summary.tokens for summary in summaries)
+    nbytes = sum(summary.bytes for summary in summaries)
     return {
         "tokens": tokens,
         "bytes": nbytes,
         "bytes_per_token": nbytes / tokens,
-        "missing_probability": sum(summary["missing"] for summary in summaries) / tokens,
-        "seconds": sum(summary["seconds"] for summary in summaries),
+        "missing_probability": sum(summary.missing for summary in summaries) / tokens,
+        "seconds": sum(summary.seconds for summary in summaries),
     }
 
 
@@ -206,13 +218,13 @@ class TargetWorker:
             found = [next(answers) for _ in of_block]
             path = self._teaching.work / target_file(block)
             write_targets(path, table["row_id"], found)
-            summary = {
-                "tokens": sum(batch.numel() for batch in of_block),
-                "bytes": path.stat().st_size,
-                "missing": sum(float(top.missing.sum()) for top in found),
-                "seconds": time.perf_counter() - started,
-            }
-            write_json(self._teaching.work / _summary_file(block), summary)
+            summary = _Summary(
+                tokens=sum(batch.numel() for batch in of_block),
+                bytes=path.stat().st_size,
+                missing=sum(float(top.missing.sum()) for top in found),
+                seconds=time.perf_counter() - started,
+            )
+            write_json(self._teaching.work / _summary_file(block), asdict(summary))
             started = time.perf_counter()
         next(answers, None)  # lets a streamed teacher clear up
 

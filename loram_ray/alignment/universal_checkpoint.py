@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -21,7 +20,9 @@ def note_workers(checkpoint: Path, workers: int) -> None:
 
 def workers_of(checkpoint: Path) -> int:
     """How many workers' parts a checkpoint has."""
-    return int(json.loads((checkpoint / _WORKERS_FILE).read_text()))
+    from loram_ray.utils.parsing.documents import read_as
+
+    return read_as(checkpoint / _WORKERS_FILE, int, remedy=f"remove {checkpoint}")
 
 
 def make_universal(checkpoint: Path, tag: str, target: Path) -> None:

@@ -44,6 +44,8 @@ from loram_ray.corpus.sources import Counts, SourceInfo, write_sources
 from loram_ray.corpus.spread import spread
 from loram_ray.errors import LoramError
 from loram_ray.models.tokenizer import frame_of, load_tokenizer
+from loram_ray.utils.parsing import parse_json
+from loram_ray.utils.parsing.documents import as_type, read_as
 
 QUARANTINE_FILE = "quarantine.jsonl"
 ROWS_PER_GROUP = 32
@@ -153,9 +155,7 @@ def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: lis
         _prepare_item,
         (target.work, config, model.resolve(), parts),
     )
-    counts = [
-        Counts(**json.loads((target.work / _counts_file(unit.index)).read_text())) for unit in units
-    ]
+    counts = [read_as(target.work / _counts_file(unit.index), Counts) for unit in units]
     total = Counts.sum(counts)
     bad = _collect_bad_rows(target.work, units, target.path / QUARANTINE_FILE)
     key = "align.corpus.max_bad_share"
@@ -312,10 +312,15 @@ def _collect_bad_rows(work: Path, units: list[Unit], quarantine: Path) -> list[B
             with open(work / _bad_file(unit.index), "rb") as file:
                 shutil.copyfileobj(file, joined)
     with open(quarantine) as file:
-        first = [BadRow(**json.loads(line)) for line in islice(file, NAMED_BAD_ROWS)]
+        first = [_bad_row(line, quarantine) for line in islice(file, NAMED_BAD_ROWS)]
     if not first:
         quarantine.unlink()
     return first
+
+
+def _bad_row(line: str, path: Path) -> BadRow:
+    entry: dict[str, Any] = parse_json(line, str(path))
+    return as_type(BadRow, entry, str(path))
 
 
 def _unit_file(index: int) -> str:

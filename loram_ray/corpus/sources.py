@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from loram_ray.artifacts.manifest import write_json
@@ -81,24 +81,36 @@ def list_sources(corpus: Path) -> list[SourceInfo]:
     Raises:
         LoramError: the directory is no prepared corpus, or of an earlier version.
     """
-    try:
-        entries = json.loads((corpus / SOURCES_FILE).read_text())
-    except FileNotFoundError as error:
+    from loram_ray.utils.parsing.documents import read_as
+
+    path, again = corpus / SOURCES_FILE, "move the corpus away to have it made again"
+    if not os.path.lexists(path):
         raise LoramError(
             f"{corpus} must be a prepared corpus, it holds no {SOURCES_FILE}; move it away to have "
             "it made again"
-        ) from error
-    found = []
-    for entry in entries:
-        for key in ("unit_files", "held_out_files"):
-            if not all(map(is_plain, entry[key])):
-                raise LoramError(
-                    f"{corpus / SOURCES_FILE} must name files beside it, got {entry[key]!r:.80}; "
-                    "move the corpus away to have it made again"
-                )
-            entry[key] = tuple(corpus / name for name in entry[key])
-        found.append(SourceInfo(**entry))
-    return found
+        )
+    found = read_as(path, list[SourceInfo], remedy=again)
+    if not found:
+        raise LoramError(f"{path} must name a source, it names none; {again}")
+    return [
+        replace(
+            source,
+            unit_files=_beside(path, source.unit_files),
+            held_out_files=_beside(path, source.held_out_files),
+        )
+        for source in found
+    ]
+
+
+def _beside(path: Path, names: Iterable[Path]) -> tuple[Path, ...]:
+    """Files in the directory of a file that names them."""
+    for name in names:
+        if not is_plain(str(name)):
+            raise LoramError(
+                f"{path} must name files beside it, got {str(name)!r:.80}; move the corpus away to "
+                "have it made again"
+            )
+    return tuple(path.parent / name for name in names)
 
 
 def write_sources(corpus: Path, sources: Sequence[SourceInfo]) -> None:

@@ -11,7 +11,6 @@ that the result does not depend on how many workers there were.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -280,5 +279,9 @@ def share_out(samples: int, shares: int) -> tuple[tuple[int, int], ...]:
 
 
 def _read_journal(work: Path) -> dict[str, Any]:
+    from loram_ray.utils.parsing.documents import read_as
+
     path = work / _JOURNAL
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return {**read_as(path, dict[str, int | float | dict[str, float]], constants=True)}

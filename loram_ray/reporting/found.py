@@ -13,7 +13,7 @@ from loram_ray.artifacts.manifest import MANIFEST_FILE, Manifest, read_manifest
 from loram_ray.artifacts.stage_directory import StageDirectory
 from loram_ray.errors import LoramError
 from loram_ray.reporting.rows import Kind, read_claims, read_rows
-from loram_ray.runtime.progress import METRICS_FILE, read_lines
+from loram_ray.runtime.progress import METRICS_FILE, read_metrics
 from loram_ray.runtime.results import RESULTS_FILE
 from loram_ray.studies.claims import CLAIMS_FILE
 from loram_ray.utils.names import is_plain
@@ -45,7 +45,7 @@ class Stage:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Its steps, if it has any."""
-        return read_lines(self.directory / METRICS_FILE)
+        return read_metrics(self.directory / METRICS_FILE)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Found:
                 output = self.root / row["name"] / folder
                 paths = (output / METRICS_FILE, StageDirectory(output).work / METRICS_FILE)
                 if (path := next((p for p in paths if p.exists()), None)) is not None:
-                    yield row["name"], read_lines(path)
+                    yield row["name"], read_metrics(path)
                     break
 
 
@@ -115,7 +115,7 @@ def found_in(root: Path) -> Found:
     for directory, begun in _directories(root, deep=0 if kind == "batch" else _DEEPEST):
         name = str(directory.relative_to(root))
         if begun:
-            found.begun.append(Begun(_without_work(name), read_lines(directory / METRICS_FILE)))
+            found.begun.append(Begun(_without_work(name), read_metrics(directory / METRICS_FILE)))
         elif (manifest := read_manifest(directory)) is not None:
             found.stages.append(Stage(name, directory, manifest))
     found.stages.sort(key=lambda stage: stage.manifest.created)

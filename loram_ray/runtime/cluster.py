@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -19,11 +18,13 @@ from loram_ray.runtime.embedded import authenticate, embedded_ray
 from loram_ray.runtime.joined import joined_ray
 from loram_ray.runtime.launchers import forget_launchers, without_launchers
 from loram_ray.runtime.progress import say
+from loram_ray.utils.parsing import parse_json
 
 _CPUS_FOR_DATA = 2
 _ROUNDING = 1e-9
 _advised: set[str] = set()
 _autoscaling: ContextVar[str] = ContextVar("autoscaling", default="off")
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
 
 
@@ -97,8 +98,12 @@ def _runtime_env() -> dict[str, Any]:
 
 def _job_variables() -> set[str]:
     """Names of the environment variables that the Ray Job gives which this process is of."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return set(job.get("runtime_env", {}).get("env_vars", {}))
+    job: Any = parse_json(os.environ.get(_JOB_CONFIG, "{}"), _JOB_CONFIG, remedy="unset it")
+    for key in ("runtime_env", "env_vars"):
+        job = job.get(key) or {}
+        if not isinstance(job, dict):
+            raise LoramError(f"{_JOB_CONFIG} must have a JSON object as {key}; unset it")
+    return set(job)
 
 
 def gpus_per_worker(share: float = 1) -> float:

@@ -124,7 +124,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resume_at: int = 0, count_restarts: bool = True) -> None:
-        before = read_lines(path)
+        before = read_metrics(path)
         self._restarts = restarts_in(before) + 1 if count_restarts and path.exists() else 0
         kept = [line for line in before if resume_at and line["step"] <= resume_at]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def follow(
     ended = False
     while not ended:
         ended = finished(0.5)
-        lines = read_lines(path)
+        lines = read_metrics(path)
         if tracking is not None:
             tracking(lines)
         if lines:
@@ -173,11 +173,16 @@ def last_step(path: Path) -> int:
 
 def last_line(path: Path, having: str = "step") -> dict[str, Any] | None:
     """The newest line of ``metrics.jsonl`` that has a key, None without one."""
-    return next((line for line in reversed(read_lines(path)) if having in line), None)
+    return next((line for line in reversed(read_metrics(path)) if having in line), None)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``metrics.jsonl``, each of a step; none without one."""
+    return [line for line in read_lines(path) if type(line.get("step")) is int]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``metrics.jsonl``; none without one."""
+    """The whole lines of a file of JSON objects; none without one."""
     try:
         text = read_regular_text(path)
     except (FileNotFoundError, NotADirectoryError):

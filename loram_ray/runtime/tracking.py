@@ -7,7 +7,6 @@ on its machine alone. Each library is optional, but for Prometheus, which is Ray
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -163,7 +162,9 @@ class Tracking:
 
 def last_tracked(note: Path) -> int:
     """Step that was handed on last, -1 before the first."""
-    return int(json.loads(note.read_text())) if note.exists() else -1
+    from loram_ray.utils.parsing.documents import read_as
+
+    return read_as(note, int) if note.exists() else -1
 
 
 @contextmanager

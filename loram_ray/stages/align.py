@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.batches import Inputs
 from loram_ray.alignment.deepspeed_config import deepspeed_config, read_users
 from loram_ray.alignment.driver import fit
-from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings
+from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings, Outcome
 from loram_ray.alignment.targets import prepare_targets
 from loram_ray.artifacts.manifest import (
     fingerprint,
@@ -35,9 +34,10 @@ from loram_ray.runtime.cluster import (
     require_resources,
     require_shared,
 )
-from loram_ray.runtime.progress import METRICS_FILE, read_lines
+from loram_ray.runtime.progress import METRICS_FILE, read_metrics
 from loram_ray.runtime.tracking import require_trackers
 from loram_ray.stages.model_card import CARD_FILE, SIZES, model_card
+from loram_ray.utils.parsing.documents import read_as
 
 # Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
 _NOT_IN_IDENTITY = {
@@ -202,20 +202,20 @@ def _write(
     plan = PruningPlan.load(config.pruned)
     loop = LoopSettings(config, users, inputs, target.work, target.path)
     fit(loop)
-    outcome = json.loads((target.work / OUTCOME_FILE).read_text("utf-8"))
-    target.hashes.update(outcome["hashes"])
+    outcome = read_as(target.work / OUTCOME_FILE, Outcome)
+    target.hashes.update(outcome.hashes)
     write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
     for name in (METRICS_FILE, *((ROWS_FILE,) if config.log_rows else ())):
         (target.path / name).write_bytes((target.work / name).read_bytes())
-    lines, pruned = read_lines(target.path / METRICS_FILE), read_manifest(config.pruned)
+    lines, pruned = read_metrics(target.path / METRICS_FILE), read_manifest(config.pruned)
     assert pruned is not None
     sources = list_sources(inputs.corpus)
-    card = model_card(config, plan, pruned, sources, lines[0], lines[-1], outcome["steps"])
+    card = model_card(config, plan, pruned, sources, lines[0], lines[-1], outcome.steps)
     (target.path / CARD_FILE).write_text(card, "utf-8")
     target.details.update(
         {key: pruned.details[key] for key in SIZES},
-        steps=outcome["steps"],
-        tokens=outcome["steps"] * config.batch_size * config.corpus.sequence_length,
-        seconds=outcome["seconds"],
+        steps=outcome.steps,
+        tokens=outcome.steps * config.batch_size * config.corpus.sequence_length,
+        seconds=outcome.seconds,
         corpus=corpus,
     )

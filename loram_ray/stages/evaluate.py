@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loram_ray.artifacts.adapter import CONFIG_FILE, require_readable
 from loram_ray.artifacts.manifest import (
@@ -41,6 +43,7 @@ from loram_ray.runtime.cluster import (
 from loram_ray.runtime.progress import METRICS_FILE, Reporter, last_line, read_lines
 from loram_ray.runtime.schedule import Outcome, Schedule, run_tasks
 from loram_ray.utils.names import slug
+from loram_ray.utils.parsing.documents import as_type, read_as
 
 SCORES_FILE, ITEMS = "scores.json", "items"
 _RECORD_FILE, _HARNESS_FILE = "batches.jsonl", "lm_eval.json"
@@ -233,6 +236,13 @@ def _write(
     target.details.update(scores)
 
 
+class _Kept(NamedTuple):
+    """What lm-eval found."""
+
+    scores: Scores
+    samples: dict[str, list[Any]]
+
+
 class _Harness:
     """What lm-eval found, in a file that an interrupted evaluation finds again.
 
@@ -252,13 +262,22 @@ class _Harness:
         self.scores: Scores = {}
         self.samples: dict[str, list[Any]] = {}
         if path.exists():
-            self.scores, self.samples = json.loads(path.read_text())
+            self.scores, self.samples = read_as(path, _Kept, constants=True)
             self.waits = False
 
     def keep(self, found: tuple[Scores, dict[str, list[Any]]]) -> None:
         """Keep what was found."""
         write_json(self._path, found)
         self.scores, self.samples = found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A line of the record."""
+
+    batch: int
+    found: list[Found]
+    seconds: float
 
 
 class _Record:
@@ -278,15 +297,16 @@ class _Record:
         self.found: dict[int, list[Found]] = {}
         self.seconds = 0.0
         for line in read_lines(path):
-            self._keep(line)
+            with suppress(LoramError):  # done again
+                self._keep(as_type(_Batch, line, str(path)))
 
     def add(self, number: int, found: list[Found], seconds: float) -> None:
         """Keep what a batch's items were found to be."""
-        line = {"batch": number, "found": found, "seconds": seconds}
+        batch = _Batch(number, found, seconds)
         with self._adding, open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            self._keep(line)
+            file.write(json.dumps(asdict(batch)) + "\n")
+            self._keep(batch)
 
-    def _keep(self, line: dict[str, Any]) -> None:
-        self.found[line["batch"]] = line["found"]
-        self.seconds += line["seconds"]
+    def _keep(self, batch: _Batch) -> None:
+        self.found[batch.batch] = batch.found
+        self.seconds += batch.seconds

@@ -25,6 +25,7 @@ from loram_ray.config import PublishConfig
 from loram_ray.errors import LoramError
 from loram_ray.runtime.progress import say
 from loram_ray.stages.model_card import hub_id
+from loram_ray.utils.parsing import read_json, read_text
 
 PUBLISHED = ("prune", "align", "quantize", "recover")
 _MODEL_CONFIG_FILE = "config.json"
@@ -155,7 +156,7 @@ def _refuse_local_paths(directory: Path, contents: dict[str, Path | bytes]) -> N
         content = contents.get(name)
         if content is None:
             continue
-        text = content.decode() if isinstance(content, bytes) else content.read_text("utf-8")
+        text = content.decode() if isinstance(content, bytes) else read_text(content)
         for found in _ABSOLUTE_PATH.finditer(text):
             if Path("/", found[1]).is_dir():
                 raise LoramError(
@@ -180,7 +181,8 @@ def _naming_refusals(repo: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8"))
+    settings: dict[str, Any] = read_json(path)
+    return settings
 
 
 def _json(value: object) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from dataclasses import dataclass
@@ -182,11 +181,10 @@ def _do(
     trained = train_by(task.train, training, identity)
     recovered = None if task.recover is None else recover(task.recover)
     skipped = trained.skipped and (recovered is None or recovered.skipped)
-    lines = (trained.output / METRICS_FILE).read_text().splitlines()
-    learnt = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    last = last_line(trained.output / METRICS_FILE, having="loss")
     details = {
         **{key: trained.manifest.details.get(key) for key in _COLUMNS},
-        "loss": learnt[-1],
+        "loss": None if last is None else last["loss"],
         "seconds": 0.0 if skipped else time.perf_counter() - started,
     }
     return Outcome(task.name, "skipped" if skipped else "done", details=details)

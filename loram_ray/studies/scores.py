@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from loram_ray.artifacts.manifest import write_json
 from loram_ray.errors import LoramError
 from loram_ray.studies.systems import Cell
+from loram_ray.utils.parsing import read_json
 
 SCORES_FILE = "scores.json"
 # Between two machines, sums in another order change a score by far less; other data by far more.
@@ -148,12 +149,8 @@ def with_others(scores: Sequence[Score], others: Sequence[Score]) -> list[Score]
 
 def _read(path: Path, metric: str) -> list[Score]:
     try:
-        file = _File.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise LoramError(
-            f"compare.others must be files that can be read, got {path}: {error.strerror}; "
-            "leave it out"
-        ) from error
+        data: object = read_json(path, "compare.others", remedy="leave it out", constants=True)
+        file = _File.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

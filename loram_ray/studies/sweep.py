@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from loram_ray.stages.run import cpus_for_models
 from loram_ray.stages.train import absolute, digest_of_rows, settings_of_rows, train_by
 from loram_ray.studies.trials import ADAPTER, SUMMARY_FILE, WORK, Trial, trials_of
 from loram_ray.utils.names import folded, is_plain
+from loram_ray.utils.parsing.documents import read_as
 
 BEST_FILE = "best.yaml"
 _NOT_IN_IDENTITY = {
@@ -238,13 +238,17 @@ def _row(trial: Trial, folder: Path, reason: str) -> dict[str, Any]:
         "trained_parameters": None,
     }
     if (folder / SUMMARY_FILE).exists():
-        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        summary = asdict(_summary_in(folder))
         kept = ("steps", "eval_loss", "trained_parameters")
         return {**row, "state": "done", "reason": "", **{key: summary[key] for key in kept}}
     line = last_line(folder / WORK / METRICS_FILE, having="eval_loss")
     if line is not None:
         row |= {"steps": line["step"], "eval_loss": line["eval_loss"]}
     return row
+
+
+def _summary_in(folder: Path) -> TrainingSummary:
+    return read_as(folder / SUMMARY_FILE, TrainingSummary, constants=True)
 
 
 def _columns(trials: Sequence[Trial]) -> dict[str, pa.DataType]:
@@ -264,7 +268,7 @@ def _finish(
     def training(_: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         shutil.copytree(folder / ADAPTER, output, dirs_exist_ok=True)
         shutil.copyfile(folder / METRICS_FILE, work / METRICS_FILE)
-        return TrainingSummary(**json.loads((folder / SUMMARY_FILE).read_text()))
+        return _summary_in(folder)
 
     trained, recovery = recovery_in(final, trial.train.model, config.base, config.correction)
     train_by(trial.train.model_copy(update={"output": trained}), training, identity)

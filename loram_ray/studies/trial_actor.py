@@ -16,7 +16,7 @@ from ray import tune
 from loram_ray.artifacts.manifest import write_json
 from loram_ray.config import TrainConfig
 from loram_ray.errors import LoramError
-from loram_ray.runtime.progress import METRICS_FILE, read_lines
+from loram_ray.runtime.progress import METRICS_FILE, read_metrics
 from loram_ray.stages.train import require_room
 from loram_ray.studies.trials import ADAPTER, SUMMARY_FILE, WORK
 
@@ -105,7 +105,7 @@ def _train(train: TrainConfig, folder: Path, frozen: FrozenModel, tell: Tell) ->
 
 
 def _evaluations(path: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["eval_loss"]) for row in read_lines(path) if "eval_loss" in row]
+    return [(row["step"], row["eval_loss"]) for row in read_metrics(path) if "eval_loss" in row]
 
 
 class _Talk:

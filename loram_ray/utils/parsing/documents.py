@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from loram_ray.errors import LoramError, shown
 from loram_ray.utils.parsing.json_text import read_json
 from loram_ray.utils.parsing.text import named
 
 M = TypeVar("M", bound="Document")
+T = TypeVar("T")
 
 
 class Document(BaseModel):
@@ -61,10 +62,39 @@ def checked(model: type[M], data: Any, name: str, *, remedy: str = "restore the 
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = f"{name}: {key}" if key else f"{name}:"
-        raise LoramError(f"{where} {broken_rule(first)}; {remedy}") from error
+        raise _broken(error, name, remedy) from error
+
+
+def read_as(
+    path: Path | str, kind: type[T], *, remedy: str = "remove it", constants: bool = False
+) -> T:
+    """Read a JSON file that a run noted something in, as a dataclass or any other type.
+
+    Raises:
+        LoramError: as of `read_json`, or a value has another type.
+    """
+    data = read_json(path, kind=object, remedy=remedy, constants=constants)
+    return as_type(kind, data, str(path), remedy=remedy)
+
+
+def as_type(kind: type[T], data: Any, name: str, *, remedy: str = "restore the file") -> T:
+    """Return JSON that was parsed as a type; see `read_as`.
+
+    Raises:
+        LoramError: the first value that has another type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        raise _broken(error, name, remedy) from error
+
+
+def _broken(error: ValidationError, name: str, remedy: str) -> LoramError:
+    """The error of the first rule that is broken."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = f"{name}: {key}" if key else f"{name}:"
+    return LoramError(f"{where} {broken_rule(first)}; {remedy}")
 
 
 def broken_rule(error: Any) -> str:
