@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import unicodedata
 from pathlib import Path
@@ -19,7 +20,7 @@ from loram_ray.artifacts.manifest import MANIFEST_FILE, read_manifest
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.cli.main import _show_piece
 from loram_ray.config import BatchConfig, CompareConfig, CorpusConfig, SweepConfig
-from loram_ray.corpus.sources import SOURCES_FILE, list_sources
+from loram_ray.corpus.sources import SOURCES_FILE, Counts, list_sources
 from loram_ray.errors import LoramError
 from loram_ray.runtime.progress import Reporter, say
 from loram_ray.studies.tasks import tasks_of
@@ -207,7 +208,9 @@ def test_manifests_name_no_files_outside_their_directory(outside: str, tmp_path:
 
 
 def test_prepared_corpora_name_no_files_elsewhere(tmp_path: Path) -> None:
-    entry = {"name": "a", "unit_files": ["../x.parquet"], "held_out_files": []}
+    counts = {field.name: 1 for field in dataclasses.fields(Counts)}
+    files = {"unit_files": ["../x.parquet"], "held_out_files": []}
+    entry = {"name": "a", "weight": None, "share": 1.0, **counts, **files}
     (tmp_path / SOURCES_FILE).write_text(json.dumps([entry]))
     with pytest.raises(LoramError, match="must name files beside it"):
         list_sources(tmp_path)
