@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from loram_ray.config import AlignConfig
 from loram_ray.config.publish import is_repo
 from loram_ray.corpus.sources import SourceInfo
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.statistics import perplexity_of
 from loram_ray.manifest import Manifest
 from loram_ray.parsing import parse_yaml
 from loram_ray.plan import PruningPlan
@@ -192,4 +192,4 @@ def _objective(config: AlignConfig) -> str:
 
 
 def _perplexity(nll: float | None) -> str:
-    return "" if nll is None else f"{math.exp(nll):,.2f}"
+    return "" if nll is None else f"{perplexity_of(nll):,.2f}"
