@@ -373,6 +373,7 @@ def test_gain_kept_is_that_of_the_method() -> None:
     # LLaMA-3.1-70B on GSM8K in the paper: 93%
     assert gain_kept("gsm8k/exact_match", 75.28, 80.36, 80.74) == pytest.approx(0.93, abs=0.005)
     assert gain_kept("answer_perplexity", 5.0, 5.0, 5.5) is None
+    assert gain_kept("answer_perplexity", math.inf, 5.0, 5.5) is None
 
 
 def goodness_of(**tasks: list[float]) -> dict[tuple[str, int], float]:

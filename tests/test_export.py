@@ -240,6 +240,8 @@ def test_what_cannot_be_written_is_one_line(pruned: Path, tmp_path: Path) -> Non
     tokenizer.save_pretrained(base)
     with pytest.raises(lr.LoramError, match=r"export.pre_tokenizer must be given"):
         export(base, tmp_path / "out")
+    with pytest.raises(lr.LoramError, match="pre-tokenisation, got 'llama3-bpe'; .* llama-bpe"):
+        export(base, tmp_path / "out", pre_tokenizer="llama3-bpe")
     assert not (tmp_path / "out").exists()
 
 

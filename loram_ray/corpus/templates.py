@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.corpus.messages import arguments_of_calls, with_arguments_as_text
-from loram_ray.errors import first_line
-from loram_ray.models.tokenizer import continuation
+from loram_ray.errors import LoramError, first_line
+from loram_ray.models.tokenizer import continuation, render_chat
 
 _ANSWER = "xyzzy"  # what no template writes by itself
 _ANCHORS = ("", "\n", ">", "a", "|")
@@ -77,21 +77,23 @@ def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool)
 
     Raises:
         TemplateFault: the template refuses them.
+        LoramError: the template takes too long.
     """
     messages = conversation.messages[:count]
 
     def apply(messages: list[dict[str, Any]]) -> str:
         try:
-            text: str = tokenizer.apply_chat_template(
+            return render_chat(
+                tokenizer,
                 messages,
                 tools=conversation.tools,
-                tokenize=False,
                 add_generation_prompt=prompt,
                 **conversation.arguments,
             )
+        except LoramError:
+            raise
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateFault(f"the chat template refuses it ({first_line(error)})") from error
-        return text
 
     text = apply(messages)
     objects = [arguments for message in messages for arguments in arguments_of_calls(message)]

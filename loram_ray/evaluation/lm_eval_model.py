@@ -25,7 +25,7 @@ from loram_ray.evaluation.benchmark import Scores
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
 from loram_ray.evaluation.likelihood import Branches, nlls_of_branches
-from loram_ray.models.tokenizer import ids_to_continue
+from loram_ray.models.tokenizer import ids_to_continue, render_chat
 
 _NEW_TOKENS = 256  # where a task does not say
 _POSITIONS = 2048  # where a model does not say
@@ -77,13 +77,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Text of a conversation, up to where the answer begins or goes on."""
-        text: str = self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return text
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

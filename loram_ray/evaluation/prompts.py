@@ -13,7 +13,7 @@ from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.corpus.rows import Row, read_rows
 from loram_ray.errors import LoramError, first_line
 from loram_ray.evaluation.benchmark import require_items
-from loram_ray.models.tokenizer import ids_to_continue
+from loram_ray.models.tokenizer import ids_to_continue, render_chat
 
 _COLUMN = re.compile(r"\{(\w+)\}")
 _BETWEEN_SHOTS = "\n\n"
@@ -129,15 +129,14 @@ class Asker:
             ]
         messages.append({"role": "user", "content": question})
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            return render_chat(self._tokenizer, messages, add_generation_prompt=True)
+        except LoramError:
+            raise
         except Exception as error:  # a template is a program: it may raise anything
             raise LoramError(
                 f"{self._key}.chat: the chat template refuses a question ({first_line(error)}); "
                 "give another as evaluate.chat_template, or set chat to false"
             ) from error
-        return text
 
     @property
     def beginning(self) -> int:

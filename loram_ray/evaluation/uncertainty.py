@@ -20,6 +20,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / count)
 
 
+def perplexity_of(mean: float) -> float:
+    """``exp`` of the mean nats a token, infinity where it overflows."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 def perplexity_and_error(nlls: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
     """``exp`` of the nats a token, and its standard error.
 
@@ -35,9 +40,9 @@ def perplexity_and_error(nlls: Sequence[float], tokens: Sequence[int]) -> tuple[
     """
     count, total = len(nlls), sum(tokens)
     mean = math.fsum(nlls) / total
-    if mean >= 700:
-        return math.inf, math.inf
-    perplexity = math.exp(mean)
+    perplexity = perplexity_of(mean)
+    if perplexity == math.inf:
+        return perplexity, math.inf
     if count < 2:
         return perplexity, math.nan
     squares = math.fsum((nll - mean * n) ** 2 for nll, n in zip(nlls, tokens, strict=True))
@@ -73,7 +78,7 @@ def share_of_gain(metric: str, base: float, adapted: float, full: float) -> floa
 
 
 def gain_kept(metric: str, base: float, adapted: float, full: float) -> float | None:
-    """`share_of_gain`, None where full LoRA gains nothing."""
-    if goodness(metric, full) <= goodness(metric, base):
+    """`share_of_gain`, None where full LoRA gains nothing, or the base's perplexity overflows."""
+    if goodness(metric, full) <= goodness(metric, base) or not math.isfinite(base):
         return None
     return share_of_gain(metric, base, adapted, full)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from loram_ray.errors import LoramError
+from loram_ray.errors import LoramError, shown
 from loram_ray.models.tokenizer import added_around, load_tokenizer
 
 if TYPE_CHECKING:
@@ -21,6 +22,19 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+_KNOWN = (
+    "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe "
+    "command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone "
+    "exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gigachat glm4 glm5 gpt-2 gpt-4o "
+    "gpt3-finnish granite-docling granite-embed-multi-97m grok-2 hunyuan hunyuan-dense jais "
+    "jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de jina-v2-es jina-v5-nano "
+    "joyai-llm k2-horizon kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3 llama3 "
+    "llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo "
+    "phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe seed-coder smaug-bpe smollm "
+    "solar-open stablelm2 starcoder superbpe talkie tekken tiny_aya trillion ufakzeka viking "
+    "youtu"
+)
+"""llama.cpp's names of pre-tokenisations of byte-level BPE; it loads no file with another."""
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _REMEDY = "convert the model with llama.cpp's convert_hf_to_gguf.py"
 
@@ -77,6 +91,8 @@ def read_vocabulary(
     Raises:
         LoramError: a tokenizer that GGUF cannot hold, or that llama.cpp does not load.
     """
+    if pre_tokenizer is not None:
+        _require_known(pre_tokenizer)
     tokenizer = load_tokenizer(directory)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     _require_byte_level(backend, directory)
@@ -93,6 +109,17 @@ def read_vocabulary(
         ends,
         _templates(tokenizer.chat_template, directory),
     )
+
+
+def _require_known(pre_tokenizer: str) -> None:
+    """Refuse a name of a pre-tokenisation that llama.cpp does not know."""
+    known = _KNOWN.split()
+    if pre_tokenizer not in known:
+        near = get_close_matches(pre_tokenizer, known, n=3, cutoff=0.0)
+        raise LoramError(
+            "export.pre_tokenizer must be llama.cpp's name of a pre-tokenisation, got "
+            f"{shown(pre_tokenizer)}; give another, such as {', '.join(near)}"
+        )
 
 
 def _require_byte_level(backend: dict[str, Any], directory: Path) -> None:

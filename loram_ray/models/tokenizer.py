@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram_ray.errors import LoramError, first_line
+from loram_ray.errors import LoramError, first_line, shown
 from loram_ray.models.tokenizer_files import require_template, require_tokenizer_files
+from loram_ray.utils.bounded_call import TooLong, within
 from loram_ray.utils.files import require_regular_files
 from loram_ray.utils.parsing import read_json, read_text
 
 _PROBES = ("Hello.", "a", "0")
+_RENDER_SECONDS = 10.0
+"""CPU time for the rendering of a conversation, which takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,31 @@ def _require_embedded(tokenizer: Any, directory: Path) -> None:
             f"{directory}: token {token!r:.80} has number {number}, the embeddings have {words} "
             "rows; resize the model's embeddings or take the token out of its tokenizer"
         )
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
+    """Apply a tokenizer's chat template, which is a program and may raise anything.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: of the conversation.
+        arguments: of `apply_chat_template`.
+
+    Raises:
+        LoramError: the template takes too long.
+    """
+    try:
+        text: str = within(
+            _RENDER_SECONDS,
+            lambda: tokenizer.apply_chat_template(messages, tokenize=False, **arguments),
+        )
+    except TooLong as error:
+        raise LoramError(
+            f"the chat template must render a conversation within {_RENDER_SECONDS:g} s, it takes "
+            f"longer for one of {len(messages)} messages that begins with "
+            f"{shown(messages[0].get('content'))}; give another template"
+        ) from error
+    return text
 
 
 def read_template(path: Path, key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from loram_ray.config import AlignConfig
 from loram_ray.config.publish import is_repo
 from loram_ray.corpus.sources import SourceInfo
 from loram_ray.errors import LoramError
+from loram_ray.evaluation.uncertainty import perplexity_of
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import HELD_OUT
 from loram_ray.runtime.results import markdown_table
@@ -192,4 +192,4 @@ def _objective(config: AlignConfig) -> str:
 
 
 def _perplexity(nll: float | None) -> str:
-    return "" if nll is None else f"{math.exp(nll):,.2f}"
+    return "" if nll is None else f"{perplexity_of(nll):,.2f}"
