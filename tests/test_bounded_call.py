@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from loram_ray import tokenizer as loading
 from loram_ray.errors import LoramError
+from loram_ray.models import tokenizer as loading
 from loram_ray.models.tokenizer import load_tokenizer, render_chat
 from loram_ray.utils.bounded_call import TooLong, within
 
