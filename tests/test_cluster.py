@@ -223,11 +223,11 @@ def test_azure_workers_cannot_ask_for_the_head_s_identity() -> None:
         assert others == common  # which these replace
 
 
-def test_the_network_policy_names_the_operator_as_its_chart_labels_it() -> None:
-    """``kuberay-operator.selectorLabels`` of the chart: the chart's name."""
+def test_the_network_policy_names_the_operator_as_kuberay_labels_it() -> None:
+    """The chart's and the kustomize files' pods have this label; their names differ."""
     policy = next(one for one in documents("raycluster") if one["kind"] == "NetworkPolicy")
     _, operator = policy["spec"]["ingress"][0]["from"]
-    labels = {"app.kubernetes.io/name": "kuberay-operator"}
+    labels = {"app.kubernetes.io/component": "kuberay-operator"}
     assert operator["podSelector"]["matchLabels"] == labels
 
 
