@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,10 @@ def test_what_is_not_a_table_is_refused_in_one_line(tmp_path: Path, content: byt
         with pytest.raises(LoramError) as caught:
             list(conversations(str(path), "key"))
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_fifo_in_place_of_a_parquet_file_blocks_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "unit-000000.parquet"
+    os.mkfifo(path)
+    with pytest.raises(LoramError, match="must be a regular file, got a FIFO"):
+        open_parquet(path, str(path))

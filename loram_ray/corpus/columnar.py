@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from loram_ray.errors import LoramError
+from loram_ray.files import open_descriptor
 
 _EXTENSION, _HARMLESS = b"ARROW:extension:name", b"ARROW:extension_name"
 _ARROW_SCHEMA = b"ARROW:schema"
@@ -41,7 +43,7 @@ def open_parquet(source: Path | pa.NativeFile, name: str, buffer_size: int = 0) 
             name.
     """
     try:
-        file = pa.OSFile(str(source)) if isinstance(source, Path) else source
+        file = _opened(source) if isinstance(source, Path) else source
         footer = _footer(file, _PARQUET_MAGIC, 0)
         for serialised in _arrow_schemas_in(footer):
             _refuse_extensions(serialised, _schema_of_message, name)
@@ -56,6 +58,12 @@ def open_parquet(source: Path | pa.NativeFile, name: str, buffer_size: int = 0) 
         raise LoramError(f"{name} is not a Parquet file ({reason}); get the file again") from error
     _refuse_repeated_fields(schema, name)
     return opened
+
+
+def _opened(path: Path) -> pa.OSFile:
+    """A regular file; pyarrow would wait for a FIFO's other end."""
+    os.close(open_descriptor(path))
+    return pa.OSFile(str(path))
 
 
 def arrow_batches(file: pa.NativeFile, name: str) -> Iterator[pa.RecordBatch]:

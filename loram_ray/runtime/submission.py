@@ -157,7 +157,7 @@ def require_directory(address: str, directory: str | None, settings: RunConfig) 
     """
     if directory is not None:
         return directory
-    if (urlparse(address).hostname or "") in _LOCAL:
+    if _host_of(address) in _LOCAL:
         return str(Path.cwd())
     relative = next((path for path in _paths(settings) if not path.is_absolute()), None)
     if relative is not None:
@@ -166,6 +166,26 @@ def require_directory(address: str, directory: str | None, settings: RunConfig) 
             f"and {relative}; name one on storage that all its nodes share"
         )
     return "/"
+
+
+def _host_of(address: str) -> str:
+    """The host of a dashboard's address.
+
+    Raises:
+        LoramError: it is no address of http or https; Ray would import a module of another's name.
+    """
+    url = address if "://" in address else f"http://{address}"
+    try:
+        parts = urlparse(url)
+        host, scheme, _ = parts.hostname, parts.scheme, parts.port
+    except ValueError:
+        host = scheme = None
+    if not host or scheme not in ("http", "https"):
+        raise LoramError(
+            "--address must be that of a Ray cluster's dashboard, such as http://127.0.0.1:8265, "
+            f"got {without_credentials(address)}; correct it"
+        )
+    return host
 
 
 def _paths(section: BaseModel) -> Iterator[Path]:
@@ -187,7 +207,7 @@ class Jobs:
         patience: seconds without an answer after which the cluster is given up.
 
     Raises:
-        LoramError: no cluster answers there, or it does not take the token.
+        LoramError: it is no address, no cluster answers there, or it does not take the token.
     """
 
     def __init__(
@@ -196,6 +216,7 @@ class Jobs:
         told: Callable[[str], None] = lambda line: None,
         patience: float = _PATIENCE,
     ) -> None:
+        _host_of(address)
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to what it is told
         from ray.job_submission import JobSubmissionClient

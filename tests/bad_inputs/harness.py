@@ -107,6 +107,22 @@ def in_turn(*names: str) -> Iterator[tuple[str, ...]]:
     return cycle(stage(name) for name in names)
 
 
+def given(key: str, value: str) -> Change:
+    """Write the run file with one value changed."""
+
+    def change(folder: Path) -> None:
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        *parents, last = key.split(".")
+        node = settings
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = "THE_VALUE"
+        text = yaml.safe_dump(settings).replace("THE_VALUE", value)
+        (folder / "run.yaml").write_text(text)
+
+    return change
+
+
 def edited(path: str, *keys: str | int, value: Any) -> Change:
     """Set a value in a JSON file."""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from bad_inputs.harness import COMMANDS, NO_FILES, Change, Row, in_turn, stage, written
+from bad_inputs.harness import COMMANDS, NO_FILES, Row, given, in_turn, stage, written
 
 _HEAD = "base: base\noutput: run\n"
 _BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -90,24 +88,6 @@ _VALUES = {
 }
 
 
-def _given(key: str, value: str) -> Change:
-    """Write the run file with one value changed."""
-
-    def change(folder: Path) -> None:
-        import yaml
-
-        settings = yaml.safe_load((folder / "run.yaml").read_text())
-        *parents, last = key.split(".")
-        node = settings
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = "THE_VALUE"
-        text = yaml.safe_dump(settings).replace("THE_VALUE", value)
-        (folder / "run.yaml").write_text(text)
-
-    return change
-
-
 def _value_rows() -> list[Row]:
     rows = []
     for key, values in _VALUES.items():
@@ -116,7 +96,7 @@ def _value_rows() -> list[Row]:
         for value in values:
             last = key.rsplit(".", 1)[-1]
             named = section if section in ("train", "merge") and "lora" in key else last
-            rows.append(Row(f"{key}={value}", command, named, _given(key, value)))
+            rows.append(Row(f"{key}={value}", command, named, given(key, value)))
     return rows
 
 
