@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from loram_ray.errors import LoramError
-from loram_ray.files import open_descriptor
+from loram_ray.utils.files import open_descriptor
 
 _EXTENSION, _HARMLESS = b"ARROW:extension:name", b"ARROW:extension_name"
 _ARROW_SCHEMA = b"ARROW:schema"
