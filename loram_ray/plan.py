@@ -227,6 +227,20 @@ class PruningPlan:
             writer.write(name, tensor)
         return writer.finish()
 
+    @staticmethod
+    def is_in(directory: Path | str) -> bool:
+        """Whether a directory holds a plan: that of a pruned model, or of an adapter of one."""
+        return os.path.lexists(Path(directory) / PLAN_FILE)
+
+    @classmethod
+    def load_if_any(cls, directory: Path | str) -> PruningPlan | None:
+        """Read a directory's plan; None where it holds none, as a base and its adapters.
+
+        Raises:
+            LoramError: the plan is corrupt, or its format is unknown.
+        """
+        return cls.load(directory) if cls.is_in(directory) else None
+
     @classmethod
     def load(cls, directory: Path | str) -> PruningPlan:
         """Read the plan of a pruned model, an aligned model or a pruned adapter.
@@ -238,7 +252,7 @@ class PruningPlan:
         from loram_ray.utils.parsing.documents import checked
 
         path = Path(directory) / PLAN_FILE
-        if not os.path.lexists(path):
+        if not cls.is_in(directory):
             raise LoramError(
                 f"{directory} holds no {PLAN_FILE}; give a directory that prune, align or train "
                 "has written"

@@ -324,6 +324,23 @@ def test_a_directory_without_a_plan_is_refused(tmp_path: Path) -> None:
         PruningPlan.load(tmp_path)
 
 
+def test_a_plan_is_loaded_where_there_is_one(tmp_path: Path) -> None:
+    assert not PruningPlan.is_in(tmp_path)
+    assert PruningPlan.load_if_any(tmp_path) is None
+    plan = tiny_plan()
+    plan.save(tmp_path)
+    assert PruningPlan.is_in(tmp_path)
+    loaded = PruningPlan.load_if_any(tmp_path)
+    assert loaded is not None
+    assert loaded.digest == plan.digest
+
+
+def test_a_link_to_a_plan_that_is_gone_is_not_taken_for_no_plan(tmp_path: Path) -> None:
+    (tmp_path / PLAN_FILE).symlink_to(tmp_path / "gone.safetensors")
+    with pytest.raises(LoramError, match=PLAN_FILE):
+        PruningPlan.load_if_any(tmp_path)
+
+
 def test_a_plan_cut_anywhere_is_refused_by_name(tmp_path: Path) -> None:
     tiny_plan().save(tmp_path)
     path = tmp_path / PLAN_FILE

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 
 from loram_ray.artifacts.tensorfile import require_finite
 from loram_ray.masks import Masks, unpack
-from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.plan import PruningPlan
 
 BLOCK_ELEMENTS = 2**23
 
@@ -203,7 +203,7 @@ def put_adapter_on(
     """
     new = isinstance(adapter, peft.LoraConfig)
     config: Any = adapter if new else peft.PeftConfig.from_pretrained(str(adapter))
-    plan = PruningPlan.load(directory) if (Path(directory) / PLAN_FILE).exists() else None
+    plan = PruningPlan.load_if_any(directory)
     if plan is not None and plan.masks is not None:
         in_use = {} if in_use is None else in_use
         config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks, in_use)})

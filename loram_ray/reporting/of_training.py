@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.plan import PruningPlan
 from loram_ray.reporting.figures import Curve, Draw, curves, figure_of, heat
 from loram_ray.reporting.figures import memory as memory_bars
 from loram_ray.reporting.found import Found
@@ -107,10 +107,8 @@ def kept(found: Found) -> Part | None:
     part = Part("What pruning kept", "Layers that were not pruned are whole.")
     seen = set()
     for stage in found.stages:
-        if stage.manifest.stage != "prune" or not (stage.directory / PLAN_FILE).exists():
-            continue
-        plan = PruningPlan.load(stage.directory)
-        if plan.digest in seen:
+        plan = PruningPlan.load_if_any(stage.directory) if stage.manifest.stage == "prune" else None
+        if plan is None or plan.digest in seen:
             continue
         seen.add(plan.digest)
         for name, title, draw in heats(plan):

@@ -31,7 +31,7 @@ from loram_ray.evaluation.traits import settings_of_reading
 from loram_ray.models.files import resolve_base
 from loram_ray.models.tokenizer import read_template
 from loram_ray.models.weights import identify_model
-from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.plan import PruningPlan
 from loram_ray.recovery.deltas import is_delta
 from loram_ray.runtime.actors import Actors
 from loram_ray.runtime.cluster import (
@@ -162,11 +162,11 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
             f"evaluate.adapter {adapter} was made for base {manifest.base_fingerprint[:12]}, "
             f"{model} is of {base[:12]}; use the adapter's own base"
         )
-    pruned_model, pruned_adapter = (model / PLAN_FILE).exists(), (adapter / PLAN_FILE).exists()
-    if pruned_model != pruned_adapter:
-        remedy = "run loram recover first" if pruned_adapter else "evaluate it on its base"
+    of_model, of_adapter = PruningPlan.load_if_any(model), PruningPlan.load_if_any(adapter)
+    if (of_model is None) != (of_adapter is None):
+        remedy = "evaluate it on its base" if of_adapter is None else "run loram recover first"
         raise LoramError(f"evaluate.adapter {adapter} is not for {model}; {remedy}")
-    if pruned_adapter and PruningPlan.load(model).digest != PruningPlan.load(adapter).digest:
+    if of_model is not None and of_adapter is not None and of_model.digest != of_adapter.digest:
         raise LoramError(
             f"evaluate.adapter {adapter} was trained under another plan than {model}'s; "
             "use the pruned model it was trained on"

@@ -30,7 +30,7 @@ from loram_ray.errors import LoramError
 from loram_ray.models.files import family_of, resolve_base, write_model_files
 from loram_ray.models.tokenizer import load_tokenizer
 from loram_ray.models.weights import ModelCheckpoint
-from loram_ray.plan import PLAN_FILE
+from loram_ray.plan import PruningPlan
 from loram_ray.recovery.deltas import Change, open_change
 from loram_ray.recovery.parity import parity_of
 from loram_ray.runtime.progress import Reporter, say
@@ -128,7 +128,7 @@ def _require_base(change: Change, identity: str, base: str) -> None:
     if manifest is None:
         return
     require_stage(change.directory, ("recover", "train"), "merge.adapter")
-    if (change.directory / PLAN_FILE).exists():
+    if PruningPlan.is_in(change.directory):
         raise LoramError(
             f"merge.adapter {change.directory} is for a pruned model; run loram recover first"
         )

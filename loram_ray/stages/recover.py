@@ -29,7 +29,7 @@ from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.files import resolve_base
 from loram_ray.models.weights import ModelCheckpoint
-from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.plan import PruningPlan
 from loram_ray.recovery.corrected import (
     Correction,
     corrects,
@@ -59,7 +59,7 @@ def recovery_in(
         ``adapter``, and None where there is nothing to recover.
     """
     adapter = folder / "adapter"
-    if base is None or not (model / PLAN_FILE).exists():
+    if base is None or not PruningPlan.is_in(model):
         return adapter, None
     trained = folder / "adapter_pruned"
     recovery = RecoverConfig(adapter=trained, base=base, output=adapter, correction=correction)
@@ -77,8 +77,9 @@ def require_recovery(model: Path, correction: bool | None, key: str) -> None:
     Raises:
         LoramError: a correction after non-structured pruning.
     """
-    if correction and (model / PLAN_FILE).exists():
-        require_correctable(PruningPlan.load(model), key, f"{model} has")
+    plan = PruningPlan.load_if_any(model) if correction else None
+    if plan is not None:
+        require_correctable(plan, key, f"{model} has")
 
 
 def recover(config: RecoverConfig) -> StageResult:

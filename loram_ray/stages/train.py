@@ -25,7 +25,7 @@ from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.models.files import family_of
 from loram_ray.models.tokenizer import frame_of, load_tokenizer, read_template
 from loram_ray.models.weights import identify_model
-from loram_ray.plan import PLAN_FILE, PruningPlan
+from loram_ray.plan import PruningPlan
 from loram_ray.runtime.actors import run_in_actor
 from loram_ray.runtime.cluster import (
     advise_precision,
@@ -166,8 +166,9 @@ def absolute(config: TrainConfig) -> TrainConfig:
 
 def _write(target: StageDirectory, config: TrainConfig, training: Training) -> None:
     summary = training(absolute(config), target.work.resolve(), target.path.resolve())
-    if (config.model / PLAN_FILE).exists():
-        PruningPlan.load(config.model).save(target.path)
+    plan = PruningPlan.load_if_any(config.model)
+    if plan is not None:
+        plan.save(target.path)
     if config.chat_template is not None:
         template = read_template(config.chat_template, "train.chat_template")
         (target.path / TEMPLATE_FILE).write_text(template, "utf-8")
