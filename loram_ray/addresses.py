@@ -1,4 +1,4 @@
-"""Addresses as they are shown and stored: without the credentials that may be in them."""
+"""Hide credentials in addresses before they are printed or stored."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def without_credentials(text: str) -> str:
-    """Hide the credentials of every address in a text, and tokens of the Hugging Face hub.
+    """Hide the credentials of every address in a text, and Hugging Face Hub tokens.
 
-    Hidden are users and passwords before ``@`` (``s3://key:secret@bucket``) and the values of
-    parameters that carry keys, tokens and signatures (``?X-Amz-Signature=…``).
+    Users and passwords before ``@`` (``s3://key:secret@bucket``) and the values of query
+    parameters for keys, tokens and signatures (``?X-Amz-Signature=…``) are replaced by ``***``.
     """
     if "://" in text or ":/" in text:
         text = _USER_AND_PASSWORD.sub(rf"\1{_HIDDEN}@", text)
@@ -32,16 +32,16 @@ def without_credentials(text: str) -> str:
 
 
 def has_credentials(value: str) -> bool:
-    """Whether a value is an address with credentials in it."""
+    """Return whether a value is an address that contains credentials."""
     return _ADDRESS.match(value) is not None and without_credentials(value) != value
 
 
 def problem_with(value: str) -> str | None:
-    """Why an address must not be used, or None."""
+    """Return the rule that an address with credentials breaks, or None for any other value."""
     if not has_credentials(value):
         return None
     return (
-        "must be without credentials, which would be written to logs, got "
+        "must not contain credentials, which would be written to logs, got "
         f"{without_credentials(value)}; give them in the environment, e.g. AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY, or HF_TOKEN"
     )

@@ -1,4 +1,4 @@
-"""The one exception type for what the user can mend."""
+"""The exception for mistakes the user can fix, and helpers that format error messages."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ _OF_A_PLACE = (
     errno.ENAMETOOLONG, errno.ENXIO, errno.ENOTEMPTY,
 )  # fmt: skip
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_DEPTH = 10  # of errors in errors
+_DEPTH = 10  # of nested errors
 _LONGEST = 600
 
 
 class LoramError(Exception):
-    """A mistake the user can fix, in one line: the key, the rule, the value, the remedy.
+    """Raised for a mistake the user can fix.
 
-    The command prints it without a traceback and exits with code 2.
+    Each line names the key, the rule, the value and the remedy. The command prints the lines
+    without a traceback and exits with code 2.
 
     Args:
-        lines: one for each mistake; credentials in addresses are hidden.
+        lines: One line for each mistake. Credentials in addresses are hidden.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -36,7 +37,7 @@ class LoramError(Exception):
 
 
 def root_of(error: BaseException) -> BaseException:
-    """The error that a worker raised, out of what Ray wraps it in."""
+    """Return the error that a worker raised, without Ray's wrappers around it."""
     for _ in range(_DEPTH):
         inside = [getattr(error, name, None) for name in ("cause", "_base_exc")]
         inside += list((getattr(error, "worker_failures", None) or {}).values())
@@ -49,7 +50,7 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """An unexpected error in one line: its type and what it says; of a traceback the last line."""
+    """Format an unexpected error in one line: its type and message, or a traceback's last line."""
     root = root_of(error)
     if isinstance(root, LoramError):
         return " ".join(line.strip() for line in str(root).splitlines())
@@ -61,19 +62,19 @@ def one_line(error: BaseException) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text in one line of a bounded length."""
+    """Put a text on one line and truncate it."""
     line = without_credentials(" ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first, or its type where it says nothing."""
-    said = without_credentials(str(error)).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    """Return the first line of an error's message, or its type if the message is empty."""
+    message = without_credentials(str(error)).strip()
+    return message.splitlines()[0] if message else type(error).__name__
 
 
 def on_a_place(error: BaseException) -> str | None:
-    """The line on a file or directory that cannot be used where it is, or None for other errors."""
+    """Format an error about an unusable file or directory; return None for other errors."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _OF_A_PLACE:
         return None
     name = error.filename
@@ -88,7 +89,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value as messages show it: on one line, of a bounded length."""
+    """Format a value for a message: on one line, truncated to ``limit`` characters."""
     if isinstance(value, int) and abs(value) >= 10**limit:
         return "a number of many digits"
     text = without_credentials(repr(value))

@@ -1,10 +1,10 @@
-"""Causal-LM loss from hidden states, in chunks of the positions that carry a label.
+"""Causal-LM loss from hidden states, computed in chunks of the labelled positions.
 
-A logits tensor of all positions and the whole vocabulary is often the largest of a training step
-(128k words x 2,048 positions x 4 bytes = 1 GiB, several times over). Here the output head is
-applied only where a label is, a chunk at a time. A chunk's gradients are computed at once, while
-its logits exist, so that no chunk is computed twice; under ZeRO-3, which lends the head's weights
-to one pass at a time, a chunk is computed again in the backward pass instead.
+The logits of all positions over the full vocabulary are often the largest tensor of a training step
+(128k tokens x 2,048 positions x 4 bytes = 1 GiB, in several copies). Here the output head is
+applied only to labelled positions, one chunk at a time. The gradients of a chunk are computed while
+its logits exist, so no chunk is computed twice. Under ZeRO-3, which gathers the head's weights
+for one pass at a time, chunks are recomputed in the backward pass instead.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def summed_loss(
     chunk: int = CHUNK,
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of the labels, summed, in nats.
+    """Compute the summed negative log-likelihood of the labels, in nats.
 
     Args:
-        model: a causal LM of transformers (not a wrapper around one).
-        input_ids: int64 ``[batch, seq]``.
-        attention_mask: ``[batch, seq]`` or None for sequences without padding.
-        labels: int64 ``[batch, seq]``; `IGNORED` where there is no loss; not shifted.
-        chunk: positions whose logits exist at a time.
-        positions: int64 ``[batch, seq]``; default: from 0 on.
+        model: Causal LM from transformers (not a wrapper around one).
+        input_ids: Token ids, int64 ``[batch, seq]``.
+        attention_mask: Attention mask ``[batch, seq]``, or None for sequences without padding.
+        labels: Unshifted labels, int64 ``[batch, seq]``; `IGNORED` positions have no loss.
+        chunk: Number of positions whose logits are computed at a time.
+        positions: Position ids, int64 ``[batch, seq]``. Default: 0, 1, 2, ….
 
     Returns:
-        The sum, float32 scalar, and the number of labels, int64 scalar.
+        The sum (float32 scalar) and the number of labels (int64 scalar).
     """
     decoder = model.get_decoder()  # type: ignore[operator]
     hidden = decoder(
@@ -56,16 +56,16 @@ def summed_loss(
 def summed_loss_of_states(
     model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, chunk: int = CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of the labels, summed, from the decoder's output.
+    """Compute the summed negative log-likelihood of the labels from the decoder's output.
 
     Args:
-        model: a causal LM of transformers.
-        hidden: ``[batch, seq, hidden]``, after the final norm.
-        labels: int64 ``[batch, seq]``; `IGNORED` where there is no loss; not shifted.
-        chunk: positions whose logits exist at a time.
+        model: Causal LM from transformers.
+        hidden: Hidden states after the final norm, ``[batch, seq, hidden]``.
+        labels: Unshifted labels, int64 ``[batch, seq]``; `IGNORED` positions have no loss.
+        chunk: Number of positions whose logits are computed at a time.
 
     Returns:
-        The sum, float32 scalar, and the number of labels, int64 scalar.
+        The sum (float32 scalar) and the number of labels (int64 scalar).
     """
     wanted = labelled(labels)
     targets = labels[:, 1:][wanted]
@@ -79,26 +79,26 @@ def summed_loss_of_states(
 
 
 def labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Mask of the positions that predict a label, bool ``[batch, seq - 1]``."""
+    """Return the mask of positions that predict a label, bool ``[batch, seq - 1]``."""
     return labels[:, 1:] != IGNORED
 
 
 def logits_of(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """Logits of a causal LM of transformers, float32 ``[n, vocabulary]``.
+    """Compute the logits of a causal LM, float32 ``[n, vocabulary]``.
 
     Args:
-        model: the model.
-        states: ``[n, hidden]``, after the final norm.
+        model: Causal LM from transformers.
+        states: Hidden states after the final norm, ``[n, hidden]``.
     """
     logits: torch.Tensor = output_head(model)(states)
     cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap is not None:  # Gemma 2 squashes its logits
+    if cap is not None:  # Gemma 2 soft-caps its logits
         logits = cap * torch.tanh(logits / cap)
     return logits.float()
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that makes logits of states."""
+    """Return the module that maps hidden states to logits."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     return head
 
@@ -106,46 +106,49 @@ def output_head(model: nn.Module) -> nn.Module:
 def sum_in_chunks(
     function: Callable[..., torch.Tensor],
     rows: Sequence[torch.Tensor],
-    most: int,
+    max_rows: int,
     head: nn.Module,
     weights: torch.Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum a function of rows over chunks of them.
+    """Sum a function over chunks of rows.
 
     Args:
-        function: of a chunk of each of ``rows``; a scalar or ``[k]``; applies the head once.
-        rows: tensors of equally many rows, the first the hidden states.
-        most: rows there could have been. Under ZeRO-3 there are as many chunks as that many would
-            need, the last ones perhaps empty: every worker must apply the head equally often.
-        head: what ``function`` applies; gradients go to its parameters and to the hidden states.
-        weights: ``[k]``, of the function's results in the loss; None for a scalar.
-        chunk: rows at a time.
+        function: Function of one chunk of each tensor in ``rows``. It applies the head once and
+            returns a scalar or ``[k]``.
+        rows: Tensors with the same number of rows; the first holds the hidden states.
+        max_rows: Upper bound of the number of rows, equal on all workers. Under ZeRO-3 it sets the
+            number of chunks, some possibly empty, as every worker must apply the head equally
+            often.
+        head: Output head that ``function`` applies. Its parameters and the hidden states receive
+            gradients.
+        weights: Weights ``[k]`` of the function's results in the loss, or None for a scalar.
+        chunk: Number of rows in a chunk.
 
     Returns:
-        The weighted sum, a float32 scalar with a gradient, which no row at all leaves zero; and the
-        sums, float32, of the shape of the function's result, without.
+        The weighted sum, a float32 scalar with a gradient (zero if there are no rows), and the
+        unweighted sums, float32 in the shape of the function's result, without a gradient.
     """
     states, *others = rows
     parameters = list(head.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
 
-    def chunks(states: torch.Tensor, most: int) -> Iterator[list[torch.Tensor]]:
-        for start in range(0, max(most, 1), chunk):
+    def chunks(states: torch.Tensor, count: int) -> Iterator[list[torch.Tensor]]:
+        for start in range(0, max(count, 1), chunk):
             yield [tensor[start : start + chunk] for tensor in (states, *others)]
 
-    def weigh(found: torch.Tensor) -> torch.Tensor:
-        return found if weights is None else found @ weights
+    def weigh(sums: torch.Tensor) -> torch.Tensor:
+        return sums if weights is None else sums @ weights
 
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3's
-        found = _sum(checkpoint(function, *p, use_reentrant=False) for p in chunks(states, most))
-        return weigh(found), found.detach()
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # partitioned by ZeRO-3
+        sums = _sum(checkpoint(function, *p, use_reentrant=False) for p in chunks(states, max_rows))
+        return weigh(sums), sums.detach()
     if torch.is_grad_enabled() and (states.requires_grad or trained):
-        pieces = functools.partial(chunks, most=len(states))
-        loss, found = _WithGradients.apply(function, pieces, weigh, states, *trained)
-        return loss, found
-    found = _sum(function(*p) for p in chunks(states, len(states)))
-    return weigh(found), found
+        pieces = functools.partial(chunks, count=len(states))
+        loss, sums = _WithGradients.apply(function, pieces, weigh, states, *trained)
+        return loss, sums
+    sums = _sum(function(*p) for p in chunks(states, len(states)))
+    return weigh(sums), sums
 
 
 def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -153,9 +156,9 @@ def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A sum over chunks that has its gradients before they are asked for.
+    """Sum over chunks whose gradients are computed in the forward pass.
 
-    What the backward pass is given is a scalar's gradient, by which the ready ones are multiplied.
+    The backward pass multiplies them by the gradient of the scalar result.
     """
 
     @staticmethod
@@ -169,14 +172,14 @@ class _WithGradients(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total: torch.Tensor | None = None
         of_states = []
-        # Summed in float32: in bfloat16 a later chunk's share would be lost in what is there.
+        # Accumulate in float32: in bfloat16 the contribution of later chunks would be rounded off.
         of_trained = [torch.zeros_like(one, dtype=torch.float32) for one in trained]
         for piece, *others in chunks(states):
             with torch.enable_grad():
                 piece = piece.detach().requires_grad_()
-                found = function(piece, *others)
-                gradients = torch.autograd.grad(weigh(found), [piece, *trained])
-            total = found.detach() if total is None else total + found.detach()
+                result = function(piece, *others)
+                gradients = torch.autograd.grad(weigh(result), [piece, *trained])
+            total = result.detach() if total is None else total + result.detach()
             of_states.append(gradients[0])
             for ready, new in zip(of_trained, gradients[1:], strict=True):
                 ready += new

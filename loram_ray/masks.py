@@ -1,4 +1,4 @@
-"""Masks of non-structured pruning: one bit a weight, in a file of their own beside the plan."""
+"""Masks of unstructured pruning: one bit per weight, in a separate file beside the plan."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return the mask, bool ``[out, columns]``, of uint8 ``[out, ceil(columns / 8)]``."""
+    """Unpack uint8 ``[out, ceil(columns / 8)]`` into a mask, bool ``[out, columns]``."""
     shifts = torch.arange(_BITS, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).bool().flatten(1)[:, :columns]
 
 
 def packed_spec(shape: tuple[int, ...]) -> TensorSpec:
-    """Shape and dtype of the packed mask of a weight ``[out, in]``."""
+    """Return the shape and dtype of the packed mask for a weight ``[out, in]``."""
     return TensorSpec((shape[0], -(-shape[1] // _BITS)), torch.uint8)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks of a model: which weights of each pruned linear were kept.
+    """Masks of a model: which weights of each pruned linear are kept.
 
-    They are read one linear at a time: a 70B model's are 9 GB.
+    Masks are read one linear at a time, as those of a 70B model take 9 GB.
 
     Attributes:
-        path: the file, a packed mask for each module path.
-        shapes: shape ``[out, in]`` of each masked weight, by module path.
-        sha256: of the file.
+        path: File with one packed mask per module path.
+        shapes: Shape ``[out, in]`` of each masked weight, by module path.
+        sha256: SHA-256 digest of the file.
     """
 
     path: Path
@@ -55,27 +55,27 @@ class Masks:
 
     @cached_property
     def file(self) -> TensorFile:
-        """The open file.
+        """The open masks file.
 
         Raises:
-            LoramError: it is missing, corrupt, or holds other masks than the plan says.
+            LoramError: The file is missing, corrupt, or does not match the plan.
         """
         file = TensorFile(self.path)
         if file.specs != {name: packed_spec(shape) for name, shape in self.shapes.items()}:
             file.close()
-            raise LoramError(f"{self.path} holds other masks than its plan says; restore it")
+            raise LoramError(f"{self.path} does not match its pruning plan; restore the file")
         return file
 
     def packed(self, module: str) -> torch.Tensor:
-        """The packed mask of a linear, uint8 ``[out, ceil(in / 8)]``."""
+        """Read the packed mask of a linear, uint8 ``[out, ceil(in / 8)]``."""
         return self.file.read(module)
 
     def read(self, module: str) -> torch.Tensor:
-        """The mask of a linear, bool ``[out, in]``: True where the weight was kept."""
+        """Read the mask of a linear, bool ``[out, in]``: True where the weight is kept."""
         return unpack(self.packed(module), self.shapes[module][1])
 
     def place_in(self, directory: Path) -> Path:
-        """Have the file in a directory: as a link where the file system can, else as a copy."""
+        """Hard-link the file into a directory, or copy it if the file system has no hard links."""
         target = directory / MASKS_FILE
         if target != self.path:
             target.unlink(missing_ok=True)

@@ -111,7 +111,7 @@ def test_every_key_refuses_them_and_names_itself(key: str, address: str) -> None
     for given, other in (("base", "m"), ("output", "o"), ("train.data", "d")):
         overrides += [] if name == given else [f"{given}={other}"]
     said = messages(lambda: load_run(None, overrides))
-    assert "must be without credentials, which would be written to logs" in said
+    assert "must not contain credentials, which would be written to logs" in said
     assert said.startswith(f"--set: {name}")
     assert is_hidden(said)
 
@@ -120,7 +120,7 @@ def test_a_run_file_with_them_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"base: m\noutput: o\ntrain:\n  data: {ADDRESSES[0]}\n")
     said = messages(lambda: load_run(path))
-    assert said.startswith(f"{path}: train.data must be without credentials")
+    assert said.startswith(f"{path}: train.data must not contain credentials")
     assert is_hidden(said)
 
 
@@ -156,7 +156,7 @@ def test_a_job_carries_none(tmp_path: Path) -> None:
 
     for option, value in (("variables", {"DATA": ADDRESSES[0]}), ("metadata", {"x": ADDRESSES[5]})):
         said = messages(lambda option=option, value=value: spec(**{option: value}))  # type: ignore[misc]
-        assert "must be without credentials" in said
+        assert "must not contain credentials" in said
         assert is_hidden(said)
 
 
@@ -170,6 +170,6 @@ def test_the_command_prints_none(tmp_path: Path, debug: list[str]) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert "train.data must be without credentials" in done.stderr
+    assert "train.data must not contain credentials" in done.stderr
     assert is_hidden(done.stdout + done.stderr)
     assert list(tmp_path.iterdir()) == []

@@ -304,7 +304,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         filters={"min_characters": 5, "max_characters": 4}
     )
     secret = one(path="s3://key:hidden@bucket/a")
-    assert "must be without credentials" in secret
+    assert "must not contain credentials" in secret
     assert "hidden" not in secret
     two = [{"path": "a", "weight": 1}, {"path": "b"}]
     assert "sources.1.weight must be given where other sources have one" in refusal(sources=two)
