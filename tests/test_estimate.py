@@ -262,7 +262,7 @@ def saved_bytes(model: AlignmentModel) -> int:
     return found
 
 
-@pytest.mark.parametrize("words", [tiny.VOCABULARY, 20_000])
+@pytest.mark.parametrize("words", tiny.fast_of([tiny.VOCABULARY, 20_000], 20_000))
 @pytest.mark.parametrize("objective", [{}, CACHED, LIVE], ids=["causal_lm", "cached", "live"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_and_logits_are_largest_as_estimated(

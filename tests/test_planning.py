@@ -123,11 +123,11 @@ def expected_and_measured(
     [
         {},
         pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param({"precision": "fp32"}, marks=pytest.mark.slow),
+        pytest.param({"precision": "fp32"}, marks=[pytest.mark.slow, pytest.mark.thorough]),
         pytest.param({"lora": {"r": 4, "alpha": 8, "lm_head": True}}, marks=pytest.mark.slow),
         pytest.param(
             {"lora": {"r": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}},
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.thorough],
         ),
         pytest.param(
             {"lora": {"r": 64, "alpha": 8, "dtype": "bf16"}, "optimiser": {"name": "adamw_8bit"}},
@@ -181,7 +181,10 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"lora": {"r": 8, "alpha": 16, "dropout": 0.05, "lm_head": True}},
             marks=pytest.mark.slow,
         ),
-        {"max_length": 32, "micro_batch_size": 1, "lora": {"r": 64, "alpha": 16}},
+        pytest.param(
+            {"max_length": 32, "micro_batch_size": 1, "lora": {"r": 64, "alpha": 16}},
+            marks=[pytest.mark.slow, pytest.mark.thorough],
+        ),
     ],
 )
 def test_peaks_in_nf4_are_those_of_real_training(

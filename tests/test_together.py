@@ -11,6 +11,7 @@ from typing import Any
 import families
 import masked
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from test_finetuning import config as training
@@ -126,8 +127,12 @@ def test_each_training_is_the_one_that_it_is_alone(
         assert_as_alone(folders[number], one, tmp_path / f"alone-{number}")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    tiny.fast_of(
+        [("fp32", 0.0), ("fp32", 0.3), ("bf16", 0.0), ("bf16", 0.3)], ("fp32", 0.3), ("bf16", 0.3)
+    ),
+)
 def test_batches_of_other_widths_and_heights(
     kind: str, dropout: float, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +248,7 @@ def test_what_cannot_join_takes_turns(
 @pytest.mark.parametrize(
     "kind",
     [
-        "checkpointed",
+        pytest.param("checkpointed", marks=pytest.mark.slow),
         pytest.param("bf16", marks=pytest.mark.slow),
         "masked",
         pytest.param("quantized", marks=pytest.mark.slow),

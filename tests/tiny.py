@@ -144,3 +144,14 @@ def first_of(cases: Sequence[Any]) -> list[Any]:
         for case in others
     ]
     return [first, *marked]
+
+
+def fast_of(cases: Sequence[Any], *fast: Any) -> list[Any]:
+    """Cases of a fast test of which all but a few are left to `make thorough`."""
+    marks = [pytest.mark.slow, pytest.mark.thorough]
+    return [
+        case
+        if case in fast
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+        for case in cases
+    ]
