@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from loram_ray.architectures import Architecture, Geometry
 from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.finetuning.adapters import save_adapter
+from loram_ray.models.base import BaseModel
 from loram_ray.models.loading import load_model
-from loram_ray.models.weights import identify_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_ratios
@@ -76,7 +76,7 @@ def with_random_adapter(
 
 def write_trained(model: Path, adapted: peft.PeftModel, output: Path) -> StageResult:
     """Write what the train stage writes for an adapter on the model in this directory."""
-    digest, base_fingerprint = identify_model(model, "train.model")
+    digest, base_fingerprint = BaseModel(model, "train.model").identify()
 
     def write(target: StageDirectory) -> None:
         save_adapter(adapted, target.path)

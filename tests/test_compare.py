@@ -27,7 +27,7 @@ from loram_ray.cli.main import app
 from loram_ray.config import RunConfig, Section, load_run
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.uncertainty import gain_kept
-from loram_ray.models.weights import identify_model
+from loram_ray.models.base import BaseModel
 from loram_ray.studies.claims import CLAIMS, Claim, verdict
 from loram_ray.studies.compare import claims_of, rows_of, run_steps
 from loram_ray.studies.comparison_table import as_markdown
@@ -551,7 +551,7 @@ def test_systems_of_a_tiny_model(
     assert "LoRAM without alignment" in (output / "comparison.md").read_text()
     planned = comparison_of(run)
     made = {name: read_manifest(output / name) for name in planned.steps}
-    of_base = identify_model(base, "base")[0]
+    of_base = BaseModel(base, "base").identify()[0]
     by_digest = {m.digest: name for name, m in made.items() if m is not None} | {of_base: "BASE"}
     for cell in planned.cells:
         scores = made[cell.evaluation]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,17 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> str:
     """Identity of a model directory that stays cheap on 140 GB.
 
     SHA-256 over its configuration, every tensor's name, shape and dtype, and 16 spans of 256 bytes
     of each tensor (the whole tensor where it is smaller). Two fine-tunes of one model differ in it.
+
+    Args:
+        checkpoint: the model's weights.
+        config: content of its ``config.json``, if that was read.
     """
-    config = read_model_config(checkpoint.directory)
+    config = read_model_config(checkpoint.directory) if config is None else config
     kept = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name in sorted(checkpoint.location):

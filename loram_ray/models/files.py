@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,19 @@ def family_of(directory: Path | str) -> Architecture:
     Raises:
         LoramError: no ``config.json``, or a family that is not supported.
     """
-    config = read_model_config(directory)
+    return family_described(read_model_config(directory), directory)
+
+
+def family_described(config: Mapping[str, Any], directory: Path | str) -> Architecture:
+    """Return the family that a model's ``config.json`` describes.
+
+    Args:
+        config: content of the file.
+        directory: where it is, for messages.
+
+    Raises:
+        LoramError: a family that is not supported, or a model that does more than text.
+    """
     text = config.get("text_config")
     if isinstance(text, dict):
         raise LoramError(

@@ -7,16 +7,12 @@ else is beside it: pickled weights, an adapter, weights of other precisions, a s
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loram_ray.architectures import Architecture
-from loram_ray.artifacts.manifest import (
-    fingerprint,
-    read_manifest,
-    read_model_config,
-    require_stage,
-)
+from loram_ray.artifacts.manifest import read_model_config
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.errors import LoramError
 from loram_ray.models.tensors import family_in, require_described
@@ -31,14 +27,15 @@ class ModelCheckpoint(Checkpoint):
 
     Args:
         directory: a base, pruned, aligned, quantised or merged model.
+        config: content of its ``config.json``, if that was read.
 
     Raises:
         LoramError: a file or a tensor is missing, a tensor has another shape, or there is one that
             the configuration has no place for.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        self.config = read_model_config(directory)
+    def __init__(self, directory: Path | str, config: dict[str, Any] | None = None) -> None:
+        self.config = read_model_config(directory) if config is None else config
         super().__init__(directory)
         try:
             self._require_once()
@@ -81,22 +78,3 @@ class ModelCheckpoint(Checkpoint):
             torch.equal(self.read_rows(head, rows), self.read_rows(embeddings, rows))
             for rows in parts
         )
-
-
-def identify_model(directory: Path | str, key: str) -> tuple[str, str]:
-    """Return a model directory's digest and the fingerprint of the base it comes from.
-
-    A directory that a stage wrote is checked against its manifest. A merged model is a base in its
-    own right, as any other directory is.
-
-    Raises:
-        LoramError: not a model directory, or damaged.
-    """
-    manifest = None
-    if read_manifest(directory) is not None:
-        manifest = require_stage(directory, ("prune", "align", "quantize", "merge"), key)
-    with ModelCheckpoint(directory) as checkpoint:
-        if manifest is not None and manifest.stage != "merge":
-            return manifest.digest, manifest.base_fingerprint
-        identity = fingerprint(checkpoint)
-    return identity, identity

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from loram_ray.architectures import Architecture, Geometry
-from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import PruneConfig, RayConfig
 from loram_ray.errors import LoramError
+from loram_ray.models.base import BaseModel
 from loram_ray.pruning.calibration import Walk, save_solved, share_out
 from loram_ray.pruning.criteria import (
     LayerScores,
@@ -32,63 +30,40 @@ from loram_ray.pruning.worker import TOKENS_FILE, Setup
 from loram_ray.runtime.progress import Reporter
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base that is being pruned.
-
-    Attributes:
-        directory: where it is.
-        checkpoint: its tensors.
-        family: its family.
-        geometry: its sizes.
-        positions: longest sequence it was made for, or None where its config does not say.
-        layers: first pruned layer and the one after the last.
-    """
-
-    directory: Path
-    checkpoint: Checkpoint
-    family: Architecture
-    geometry: Geometry
-    positions: int | None
-    layers: tuple[int, int]
-
-    def weight(self, module: str) -> torch.Tensor:
-        """The weight of a linear, ``[out, in]``.
-
-        Raises:
-            LoramError: it holds NaN or infinity.
-        """
-        return self.checkpoint.read(f"{module}.weight")
-
-
 def structured_scores(
-    config: PruneConfig, base: Base, work: Path, ray_config: RayConfig
+    config: PruneConfig,
+    base: BaseModel,
+    layers: tuple[int, int],
+    work: Path,
+    ray_config: RayConfig,
 ) -> dict[int, LayerScores]:
     """Scores of every unit of the pruned layers, by the configured criterion.
 
     Args:
         config: the stage's configuration.
         base: what is pruned.
+        layers: first pruned layer and the one after the last.
         work: directory for what outlives an interruption.
         ray_config: where the workers of a calibration run.
     """
     match config.method:
         case "random":
-            return random_scores(base.geometry, base.layers, config.seed)
+            return random_scores(base.geometry, layers, config.seed)
         case "magnitude":
-            return {layer: _magnitudes(base, layer) for layer in range(*base.layers)}
+            return {layer: _magnitudes(base, layer) for layer in range(*layers)}
         case "taylor":
-            passes = 2 * base.geometry.num_layers - base.layers[0]
-            with _walk(config, base, work, ray_config, passes) as walk:
+            passes = 2 * base.geometry.num_layers - layers[0]
+            with _walk(config, base, layers, work, ray_config, passes) as walk:
                 return walk.score_taylor(TaylorForm(config.taylor))
         case _:
-            with _walk(config, base, work, ray_config, base.layers[1]) as walk:
+            with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
                 return walk.score_forward(config.method)
 
 
 def solve_weights(
     config: PruneConfig,
-    base: Base,
+    base: BaseModel,
+    layers: tuple[int, int],
     ratios: dict[int, float],
     norms: dict[str, torch.Tensor] | None,
     work: Path,
@@ -99,6 +74,7 @@ def solve_weights(
     Args:
         config: the stage's configuration.
         base: what is pruned.
+        layers: first pruned layer and the one after the last.
         ratios: share of zeros of each pruned layer.
         norms: Wanda's squared input norms of an earlier calibration, or None.
         work: directory for what outlives an interruption.
@@ -112,12 +88,12 @@ def solve_weights(
     if config.method == "magnitude" or norms is not None:
         _solve_without_calibration(config, base, ratios, pattern, norms or {}, work)
         return {}, norms or {}
-    with _walk(config, base, work, ray_config, base.layers[1]) as walk:
+    with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
         errors = walk.solve(config.method, ratios, pattern, config.damping)
         return errors, walk.input_norms()
 
 
-def _magnitudes(base: Base, layer: int) -> LayerScores:
+def _magnitudes(base: BaseModel, layer: int) -> LayerScores:
     linears = layer_linears(base.family, base.geometry, layer)
     return score_layer(
         linears, base.geometry, lambda e: magnitude(base.weight(e.module), e.linear.axis)
@@ -126,7 +102,7 @@ def _magnitudes(base: Base, layer: int) -> LayerScores:
 
 def _solve_without_calibration(
     config: PruneConfig,
-    base: Base,
+    base: BaseModel,
     ratios: dict[int, float],
     pattern: Pattern,
     norms: dict[str, torch.Tensor],
@@ -148,13 +124,19 @@ def _solve_without_calibration(
 
 @contextmanager
 def _walk(
-    config: PruneConfig, base: Base, work: Path, ray_config: RayConfig, passes: int
+    config: PruneConfig,
+    base: BaseModel,
+    layers: tuple[int, int],
+    work: Path,
+    ray_config: RayConfig,
+    passes: int,
 ) -> Iterator[Walk]:
     """Have workers and a walk over the base inside the block.
 
     Args:
         config: the stage's configuration.
         base: what is pruned.
+        layers: first pruned layer and the one after the last.
         work: directory for what outlives an interruption.
         ray_config: where Ray runs.
         passes: layers that will be run, for the progress.
@@ -182,4 +164,4 @@ def _walk(
         ray_pool(setup, calibration, ray_config) as pool,
         Reporter("prune", total=passes, unit="layer") as reporter,
     ):
-        yield Walk(setup, pool, base.checkpoint, base.family, base.geometry, base.layers, reporter)
+        yield Walk(setup, pool, base.checkpoint, base.family, base.geometry, layers, reporter)

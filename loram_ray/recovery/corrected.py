@@ -14,7 +14,7 @@ from loram_ray.artifacts.manifest import Manifest
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
-from loram_ray.models.weights import identify_model
+from loram_ray.models.base import BaseModel
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.correction import limited, orthonormal, projected
 from loram_ray.recovery.scatter import squared_norm
@@ -72,7 +72,7 @@ def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> P
             f"recover.model must be a directory, got {model}; the correction needs the model that "
             f"{adapter.directory} was trained on, or set recover.correction to false"
         )
-    digest, _ = identify_model(model, "recover.model")
+    digest, _ = BaseModel(model, "recover.model").identify()
     expected = manifest.parents.get("model", "unknown")
     if digest != expected:
         raise LoramError(

@@ -11,9 +11,7 @@ from loram_ray.alignment.driver import fit
 from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings, Outcome
 from loram_ray.alignment.targets import prepare_targets
 from loram_ray.artifacts.manifest import (
-    fingerprint,
     read_manifest,
-    read_model_config,
     require_sizes,
     require_stage,
 )
@@ -23,9 +21,9 @@ from loram_ray.corpus.order import WINDOW
 from loram_ray.corpus.prepare import prepare_corpus, require_text
 from loram_ray.corpus.sources import list_sources
 from loram_ray.errors import LoramError
-from loram_ray.models.files import resolve_base, write_model_files
+from loram_ray.models.base import BaseModel
+from loram_ray.models.files import write_model_files
 from loram_ray.models.tokenizer import frame_of, load_tokenizer
-from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.cluster import (
     advise_precision,
@@ -162,29 +160,27 @@ def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
 def _base_of(config: AlignConfig) -> Path:
     """Return the base's directory, after refusing one that is not the pruned model's."""
     assert config.base is not None
-    base = resolve_base(config.base, "align.base").resolve()
     plan = PruningPlan.load(config.pruned)
-    with ModelCheckpoint(base) as checkpoint:
-        plan.require_base(fingerprint(checkpoint), f"align.base {config.base}")
-    limits = read_model_config(base)
-    top_k, words = config.distillation.top_k, limits["vocab_size"]
+    with BaseModel.open(config.base, "align.base") as base:
+        plan.require_base(base.fingerprint, f"align.base {config.base}")
+    top_k, words = config.distillation.top_k, base.config["vocab_size"]
     if top_k > words:
         raise LoramError(
             f"align.distillation.top_k must be at most {words} (the vocabulary), got {top_k}; "
             "lower it"
         )
-    layers = limits["num_hidden_layers"]
+    layers = base.config["num_hidden_layers"]
     for layer in config.distillation.hidden_layers:
         if not 0 <= layer < layers:
             raise LoramError(
                 f"align.distillation.hidden_layers must be from 0 to {layers - 1}, got {layer}; "
                 "change it"
             )
-    return base
+    return base.directory.resolve()
 
 
 def _require_sequence_fits(config: AlignConfig) -> None:
-    limit = read_model_config(config.pruned).get("max_position_embeddings")
+    limit = BaseModel(config.pruned, "align.pruned").positions
     if limit is not None and config.corpus.sequence_length > limit:
         raise LoramError(
             f"align.corpus.sequence_length must be at most {limit} (the model's positions), got "
@@ -204,7 +200,8 @@ def _write(
     fit(loop)
     outcome = read_as(target.work / OUTCOME_FILE, Outcome)
     target.hashes.update(outcome.hashes)
-    write_model_files(config.pruned, target.path, read_model_config(config.pruned), plan)
+    model = BaseModel(config.pruned, "align.pruned")
+    write_model_files(model.directory, target.path, model.config, plan)
     for name in (METRICS_FILE, *((ROWS_FILE,) if config.log_rows else ())):
         (target.path / name).write_bytes((target.work / name).read_bytes())
     lines, pruned = read_metrics(target.path / METRICS_FILE), read_manifest(config.pruned)

@@ -28,9 +28,8 @@ from loram_ray.evaluation.benchmark import Found, Scores
 from loram_ray.evaluation.benchmarks import name_of
 from loram_ray.evaluation.scoring import Plan, Scorer, tokenizer_of
 from loram_ray.evaluation.traits import settings_of_reading
-from loram_ray.models.files import resolve_base
+from loram_ray.models.base import BaseModel
 from loram_ray.models.tokenizer import read_template
-from loram_ray.models.weights import identify_model
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.deltas import is_delta
 from loram_ray.runtime.actors import Actors
@@ -73,8 +72,9 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
     Raises:
         LoramError: an adapter that is not for the model, or no usable data.
     """
-    model = resolve_base(config.model, "evaluate.model")
-    model_digest, base_fingerprint = identify_model(model, "evaluate.model")
+    opened = BaseModel.open(config.model, "evaluate.model")
+    model_digest, base_fingerprint = opened.identify()
+    model = opened.directory
     parents = {"model": model_digest, "data": _data_digest(config)}
     if config.adapter is not None:
         parents["adapter"] = _adapter_digest(config.adapter, model, model_digest, base_fingerprint)

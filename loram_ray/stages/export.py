@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-from loram_ray.artifacts.manifest import read_model_config
 from loram_ray.artifacts.stage_directory import (
     StageDirectory,
     StageResult,
@@ -13,9 +12,8 @@ from loram_ray.artifacts.stage_directory import (
 )
 from loram_ray.config import ExportConfig
 from loram_ray.errors import LoramError
-from loram_ray.models.files import resolve_base
+from loram_ray.models.base import BaseModel
 from loram_ray.models.gguf import Source, architecture_of, read_source, size_of, write_gguf
-from loram_ray.models.weights import identify_model
 from loram_ray.runtime.progress import Reporter
 
 
@@ -28,17 +26,16 @@ def export(config: ExportConfig) -> StageResult:
     """
     if importlib.util.find_spec("gguf") is None:
         raise LoramError("export needs the gguf package; pip install 'loram-ray[gguf]'")
-    model = resolve_base(config.model, "export.model")
-    settings = read_model_config(model)
+    model = BaseModel.open(config.model, "export.model")
     for key, what in (("pruned_linears", "pruned"), ("quantization_config", "quantised")):
-        if settings.get(key) is not None:
+        if model.config.get(key) is not None:
             raise LoramError(
-                f"export.model must be a base or a merged model, {model} is {what}; run loram "
-                "merge and give its output"
+                f"export.model must be a base or a merged model, {model.directory} is {what}; run "
+                "loram merge and give its output"
             )
-    architecture_of(settings["model_type"])
-    source = read_source(model, config.pre_tokenizer)
-    digest, base_fingerprint = identify_model(model, "export.model")
+    architecture_of(model.config["model_type"])
+    source = read_source(model.directory, config.pre_tokenizer)
+    digest, base_fingerprint = model.identify()
     return run_stage(
         config.output,
         "export",
@@ -50,7 +47,7 @@ def export(config: ExportConfig) -> StageResult:
         parents={"model": digest},
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, source),
-        reads=(model,),
+        reads=(model.directory,),
     )
 
 

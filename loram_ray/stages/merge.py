@@ -11,9 +11,7 @@ import torch
 from loram_ray.architectures import Architecture
 from loram_ray.artifacts.adapter import copy_template, own_template
 from loram_ray.artifacts.manifest import (
-    fingerprint,
     read_manifest,
-    read_model_config,
     require_stage,
     write_json,
 )
@@ -27,9 +25,9 @@ from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorS
 from loram_ray.config import MergeConfig
 from loram_ray.corpus.templates import end_of_answer
 from loram_ray.errors import LoramError
-from loram_ray.models.files import family_of, resolve_base, write_model_files
+from loram_ray.models.base import BaseModel
+from loram_ray.models.files import write_model_files
 from loram_ray.models.tokenizer import load_tokenizer
-from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.deltas import Change, open_change
 from loram_ray.recovery.parity import parity_of
@@ -50,34 +48,24 @@ def merge(config: MergeConfig) -> StageResult:
     Raises:
         LoramError: an adapter of another base, or a base that is pruned, quantised or damaged.
     """
-    base = resolve_base(config.base, "merge.base")
-    family = family_of(base)
-    base_config = read_model_config(base)
-    if base_config.get("pruned_linears") is not None:
-        raise LoramError(f"merge.base must be a model that is not pruned, {base} is; give its base")
-    if base_config.get("quantization_config"):
-        raise LoramError(
-            f"merge.base must be in full precision, {base} is quantised and merging would "
-            "round; give the model that was quantised"
-        )
-    with (
-        ModelCheckpoint(base) as checkpoint,
-        closing(open_change(config.adapter, "merge.adapter")) as change,
-    ):
-        identity = fingerprint(checkpoint)
+    base = BaseModel.open(config.base, "merge.base")
+    family = base.family
+    base.require_full(" and merging would round")
+    with base, closing(open_change(config.adapter, "merge.adapter")) as change:
+        identity = base.fingerprint
         _require_base(change, identity, config.base)
-        targets = {_stored_name(m, checkpoint, family): m for m in change.modules}
+        targets = {_stored_name(m, base.checkpoint, family): m for m in change.modules}
         for name, module in targets.items():
-            _require_shapes(change, module, checkpoint.specs[name])
+            _require_shapes(change, module, base.checkpoint.specs[name])
 
-        ends = _learnt_ends(base, base_config, change.directory)
+        ends = _learnt_ends(base, change.directory)
 
         def write(target: StageDirectory) -> None:
-            rounded = _write(target, checkpoint, change, targets, family, config.max_shard_bytes)
+            rounded = _write(target, base, change, targets, config.max_shard_bytes)
             if ends is not None:
                 write_json(target.path / GENERATION_FILE, ends)
             if config.parity:
-                _require_parity(target, base, change, family, rounded)
+                _require_parity(target, base.directory, change, family, rounded)
 
         return run_stage(
             config.output,
@@ -93,7 +81,7 @@ def merge(config: MergeConfig) -> StageResult:
         )
 
 
-def _learnt_ends(base: Path, config: dict[str, Any], adapter: Path) -> dict[str, Any] | None:
+def _learnt_ends(base: BaseModel, adapter: Path) -> dict[str, Any] | None:
     """Generation's settings with the token that closes a learnt answer, where they lack it.
 
     Training on conversations teaches the token with which the chat template closes an answer; where
@@ -104,16 +92,16 @@ def _learnt_ends(base: Path, config: dict[str, Any], adapter: Path) -> dict[str,
     """
     template = own_template(adapter)
     try:
-        tokenizer = load_tokenizer(base, template, "merge.adapter")
+        tokenizer = load_tokenizer(base.directory, template, "merge.adapter")
     except LoramError:
         return None  # a base without a tokenizer: it is served with another's files
     if not tokenizer.chat_template:
         return None
-    path = base / GENERATION_FILE
+    path = base.directory / GENERATION_FILE
     settings: dict[str, Any] = read_json(path) if path.exists() else {}
     if not settings:  # what transformers takes from config.json then
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        settings = {name: config[name] for name in names if config.get(name) is not None}
+        settings = {k: base.config[k] for k in names if base.config.get(k) is not None}
     listed = settings.get("eos_token_id")
     ends = [*listed] if isinstance(listed, list) else [] if listed is None else [listed]
     closing = end_of_answer(tokenizer, ends)
@@ -158,15 +146,14 @@ def _require_shapes(change: Change, module: str, spec: TensorSpec) -> None:
 
 def _write(
     target: StageDirectory,
-    checkpoint: Checkpoint,
+    base: BaseModel,
     change: Change,
     targets: dict[str, str],
-    family: Architecture,
     max_shard_bytes: int,
 ) -> float:
     """Write the model; return the largest share of a weight's change that rounding took or gave."""
-    specs = checkpoint.specs
-    config = read_model_config(checkpoint.directory)
+    checkpoint, family = base.checkpoint, base.family
+    specs, config = checkpoint.specs, dict(base.config)
     head, embeddings = f"{family.output_head}.weight", f"{family.embeddings}.weight"
     untied = targets.get(embeddings) == family.output_head
     if untied:  # the head changes and the embedding does not: they cannot share a tensor any more

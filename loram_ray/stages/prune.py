@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from loram_ray.architectures import Architecture, CoupledLinear
-from loram_ray.artifacts.manifest import digest_of, fingerprint, read_model_config, require_stage
+from loram_ray.artifacts.manifest import digest_of, require_stage
 from loram_ray.artifacts.stage_directory import (
     StageDirectory,
     StageResult,
@@ -22,19 +22,13 @@ from loram_ray.corpus.prepare import digest_of_tokenizer
 from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
 from loram_ray.masks import MASKS_FILE, Masks, packed_spec
-from loram_ray.models.files import (
-    NORM_MEAN,
-    family_of,
-    pruned_config,
-    resolve_base,
-    write_model_files,
-)
+from loram_ray.models.base import BaseModel
+from loram_ray.models.files import NORM_MEAN, pruned_config, write_model_files
 from loram_ray.models.tokenizer import frame_of, load_tokenizer
-from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import STRUCTURED, PruningPlan
 from loram_ray.pruning.calibration import solved_file
 from loram_ray.pruning.criteria import LayerScores, layer_linears
-from loram_ray.pruning.driver import Base, solve_weights, structured_scores
+from loram_ray.pruning.driver import solve_weights, structured_scores
 from loram_ray.pruning.scores import SCORES_FILE, load_scores, save_scores
 from loram_ray.pruning.selection import keep_units, kept_counts, layer_range, layer_ratios
 from loram_ray.pruning.sparse import Pattern
@@ -60,28 +54,24 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
         LoramError: an unsupported or damaged base, a ratio, pattern or layer range that the model
             cannot take, too little text, an output that holds something else, a full disk.
     """
-    directory = resolve_base(config.base, "prune.base")
-    family = family_of(directory)
-    base_config = read_model_config(directory)
-    _require_base(base_config, config.base)
-    geometry = family.geometry(base_config)
+    base = BaseModel.open(config.base, "prune.base")
+    geometry = base.geometry
+    base.require_full()
     layers = layer_range(config.layers, geometry.num_layers)
-    with ModelCheckpoint(directory) as checkpoint:
-        positions = base_config.get("max_position_embeddings")
-        base = Base(directory, checkpoint, family, geometry, positions, layers)
-        identity = fingerprint(checkpoint)
+    with base:
+        identity = base.fingerprint
         ratios = layer_ratios(config.ratio, config.ratios, layers)
-        _require_layers(base)
+        _require_layers(base, layers)
         if config.pattern == STRUCTURED:
             kept_counts(geometry, ratios, config.round_neurons_to)
         else:
             ratios = _require_pattern(base, Pattern.parse(config.pattern), ratios)
-        work = _Pruning(config, base, identity, ratios, ray_config or RayConfig())
+        work = _Pruning(config, base, layers, ratios, ray_config or RayConfig())
         return run_stage(
             config.output,
             "prune",
-            settings=_settings(config, family),
-            parents=_parents(config, base, identity),
+            settings=_settings(config, base.family),
+            parents=_parents(config, base),
             base_fingerprint=identity,
             write=work.write,
             reads=(config.base, config.scores, *_texts(config)),
@@ -101,18 +91,9 @@ def _settings(config: PruneConfig, family: Architecture) -> dict[str, Any]:
     return settings if config.calibrates else {**settings, "calibration": None}
 
 
-def _require_base(base_config: dict[str, Any], base: str) -> None:
-    if base_config.get("pruned_linears") is not None:
-        raise LoramError(f"prune.base must be a model that is not pruned, {base} is; give its base")
-    if base_config.get("quantization_config"):
-        raise LoramError(
-            f"prune.base must be in full precision, {base} is quantised; give the model that was "
-            "quantised"
-        )
-
-
-def _parents(config: PruneConfig, base: Base, identity: str) -> dict[str, str]:
+def _parents(config: PruneConfig, base: BaseModel) -> dict[str, str]:
     """Digests of what the pruned model follows from, besides the settings."""
+    identity = base.fingerprint
     parents = {"base": identity}
     if config.scores is not None:
         manifest = require_stage(config.scores, ("prune",), "prune.scores")
@@ -130,9 +111,9 @@ def _parents(config: PruneConfig, base: Base, identity: str) -> dict[str, str]:
     return parents
 
 
-def _require_layers(base: Base) -> None:
+def _require_layers(base: BaseModel, layers: tuple[int, int]) -> None:
     """Refuse layers to prune that are not of one kind."""
-    for layer in range(*base.layers):
+    for layer in range(*layers):
         modules = base.family.modules(layer, base.geometry)
         _require_experts(layer, modules, base.checkpoint)
 
@@ -154,7 +135,9 @@ def _require_experts(
         )
 
 
-def _require_pattern(base: Base, pattern: Pattern, ratios: dict[int, float]) -> dict[int, float]:
+def _require_pattern(
+    base: BaseModel, pattern: Pattern, ratios: dict[int, float]
+) -> dict[int, float]:
     """Ratio of each pruned layer, after checking that the pattern fits every linear."""
     specs = base.checkpoint.specs
     for layer in ratios:
@@ -168,8 +151,8 @@ class _Pruning:
     """The work of the stage."""
 
     config: PruneConfig
-    base: Base
-    identity: str
+    base: BaseModel
+    layers: tuple[int, int]
     ratios: dict[int, float]
     ray_config: RayConfig
 
@@ -184,16 +167,21 @@ class _Pruning:
         scores: dict[int, LayerScores] = {}
         norms: dict[str, torch.Tensor] = {}
         if self.config.scores is not None:
-            layers = self.base.layers
-            scores, norms = load_scores(self.config.scores, self._criterion, layers)
+            scores, norms = load_scores(self.config.scores, self._criterion, self.layers)
         if self.config.pattern == STRUCTURED:
             scores = scores or structured_scores(
-                self.config, self.base, target.work, self.ray_config
+                self.config, self.base, self.layers, target.work, self.ray_config
             )
             plan = self._structured_plan(scores)
         else:
             errors, norms = solve_weights(
-                self.config, self.base, self.ratios, norms or None, target.work, self.ray_config
+                self.config,
+                self.base,
+                self.layers,
+                self.ratios,
+                norms or None,
+                target.work,
+                self.ray_config,
             )
             plan = self._masked_plan(target)
             if errors:
@@ -212,8 +200,8 @@ class _Pruning:
             config.method,
             config.ratio,
             config.seed,
-            self.base.layers,
-            self.identity,
+            self.layers,
+            self.base.fingerprint,
             kept,
         )
 
@@ -239,8 +227,8 @@ class _Pruning:
             self.config.method,
             Pattern.parse(self.config.pattern).ratio(self.config.ratio),
             self.config.seed,
-            self.base.layers,
-            self.identity,
+            self.layers,
+            self.base.fingerprint,
             layers={},
             pattern=self.config.pattern,
             masks=Masks(path, shapes, target.hashes[MASKS_FILE]),
@@ -252,8 +240,7 @@ class _Pruning:
         specs = {name: _pruned_spec(plan, name, spec) for name, spec in base_specs.items()}
         nbytes = sum(spec.nbytes for spec in specs.values())
         require_space(target.path, nbytes)
-        base_config = read_model_config(checkpoint.directory)
-        config = pruned_config(base_config, plan, plan.linear_shapes(base_specs))
+        config = pruned_config(self.base.config, plan, plan.linear_shapes(base_specs))
         write_model_files(checkpoint.directory, target.path, config, plan)
         masked = plan.masks.shapes if plan.masks else {}
         with (

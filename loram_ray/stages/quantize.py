@@ -11,7 +11,6 @@ import torch
 from loram_ray.artifacts.manifest import (
     Manifest,
     read_manifest,
-    read_model_config,
     require_sizes,
     require_stage,
 )
@@ -24,8 +23,8 @@ from loram_ray.artifacts.stage_directory import (
 from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
 from loram_ray.config import QuantizeConfig
 from loram_ray.errors import LoramError
+from loram_ray.models.base import BaseModel
 from loram_ray.models.files import write_model_files
-from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import Reporter
 from loram_ray.stages.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
@@ -52,14 +51,14 @@ def quantize(config: QuantizeConfig) -> StageResult:
             f"quantize.model must be structurally pruned, {config.model} has {plan.pattern} masks: "
             "its linears are trained under them in full precision; prune with a structured method"
         )
-    with ModelCheckpoint(config.model) as checkpoint:
+    with BaseModel(config.model, "quantize.model") as model:
         return run_stage(
             config.output,
             "quantize",
             settings={**_FORM, "max_shard_bytes": config.max_shard_bytes},
             parents={"model": manifest.digest},
             base_fingerprint=manifest.base_fingerprint,
-            write=lambda target: _write(target, config, checkpoint, plan, manifest),
+            write=lambda target: _write(target, config, model, plan, manifest),
             reads=(config.model,),
         )
 
@@ -90,22 +89,19 @@ class _Outline:
 def _write(
     target: StageDirectory,
     config: QuantizeConfig,
-    checkpoint: Checkpoint,
+    model: BaseModel,
     plan: PruningPlan,
     source: Manifest,
 ) -> None:
     from loram_ray.models.nf4 import quantization_config, quantize_weight
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = checkpoint.specs
+    checkpoint, before = model.checkpoint, model.checkpoint.specs
     with Reporter("quantize", total=2 * checkpoint.nbytes, unit="B") as reporter:
         outline = _outline(checkpoint, config.model, device, reporter)
         specs = outline.specs
         require_space(target.path, sum(spec.nbytes for spec in specs.values()))
-        settings = {
-            **read_model_config(config.model),
-            "quantization_config": quantization_config().to_dict(),
-        }
+        settings = {**model.config, "quantization_config": quantization_config().to_dict()}
         write_model_files(config.model, target.path, settings, plan)
         with CheckpointWriter(target.path, specs, config.max_shard_bytes) as writer:
             for name, spec in before.items():

@@ -17,7 +17,7 @@ from loram_ray.artifacts.adapter import (
     split_name,
     tensor_name,
 )
-from loram_ray.artifacts.manifest import fingerprint, require_stage
+from loram_ray.artifacts.manifest import require_stage
 from loram_ray.artifacts.stage_directory import (
     StageDirectory,
     StageResult,
@@ -27,7 +27,7 @@ from loram_ray.artifacts.stage_directory import (
 from loram_ray.artifacts.tensorfile import TensorSpec, TensorWriter
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
-from loram_ray.models.files import resolve_base
+from loram_ray.models.base import BaseModel
 from loram_ray.models.weights import ModelCheckpoint
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.corrected import (
@@ -103,11 +103,10 @@ def recover(config: RecoverConfig) -> StageResult:
         )
     if config.correction:
         require_correctable(plan, "recover.correction", f"{config.adapter} was trained under")
-    base = resolve_base(config.base, "recover.base")
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(ModelCheckpoint(base))
-        plan.require_base(fingerprint(checkpoint), f"recover.base {config.base}")
-        base_specs = checkpoint.specs
+        base = stack.enter_context(BaseModel.open(config.base, "recover.base"))
+        plan.require_base(base.fingerprint, f"recover.base {config.base}")
+        base_specs = base.checkpoint.specs
         adapter = stack.enter_context(Adapter(config.adapter, "recover.adapter"))
         specs = {}
         for name in (tensor_name(module, side) for module in adapter.modules for side in "AB"):
@@ -125,7 +124,7 @@ def recover(config: RecoverConfig) -> StageResult:
             settings = {"correction": True, "correction_lambda": config.correction_lambda}
             parents["model"] = manifest.parents.get("model", "unknown")
             model = stack.enter_context(ModelCheckpoint(trained_on(config, adapter, manifest)))
-            correction = Correction(checkpoint, model, plan, config.correction_lambda)
+            correction = Correction(base.checkpoint, model, plan, config.correction_lambda)
             stack.enter_context(freed_memory_returned())
 
         def write(target: StageDirectory) -> None:

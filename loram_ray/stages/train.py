@@ -22,9 +22,8 @@ from loram_ray.corpus.conversations import forms_of
 from loram_ray.corpus.files import EXAMPLES, list_files
 from loram_ray.corpus.rows import identify_rows
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.models.files import family_of
+from loram_ray.models.base import BaseModel
 from loram_ray.models.tokenizer import frame_of, load_tokenizer, read_template
-from loram_ray.models.weights import identify_model
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.actors import run_in_actor
 from loram_ray.runtime.cluster import (
@@ -100,8 +99,7 @@ def train_by(
     Raises:
         LoramError: as `train` does.
     """
-    family_of(config.model)
-    model_digest, base_fingerprint = identity or identify_model(config.model, "train.model")
+    model_digest, base_fingerprint = identity or BaseModel(config.model, "train.model").identify()
     parents = {"model": model_digest, "data": digest_of_rows(config.data, "train.data")}
     if config.eval_data is not None:
         parents["eval_data"] = digest_of_rows(config.eval_data, "train.eval_data")

@@ -13,8 +13,7 @@ import pyarrow as pa
 from loram_ray.artifacts.stage_directory import StageDirectory
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.models.files import family_of
-from loram_ray.models.weights import identify_model
+from loram_ray.models.base import BaseModel
 from loram_ray.runtime.actors import Actors
 from loram_ray.runtime.cluster import (
     advise_precision,
@@ -68,8 +67,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
             cannot place the actors. What a task raises is in its row.
     """
     tasks = {task.name: task for task in tasks_of(config)}
-    family_of(config.model)
-    identity = identify_model(config.model, "batch.model")
+    identity = BaseModel(config.model, "batch.model").identify()
     require_recovery(config.model, config.correction, "batch.correction")
     make_directory(config.output, "batch.output")
     each = config.adapters_per_actor

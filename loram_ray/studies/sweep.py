@@ -23,8 +23,7 @@ from loram_ray.config import (
 )
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.summary import TrainingSummary
-from loram_ray.models.files import family_of, resolve_base
-from loram_ray.models.weights import identify_model
+from loram_ray.models.base import BaseModel
 from loram_ray.runtime.actors import run_in_actor
 from loram_ray.runtime.cluster import (
     advise_precision,
@@ -135,8 +134,7 @@ def _identified(models: Mapping[str, _Model]) -> dict[str, tuple[str, str]]:
     """Each model's digest and its base's fingerprint, which is the same for all."""
     found = {}
     for name, model in models.items():
-        family_of(model.directory)
-        found[name] = identify_model(model.directory, "sweep.model")
+        found[name] = BaseModel(model.directory, "sweep.model").identify()
     bases = {fingerprint for _, fingerprint in found.values()}
     if len(bases) > 1:
         raise LoramError(
@@ -279,7 +277,8 @@ def _finish(
 def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:
     """The loss of the held-out examples on the base with a recovered adapter."""
     assert config.base is not None
-    base, work = resolve_base(config.base, "sweep.base").resolve(), final.resolve().parent
+    base = BaseModel.open(config.base, "sweep.base").directory.resolve()
+    work = final.resolve().parent
     arguments = (absolute(trial.train), base, (final / "adapter").resolve(), work / ".judging")
     loss: float = run_in_actor(
         _held_out_loss, arguments, config.cpus, config.max_failures, _until, config.gpus
