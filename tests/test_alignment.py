@@ -408,7 +408,10 @@ def test_a_deepspeed_file_that_is_none_is_refused(
         ({"offload_parameters": "cpu"}, "zero_stage must be 3 to offload parameters, got 1"),
         ({"offload_optimiser": "cpu", "zero_stage": 0}, "zero_stage must be at least 1"),
         ({"offload_optimiser": "nvme", "zero_stage": 2}, "zero_stage must be 3 to offload to nvme"),
-        ({"offload_optimiser": "nvme", "zero_stage": 3}, "offload_folder must be given for nvme"),
+        (
+            {"offload_optimiser": "nvme", "zero_stage": 3},
+            "offload_folder must be given to offload to nvme",
+        ),
         (
             {
                 "offload_optimiser": "nvme",
@@ -417,9 +420,9 @@ def test_a_deepspeed_file_that_is_none_is_refused(
                 "workers": 2,
                 "min_workers": 1,
             },
-            "min_workers must be left out where offload_optimiser is nvme, got 1",
+            "min_workers must not be given with offload_optimiser nvme, got 1",
         ),
-        ({"tokens": 1000}, "steps must be left out where tokens is given, got 6 and 1000"),
+        ({"tokens": 1000}, "steps and tokens exclude each other, got 6 and 1000"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(

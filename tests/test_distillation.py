@@ -302,7 +302,7 @@ def test_the_causal_objective_is_the_papers(
 
 def test_distillation_needs_a_base_and_hidden_states_are_live_only(tmp_path: Path) -> None:
     settings = aligning().model_dump()
-    with pytest.raises(ValueError, match="base must be given for objective distillation"):
+    with pytest.raises(ValueError, match="base must be given with objective distillation"):
         lr.AlignConfig.model_validate({**settings, "base": None})
     with pytest.raises(ValueError, match=r"hidden_layers must be empty .* got \[3\]"):
         aligning(hidden_layers=[3])

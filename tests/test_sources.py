@@ -293,7 +293,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
     assert (
         one(weight=0)
-        == "f.yaml: sources.0.weight must be greater than 0, got 0; leave the source out"
+        == "f.yaml: sources.0.weight must be greater than 0, got 0; raise it or remove the source"
     )
     assert "weight must be greater than 0, got -1" in one(weight=-1)
     assert "weight" in one(weight=float("nan"))
@@ -307,9 +307,9 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     assert "must not contain credentials" in secret
     assert "hidden" not in secret
     two = [{"path": "a", "weight": 1}, {"path": "b"}]
-    assert "sources.1.weight must be given where other sources have one" in refusal(sources=two)
+    assert "sources.1.weight must be given if other sources have one" in refusal(sources=two)
     two = [{"path": "a", "name": "x"}, {"path": "b", "name": "x"}]
-    assert "names of their own, got 'x' twice" in refusal(sources=two)
+    assert "unique names, got 'x' twice" in refusal(sources=two)
 
 
 def test_names_come_from_the_paths_and_differ() -> None:

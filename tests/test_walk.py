@@ -1158,11 +1158,11 @@ REFUSED_SETTINGS: dict[str, tuple[str, str]] = {
     "no text": ("{method: flap}", r"prune.*calibration must be given for method flap"),
     "a ratio and n:m": (
         "{method: magnitude, pattern: '2:4', ratio: 0.3}",
-        r"prune.*ratio follows from pattern 2:4; leave ratio and ratios out",
+        r"prune.*ratio and ratios must not be given with pattern 2:4",
     ),
     "ratios and n:m": (
         "{method: magnitude, pattern: '2:4', ratios: [0.3]}",
-        r"prune.*ratio follows from pattern 2:4; leave ratio and ratios out",
+        r"prune.*ratio and ratios must not be given with pattern 2:4",
     ),
     "a share above one": (
         "{method: magnitude, ratios: [0.3, 1.3]}",
@@ -1170,7 +1170,7 @@ REFUSED_SETTINGS: dict[str, tuple[str, str]] = {
     ),
     "rounded neurons of single weights": (
         "{method: magnitude, pattern: unstructured, round_neurons_to: 8}",
-        r"prune.*allocation and round_neurons_to are for structured",
+        r"prune.*allocation and round_neurons_to must not be given with pattern unstructured",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Settings of alignment."""
+"""Configuration of alignment."""
 
 from __future__ import annotations
 
@@ -14,172 +14,229 @@ Offload = Literal["none", "cpu", "nvme"]
 
 
 class DistillationConfig(Section):
-    """What the pruned model learns of its base."""
+    """Distillation of the base into the pruned model."""
 
     targets: Literal["cached", "live"] = Field(
         "cached",
-        description="cached: the base's likeliest tokens, computed once beside the output; live: "
-        "the base runs beside the pruned model in training",
+        description="Source of the targets. 'cached' computes the base's most likely tokens once "
+        "and stores them beside the output; 'live' runs the base beside the pruned model during "
+        "training.",
     )
-    top_k: int = Field(64, ge=1, description="cached: tokens kept of each distribution")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of both distributions")
+    top_k: int = Field(
+        64, ge=1, description="Number of tokens to store per position, for cached targets."
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Softmax temperature of the base's and the pruned model's distributions.",
+    )
     causal_lm_weight: float = Field(
-        0.0, ge=0, le=1, description="share of the causal-LM loss; distillation has the rest"
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of the causal-LM loss, from 0 to 1; the distillation loss has the "
+        "rest.",
     )
     hidden_layers: tuple[int, ...] = Field(
-        (), description="live: layers whose outputs are to be the base's, too"
+        (),
+        description="Indices of layers whose outputs must also match the base's, for live targets.",
     )
     hidden_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="of the relative squared error of those outputs"
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the relative squared error of the hidden_layers' outputs.",
     )
     workers: int | None = Field(
-        None, ge=1, description="cached: actors; default: as many as the workers' GPUs will hold"
+        None,
+        ge=1,
+        description="Number of Ray actors that compute cached targets. Default: as many as fit on "
+        "the training workers' GPUs.",
     )
     gpus_per_worker: int = Field(
-        1, ge=1, description="cached: GPUs that an actor shares the base out over, where there are"
+        1,
+        ge=1,
+        description="Number of GPUs that one actor distributes the base over, for cached targets.",
     )
-    batch_size: int = Field(8, ge=1, description="cached: sequences in one forward of the base")
+    batch_size: int = Field(
+        8, ge=1, description="Sequences per forward pass of the base, for cached targets."
+    )
     stream_rows: int | None = Field(
         None,
         ge=1,
-        description="cached: run the base layer by layer over so many sequences at a time, their "
-        "hidden states on disk; for a base that does not fit. default: load it whole",
+        description="Run the base layer by layer over this many sequences at a time, with their "
+        "hidden states on disk, for a base that does not fit in memory. Applies to cached "
+        "targets. Default: load the full base.",
     )
 
     def copies(self, gpus: int) -> int:
-        """Copies of the base that so many GPUs hold, an actor each; one at least."""
+        """Return how many copies of the base fit on ``gpus`` GPUs, one per actor; at least one."""
         return max(gpus // self.gpus_per_worker, 1)
 
     @model_validator(mode="after")
     def _hidden_states_are_live(self) -> DistillationConfig:
         if self.hidden_layers and self.targets != "live":
             raise ValueError(
-                f"hidden_layers must be empty where targets are cached, got "
-                f"{list(self.hidden_layers)}: hidden states are too large to keep; "
-                "set targets to live or leave them out"
+                f"hidden_layers must be empty with cached targets, got "
+                f"{list(self.hidden_layers)}: hidden states are too large to store; "
+                "set targets to live or remove hidden_layers"
             )
         return self
 
 
 class AlignConfig(Section):
-    """align: continual pre-training of a pruned model on Ray Train and DeepSpeed."""
+    """Align a pruned model by continual pre-training on Ray Train and DeepSpeed."""
 
-    pruned: Path = Field(description="directory written by prune")
-    output: Path = Field(description="directory to write")
+    pruned: Path = Field(description="Directory of the pruned model, as written by prune.")
+    output: Path = Field(description="Directory to write the aligned model to.")
     corpus: CorpusConfig
     prepared: Path | None = Field(
         None,
-        description="directory of the packed corpus and of the base's targets, which alignments "
-        "over one corpus can share; default: beside the output",
+        description="Directory for the packed corpus and the base's targets, which alignments on "
+        "the same corpus can share. Default: beside the output.",
     )
     isolate_documents: bool = Field(
-        False, description="documents packed into one sequence do not see each other"
+        False, description="Mask attention between documents that are packed into one sequence."
     )
     objective: Literal["causal_lm", "distillation"] = Field(
         "distillation",
-        description="distillation: predict what the base predicts on the corpus; causal_lm: "
-        "predict the corpus, as the paper does",
+        description="Training objective. 'distillation' matches the base's predictions on the "
+        "corpus; 'causal_lm' predicts the next token of the corpus, as in the paper.",
     )
-    base: str | None = Field(None, description="base that was pruned; for distillation")
+    base: str | None = Field(
+        None,
+        description="Base model that was pruned: a directory or a Hugging Face Hub id. Required "
+        "for distillation.",
+    )
     distillation: DistillationConfig = DistillationConfig()
     steps: int | None = Field(
-        None, ge=1, description="optimiser steps; default: what tokens asks for, else 1600"
+        None,
+        ge=1,
+        description="Number of optimiser steps. Default: as many as tokens requires, or 1600.",
     )
     tokens: int | None = Field(
-        None, ge=1, description="tokens to train on, instead of steps; the last step is a whole one"
+        None,
+        ge=1,
+        description="Number of tokens to train on, instead of steps; rounded up to a full step.",
     )
     max_hours: float | None = Field(
-        None, gt=0, description="end after the step at which this time is up, with what is learnt"
+        None,
+        gt=0,
+        description="Time limit in hours. Training stops after the step that reaches it, and the "
+        "model is written.",
     )
-    batch_size: int = Field(128, ge=1, description="sequences in a step, over all workers")
-    micro_batch_size: int = Field(4, ge=1, description="sequences in one forward of one worker")
+    batch_size: int = Field(
+        128, ge=1, description="Sequences per optimiser step, over all workers."
+    )
+    micro_batch_size: int = Field(
+        4, ge=1, description="Sequences per forward pass of one worker; must divide batch_size."
+    )
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
-    workers: int = Field(1, ge=1, description="Ray Train workers (one GPU each where there are)")
-    min_workers: int | None = Field(
-        None, ge=1, description="go on with fewer workers, down to so many, while nodes are gone"
+    workers: int = Field(
+        1, ge=1, description="Number of Ray Train workers, with one GPU each if there are GPUs."
     )
-    cpus_per_worker: int = Field(1, ge=1, description="CPUs of a worker")
-    precision: Precision = Field("bf16", description="of weights and activations")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Minimum number of workers to continue with while nodes are lost. Default: "
+        "wait for all workers.",
+    )
+    cpus_per_worker: int = Field(1, ge=1, description="Number of CPUs per worker.")
+    precision: Precision = Field("bf16", description="Data type of weights and activations.")
     frozen: tuple[Literal["lm_head", "embeddings", "norms"], ...] = Field(
         ("lm_head",),
-        description="what stays as it is; lm_head, as in the paper, with what is tied to it",
+        description="Parameters to freeze, and those tied to them. The paper freezes lm_head.",
     )
     activation_checkpointing: bool = Field(
-        False, description="keep only each layer's input for the backward pass, a third more work"
+        False,
+        description="Store only the input of each layer for the backward pass. Saves memory for "
+        "about a third more computation.",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage.")
     offload_optimiser: Offload = Field(
-        "none", description="where the optimiser's state is; nvme needs zero_stage 3"
+        "none", description="Device to offload optimiser states to; 'nvme' requires zero_stage 3."
     )
     offload_parameters: Offload = Field(
-        "none", description="where partitions of weights wait; needs zero_stage 3"
+        "none", description="Device to offload partitioned weights to; requires zero_stage 3."
     )
-    offload_folder: Path | None = Field(None, description="folder on a fast disk, for nvme")
+    offload_folder: Path | None = Field(
+        None, description="Directory on a fast disk for offloading to 'nvme'."
+    )
     deepspeed: Path | None = Field(
         None,
-        description="DeepSpeed JSON of your own; its keys win, but for those that other settings "
-        "here decide, which it may leave to them or say the same",
+        description="Path of your own DeepSpeed JSON configuration. Its keys take precedence, "
+        "except for those set by other keys of this section, which it may omit or repeat.",
     )
     evaluate_every: int | None = Field(
         None,
         ge=1,
-        description="steps between evaluations of what the sources hold out; there is one before "
-        "the first step, too",
+        description="Steps between evaluations on the sources' held-out documents, with one before "
+        "the first step. Default: no evaluation.",
     )
     evaluate_sequences: int = Field(
-        256, ge=1, description="held-out sequences of each source that are evaluated, at most"
+        256, ge=1, description="Maximum number of held-out sequences to evaluate per source."
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         (),
-        description="where the driver sends metrics, besides metrics.jsonl and Ray's own",
+        description="Experiment trackers to log to, besides metrics.jsonl and Ray's metrics.",
     )
     peak_tflops: float | None = Field(
-        None, gt=0, description="of one worker's device, for MFU; default: known for common GPUs"
+        None,
+        gt=0,
+        description="Peak TFLOPS of one worker's device, to compute MFU. Default: looked up for "
+        "common GPUs.",
     )
     log_rows: bool = Field(
-        False, description="write the row ids of every step's sequences to rows.jsonl"
+        False, description="Write the row ids of each step's sequences to rows.jsonl."
     )
     checkpoint_every: int = Field(
-        100, ge=1, description="steps between checkpoints; a notice of preemption makes one, too"
+        100,
+        ge=1,
+        description="Steps between checkpoints. A preemption notice also triggers a checkpoint.",
     )
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept while training")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Number of checkpoints to keep during training."
+    )
     staging_folder: Path | None = Field(
         None,
-        description="folder on each worker's own disk where a checkpoint waits to be copied to the "
-        "output's disk beside the next steps; default: the system's temporary one",
+        description="Directory on each worker's local disk for checkpoints that are being copied "
+        "to the output while training continues. Default: the system's temporary directory.",
     )
     max_failures: int = Field(
-        3, ge=0, description="worker failures survived; preempted nodes are not counted"
+        3,
+        ge=0,
+        description="Number of worker failures to tolerate; preempted nodes are not counted.",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the data order")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the data order.")
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps, where time does not end them."""
+        """Number of optimiser steps, unless the time limit ends training."""
         if self.tokens is not None:
             return -(-self.tokens // (self.batch_size * self.corpus.sequence_length))
         return self.steps or 1600
 
     def accumulation(self, workers: int) -> int:
-        """Micro-batches of each of so many workers in a step."""
+        """Return the gradient accumulation steps with this number of workers."""
         return -(-self.batch_size // (self.micro_batch_size * workers))
 
     @property
     def target_workers(self) -> int:
-        """Actors that compute targets; by default as many as there are GPUs for in any case."""
+        """Number of actors that compute targets; by default those that min_workers' GPUs hold."""
         workers = self.min_workers or self.workers
         return self.distillation.workers or self.distillation.copies(workers)
 
     @property
     def actors(self) -> int:
-        """Workers at a time, of training or of the computation of targets."""
+        """Maximum number of concurrent workers, of training or of target computation."""
         return max(self.workers, self.target_workers)
 
     @model_validator(mode="after")
     def _distillation_has_a_base(self) -> AlignConfig:
         if self.objective == "distillation" and self.base is None:
             raise ValueError(
-                "base must be given for objective distillation; name the base model, or set "
+                "base must be given with objective distillation; name the base model, or set "
                 "objective to causal_lm"
             )
         return self
@@ -188,8 +245,8 @@ class AlignConfig(Section):
     def _layers_see_whole_sequences(self) -> AlignConfig:
         if self.isolate_documents and self.distillation.stream_rows is not None:
             raise ValueError(
-                "isolate_documents must be false where distillation.stream_rows is given, the "
-                "base then sees whole sequences; leave one of them out"
+                "isolate_documents must be false with distillation.stream_rows, which runs the "
+                "base on whole sequences; remove one of them"
             )
         return self
 
@@ -205,7 +262,8 @@ class AlignConfig(Section):
     def _one_budget(self) -> AlignConfig:
         if self.steps is not None and self.tokens is not None:
             raise ValueError(
-                f"steps must be left out where tokens is given, got {self.steps} and {self.tokens}"
+                f"steps and tokens exclude each other, got {self.steps} and {self.tokens}; remove "
+                "one of them"
             )
         return self
 
@@ -220,11 +278,11 @@ class AlignConfig(Section):
             if stage < 3:
                 raise ValueError(f"zero_stage must be 3 to offload to nvme, got {stage}; raise it")
             if self.offload_folder is None:
-                raise ValueError("offload_folder must be given for nvme; name a folder there")
+                raise ValueError("offload_folder must be given to offload to nvme; name one there")
         if self.offload_optimiser == "nvme" and self.min_workers is not None:
             raise ValueError(
-                f"min_workers must be left out where offload_optimiser is nvme, got "
-                f"{self.min_workers}: such a run goes on with as many workers; remove it"
+                f"min_workers must not be given with offload_optimiser nvme, got "
+                f"{self.min_workers}: such a run must resume with all workers; remove it"
             )
         return self
 

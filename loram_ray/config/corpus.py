@@ -1,4 +1,4 @@
-"""Sources of text, and a corpus made of them."""
+"""Configuration of text sources and corpora."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ from loram_ray.utils.patterns import fault_of_expression
 
 
 class TextSource(Section):
-    """Files of text."""
+    """Text files of one source."""
 
     path: str = Field(
         min_length=1,
-        description="a file, a directory or a glob of .jsonl, .txt (both also .gz, .zst), "
-        ".json.gz, .json.zst, .parquet or .arrow, or a dataset saved by save_to_disk: a local "
-        "path, s3://, gs:// or hf://datasets/org/name",
+        description="Path of a file, a directory, a glob pattern or a dataset saved with "
+        "save_to_disk: local, s3://, gs:// or hf://datasets/org/name. Formats: .jsonl and .txt "
+        "(also .gz and .zst), .json.gz, .json.zst, .parquet and .arrow.",
     )
-    text_field: str = Field("text", description="field that holds a document; unused for .txt")
+    text_field: str = Field(
+        "text", description="Name of the field that holds the document; not used for .txt."
+    )
 
     def resolved(self) -> Self:
-        """Return the source with an absolute path; addresses of object stores stay."""
+        """Return a copy with an absolute path; remote addresses stay unchanged."""
         if "://" in self.path:
             return self
         return self.model_copy(update={"path": str(Path(self.path).resolve())})
 
 
 class FilterConfig(Section):
-    """Which documents of a source are kept."""
+    """Filters that select the documents of a source."""
 
-    min_characters: int = Field(0, ge=0, description="shorter documents are left out")
-    max_characters: int | None = Field(None, ge=1, description="longer documents are left out")
+    min_characters: int = Field(0, ge=0, description="Minimum length of a document in characters.")
+    max_characters: int | None = Field(
+        None, ge=1, description="Maximum length of a document in characters. Default: unlimited."
+    )
     keep: str | None = Field(
-        None, description="regular expression; documents in which it is not found are left out"
+        None, description="Regular expression; documents that do not match are dropped."
     )
     drop: str | None = Field(
-        None, description="regular expression; documents in which it is found are left out"
+        None, description="Regular expression; documents that match are dropped."
     )
 
     @field_validator("keep", "drop")
@@ -61,31 +65,36 @@ class FilterConfig(Section):
         return self
 
     def has_length(self, text: str) -> bool:
-        """Whether a document's length is one of those that are kept."""
+        """Return whether a document's length is within the limits."""
         longest = len(text) if self.max_characters is None else self.max_characters
         return self.min_characters <= len(text) <= longest
 
 
 class SourceConfig(TextSource):
-    """One source of a corpus that is trained on."""
+    """One source of a training corpus."""
 
     name: str | None = Field(
-        None, min_length=1, description="name in logs and metrics; default: from the path"
+        None,
+        min_length=1,
+        description="Name of the source in logs and metrics. Default: derived from the path.",
     )
     weight: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="share of the training rows, relative to the other sources' (the paper: 0.5 "
-        "web text, 0.25 code, 0.25 mathematics); default: by the sources' sizes",
+        description="Share of the training rows, relative to the other sources' weights (the "
+        "paper: 0.5 web text, 0.25 code, 0.25 mathematics). Default: proportional to the sources' "
+        "sizes.",
     )
-    filters: FilterConfig = Field(default=FilterConfig(), description="documents that are kept")
+    filters: FilterConfig = Field(
+        default=FilterConfig(), description="Filters that select documents."
+    )
     held_out: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share of the documents that is evaluated and not trained on; a document's "
-        "content and the corpus's seed decide (deduplicate, and no copy in another source is "
-        "trained on)",
+        description="Share of the documents, from 0 to below 1, that is held out for evaluation. "
+        "The document's content and the corpus's seed decide; with deduplicate, copies in other "
+        "sources are not trained on either.",
     )
 
     @field_validator("name")
@@ -101,50 +110,57 @@ class SourceConfig(TextSource):
     @classmethod
     def _weighs_something(cls, weight: float | None) -> float | None:
         if weight is not None and weight <= 0:
-            raise ValueError(f"must be greater than 0, got {weight:g}; leave the source out")
+            raise ValueError(
+                f"must be greater than 0, got {weight:g}; raise it or remove the source"
+            )
         return weight
 
 
 class TextConfig(Section):
-    """Text, cut into sequences."""
+    """Text that is packed into sequences."""
 
-    sources: tuple[TextSource, ...] = Field(min_length=1, description="where the text is")
-    sequence_length: int = Field(512, ge=8, description="tokens in a packed sequence")
+    sources: tuple[TextSource, ...] = Field(min_length=1, description="Sources of the text.")
+    sequence_length: int = Field(512, ge=8, description="Length of a packed sequence in tokens.")
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="share of unreadable rows that is skipped; more is refused"
+        0.01,
+        ge=0,
+        le=1,
+        description="Maximum share of unreadable rows to skip, from 0 to 1; more is an error.",
     )
 
     def resolved(self) -> Self:
-        """Return the text with absolute paths, for a worker in another directory."""
+        """Return a copy with absolute paths, for workers in another directory."""
         sources = tuple(source.resolved() for source in self.sources)
         return self.model_copy(update={"sources": sources})
 
 
 class CorpusConfig(TextConfig):
-    """The text that alignment learns from."""
+    """Training corpus of alignment."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="where the text is")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Sources of the text.")
     deduplicate: bool = Field(
-        False, description="keep the first of equal documents over all sources; reads them twice"
+        False,
+        description="Keep only the first of identical documents across all sources. The sources "
+        "are read twice.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of the draw of held-out documents")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the selection of held-out documents.")
 
     @model_validator(mode="after")
     def _sources_fit_together(self) -> Self:
         named = [source.name for source in self.sources if source.name is not None]
         for name in named:
             if named.count(name) > 1:
-                raise ValueError(f"sources must have names of their own, got '{name}' twice")
+                raise ValueError(f"sources must have unique names, got '{name}' twice; rename one")
         missing = [i for i, source in enumerate(self.sources) if source.weight is None]
         if 0 < len(missing) < len(self.sources):
             raise ValueError(
-                f"sources.{missing[0]}.weight must be given where other sources have one; "
-                "give every source a weight or none"
+                f"sources.{missing[0]}.weight must be given if other sources have one; "
+                "give all sources a weight or none"
             )
         return self
 
     def names(self) -> list[str]:
-        """Return the sources' names, each another; those not given are made from the paths."""
+        """Return a unique name for each source; missing names are derived from the paths."""
         taken = {source.name for source in self.sources}
         names: list[str] = []
         for source in self.sources:
@@ -155,7 +171,7 @@ class CorpusConfig(TextConfig):
 
 
 def _stem(path: str) -> str:
-    """Last part of a path that is no pattern, without what follows the first dot."""
+    """Return the last part of a path that is not a pattern, up to its first dot."""
     parts = path.partition("://")[2] or path
     plain = [part for part in parts.partition("?")[0].split("/") if not set(part) & set("*?[")]
     return next((stem for part in reversed(plain) if (stem := part.partition(".")[0])), "text")

@@ -1,4 +1,4 @@
-"""Settings of what makes a trained adapter the base's: recovery and merging."""
+"""Configuration of recovery and merging."""
 
 from __future__ import annotations
 
@@ -11,61 +11,70 @@ from loram_ray.config.base import Section
 
 
 class RecoverConfig(Section):
-    """recover: a pruned adapter becomes an adapter of the base."""
+    """Recover an adapter of the base model from an adapter trained on a pruned model."""
 
-    adapter: Path = Field(description="directory written by train on a pruned model")
-    base: str = Field(description="base model that was pruned: a directory or a hub id")
-    output: Path = Field(description="directory to write")
+    adapter: Path = Field(description="Directory of the pruned adapter, as written by train.")
+    base: str = Field(
+        description="Base model that was pruned: a directory or a Hugging Face Hub id."
+    )
+    output: Path = Field(description="Directory to write the recovered adapter to.")
     form: Literal["adapter", "delta"] = Field(
         "adapter",
-        description="after non-structured pruning: adapter is a truncated SVD, delta is exact and "
-        "for merge",
+        description="Form of the result after unstructured or n:m pruning. 'adapter' is a "
+        "truncated SVD; 'delta' is exact and can only be merged.",
     )
     svd_rank: int | None = Field(
         None,
         ge=1,
-        description="rank of the truncated SVD, at most a linear's shorter side; default: the "
-        "pruned adapter's own",
+        description="Rank of the truncated SVD, limited by a linear layer's smaller dimension. "
+        "Default: the rank of the pruned adapter.",
     )
     max_svd_error: float = Field(
-        0.1, ge=0, description="relative error of the truncated SVD beyond which there is a warning"
+        0.1, ge=0, description="Relative error of the truncated SVD above which to warn."
     )
     correction: bool | None = Field(
         None,
-        description="shift the adapter by how far alignment and NF4 moved the weights that it was "
-        "trained on from the base's, after EMLoC; default: yes after training on an aligned or "
-        "quantised model of structured pruning",
+        description="Correct the adapter for the changes that alignment and NF4 made to the "
+        "weights it was trained on, as in EMLoC. Default: true if it was trained on an aligned or "
+        "quantised model from structured pruning.",
     )
     correction_lambda: float = Field(
         3.0,
         gt=0,
-        description="most that the correction may be of what was learnt, direction by direction",
+        description="Upper bound of the correction relative to the learnt update, per singular "
+        "direction.",
     )
     model: Path | None = Field(
         None,
-        description="directory of the model that the adapter was trained on, for the correction; "
-        "default: the one that the adapter names",
+        description="Directory of the model that the adapter was trained on, for the correction. "
+        "Default: the one recorded in the adapter.",
     )
 
     @model_validator(mode="after")
     def _rank_of_an_svd(self) -> RecoverConfig:
         if self.form == "delta" and self.svd_rank is not None:
             raise ValueError(
-                f"svd_rank is for form adapter, got {self.svd_rank} with form delta, which is "
-                "exact; leave one of them out"
+                f"svd_rank must not be given with form delta, which is exact, got "
+                f"{self.svd_rank}; remove one of them"
             )
         return self
 
 
 class MergeConfig(Section):
-    """merge: base and recovered adapter become one model."""
+    """Merge a recovered adapter into the base model."""
 
-    base: str = Field(description="full-precision base model: a directory or a hub id")
-    adapter: Path = Field(description="directory of a PEFT LoRA or a delta for the base")
-    output: Path = Field(description="directory to write")
-    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+    base: str = Field(
+        description="Full-precision base model: a directory or a Hugging Face Hub id."
+    )
+    adapter: Path = Field(
+        description="Directory of a PEFT LoRA adapter or a delta for the base model."
+    )
+    output: Path = Field(description="Directory to write the merged model to.")
+    max_shard_bytes: int = Field(
+        5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
+    )
     parity: bool = Field(
         True,
-        description="compare the merged model's logits with those of base and adapter, one layer "
-        "in memory at a time, and refuse a merged model that is another",
+        description="Compare the merged model's logits with those of base and adapter, one layer "
+        "in memory at a time, and fail if they differ.",
     )

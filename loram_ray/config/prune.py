@@ -1,4 +1,4 @@
-"""Settings of pruning and of its calibration."""
+"""Configuration of pruning and its calibration."""
 
 from __future__ import annotations
 
@@ -14,68 +14,110 @@ MASKING_METHODS = ("wanda", "sparsegpt")
 
 
 class CalibrationConfig(Section):
-    """The text that a criterion looks at, and who looks."""
+    """Calibration data of a pruning criterion, and the workers that process it."""
 
-    sources: tuple[TextSource, ...] = Field(min_length=1, description="where the text is")
-    samples: int = Field(128, ge=1, description="sequences")
-    sequence_length: int = Field(2048, ge=8, description="tokens in a sequence")
-    batch_size: int = Field(1, ge=1, description="sequences in one forward of one worker")
+    sources: tuple[TextSource, ...] = Field(
+        min_length=1, description="Sources of the calibration text."
+    )
+    samples: int = Field(128, ge=1, description="Number of calibration sequences.")
+    sequence_length: int = Field(2048, ge=8, description="Length of a sequence in tokens.")
+    batch_size: int = Field(1, ge=1, description="Sequences per forward pass of one worker.")
     shares: int = Field(
-        8, ge=1, description="parts that workers take; sums are formed part by part, in order"
+        8,
+        ge=1,
+        description="Number of parts that the sequences are split into. Workers process parts, "
+        "and statistics are summed in the order of the parts.",
     )
-    workers: int = Field(1, ge=1, description="Ray actors (one GPU each where there are)")
+    workers: int = Field(
+        1, ge=1, description="Number of Ray actors, with one GPU each if there are GPUs."
+    )
     cpus_per_worker: int | None = Field(
-        None, ge=1, description="threads of a worker; default: the machine's, shared out"
+        None,
+        ge=1,
+        description="Threads per worker. Default: the machine's CPUs divided among the workers.",
     )
-    precision: Precision = Field("fp32", description="of the weights and activations in a layer")
-    max_failures: int = Field(3, ge=0, description="worker failures survived")
+    precision: Precision = Field(
+        "fp32", description="Data type of weights and activations during calibration."
+    )
+    max_failures: int = Field(3, ge=0, description="Number of worker failures to tolerate.")
 
 
 class PruneConfig(Section):
-    """prune: a base model becomes a pruned model and its plan."""
+    """Prune a base model; write the pruned model and its pruning plan."""
 
-    base: str = Field(description="base model: a directory of safetensors or a hub id")
-    output: Path = Field(description="directory to write")
+    base: str = Field(
+        description="Base model: a directory with safetensors files or a Hugging Face Hub id."
+    )
+    output: Path = Field(description="Directory to write the pruned model to.")
     method: Literal["random", "magnitude", "taylor", "flap", "activation", "wanda", "sparsegpt"] = (
-        Field("random", description="criterion; random is LoRAM-Rand, taylor LoRAM-Stru")
+        Field(
+            "random",
+            description="Pruning criterion. random is LoRAM-Rand of the paper, taylor is "
+            "LoRAM-Stru.",
+        )
     )
     pattern: str = Field(
         "",
         validate_default=True,
-        description="structured, unstructured, or n:m for n zeros of each m weights; default: "
-        "unstructured for wanda and sparsegpt, else structured",
+        description="Sparsity pattern: 'structured', 'unstructured', or 'n:m' for n zeros in each "
+        "group of m weights. Default: unstructured for wanda and sparsegpt, otherwise structured.",
     )
-    ratio: float = Field(0.65, ge=0, lt=1, description="share pruned of each pruned layer")
+    ratio: float = Field(
+        0.65,
+        ge=0,
+        lt=1,
+        description="Share of each pruned layer to remove, from 0 to below 1.",
+    )
     ratios: tuple[float, ...] | None = Field(
-        None, description="share pruned of each pruned layer, one by one, instead of ratio"
+        None, description="Pruning ratio of each pruned layer, in order, instead of ratio."
     )
     allocation: Literal["uniform", "global"] = Field(
-        "uniform", description="global: layers share out what ratio prunes, by standardised scores"
+        "uniform",
+        description="Distribution of the ratio over layers. 'uniform' prunes each layer by ratio; "
+        "'global' ranks the units of all layers by standardised scores.",
     )
     round_neurons_to: int = Field(
-        1, ge=1, description="kept neurons are a multiple of it (64 or 128 suits tensor cores)"
+        1,
+        ge=1,
+        description="Round the number of kept neurons to a multiple of this value (64 or 128 suits "
+        "tensor cores).",
     )
     taylor: Literal["first", "second", "mixed"] = Field(
-        "first", description="terms of the Taylor criterion"
+        "first", description="Order of the terms in the Taylor criterion."
     )
     damping: float = Field(
-        0.01, gt=0, description="SparseGPT: share of the Hessian's mean diagonal added to it"
+        0.01,
+        gt=0,
+        description="Dampening of SparseGPT: share of the Hessian's mean diagonal that is added to "
+        "the diagonal.",
     )
     layers: tuple[int, int] | None = Field(
-        None, description="[first, end) of the pruned layers; default: all but 4 first, 2 last"
+        None,
+        description="Range [first, end) of the layers to prune. Default: all but the first 4 and "
+        "the last 2.",
     )
     calibration: CalibrationConfig | None = Field(
-        None, description="text for taylor, flap, activation, wanda and sparsegpt"
+        None,
+        description="Calibration data, required by taylor, flap, activation, wanda and sparsegpt.",
     )
     scores: Path | None = Field(
-        None, description="directory pruned earlier: use its scores, no calibration"
+        None,
+        description="Directory of an earlier pruned model whose scores are reused, instead of "
+        "calibration.",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the choice, and of calibration text")
-    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of random pruning and of the calibration samples.",
+    )
+    max_shard_bytes: int = Field(
+        5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
+    )
 
     @property
     def calibrates(self) -> bool:
-        """Whether the criterion looks at calibration text."""
+        """Whether the criterion needs calibration text."""
         return self.method not in ("random", "magnitude") and self.scores is None
 
     @field_validator("pattern")
@@ -103,12 +145,13 @@ class PruneConfig(Section):
                     raise ValueError(f"ratios.{number} must be at least 0 and below 1, got {ratio}")
         elif self.allocation != "uniform" or self.round_neurons_to != 1:
             raise ValueError(
-                f"allocation and round_neurons_to are for structured pruning, pattern is "
-                f"{self.pattern}; leave them out"
+                f"allocation and round_neurons_to must not be given with pattern {self.pattern}, "
+                "they apply to structured pruning; remove them"
             )
         elif ":" in self.pattern and {"ratio", "ratios"} & self.model_fields_set:
             raise ValueError(
-                f"ratio follows from pattern {self.pattern}; leave ratio and ratios out"
+                f"ratio and ratios must not be given with pattern {self.pattern}, which sets the "
+                "ratio; remove them"
             )
         if self.calibrates and self.calibration is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Settings of what is done with a finished directory: quantisation, GGUF, the upload."""
+"""Configuration of quantisation, GGUF export and upload."""
 
 from __future__ import annotations
 
@@ -16,51 +16,65 @@ _MAX_REPO_LENGTH = 96
 
 
 def is_repo(name: str) -> bool:
-    """Whether a name is ``owner/name`` as hubs have it."""
+    """Return whether a name is a valid ``owner/name`` of a hub repository."""
     parts = name.split("/")
     well_formed = len(parts) == 2 and all(_REPO_PART.fullmatch(part) for part in parts)
     return well_formed and len(name) <= _MAX_REPO_LENGTH and not _NOT_IN_REPOS.search(name)
 
 
 class QuantizeConfig(Section):
-    """quantize: a pruned or aligned model becomes one in NF4, which users download and load."""
+    """Quantise a pruned or aligned model to NF4, ready for users to download and load."""
 
-    model: Path = Field(description="directory written by prune or align, structurally pruned")
-    output: Path = Field(description="directory to write")
-    base: str | None = Field(None, description="base model, named in the card if it is a hub id")
-    max_shard_bytes: int = Field(5 * 10**9, ge=1, description="upper bound of a weight shard")
+    model: Path = Field(
+        description="Directory of a structurally pruned model, as written by prune or align."
+    )
+    output: Path = Field(description="Directory to write the quantised model to.")
+    base: str | None = Field(
+        None, description="Base model; the model card names it if it is a Hugging Face Hub id."
+    )
+    max_shard_bytes: int = Field(
+        5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
+    )
 
 
 class ExportConfig(Section):
-    """export: a base or merged model becomes one GGUF file, for llama.cpp."""
+    """Export a base or merged model to a GGUF file for llama.cpp."""
 
-    model: str = Field(description="base or merged model: a directory or a hub id")
-    output: Path = Field(description="directory to write")
+    model: str = Field(description="Base or merged model: a directory or a Hugging Face Hub id.")
+    output: Path = Field(description="Directory to write the GGUF file to.")
     type: Literal["f32", "bf16", "f16", "q8_0"] = Field(
-        "bf16", description="of matrices; vectors are in float32"
+        "bf16", description="GGUF data type of matrices; vectors are stored in float32."
     )
     pre_tokenizer: str | None = Field(
-        None, description="llama.cpp's name of the pre-tokenisation; default: recognised"
+        None,
+        description="llama.cpp's name of the pre-tokenizer. Default: detected from the tokenizer.",
     )
 
 
 class PublishConfig(Section):
-    """publish: a finished directory becomes a commit of a hub repository.
+    """Publish a finished directory as a commit to a Hugging Face Hub repository.
 
-    The token is that of HF_TOKEN, or of the hub's own login.
+    The token is taken from HF_TOKEN, or from the login of the hub's client.
     """
 
-    directory: Path = Field(description="written by prune, align, quantize or recover")
-    repo: str = Field(description="owner/name on the hub; made if it is not there")
-    private: bool = Field(True, description="of a repository that is made; others stay as they are")
-    revision: str = Field("main", min_length=1, description="branch; made if it is not there")
+    directory: Path = Field(
+        description="Directory to upload, as written by prune, align, quantize or recover."
+    )
+    repo: str = Field(description="Repository owner/name on the hub, created if it does not exist.")
+    private: bool = Field(
+        True,
+        description="Whether a new repository is private; existing repositories are unchanged.",
+    )
+    revision: str = Field(
+        "main", min_length=1, description="Branch to commit to, created if it does not exist."
+    )
     message: str | None = Field(
         None,
         min_length=1,
-        description="of the commit; default: the stage and a digest of the files",
+        description="Commit message. Default: the stage and a digest of the files.",
     )
     base: str | None = Field(
-        None, description="hub id of the base, which a published adapter must name"
+        None, description="Hub id of the base model, required to publish an adapter."
     )
 
     @field_validator("repo")
