@@ -1,8 +1,8 @@
-"""One pydantic model per stage, and the run file that holds them all.
+"""Configuration: one pydantic model per stage, and the run file that combines them.
 
-A run file is YAML with one section per stage. Paths that follow from others (the pruned model is
-the input of alignment) are filled in, so that ``loram prune --config f.yaml`` and ``loram align
---config f.yaml`` fit together as ``loram run`` does. Every error names the file and the key.
+A run file is YAML with one section per stage. Paths that follow from other stages are filled in
+(e.g. the pruned model is the input of alignment), so ``loram prune --config f.yaml`` followed by
+``loram align --config f.yaml`` works as ``loram run`` does. Errors name the file and the key.
 """
 
 from loram_ray.config.align import AlignConfig, DistillationConfig

@@ -1,4 +1,4 @@
-"""What every section of a configuration is, and what several have."""
+"""Base class of configuration sections, and sections that several stages share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Precision = Literal["bf16", "fp32"]
 
 
 class Section(BaseModel):
-    """A configuration section: unknown keys are refused, values are fixed."""
+    """Immutable configuration section that rejects unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
@@ -25,7 +25,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
-        """Refuse what no file system, no table and no log can hold."""
+        """Reject text that file systems, tables or logs cannot hold."""
         for key, value in data.items() if isinstance(data, Mapping) else ():
             field = cls.model_fields.get(key)
             any_character = field is not None and GeneratedText() in field.metadata
@@ -35,13 +35,13 @@ class Section(BaseModel):
                         f"{key} must be text in UTF-8 without null characters, got {text!r:.80}; "
                         "change or rename it"
                     )
-            if isinstance(value, str | Path):  # before other sections take it over
+            if isinstance(value, str | Path):  # before it is copied to other sections
                 _refuse_credentials(key, value)
         return data
 
     @model_validator(mode="after")
     def _has_no_credentials(self) -> Self:
-        """Refuse addresses with credentials: settings are shown, logged and stored."""
+        """Reject addresses with credentials, as settings are printed, logged and stored."""
         for key in type(self).model_fields:
             _refuse_credentials(key, getattr(self, key))
         return self
@@ -49,7 +49,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """Marks text that is compared with what a model generates, so it may hold null characters."""
+    """Marks text that is compared with generated text and may contain null characters."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,40 @@ class KeysOf:
 
 
 class RayConfig(Section):
-    """Where Ray runs."""
+    """Connection to Ray."""
 
     address: str = Field(
-        "local", description="'local' starts an embedded Ray, 'auto' joins this machine's cluster"
+        "local",
+        description="Address of the Ray cluster, as host:port or ray://host:port. 'local' starts "
+        "an embedded Ray; 'auto' joins the cluster of this machine.",
     )
     num_cpus: int | None = Field(
-        None, ge=1, description="logical CPUs of an embedded Ray; default: enough for the stage"
+        None,
+        ge=1,
+        description="Logical CPUs of an embedded Ray. Default: the machine's, or as many as the "
+        "stage needs.",
     )
     autoscaling: Literal["off", "cpu", "gpu"] = Field(
         "off",
-        description="cpu or gpu: an autoscaler brings such nodes when work waits, so wait for what "
-        "is not there; off: refuse it at once",
+        description="Node type that the cluster's autoscaler adds on demand. With 'cpu' or 'gpu', "
+        "stages wait for missing resources; with 'off', they fail immediately.",
     )
 
 
 class OptimiserConfig(Section):
-    """AdamW with warm-up."""
+    """AdamW optimiser and learning-rate schedule."""
 
-    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    warmup_steps: int = Field(0, ge=0, description="Number of linear warm-up steps.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Learning-rate schedule after the warm-up."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm for clipping.")
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """A value's text or path, or those of a list's items and of a dictionary's keys and values."""
+    """Yield the texts and paths in a value, a list's items or a dictionary's keys and values."""
     if isinstance(value, str | Path):
         yield str(value)
     elif isinstance(value, Mapping):
@@ -102,7 +109,7 @@ def _refuse_credentials(key: str, value: Any) -> None:
 
 
 def _all_texts_in(value: Any) -> Iterator[str]:
-    """A value's texts and paths at any depth, those of sections inside excepted."""
+    """Yield the texts and paths in a value at any depth, except those of nested sections."""
     if isinstance(value, str | Path):
         yield str(value)
     elif isinstance(value, Mapping):
@@ -114,17 +121,17 @@ def _all_texts_in(value: Any) -> Iterator[str]:
 
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings and others over them, sections inside key by key."""
-    found = {**below, **above}
+    """Merge two mappings recursively; values of ``above`` take precedence."""
+    merged = {**below, **above}
     for key, value in below.items():
         inner = above.get(key)
         if isinstance(value, Mapping) and isinstance(inner, Mapping):
-            found[key] = over(value, inner)
-    return found
+            merged[key] = over(value, inner)
+    return merged
 
 
 def kind_of(section: type[Section]) -> str:
-    """The kind by which a section is told from others that may stand in its place."""
+    """Return a section's discriminator value."""
     return str(get_args(section.model_fields["kind"].annotation)[0])
 
 
@@ -133,4 +140,4 @@ def section_types(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
-    return [found for argument in arguments for found in section_types(argument)]
+    return [section for argument in arguments for section in section_types(argument)]

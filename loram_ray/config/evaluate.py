@@ -1,4 +1,4 @@
-"""Settings of evaluation: perplexities, and benchmarks of several kinds."""
+"""Configuration of evaluation: perplexity and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,49 +14,62 @@ _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 
 
 class _Benchmark(Section):
-    """What all benchmarks have."""
+    """Keys of all benchmarks."""
 
     name: str = Field(
-        "", pattern=r"^[\w.+=-]*$", description="of its scores; default: the data's file name"
+        "",
+        pattern=r"^[\w.+=-]*$",
+        description="Name of the benchmark in scores. Default: the name of the data file.",
     )
-    limit: int | None = Field(None, ge=1, description="use the first items only")
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first items, up to this number. Default: all."
+    )
 
 
 class _Prompted(_Benchmark):
-    """What benchmarks have that ask about rows of a file."""
+    """Keys of benchmarks that prompt the model with rows of a file."""
 
-    data: str = Field(description="rows with named columns: a file, a directory or a glob")
+    data: str = Field(description="Rows with named columns: a file, a directory or a glob pattern.")
     prompt: str = Field(
-        "Question: {question}\nAnswer:", description="of a row; {NAME} is its column NAME"
+        "Question: {question}\nAnswer:",
+        description="Template of the prompt; {NAME} is replaced by the row's column NAME.",
     )
-    chat: bool = Field(False, description="ask in the chat template, as a user does")
-    shots: int = Field(0, ge=0, description="solved rows of shots_from in front of each question")
-    shots_from: str | None = Field(None, description="rows that are not asked about")
+    chat: bool = Field(False, description="Send the prompt as a user message in the chat template.")
+    shots: int = Field(
+        0, ge=0, description="Number of few-shot examples before each question, from shots_from."
+    )
+    shots_from: str | None = Field(
+        None, description="Rows for few-shot examples, in the columns of data."
+    )
     shots_seed: int | None = Field(
-        None, ge=0, description="choose them at random; default: the first"
+        None, ge=0, description="Seed to draw few-shot examples with. Default: use the first rows."
     )
 
     @model_validator(mode="after")
     def _shots_come_from_somewhere(self) -> _Prompted:
         if bool(self.shots) != (self.shots_from is not None):
             raise ValueError(
-                f"shots and shots_from go together, got {self.shots} and {self.shots_from}; "
-                "give both or neither"
+                f"shots and shots_from must be given together, got {self.shots} and "
+                f"{self.shots_from}; give both or neither"
             )
         return self
 
 
 class PerplexityBenchmark(_Benchmark):
-    """Perplexity of answers or of plain text, as of another domain."""
+    """Perplexity of answers or of plain text, e.g. of another domain."""
 
     kind: Literal["perplexity"]
-    data: str | None = Field(None, description="rows as train takes: perplexity of the answers")
-    text: TextConfig | None = Field(None, description="plain text: perplexity of all of it")
+    data: str | None = Field(
+        None, description="Rows in the formats of train.data, to measure the answers' perplexity."
+    )
+    text: TextConfig | None = Field(
+        None, description="Plain text, to measure the perplexity of all its tokens."
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> PerplexityBenchmark:
         if (self.data is None) == (self.text is None):
-            raise ValueError("either data or text must be given; name one")
+            raise ValueError("data or text must be given, and not both; name one of them")
         return self
 
 
@@ -65,43 +78,59 @@ class ChoiceBenchmark(_Prompted):
 
     kind: Literal["choice"]
     choices: str = Field(
-        "choices", description="column of the choices: texts, or {text: [...], label: [...]}"
+        "choices",
+        description="Column of the choices: a list of texts, or {text: [...], label: [...]}.",
     )
     answer: str = Field(
-        "answer", description="column of the right one: its text, its label, or its number from 0"
+        "answer",
+        description="Column of the correct choice: its text, its label, or its index from 0.",
     )
-    delimiter: str = Field(" ", description="between the prompt and a choice")
+    delimiter: str = Field(" ", description="Text between the prompt and a choice.")
 
 
 class GenerationBenchmark(_Prompted):
-    """Generated answers against references: exactly, and by their last number (GSM8K)."""
+    """Generated answers, scored by exact match and by their last number (GSM8K)."""
 
     kind: Literal["generation"]
-    answer: str = Field("answer", description="column of the reference")
-    delimiter: str = Field(" ", description="between the prompt and a shot's answer")
-    max_new_tokens: int = Field(256, ge=1, description="longest generated answer")
+    answer: str = Field("answer", description="Column of the reference answer.")
+    delimiter: str = Field(
+        " ", description="Text between the prompt and the answer of a few-shot example."
+    )
+    max_new_tokens: int = Field(
+        256, ge=1, description="Maximum length of a generated answer in tokens."
+    )
     stop: Annotated[tuple[str, ...], GeneratedText()] = Field(
-        ("Question:", "\n\n\n"), description="texts that end an answer, where there is no chat"
+        ("Question:", "\n\n\n"), description="Strings that end an answer, unless chat is set."
     )
 
 
 class CodeBenchmark(_Benchmark):
-    """Programs that pass their tests, as HumanEval has them; each runs in a sandbox."""
+    """Generated programs, scored by their tests in a sandbox (HumanEval, pass@k)."""
 
     kind: Literal["code"]
-    data: str = Field(description="rows in HumanEval's form: prompt, test, entry_point")
-    samples: int = Field(1, ge=1, description="programs for a problem; 1 is the likeliest one")
+    data: str = Field(
+        description="Problems in HumanEval's format, with columns prompt, test and entry_point."
+    )
+    samples: int = Field(
+        1, ge=1, description="Number of programs per problem; 1 is decoded greedily."
+    )
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1,), min_length=1, description="k of pass@k, each at most samples"
+        (1,), min_length=1, description="Values of k for pass@k, each at most samples."
     )
-    temperature: float = Field(0.8, gt=0, description="of sampling, with more than one sample")
-    top_p: float = Field(0.95, gt=0, le=1, description="share of probability that is sampled from")
-    max_new_tokens: int = Field(512, ge=1, description="longest generated program")
+    temperature: float = Field(
+        0.8, gt=0, description="Sampling temperature, with more than one sample."
+    )
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="Cumulative probability of nucleus sampling."
+    )
+    max_new_tokens: int = Field(
+        512, ge=1, description="Maximum length of a generated program in tokens."
+    )
     stop: Annotated[tuple[str, ...], GeneratedText()] = Field(
-        _HUMAN_EVAL_STOPS, description="texts that end a program"
+        _HUMAN_EVAL_STOPS, description="Strings that end a program."
     )
-    seconds: float = Field(10.0, gt=0, description="time a program has")
-    memory_mb: int = Field(1024, ge=64, description="memory a program has")
+    seconds: float = Field(10.0, gt=0, description="Time limit of a program in seconds.")
+    memory_mb: int = Field(1024, ge=64, description="Memory limit of a program in MB.")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> CodeBenchmark:
@@ -114,15 +143,19 @@ class CodeBenchmark(_Benchmark):
 
 
 class GymBenchmark(_Benchmark):
-    """A task of reasoning-gym, made anew and scored by its own scorer."""
+    """A generated reasoning-gym data set, scored by its own scorer."""
 
     kind: Literal["reasoning_gym"]
-    dataset: str = Field(description="one of reasoning-gym's, such as chain_sum")
-    size: int = Field(100, ge=1, description="questions")
-    seed: int = Field(0, ge=0, description="of the questions")
-    options: dict[str, Any] = Field({}, description="of the data set, such as min_terms")
-    chat: bool = Field(True, description="ask in the chat template, as a user does")
-    max_new_tokens: int = Field(256, ge=1, description="longest generated answer")
+    dataset: str = Field(description="Name of the reasoning-gym data set, e.g. chain_sum.")
+    size: int = Field(100, ge=1, description="Number of questions to generate.")
+    seed: int = Field(0, ge=0, description="Seed of the generated questions.")
+    options: dict[str, Any] = Field({}, description="Options of the data set, e.g. min_terms.")
+    chat: bool = Field(
+        True, description="Send the question as a user message in the chat template."
+    )
+    max_new_tokens: int = Field(
+        256, ge=1, description="Maximum length of a generated answer in tokens."
+    )
 
 
 Benchmark = Annotated[
@@ -132,48 +165,94 @@ Benchmark = Annotated[
 
 
 class HarnessConfig(Section):
-    """Tasks of lm-eval, the evaluation harness, with this project's forward passes."""
+    """Tasks of lm-eval (lm-evaluation-harness), run with this package's forward passes."""
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval's names, as gsm8k_cot")
-    shots: int | None = Field(None, ge=0, description="default: what each task has")
-    limit: int | None = Field(None, ge=1, description="use the first items of a task only")
-    include_path: Path | None = Field(None, description="directory of your own tasks' YAML files")
+    tasks: tuple[str, ...] = Field(
+        min_length=1, description="Names of lm-eval tasks, e.g. gsm8k_cot."
+    )
+    shots: int | None = Field(
+        None, ge=0, description="Number of few-shot examples. Default: each task's own."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first items of each task. Default: all."
+    )
+    include_path: Path | None = Field(
+        None, description="Directory with the YAML files of your own tasks."
+    )
 
 
 class EvaluateConfig(Section):
-    """evaluate: perplexities and benchmark scores of a model, with or without an adapter."""
+    """Evaluate the perplexity and benchmark scores of a model, with or without an adapter."""
 
     model: str = Field(
-        description="base, pruned, aligned, quantised or merged model: a directory or a hub id"
+        description="Base, pruned, aligned, quantised or merged model: a directory or a Hugging "
+        "Face Hub id."
     )
-    output: Path = Field(description="directory to write")
-    adapter: Path | None = Field(None, description="adapter to put on the model")
-    data: str | None = Field(None, description="rows as train takes: perplexity of the answers")
+    output: Path = Field(description="Directory to write the scores to.")
+    adapter: Path | None = Field(
+        None, description="Directory of an adapter to load onto the model."
+    )
+    data: str | None = Field(
+        None, description="Rows in the formats of train.data, to measure the answers' perplexity."
+    )
     chat_template: Path | None = Field(
-        None, description="Jinja file; default: what the adapter was trained with, or the model's"
+        None,
+        description="Jinja file with a chat template. Default: the one that the adapter was "
+        "trained with, or the model's.",
     )
-    text: TextConfig | None = Field(None, description="plain text: perplexity of all of it")
-    exact_match: bool = Field(False, description="generate data's answers and compare")
+    text: TextConfig | None = Field(
+        None, description="Plain text, to measure the perplexity of all its tokens."
+    )
+    exact_match: bool = Field(
+        False, description="Also generate the answers of data and score their exact match."
+    )
     benchmarks: tuple[Benchmark, ...] = Field(
-        (), description="of kind perplexity, choice, generation, code or reasoning_gym"
+        (),
+        description="Benchmarks of kind perplexity, choice, generation, code or reasoning_gym.",
     )
-    lm_eval: HarnessConfig | None = Field(None, description="tasks of lm-eval, where it is there")
-    limit: int | None = Field(None, ge=1, description="use the first rows of data only")
-    max_length: int = Field(512, ge=8, description="longer examples of data are cut on the right")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="as in train")
-    batch_size: int = Field(16, ge=1, description="examples in one forward")
-    max_new_tokens: int = Field(64, ge=1, description="longest generated answer to data")
-    seed: int = Field(0, ge=0, lt=2**32, description="of what is sampled")
-    precision: Precision = Field("bf16", description="of weights and activations")
+    lm_eval: HarnessConfig | None = Field(
+        None, description="Tasks of lm-eval, which must be installed."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first rows of data, up to this number. Default: all."
+    )
+    max_length: int = Field(
+        512,
+        ge=8,
+        description="Maximum length of an example of data in tokens; longer ones are truncated on "
+        "the right.",
+    )
+    max_bad_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Maximum share of unusable rows to skip, from 0 to 1; more is an error.",
+    )
+    batch_size: int = Field(16, ge=1, description="Examples per forward pass.")
+    max_new_tokens: int = Field(
+        64, ge=1, description="Maximum length of an answer generated for data, in tokens."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
+    precision: Precision = Field("bf16", description="Data type of weights and activations.")
     actors: int = Field(
-        1, ge=1, description="processes that each load the model; scores do not depend on it"
+        1,
+        ge=1,
+        description="Number of Ray actors, each with a copy of the model. Scores do not depend on "
+        "it.",
     )
-    max_failures: int = Field(3, ge=0, description="deaths of an actor that a batch survives")
+    max_failures: int = Field(
+        3, ge=0, description="Number of actor failures to tolerate per batch of examples."
+    )
     cpus: int | None = Field(
-        None, ge=1, description="threads of an actor; default: the machine's, shared out"
+        None,
+        ge=1,
+        description="Threads per actor. Default: the machine's CPUs divided among the actors.",
     )
     gpus: float = Field(
-        1.0, gt=0, le=1, description="share of a GPU, where there is one; others may use the rest"
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a GPU per actor, if there is one; others can use the rest.",
     )
 
     @field_validator("benchmarks")
@@ -182,7 +261,7 @@ class EvaluateConfig(Section):
         named = [benchmark.name for benchmark in benchmarks if benchmark.name]
         for name in named:
             if named.count(name) > 1:
-                raise ValueError(f"each must have a name of its own, got {name} twice; rename one")
+                raise ValueError(f"must have unique names, got {name} twice; rename one")
         return benchmarks
 
     @model_validator(mode="after")
@@ -192,5 +271,5 @@ class EvaluateConfig(Section):
                 "data, text, benchmarks or lm_eval must be given; name what to evaluate on"
             )
         if self.exact_match and self.data is None:
-            raise ValueError("exact_match needs data; give questions with their answers")
+            raise ValueError("exact_match needs data; name questions with answers")
         return self

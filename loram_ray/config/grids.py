@@ -1,4 +1,4 @@
-"""Settings under dotted keys, and the names of what they make."""
+"""Settings under dotted keys, and directory names derived from them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 
 def with_values(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a section with values over them whose keys are dotted, e.g. ``lora.r``."""
-    found = dict(settings)
+    """Return a section's settings, overridden by values under dotted keys, e.g. ``lora.r``."""
+    merged = dict(settings)
     for dotted, value in values.items():
         *parents, last = dotted.split(".")
         inner: dict[str, Any] = {last: value}
         for parent in reversed(parents):
             inner = {parent: inner}
-        found = over(found, inner)
-    return found
+        merged = over(merged, inner)
+    return merged
 
 
 def named(name: str, values: Mapping[str, Any]) -> str:
-    """A name for a directory: what is given, and each value with the end of its key."""
+    """Return a directory name: ``name``, followed by the last part of each key and its value."""
     parts = [f"{dotted.rpartition('.')[2]}={value}" for dotted, value in values.items()]
     return _NOT_IN_NAMES.sub("_", "-".join([*([name] if name else []), *parts]))

@@ -1,4 +1,4 @@
-"""Settings of training a LoRA."""
+"""Configuration of LoRA fine-tuning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_RECOVERED = {
     "corda_config": "CorDA changes the frozen weights",
     "use_qalora": "QA-LoRA pools the inputs of A, which the base has more of",
 }
-"""Settings of PEFT whose adapter cannot be scattered to the base's shapes, and why."""
+"""PEFT options whose adapters cannot be recovered to the base's shapes, and the reasons."""
 
 _CHANGING_THE_WEIGHTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -38,38 +38,55 @@ _NAMES_IN_PEFT = {
 
 
 MAX_RANK = 2**16
-"""Above any linear's shorter side."""
+"""Larger than any linear layer's smaller dimension."""
 
 
 class LoraConfig(Section):
-    """The adapter, in PEFT's terms: all of its settings that recovery carries over exactly."""
+    """LoRA adapter, with the PEFT options that recovery carries over exactly."""
 
-    r: int = Field(8, ge=1, le=MAX_RANK, description="rank")
+    r: int = Field(8, ge=1, le=MAX_RANK, description="Rank of the adapter.")
     alpha: float = Field(
-        16, gt=0, allow_inf_nan=False, description="scale numerator: alpha / r, or alpha / sqrt(r)"
+        16,
+        gt=0,
+        allow_inf_nan=False,
+        description="LoRA alpha. The update is scaled by alpha / r, or alpha / sqrt(r) with "
+        "use_rslora.",
     )
-    dropout: float = Field(0.05, ge=0, lt=1, description="on the adapter's input")
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="Dropout probability of the adapter's input."
+    )
     targets: tuple[str, ...] | None = Field(
-        None, description="short module names; default: every pruned linear of the family"
+        None,
+        description="Names of the modules to adapt, e.g. q_proj. Default: all linear layers of the "
+        "family that can be pruned.",
     )
-    exclude: tuple[str, ...] = Field((), description="targets to leave out, by name or full path")
+    exclude: tuple[str, ...] = Field(
+        (), description="Names or full paths of modules to exclude from targets."
+    )
     layers: tuple[int, ...] | None = Field(
-        None, description="numbers of the layers that get an adapter; default: all"
+        None, description="Indices of the layers to adapt. Default: all layers."
     )
-    lm_head: bool = Field(False, description="adapt lm_head too, as the paper does")
+    lm_head: bool = Field(False, description="Also adapt lm_head, as in the paper.")
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
-        {}, description="rank by module-name pattern"
+        {},
+        description="Ranks that differ from r, by module name or regular expression.",
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        {}, description="alpha by module-name pattern"
+        {},
+        description="Values that differ from alpha, by module name or regular expression.",
     )
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    use_rslora: bool = Field(
+        False, description="Use rank-stabilised LoRA, which scales the update by alpha / sqrt(r)."
+    )
     init: Literal["default", "gaussian", "orthogonal", "eva"] = Field(
         "default",
-        description="of A and B, whose product is zero: Kaiming-uniform A, normal A, A and B with "
-        "orthogonal rows, or as A the directions in which the inputs vary most (EVA)",
+        description="Initialisation of A and B, whose product starts at zero. 'default': "
+        "Kaiming-uniform A; 'gaussian': normal A; 'orthogonal': A and B with orthogonal rows; "
+        "'eva': A from the principal directions of the layer's inputs.",
     )
-    dtype: Precision = Field("fp32", description="of the adapter's weights and optimiser state")
+    dtype: Precision = Field(
+        "fp32", description="Data type of the adapter's weights and optimiser states."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -126,15 +143,18 @@ class LoraConfig(Section):
 
 
 class AdapterOptimiserConfig(OptimiserConfig):
-    """AdamW on an adapter."""
+    """AdamW optimiser of an adapter."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
         "adamw",
-        description="the other three are bitsandbytes': moments in 8 bits, or in memory that is "
-        "paged to the host; on a GPU",
+        description="Optimiser. The 8-bit and paged variants are bitsandbytes' and need a GPU: "
+        "they store moments in 8 bits, or in memory that is paged to the host.",
     )
     b_learning_rate_ratio: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="learning rate of B over that of A (LoRA+)"
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Ratio of B's learning rate to A's (LoRA+).",
     )
 
 
@@ -156,78 +176,115 @@ PRESETS: dict[str, dict[str, Any]] = {
         "packing": True,
     },
 }
-"""Settings under a name: those of LoRAM's reference, and what has become usual since then."""
+"""Named settings: those of the LoRAM paper's code, and current practice."""
 
 
 def _described() -> str:
-    def said(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    def items(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         for key, value in settings.items():
             if isinstance(value, Mapping):
-                yield from said(value, f"{prefix}{key}.")
+                yield from items(value, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key} {value}"
 
-    return "; ".join(f"{name}: {', '.join(said(keys))}" for name, keys in PRESETS.items())
+    return "; ".join(f"{name}: {', '.join(items(keys))}" for name, keys in PRESETS.items())
 
 
 class TrainConfig(Section):
-    """train: LoRA on a frozen pruned, aligned, quantised or base model, in one Ray actor."""
+    """Train a LoRA adapter on a frozen pruned, aligned, quantised or base model in a Ray actor."""
 
     preset: Literal["paper", "modern"] | None = Field(
-        None, description=f"defaults of other keys, each of which may still be set. {_described()}"
+        None,
+        description="Preset that changes the defaults of other keys; given keys take precedence. "
+        f"{_described()}.",
     )
-    model: Path = Field(description="directory: pruned, aligned, quantised or base")
-    output: Path = Field(description="directory to write")
+    model: Path = Field(
+        description="Directory of the pruned, aligned, quantised or base model to train on."
+    )
+    output: Path = Field(description="Directory to write the adapter to.")
     data: str = Field(
-        description="JSON lines, JSON, CSV, Parquet or a saved or hub data set, with 'messages', "
-        "'prompt' and 'completion', 'instruction' and 'output', or 'text'"
+        description="Training data: a JSON Lines, JSON, CSV or Parquet file, or a saved or hub "
+        "data set, with 'messages', 'prompt' and 'completion', 'instruction' and 'output', or "
+        "'text'."
     )
     chat_template: Path | None = Field(
-        None, description="Jinja file, instead of the tokenizer's own chat template"
+        None, description="Jinja file with a chat template. Default: the tokenizer's."
     )
     lora: LoraConfig = LoraConfig()
-    steps: int = Field(400, ge=1, description="optimiser steps")
-    batch_size: int = Field(16, ge=1, description="examples in a step")
-    micro_batch_size: int = Field(4, ge=1, description="examples in one forward")
-    max_length: int = Field(512, ge=8, description="longer examples are cut on the right")
+    steps: int = Field(400, ge=1, description="Number of optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Examples per optimiser step.")
+    micro_batch_size: int = Field(
+        4, ge=1, description="Examples per forward pass; must divide batch_size."
+    )
+    max_length: int = Field(
+        512,
+        ge=8,
+        description="Maximum length of an example in tokens; longer ones are truncated on the "
+        "right.",
+    )
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="share of unusable rows that is skipped; more is refused"
+        0.01,
+        ge=0,
+        le=1,
+        description="Maximum share of unusable rows to skip, from 0 to 1; more is an error.",
     )
     packing: bool = Field(
         False,
-        description="lay a forward's short examples behind each other instead of padding them; "
-        "they do not see each other and the loss is the same",
+        description="Pack the examples of a forward pass into one sequence instead of padding. "
+        "Attention is masked between examples; the loss is the same.",
     )
     eval_data: str | None = Field(
-        None, description="held-out rows, as data: their loss during training chooses a checkpoint"
+        None,
+        description="Held-out data in the formats of data. The checkpoint with the lowest loss on "
+        "it is kept.",
     )
     eval_share: float = Field(
-        0.0, ge=0, lt=1, description="share of data's examples to hold out, instead of eval_data"
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the data to hold out, from 0 to below 1, instead of eval_data.",
     )
-    eval_every: int = Field(50, ge=1, description="steps between evaluations")
+    eval_every: int = Field(50, ge=1, description="Steps between evaluations.")
     patience: int | None = Field(
-        None, ge=1, description="evaluations without a better loss after which training ends"
+        None,
+        ge=1,
+        description="Stop early after this many evaluations without a lower held-out loss. "
+        "Default: never.",
     )
     optimiser: AdapterOptimiserConfig = AdapterOptimiserConfig(learning_rate=1e-4, warmup_steps=10)
-    precision: Precision = Field("bf16", description="of frozen weights and activations")
+    precision: Precision = Field(
+        "bf16", description="Data type of the frozen weights and of activations."
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None,
-        description="transformers' implementation; flash_attention_2 needs flash-attn; default: "
-        "sdpa where the family has it",
+        description="Attention implementation of transformers; flash_attention_2 requires "
+        "flash-attn. Default: sdpa if the family supports it.",
     )
-    compile: bool = Field(False, description="compile each layer with torch.compile")
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
     activation_checkpointing: bool = Field(
-        False, description="keep only layers' inputs, compute the rest again in the backward pass"
+        False,
+        description="Store only the input of each layer and recompute the rest in the backward "
+        "pass.",
     )
     checkpoint_every: int = Field(
-        50, ge=1, description="steps between checkpoints; with evaluation there is one at each"
+        50,
+        ge=1,
+        description="Steps between checkpoints. With held-out data, each evaluation also writes "
+        "one.",
     )
-    max_failures: int = Field(3, ge=0, description="actor failures survived")
-    cpus: int | None = Field(None, ge=1, description="threads; default: those of the machine")
+    max_failures: int = Field(3, ge=0, description="Number of actor failures to tolerate.")
+    cpus: int | None = Field(
+        None, ge=1, description="Number of threads. Default: the machine's CPUs."
+    )
     gpus: float = Field(
-        1.0, gt=0, le=1, description="share of a GPU, where there is one; others may use the rest"
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a GPU to reserve, if there is one; others can use the rest.",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, order, dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of initialisation, data order and dropout."
+    )
 
     @property
     def evaluates(self) -> bool:
