@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Hub:
         objects: large files by SHA-256.
         requests: method, path and Authorization header of each request.
         read_only: whether every write is refused.
+        delay: seconds before each answer.
     """
 
     endpoint: str = ""
@@ -52,6 +54,7 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     read_only: bool = False
+    delay: float = 0.0
 
     def asked(self, part: str, method: str = "POST") -> int:
         """How many requests had this in their path."""
@@ -91,6 +94,7 @@ def _application(hub: Hub) -> Flask:
     def _note() -> Any:
         given = request.headers.get("Authorization")
         hub.requests.append((request.method, request.path, given))
+        time.sleep(hub.delay)
         if request.path.startswith("/objects/"):
             return None  # a presigned address: no token goes there
         if given != f"Bearer {TOKEN}":

@@ -58,11 +58,12 @@ def elsewhere(processes: list[psutil.Process]) -> list[str]:
 
 
 def listeners(processes: list[psutil.Process]) -> int:
-    return sum(
-        connection.status == psutil.CONN_LISTEN
-        for process in processes
-        for connection in process.net_connections("inet")
-    )
+    count = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            count += sum(one.status == psutil.CONN_LISTEN for one in connections)
+    return count
 
 
 def is_alive(process: psutil.Process) -> bool:
