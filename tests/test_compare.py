@@ -58,7 +58,7 @@ def run_of(base: Path, folder: Path, compare: dict[str, Any], **sections: Any) -
 def test_stages_that_systems_share_are_planned_once(base: Path, tmp_path: Path) -> None:
     compare = {"methods": ["random", "magnitude"], "ratios": [0.25, 0.5], "seeds": [0, 1]}
     run = run_of(base, tmp_path, {**compare, "correction": True})
-    planned = comparison_of(run)
+    planned = comparison_of(run.compare)
     counts: dict[str, int] = {}
     for step in planned.steps.values():
         kind = type(step.config).__name__
@@ -90,7 +90,7 @@ def test_masks_are_merged_and_neither_quantised_nor_corrected(base: Path, tmp_pa
     text = {"sources": [{"path": str(tmp_path / "text.jsonl")}], "samples": 4}
     prune = {"layers": (1, 3), "calibration": text}
     compare = {"methods": ["wanda"], "ratios": [0.5], "correction": True}
-    planned = comparison_of(run_of(base, tmp_path, compare, prune=prune))
+    planned = comparison_of(run_of(base, tmp_path, compare, prune=prune).compare)
     kinds = {type(step.config).__name__ for step in planned.steps.values()}
     assert "QuantizeConfig" not in kinds
     assert {cell.system for cell in planned.cells} == {
@@ -111,7 +111,7 @@ def test_methods_have_ratios_of_their_own(base: Path, tmp_path: Path) -> None:
     text = {"sources": [{"path": str(tmp_path / "text.jsonl")}], "samples": 4}
     prune = {"layers": (1, 3), "calibration": text, "ratio": 0.9}
     methods = {"random": [0.35, 0.65], "wanda": [0.5, "4:8"]}
-    planned = comparison_of(run_of(base, tmp_path, {"methods": methods}, prune=prune))
+    planned = comparison_of(run_of(base, tmp_path, {"methods": methods}, prune=prune).compare)
     found = {
         (config.method, config.pattern, config.ratio if ":" not in config.pattern else None)
         for step in planned.steps.values()
@@ -145,7 +145,7 @@ def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
             "distilled": {"distillation": {"top_k": 7}},
         },
     }
-    planned = comparison_of(run_of(base, tmp_path, compare))
+    planned = comparison_of(run_of(base, tmp_path, compare).compare)
     named = {cell.system for cell in planned.cells}
     assert {"live", "longer", "warm", "live + correction", "distilled", "qloram"} <= named
     found = {
@@ -176,7 +176,9 @@ def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
         "warm": {pruned, corpus, targets},
     }
     ratios = {**compare, "ratios": [0.35, 0.65]}
-    of_two = comparison_of(run_of(base, tmp_path, ratios)).steps["models/random-0.65-0-warm"]
+    of_two = comparison_of(run_of(base, tmp_path, ratios).compare).steps[
+        "models/random-0.65-0-warm"
+    ]
     assert "models/random-0.35-0-warm" in of_two.needs, "both would write the same targets"
     second = planned.steps["models/random-0.65-1-distilled"]
     assert set(second.needs) == {"models/random-0.65-1-pruned", corpus}, "its targets are others"
@@ -188,7 +190,7 @@ def test_alignments_of_ones_own_are_systems(base: Path, tmp_path: Path) -> None:
 )
 def test_no_step_is_for_nothing(systems: list[str], base: Path, tmp_path: Path) -> None:
     compare = {"systems": systems, "seeds": [0, 1], "alignments": {"longer": {"steps": 9}}}
-    planned = comparison_of(run_of(base, tmp_path, compare))
+    planned = comparison_of(run_of(base, tmp_path, compare).compare)
     wanted, reached = [cell.evaluation for cell in planned.cells], set[str]()
     while wanted:
         name = wanted.pop()
@@ -201,14 +203,14 @@ def test_a_comparison_cut_short_has_whole_ones_of_its_first_seeds(
     base: Path, tmp_path: Path
 ) -> None:
     compare = {"ratios": [0.25, 0.5], "seeds": [4, 7]}
-    planned = comparison_of(run_of(base, tmp_path, compare))
-    of_first = set(comparison_of(run_of(base, tmp_path, {**compare, "seeds": [4]})).steps)
+    planned = comparison_of(run_of(base, tmp_path, compare).compare)
+    of_first = set(comparison_of(run_of(base, tmp_path, {**compare, "seeds": [4]}).compare).steps)
     assert set(list(planned.steps)[: len(of_first)]) == of_first
 
 
 def test_the_study_compares_all_systems_over_three_seeds() -> None:
     run = load_run(Path(__file__).parent / "benchmarks" / "study" / "study.yaml")
-    cells = comparison_of(run).cells
+    cells = comparison_of(run.compare).cells
     pruned = {"pruned", "small", "unaligned", "causal", "distilled", "qloram"}
     assert {cell.system.partition(" ")[0] for cell in cells} == {"base", "full", *pruned}
     assert {(cell.method, cell.ratio) for cell in cells if cell.method is not None} == {
@@ -227,7 +229,7 @@ def test_the_objectives_are_compared_by_their_command() -> None:
     repository = benchmarks.parents[1]
     run = load_run(repository / words[words.index("--config") + 1], overrides)
     assert run.compare is not None
-    planned = comparison_of(run)
+    planned = comparison_of(run.compare)
     assert {cell.system for cell in planned.cells} == {"base", "live", "longer"}
     assert {(cell.ratio, cell.seed) for cell in planned.cells if cell.system == "live"} == {
         (ratio, seed) for ratio in (0.35, 0.65) for seed in (0, 1, 2)
@@ -252,7 +254,7 @@ def test_what_cannot_be_compared_is_one_line(
     base: Path, tmp_path: Path, compare: dict[str, Any], sections: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(LoramError, match=message) as caught:
-        comparison_of(run_of(base, tmp_path, compare, **sections))
+        comparison_of(run_of(base, tmp_path, compare, **sections).compare)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -549,7 +551,7 @@ def test_systems_of_a_tiny_model(
         name: row["mean"] for name, row in rows.items()
     }
     assert "LoRAM without alignment" in (output / "comparison.md").read_text()
-    planned = comparison_of(run)
+    planned = comparison_of(run.compare)
     made = {name: read_manifest(output / name) for name in planned.steps}
     of_base = BaseModel(base, "base").identify()[0]
     by_digest = {m.digest: name for name, m in made.items() if m is not None} | {of_base: "BASE"}
@@ -589,6 +591,6 @@ def test_systems_of_a_tiny_model(
     for said in ("Quality against reduction: sums", "KV heads", "Training loss: train"):
         assert said in page
     before = tiny.tree(output)
-    again = lr.compare(run)
+    again = lr.compare(run.compare, run.ray)
     assert not again.failed
     assert tiny.tree(output) == before

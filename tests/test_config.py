@@ -463,7 +463,7 @@ def test_optional_text_can_be_switched_off(text: str) -> None:
     run = load_run(None, [*given, f"train.preset={text}", f"batch.train.eval_data={text}"])
     assert run.train is not None and run.batch is not None
     assert (run.train.chat_template, run.train.preset) == (None, None)
-    assert run.batch.train == {"eval_data": None}
+    assert run.batch.train["eval_data"] is None
 
 
 @pytest.mark.parametrize(

@@ -526,7 +526,7 @@ def test_a_batch_and_a_sweep_refuse_it_before_masked_training(
         sweep={**shared, "data": data, "train": {"eval_share": 0.5}, "grid": {"lora.r": [2]}},
     )
     with pytest.raises(lr.LoramError, match=r"^sweep.correction must be false for a 2:4 pruning"):
-        lr.sweep(run)
+        lr.sweep(run.sweep, run.ray)
     assert not (tmp_path / "out").exists()
 
 

@@ -24,7 +24,7 @@ FLOORS = (
     ("config", "architectures", "artifacts"),
     ("utils",),
     ("errors",),
-    ("addresses", "losses", "distillation"),
+    ("addresses", "commands", "losses", "distillation"),
 )
 """Folders and files of the package's top level, the highest floor first."""
 FLOOR_OF = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}

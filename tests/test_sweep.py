@@ -125,7 +125,7 @@ def test_what_cannot_be_tried_is_refused_before_anything_runs(
 ) -> None:
     before = tiny.tree(tmp_path)
     with pytest.raises(lr.LoramError, match=message):
-        lr.sweep(run_of(base, pruned, data, tmp_path, **changes))
+        lr.sweep(run_of(base, pruned, data, tmp_path, **changes).sweep)
     assert tiny.tree(tmp_path) == before
 
 
@@ -139,7 +139,7 @@ def test_the_best_adapter_is_that_of_its_own_training(
 ) -> None:
     grid = {"optimiser.learning_rate": [1e-6, 5e-3], "lora.r": [2, 4]}
     run = run_of(base, pruned, data, tmp_path, grid=grid, grace_steps=6, actors=2)
-    result = lr.sweep(run)
+    result = lr.sweep(run.sweep, run.ray)
     rows = rows_of(result.output)
     assert len(rows) == 4 and {row["state"] for row in rows.values()} == {"done"}
     best = min(rows.values(), key=lambda row: row["eval_loss"])
@@ -157,10 +157,10 @@ def test_the_best_adapter_is_that_of_its_own_training(
         assert row["eval_loss"] == min(line["eval_loss"] for line in lines if "eval_loss" in line)
     table = pq.read_table(result.output / "results.parquet").to_pylist()
     assert [row["values.lora.r"] for row in table] == [2, 4, 2, 4]
-    assert lr.sweep(run).skipped
+    assert lr.sweep(run.sweep, run.ray).skipped
     again = run_of(base, pruned, data, tmp_path, grid={"lora.r": [2]})
     with pytest.raises(lr.LoramError, match=r"sweep.output must be a new or empty directory"):
-        lr.sweep(again)
+        lr.sweep(again.sweep, again.ray)
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_bad_trials_are_stopped_early(
     """One after another, each better one first seen by a worse: what is worse ends at its rung."""
     rates = [4e-3, 5e-3, 1e-7, 1e-8]
     run = run_of(base, pruned, data, tmp_path, grid={"optimiser.learning_rate": rates}, cpus=2)
-    rows = rows_of(lr.sweep(run).output)
+    rows = rows_of(lr.sweep(run.sweep, run.ray).output)
     stopped = {name: row["steps"] for name, row in rows.items() if row["state"] == "stopped"}
     assert stopped == {"learning_rate=1e-07": 2, "learning_rate=1e-08": 2}
     assert all(row["eval_loss"] is not None for row in rows.values())
@@ -193,7 +193,7 @@ def test_models_are_compared_on_their_base(
         prune={"layers": [1, 3]},
         ratios=[0.2, 0.8],
     )
-    result = lr.sweep(run)
+    result = lr.sweep(run.sweep, run.ray)
     rows = rows_of(result.output)
     assert set(rows) == {f"ratio={ratio}-r={rank}" for ratio in (0.2, 0.8) for rank in (2, 4)}
     judged = {name: row for name, row in rows.items() if row["base_loss"] is not None}

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 
 from loram_ray.cli.tables import AsJson, Debug, Overrides, console, print_json
-from loram_ray.config import STAGES, load_run, section_of
+from loram_ray.commands import COMMAND_OF
+from loram_ray.config import load_run, section_of
 from loram_ray.errors import LoramError
 from loram_ray.runtime.interruption import current
 from loram_ray.runtime.streams import reader_is_gone
@@ -54,7 +55,7 @@ app = typer.Typer(help="Ray Jobs: list, logs, stop.", no_args_is_help=True, rich
 
 def submit_command(
     command: Annotated[
-        str, typer.Argument(help=f"One of {', '.join((*STAGES, 'run'))}.", show_default=False)
+        str, typer.Argument(help=f"One of {', '.join(COMMAND_OF)}.", show_default=False)
     ],
     config: Annotated[Path, typer.Option("--config", help="YAML file with a section per stage.")],
     overrides: Overrides = None,
@@ -93,9 +94,9 @@ def submit_command(
     debug: Debug = False,
 ) -> None:
     """Run a stage on a cluster."""
-    if command not in (*STAGES, "run"):
+    if command not in COMMAND_OF:
         raise LoramError(
-            f"COMMAND must be one of {', '.join((*STAGES, 'run'))}, got {command}; see loram --help"
+            f"COMMAND must be one of {', '.join(COMMAND_OF)}, got {command}; see loram --help"
         )
     settings = load_run(config, overrides or ())
     if command != "run":

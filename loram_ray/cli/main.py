@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 import loram_ray
 from loram_ray.addresses import without_credentials
 from loram_ray.cli import jobs as cli_jobs
-from loram_ray.cli.tables import (
-    AsJson,
-    Config,
-    Debug,
-    Overrides,
-    console,
-    print_comparison,
-    print_json,
-    print_scores,
-    print_systems,
-    print_tasks,
-    print_trials,
-)
-from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
+from loram_ray.cli.commands import function_of, help_of
+from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
+from loram_ray.commands import COMMANDS
 from loram_ray.errors import LoramError, on_a_place, one_line, root_of
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
@@ -58,247 +43,8 @@ app = typer.Typer(
 )
 
 
-def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> list[str]:
-    """One line a key: name, default, meaning; the keys of sections inside follow."""
-    lines = []
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
-        default = field.default if defaults is None else getattr(defaults, name)
-        inside = section_types(field.annotation)
-        if not inside or field.description:
-            said = "required" if default is PydanticUndefined else f"default {default}"
-            lines.append(f"  {key} ({said}): {field.description}")
-        for inner in inside:
-            values = default if isinstance(default, BaseModel) else None
-            kind: Any = get_origin(field.annotation)
-            place = {tuple: ".N", dict: ".KEY"}.get(kind, "")
-            if len(inside) > 1:
-                lines.append(f"  {key}{place} of kind {kind_of(inner)}: {inner.__doc__}")
-            lines += _keys(inner, f"{key}{place}.", values)
-    return lines
-
-
-def _help(stage: str) -> str:
-    model = STAGES[stage]
-    keys = "\n\n".join(_keys(model, f"{stage}."))
-    title = inspect.cleandoc(model.__doc__ or "").removeprefix(f"{stage}: ")
-    file = stage if stage in ("batch", "sweep", "compare") else "demo"
-    example = f"loram {stage} --config jobs/configs/{file}.yaml"
-    if stage == "train":
-        example += f"\n\n{example} --preview 3"
-    intro = "Keys of the config's section (paths default to the run's):"
-    return f"{title}\n\n{example}\n\n{intro}\n\n{keys}"
-
-
-def _run_help() -> str:
-    shared = [line for line in _keys(RunConfig, "") if line.split()[0].split(".")[0] not in STAGES]
-    return "\n\n".join(
-        [
-            "All stages of one config, skipping what is complete and resuming what is not.",
-            "loram run --config jobs/configs/demo.yaml",
-            "Keys of the config, beside the sections of the stages (see loram STAGE --help):",
-            *shared,
-        ]
-    )
-
-
-def _stage_command(stage: str) -> Callable[..., None]:
-    def command(
-        config: Config = None,
-        overrides: Overrides = None,
-        as_json: AsJson = False,
-        debug: Debug = False,
-    ) -> None:
-        _run_stage(stage, load_run(config, overrides or ()), as_json)
-
-    return command
-
-
-def _run_stage(stage: str, settings: RunConfig, as_json: bool) -> None:
-    section = section_of(settings, stage)
-    function = getattr(loram_ray, stage)
-    takes_ray = stage in ("prune", "align", "train")
-    result = function(section, settings.ray) if takes_ray else function(section)
-    if as_json:
-        print_json({"output": str(result.output), **asdict(result.manifest)})
-        return
-    state = "complete before, skipped" if result.skipped else "done"
-    show(f"{stage}: {state}: {result.output}")
-    for key, value in result.manifest.details.items():
-        shown = _spread(value) if isinstance(value, dict) and value else value
-        show(f"  {key}: {shown}")
-
-
-def _spread(values: dict[str, float]) -> str:
-    """One line on a number for each of many linears."""
-    least, most = min(values.values()), max(values.values())
-    return f"{least:.3g} to {most:.3g}, one for each of {len(values)} in manifest.json"
-
-
-def train_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(
-            "--preview",
-            min=1,
-            help="Show the tokens of so many examples, and which carry loss; do not train.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Train a LoRA, or show what it would be trained on."""
-    settings: RunConfig = load_run(config, overrides or ())
-    if examples is None:
-        _run_stage("train", settings, as_json)
-        return
-    from loram_ray.finetuning.preview import Preview, preview
-
-    shown = []
-    for row in preview(section_of(settings, "train"), examples):
-        if isinstance(row, Preview):
-            shown.append(row)
-        else:
-            print(plain(f"loram: cannot be used: {row}"), file=sys.stderr)
-    if as_json:
-        print_json([row.as_json() for row in shown])
-        return
-    out = console(120)
-    for row in shown:
-        out.print(row.as_text(), soft_wrap=not sys.stdout.isatty())
-
-
-def evaluate_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            "--lm-eval",
-            help="Tasks of lm-eval, separated by commas; pip install 'loram-ray[lm-eval]'.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Score a model."""
-    given = list(overrides or ())
-    if tasks is not None:
-        given.append(f"evaluate.lm_eval.tasks=[{tasks}]")
-    settings: RunConfig = load_run(config, given)
-    result = loram_ray.evaluate(section_of(settings, "evaluate"), settings.ray)
-    if as_json:
-        print_json({"output": str(result.output), **asdict(result.manifest)})
-        return
-    print_scores(result.manifest.details)
-    show(f"evaluate: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
-
-
-_OWN_COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train_command,
-    "evaluate": evaluate_command,
-}
-_OF_SEVERAL = ("batch", "sweep", "compare", "publish")  # which say more than of one directory
-for _name in STAGES:
-    if _name not in _OF_SEVERAL:
-        app.command(_name, help=_help(_name))(_OWN_COMMANDS.get(_name) or _stage_command(_name))
-
-
-@app.command("batch", help=_help("batch"))
-def batch_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Train an adapter for each of many tasks."""
-    settings: RunConfig = load_run(config, overrides or ())
-    result = loram_ray.batch(section_of(settings, "batch"), settings.ray)
-    if as_json:
-        print_json(result.rows)
-    else:
-        print_tasks(result.rows)
-        show(f"results: {result.output}")
-    if result.failed:
-        print(f"loram: batch: {result.failed} of {len(result.rows)} tasks failed", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-@app.command("sweep", help=_help("sweep"))
-def sweep_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Try settings of a training, and keep the best adapter."""
-    from loram_ray.runtime.results import read_results
-
-    result = loram_ray.sweep(load_run(config, overrides or ()))
-    rows = read_results(result.output)
-    if as_json:
-        print_json(rows)
-        return
-    print_trials(rows)
-    show(f"sweep: {'complete before, skipped' if result.skipped else 'done'}: {result.output}")
-
-
-@app.command("compare", help=_help("compare"))
-def compare_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Compare LoRAM's variants with what else one could do."""
-    result = loram_ray.compare(load_run(config, overrides or ()))
-    if as_json:
-        print_json({"rows": result.rows, "claims": result.claims})
-    else:
-        print_systems(result.rows, result.claims)
-        show(f"results: {result.output}")
-    if result.failed:
-        for name, reason in result.failed.items():
-            print(plain(f"loram: compare: {name}: {reason}"), file=sys.stderr)
-        raise typer.Exit(1)
-
-
-@app.command("publish", help=_help("publish"))
-def publish_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Upload a finished directory to a hub repository."""
-    result = loram_ray.publish(section_of(load_run(config, overrides or ()), "publish"))
-    if as_json:
-        print_json(asdict(result))
-        return
-    show(f"publish: {'done' if result.changed else 'the same before, nothing sent'}: {result.url}")
-    print(f"  commit: {result.commit}")
-
-
-@app.command("run", help=_run_help())
-def run_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Run all stages of one config and compare."""
-    settings: RunConfig = load_run(config, overrides or ())
-    result = loram_ray.run(settings)
-    if as_json:
-        print_json({"stages": result.stages, "rows": result.rows})
-        return
-    if result.rows:
-        print_comparison(result.rows)
-    show(f"results: {result.output}")
-
-
+for _command in COMMANDS:
+    app.command(_command.name, help=help_of(_command))(function_of(_command))
 app.command("submit", help=cli_jobs.SUBMIT_HELP)(cli_jobs.submit_command)
 app.add_typer(cli_jobs.app, name="jobs")
 

@@ -21,7 +21,7 @@ from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, Te
 from loram_ray.config.evaluate import EvaluateConfig
 from loram_ray.config.finetune import MergeConfig, RecoverConfig
 from loram_ray.config.grids import named, with_values
-from loram_ray.config.load import load_run, section_of, validate
+from loram_ray.config.load import accepts_a_run, load_run, section_of, validate
 from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
@@ -59,6 +59,7 @@ __all__ = [
     "TextConfig",
     "TextSource",
     "TrainConfig",
+    "accepts_a_run",
     "fill_paths",
     "kind_of",
     "load_run",

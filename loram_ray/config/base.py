@@ -54,9 +54,17 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class KeysOf:
-    """Marks a dictionary of settings that a stage's section checks later."""
+    """Marks a dictionary of settings that a stage's section checks later.
+
+    Under the stage's own name it takes the run file's section of that name as its defaults.
+
+    Attributes:
+        stage: Name of the section.
+        without: Keys that it does not take from there.
+    """
 
     stage: str
+    without: frozenset[str] = frozenset()
 
 
 class RayConfig(Section):

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from loram_ray.config.base import KeysOf, Section
 from loram_ray.utils.names import fault_of_output
 
-OF_THE_WHOLE = {"model", "output", "data", "cpus", "gpus", "max_failures"}
+OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
 """Keys of the train section that many trainings share."""
 
 
@@ -50,8 +50,8 @@ class BatchConfig(Section):
         None, description="of the recovered adapters, as recover.correction"
     )
     tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
-    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
-        {}, description="keys of the train section that all tasks share"
+    train: Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)] = Field(
+        {}, description="keys of the train section that all tasks share, over those of the file's"
     )
     actors: int = Field(1, ge=1, description="processes that each keep a model and train on it")
     adapters_per_actor: int = Field(

@@ -13,6 +13,7 @@ from loram_ray.utils.names import fault_of_output, first_clash, folded
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 _UNALIGNED = ("base", "full", "sibling", "pruned", "small", "unaligned", "qloram")
+_OF_THE_RUN = frozenset({"model", "adapter", "output", "data", "base", "pruned"})
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "causal": {"objective": "causal_lm"},
     "distilled": {"objective": "distillation"},
@@ -30,9 +31,10 @@ class ComparedTask(Section):
 class CompareConfig(Section):
     """compare: LoRAM's variants against the base, LoRA on it, and the pruned model as it is.
 
-    The sections prune, align, train and evaluate say how each is made and scored.
+    The sections prune, align, train and evaluate of the run file say how each is made and scored.
     """
 
+    base: str = Field(description="base model: a directory of safetensors or a hub id")
     output: Path = Field(description="directory to write, with one for each stage")
     tasks: dict[str, ComparedTask] = Field(min_length=1, description="what is learnt, by names")
     systems: tuple[str, ...] = Field(
@@ -53,6 +55,21 @@ class CompareConfig(Section):
     )
     correction: bool = Field(
         False, description="also with the correction of recover, where there is one"
+    )
+    prune: Annotated[dict[str, Any] | None, KeysOf("prune", _OF_THE_RUN)] = Field(
+        None, description="keys of the prune section; default: the file's section"
+    )
+    align: Annotated[dict[str, Any] | None, KeysOf("align", _OF_THE_RUN)] = Field(
+        None, description="keys of the align section; default: the file's section"
+    )
+    train: Annotated[dict[str, Any] | None, KeysOf("train", _OF_THE_RUN)] = Field(
+        None, description="keys of the train section; default: the file's section"
+    )
+    recover: Annotated[dict[str, Any] | None, KeysOf("recover", _OF_THE_RUN)] = Field(
+        None, description="of the recover section only correction_lambda is read"
+    )
+    evaluate: Annotated[dict[str, Any] | None, KeysOf("evaluate", _OF_THE_RUN)] = Field(
+        None, description="keys of the evaluate section; default: the file's section"
     )
     alignments: dict[Name, Annotated[dict[str, Any], KeysOf("align")]] = Field(
         {},
@@ -110,6 +127,16 @@ class CompareConfig(Section):
         if clash is not None:
             raise ValueError(f"must not be named as {clash[0]} is, got {clash[1]}; rename it")
         return alignments
+
+    @model_validator(mode="after")
+    def _paths_are_its_own(self) -> CompareConfig:
+        for name in ("prune", "align", "train", "recover", "evaluate"):
+            keys = getattr(self, name) or {}
+            for key in _OF_THE_RUN & keys.keys():
+                raise ValueError(
+                    f"{name} must leave {key} to the comparison, got {keys[key]!r}; remove it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompareConfig:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from loram_ray.config.base import Section, kind_of, section_types
+from loram_ray.config.base import RayConfig, Section, kind_of, section_types
 from loram_ray.config.overrides import apply_override
 from loram_ray.config.run import STAGES, RunConfig
 from loram_ray.errors import LoramError, nearest, shown
 from loram_ray.utils.parsing import read_yaml
 from loram_ray.utils.parsing.documents import broken_rule
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -46,6 +50,24 @@ def section_of(run: RunConfig, stage: str) -> Any:
     if section is None:
         raise LoramError(f"{stage} must be a section of the config; add '{stage}:' to it")
     return section
+
+
+def accepts_a_run(function: F) -> F:
+    """Let a function ``stage(section, ray)`` take a whole run, too, as it once did."""
+    stage = function.__name__
+
+    @functools.wraps(function)
+    def call(config: Any, ray_config: RayConfig | None = None) -> Any:
+        if isinstance(config, RunConfig):
+            warnings.warn(
+                f"{stage}(run) is deprecated; call {stage}(run.{stage}, run.ray)",
+                FutureWarning,
+                stacklevel=2,
+            )
+            config, ray_config = section_of(config, stage), ray_config or config.ray
+        return function(config, ray_config)
+
+    return cast(F, call)
 
 
 def validate(model: type[Section], data: Mapping[str, Any], source: str) -> Any:

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from loram_ray.config.align import AlignConfig
-from loram_ray.config.base import RayConfig, Section
-from loram_ray.config.batch import BatchConfig
-from loram_ray.config.compare import CompareConfig
-from loram_ray.config.evaluate import EvaluateConfig
-from loram_ray.config.finetune import MergeConfig, RecoverConfig
-from loram_ray.config.prune import PruneConfig
-from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
-from loram_ray.config.sweep import SweepConfig
-from loram_ray.config.train import TrainConfig
+from loram_ray.commands import COMMAND_OF, SECTIONS_OF_A_RUN
+from loram_ray.config.base import KeysOf, RayConfig, Section, over
 
-STAGES: dict[str, type[Section]] = {
-    "prune": PruneConfig,
-    "align": AlignConfig,
-    "train": TrainConfig,
-    "batch": BatchConfig,
-    "sweep": SweepConfig,
-    "recover": RecoverConfig,
-    "merge": MergeConfig,
-    "evaluate": EvaluateConfig,
-    "compare": CompareConfig,
-    "export": ExportConfig,
-    "quantize": QuantizeConfig,
-    "publish": PublishConfig,
-}
+STAGES: dict[str, type[Section]] = {name: COMMAND_OF[name].model for name in SECTIONS_OF_A_RUN}
+"""The sections of a run file."""
+
+if TYPE_CHECKING:
+
+    class _Sections(Section):
+        """A section for each command, or None."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Sections = create_model(
+        "_Sections",
+        __base__=Section,
+        **{name: (section | None, None) for name, section in STAGES.items()},
+    )
 
 
-class RunConfig(Section):
+class RunConfig(_Sections):
     """run: the sections of all stages, and what they share."""
 
     base: str = Field(
@@ -43,18 +37,6 @@ class RunConfig(Section):
     )
     output: Path = Field(description="directory of the whole run")
     ray: RayConfig = RayConfig()
-    prune: PruneConfig | None = None
-    align: AlignConfig | None = None
-    train: TrainConfig | None = None
-    batch: BatchConfig | None = None
-    sweep: SweepConfig | None = None
-    recover: RecoverConfig | None = None
-    merge: MergeConfig | None = None
-    evaluate: EvaluateConfig | None = None
-    compare: CompareConfig | None = None
-    export: ExportConfig | None = None
-    quantize: QuantizeConfig | None = None
-    publish: PublishConfig | None = None
     baselines: bool = Field(
         False,
         description="also train without alignment and on the full base, and evaluate each",
@@ -67,11 +49,56 @@ class RunConfig(Section):
 
 
 def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Give each section the paths that follow from the run's base, output and other sections."""
+    """Give each section what follows from the rest of the run file.
+
+    These are the paths that follow from the run's base, output and other sections, and the
+    settings of other sections that a command reads.
+    """
     filled = dict(data)
-    if not isinstance(filled.get("base"), str) or not isinstance(filled.get("output"), str | Path):
-        return filled
-    base, root = filled["base"], Path(filled["output"])
+    if isinstance(filled.get("base"), str) and isinstance(filled.get("output"), str | Path):
+        base, root = filled["base"], Path(filled["output"])
+        special = _special_paths(filled, base, root)
+        for name, model in STAGES.items():
+            paths = {"base": base, "output": root / name, **special.get(name, {})}
+            if isinstance(section := filled.get(name), Mapping):
+                known = {key: path for key, path in paths.items() if key in model.model_fields}
+                filled[name] = {**known, **section}
+    for name, model in STAGES.items():
+        if COMMAND_OF[name].reads and isinstance(filled.get(name), Section | Mapping):
+            filled[name] = _with_shared(filled[name], model, filled)
+    return filled
+
+
+def _with_shared(
+    section: Section | Mapping[str, Any], model: type[Section], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A section's settings over those that it shares with other sections of the run."""
+    given = _given(section)
+    for key, field in model.model_fields.items():
+        mark = next((mark for mark in field.metadata if isinstance(mark, KeysOf)), None)
+        if mark is None or key != mark.stage or run.get(key) is None:
+            continue
+        shared = _given(run[key])
+        own = given.get(key)
+        if own is None or isinstance(own, Mapping):
+            kept = {name: value for name, value in shared.items() if name not in mark.without}
+            given[key] = over(kept, own or {})
+    return given
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """What a section was given, validated or not."""
+    if isinstance(section, Section):
+        return {key: _plain(getattr(section, key)) for key in section.model_fields_set}
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+
+
+def _special_paths(filled: Mapping[str, Any], base: str, root: Path) -> dict[str, dict[str, Any]]:
+    """Paths by section, beside ``base`` and a directory of the section's own name."""
 
     def output(stage: str, folder: str) -> Path:
         section = filled.get(stage)
@@ -91,39 +118,35 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     template = dict(train).get("chat_template") if isinstance(train, Section | Mapping) else None
     if isinstance(template, str | Path):
         loram["chat_template"] = template
-    learnt, held_out = _first_task(filled.get("compare"))
-    derived: dict[str, dict[str, Any]] = {
-        "prune": {"base": base, "output": pruned},
-        "align": {"base": base, "pruned": pruned, "output": aligned},
+    learnt, held_out = _first_task(filled)
+    return {
+        "prune": {"output": pruned},
+        "align": {"pruned": pruned, "output": aligned},
         "train": {"model": small, "output": pruned_adapter, **learnt},
-        "batch": {"model": small, "base": base, "output": root / "batch"},
-        "sweep": {"model": small, "base": base, "output": root / "sweep"},
-        "recover": {"adapter": pruned_adapter, "base": base, "output": adapter},
-        "merge": {"base": base, "adapter": adapter, "output": merged},
+        "batch": {"model": small},
+        "sweep": {"model": small, "models_dir": root / "models"},
+        "recover": {"adapter": pruned_adapter, "output": adapter},
+        "merge": {"adapter": adapter, "output": merged},
         "evaluate": {**loram, "output": root / "evaluation" / "loram", **held_out},
         "compare": {"output": root / "comparison"},
         "export": {"model": str(merged), "output": root / "gguf"},
-        "quantize": {"model": small, "output": quantized, "base": base},
-        "publish": {
-            "directory": small if filled.get("quantize") is None else quantized,
-            "base": base,
-        },
+        "quantize": {"model": small, "output": quantized},
+        "publish": {"directory": small if filled.get("quantize") is None else quantized},
     }
-    for name, paths in derived.items():
-        section = filled.get(name)
-        if isinstance(section, Mapping):
-            filled[name] = {**paths, **section}
-    return filled
 
 
-def _first_task(compare: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Data of the first task that is compared, for train and for evaluate; empty without one."""
-    section = dict(compare) if isinstance(compare, Section | Mapping) else {}
-    tasks = section.get("tasks")
-    task = next(iter(tasks.values()), None) if isinstance(tasks, Mapping) and tasks else None
-    given = dict(task) if isinstance(task, Section | Mapping) else {}
+def _first_task(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Data of the first task of compare, sweep or batch, for train and for evaluate."""
+    tasks = _given(run.get("compare")).get("tasks")
+    if isinstance(tasks, Mapping) and tasks:
+        task = _given(next(iter(tasks.values())))
+    elif "data" in (sweep := _given(run.get("sweep"))):
+        task = {"data": sweep["data"]}
+    else:
+        several = _given(run.get("batch")).get("tasks")
+        task = _given(several[0]) if isinstance(several, list | tuple) and several else {}
     names = (("data", "data"), ("held_out", "data"))
-    learnt, held_out = ({to: given[key]} if key in given else {} for key, to in names)
+    learnt, held_out = ({to: task[key]} if key in task else {} for key, to in names)
     return learnt, held_out
 
 

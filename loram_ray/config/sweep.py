@@ -46,8 +46,7 @@ class SweepConfig(Section):
     )
     ratios: tuple[float, ...] = Field(
         (),
-        description="values of prune.ratio to try: a model of each is made, by the run's sections "
-        "prune and align, in the run's directory models",
+        description="values of prune.ratio to try: a model of each is made, as prune and align say",
     )
     base: str | None = Field(
         None, description="what was pruned: the best adapter is recovered to it"
@@ -57,8 +56,19 @@ class SweepConfig(Section):
     )
     output: Path = Field(description="directory to write")
     data: str = Field(description="rows as train takes them")
-    train: Annotated[dict[str, Any], KeysOf("train")] = Field(
-        {}, description="keys of the train section that all trials share; it must hold out examples"
+    train: Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)] = Field(
+        {},
+        description="keys of the train section that all trials share, over those of the file's; "
+        "they must hold out examples",
+    )
+    prune: Annotated[dict[str, Any] | None, KeysOf("prune")] = Field(
+        None, description="keys of the prune section, for ratios; default: the file's section"
+    )
+    align: Annotated[dict[str, Any] | None, KeysOf("align")] = Field(
+        None, description="keys of the align section, for ratios; default: the file's section"
+    )
+    models_dir: Path | None = Field(
+        None, description="directory of the models of ratios; default: models beside the output"
     )
     grid: dict[str, tuple[Any, ...]] = Field(
         {}, description="dotted keys of the train section with values to try, e.g. lora.r"

@@ -10,15 +10,17 @@ from loram_ray.artifacts.stage_directory import (
     require_space,
     run_stage,
 )
-from loram_ray.config import ExportConfig
+from loram_ray.config import ExportConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
 from loram_ray.models.gguf import Source, architecture_of, read_source, size_of, write_gguf
 from loram_ray.runtime.progress import Reporter
 
 
-def export(config: ExportConfig) -> StageResult:
+def export(config: ExportConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Write a model as GGUF, for llama.cpp and what is built on it, one tensor in memory at a time.
+
+    It runs in this process; ``ray_config`` is not used.
 
     Raises:
         LoramError: a pruned or quantised model, a family, a computation or a tokenizer that

@@ -22,7 +22,7 @@ from loram_ray.artifacts.stage_directory import (
     run_stage,
 )
 from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
-from loram_ray.config import MergeConfig
+from loram_ray.config import MergeConfig, RayConfig
 from loram_ray.corpus.templates import end_of_answer
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
@@ -42,8 +42,10 @@ _FELT, _LOST = 0.1, 0.5
 many times the share that rounding takes of a weight's change, what is worth a line, too much."""
 
 
-def merge(config: MergeConfig) -> StageResult:
+def merge(config: MergeConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Merge a LoRA, or a delta, into its base, tensor by tensor; the sum is formed in float32.
+
+    It runs in this process; ``ray_config`` is not used.
 
     Raises:
         LoramError: an adapter of another base, or a base that is pruned, quantised or damaged.

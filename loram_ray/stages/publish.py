@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from loram_ray.artifacts.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from loram_ray.artifacts.manifest import MANIFEST_FILE, Manifest, require_stage
-from loram_ray.config import PublishConfig
+from loram_ray.config import PublishConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.runtime.progress import say
 from loram_ray.stages.model_card import hub_id
@@ -56,12 +56,14 @@ class PublishResult:
     changed: bool
 
 
-def publish(config: PublishConfig) -> PublishResult:
+def publish(config: PublishConfig, ray_config: RayConfig | None = None) -> PublishResult:
     """Upload a finished directory to a hub repository, as one commit.
 
     The files are those of its manifest, after their hashes were checked, and the manifest. What the
     repository holds already is not sent again; weights that it holds under other names, of an
     earlier publication, are deleted in the same commit.
+
+    It runs in this process; ``ray_config`` is not used.
 
     Raises:
         LoramError: not a finished directory, one that names paths of this machine or links to

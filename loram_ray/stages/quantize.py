@@ -21,7 +21,7 @@ from loram_ray.artifacts.stage_directory import (
     run_stage,
 )
 from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
-from loram_ray.config import QuantizeConfig
+from loram_ray.config import QuantizeConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
 from loram_ray.models.files import write_model_files
@@ -33,11 +33,13 @@ from loram_ray.utils.parsing import read_text
 _FORM = {"type": "nf4", "blocksize": 64, "double": True, "compute": "bfloat16"}
 
 
-def quantize(config: QuantizeConfig) -> StageResult:
+def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Write a model's linears in NF4 with double quantisation, for QLoRAM's training on less.
 
     The weights are read twice, one at a time, and quantised on a GPU where there is one. The output
     loads with ``AutoModelForCausalLM.from_pretrained`` as it is, and `train` takes it.
+
+    It runs in this process; ``ray_config`` is not used.
 
     Raises:
         LoramError: not a structurally pruned or aligned model, or one that is damaged.

@@ -25,7 +25,7 @@ from loram_ray.artifacts.stage_directory import (
     run_stage,
 )
 from loram_ray.artifacts.tensorfile import TensorSpec, TensorWriter
-from loram_ray.config import RecoverConfig
+from loram_ray.config import RayConfig, RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
 from loram_ray.models.weights import ModelCheckpoint
@@ -82,12 +82,14 @@ def require_recovery(model: Path, correction: bool | None, key: str) -> None:
         require_correctable(plan, key, f"{model} has")
 
 
-def recover(config: RecoverConfig) -> StageResult:
+def recover(config: RecoverConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Carry a pruned adapter to the base; the result is a plain PEFT LoRA for it.
 
     After non-structured pruning that LoRA is the nearest of its rank, and ``form`` delta writes
     exactly what was trained. The base's fingerprint and shapes are read, and its weights only for
     the correction, a block of rows at a time.
+
+    It runs in this process; ``ray_config`` is not used.
 
     Raises:
         LoramError: an adapter that is not of this base, or that recovery cannot express.

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loram_ray.artifacts.manifest import write_json
 from loram_ray.artifacts.stage_directory import StageResult
+from loram_ray.commands import command_of
 from loram_ray.config import (
     AlignConfig,
     EvaluateConfig,
     MergeConfig,
     PruneConfig,
-    QuantizeConfig,
     RayConfig,
-    RecoverConfig,
     RunConfig,
     Section,
-    TrainConfig,
     recovers_delta,
 )
 from loram_ray.errors import LoramError
@@ -28,13 +26,6 @@ from loram_ray.evaluation.uncertainty import gain_kept
 from loram_ray.pruning.pool import threads_of
 from loram_ray.runtime.cluster import ray_session
 from loram_ray.runtime.progress import say
-from loram_ray.stages.align import align
-from loram_ray.stages.evaluate import evaluate
-from loram_ray.stages.merge import merge
-from loram_ray.stages.prune import prune
-from loram_ray.stages.quantize import quantize
-from loram_ray.stages.recover import recover
-from loram_ray.stages.train import train
 
 RESULTS_FILE = "results.json"
 
@@ -77,7 +68,7 @@ class RunResult:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, ray_config: RayConfig | None = None) -> RunResult:
     """Run every configured stage, skipping what is complete and resuming what is not.
 
     Raises:
@@ -87,11 +78,12 @@ def run(config: RunConfig) -> RunResult:
     if not steps:
         raise LoramError("the config must have at least one stage; add 'prune:' to it")
     result = RunResult(config.output)
-    with ray_session(config.ray, cpus_for_models(config)):
+    ray = ray_config or config.ray
+    with ray_session(ray, cpus_for_models([step.config for step in steps])):
         for number, step in enumerate(steps, start=1):
             say("run", f"[{number}/{len(steps)}] {step.name}")
             started = time.perf_counter()
-            stage = call(step.config, config.ray)
+            stage = command_of(step.config)(step.config, ray)
             seconds = time.perf_counter() - started
             say("run", _summary(step.name, stage, seconds))
             result.stages[step.name] = {
@@ -105,13 +97,17 @@ def run(config: RunConfig) -> RunResult:
     return result
 
 
-def cpus_for_models(config: RunConfig) -> int:
+def cpus_for_models(sections: Iterable[Section]) -> int:
     """Logical CPUs that pruning and alignment want at a time."""
-    cpus = config.align.actors * config.align.cpus_per_worker if config.align else 1
-    if config.prune is None or config.prune.calibration is None:
-        return cpus
-    calibration = config.prune.calibration
-    return max(cpus, calibration.workers * threads_of(calibration))
+    return max([1, *map(_cpus_for, sections)])
+
+
+def _cpus_for(section: Section) -> int:
+    if isinstance(section, AlignConfig):
+        return section.actors * section.cpus_per_worker
+    if isinstance(section, PruneConfig) and section.calibration is not None:
+        return section.calibration.workers * threads_of(section.calibration)
+    return 1
 
 
 def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
@@ -205,26 +201,6 @@ def _evaluations(
             compared / "adapter_full",
             "train on the full base",
         )
-
-
-def call(section: Section, ray_config: RayConfig) -> StageResult:
-    """Run the stage that a section is of."""
-    match section:
-        case PruneConfig():
-            return prune(section, ray_config)
-        case AlignConfig():
-            return align(section, ray_config)
-        case QuantizeConfig():
-            return quantize(section)
-        case TrainConfig():
-            return train(section, ray_config)
-        case RecoverConfig():
-            return recover(section)
-        case MergeConfig():
-            return merge(section)
-        case EvaluateConfig():
-            return evaluate(section, ray_config)
-    raise TypeError(f"no stage takes {type(section).__name__}")
 
 
 def _summary(name: str, stage: StageResult, seconds: float) -> str:

@@ -16,13 +16,14 @@ import pyarrow as pa
 
 from loram_ray.artifacts.manifest import write_json
 from loram_ray.artifacts.stage_directory import StageResult
-from loram_ray.config import CompareConfig, RunConfig, section_of
+from loram_ray.commands import command_of
+from loram_ray.config import CompareConfig, RayConfig, accepts_a_run
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.uncertainty import gain_kept, goodness
 from loram_ray.runtime.cluster import ray_session
 from loram_ray.runtime.progress import say
 from loram_ray.runtime.results import write_results
-from loram_ray.stages.run import call, cpus_for_models
+from loram_ray.stages.run import cpus_for_models
 from loram_ray.studies.claims import (
     CLAIMS_FILE,
     Verdict,
@@ -64,7 +65,8 @@ class ComparisonResult:
     failed: dict[str, str]
 
 
-def compare(run: RunConfig) -> ComparisonResult:
+@accepts_a_run
+def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> ComparisonResult:
     """Compare LoRAM's variants with the base, with LoRA on it and with the pruned model.
 
     Stages that systems share run once. What is complete is skipped, so that a comparison of many
@@ -75,14 +77,16 @@ def compare(run: RunConfig) -> ComparisonResult:
     Raises:
         LoramError: a section is missing or does not fit, or nothing at all could be scored.
     """
-    config: CompareConfig = section_of(run, "compare")
-    planned = comparison_of(run)
+    planned = comparison_of(config)
     others = read_scores(config.others, config.metric, planned.cells)
     make_directory(config.output, "compare.output")
     say("compare", f"{len(planned.steps)} stages, {len(planned.cells)} scores")
-    with ray_session(run.ray, cpus_for_models(run)):
+    sections = [step.config for step in planned.steps.values()]
+    with ray_session(ray_config or RayConfig(), cpus_for_models(sections)):
         done, failed = run_steps(
-            planned.steps, lambda step: call(step.config, run.ray), config.at_a_time
+            planned.steps,
+            lambda step: command_of(step.config)(step.config, ray_config),
+            config.at_a_time,
         )
     scored = [cell for cell in planned.cells if cell.evaluation in done]
     if not scored:

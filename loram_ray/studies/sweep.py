@@ -15,10 +15,10 @@ from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run
 from loram_ray.config import (
     AlignConfig,
     PruneConfig,
-    RunConfig,
+    RayConfig,
     SweepConfig,
     TrainConfig,
-    section_of,
+    accepts_a_run,
     validate,
 )
 from loram_ray.errors import LoramError
@@ -44,7 +44,8 @@ from loram_ray.utils.parsing.documents import read_as
 
 BEST_FILE = "best.yaml"
 _NOT_IN_IDENTITY = {
-    "model", "models", "base", "output", "data", "actors", "cpus", "gpus", "max_failures"
+    "model", "models", "base", "output", "data", "actors", "cpus", "gpus", "max_failures",
+    "prune", "align", "models_dir",
 }  # fmt: skip
 _OF_THE_TRIAL = {"model", "output", "data", "cpus", "gpus", "max_failures", "preset"}
 
@@ -58,7 +59,8 @@ class _Model:
     align: AlignConfig | None = None
 
 
-def sweep(run: RunConfig) -> StageResult:
+@accepts_a_run
+def sweep(config: SweepConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Try settings of a training, stop the bad ones early, keep the best adapter.
 
     Trials are compared by the loss of held-out examples: those of one model with each other, on
@@ -67,19 +69,20 @@ def sweep(run: RunConfig) -> StageResult:
     ``results.json`` and ``results.parquet``. A second call of what was interrupted goes on.
 
     Raises:
-        LoramError: no ``sweep`` section, settings that train does not take, a cluster that cannot
+        LoramError: settings that train does not take, a cluster that cannot
             place a trial, or no trial that succeeded.
     """
-    config: SweepConfig = section_of(run, "sweep")
-    models = _models_of(run, config)
+    ray = ray_config or RayConfig()
+    models = _models_of(config)
     trials = trials_of(config, {name: model.directory for name, model in models.items()})
     cpus = config.actors * config.cpus
-    with ray_session(run.ray, max(cpus, cpus_for_models(run)) if config.ratios else cpus):
+    made = [section for m in models.values() for section in (m.prune, m.align) if section]
+    with ray_session(ray, max(cpus, cpus_for_models(made))):
         for model in models.values():
             if model.prune is not None:
-                prune(model.prune, run.ray)
+                prune(model.prune, ray)
             if model.align is not None:
-                align(model.align, run.ray)
+                align(model.align, ray)
         identities = _identified(models)
         for model in models.values():
             require_recovery(model.directory, config.correction, "sweep.correction")
@@ -101,26 +104,29 @@ def sweep(run: RunConfig) -> StageResult:
         )
 
 
-def _models_of(run: RunConfig, config: SweepConfig) -> dict[str, _Model]:
+def _models_of(config: SweepConfig) -> dict[str, _Model]:
     if not config.ratios:
         directories = config.models or (config.model,)
         names = [_name_of(directory) if config.models else "" for directory in directories]
         if len(set(map(folded, names))) < len(names):
             names = [f"{number}-{name}" for number, name in enumerate(names)]
         return {n: _Model(directory) for n, directory in zip(names, directories, strict=True)}
-    if run.prune is None:
+    if config.prune is None:
         raise LoramError("sweep.ratios needs the section prune, which says how; add 'prune:'")
     found = {}
     for ratio in config.ratios:
         name = f"ratio={ratio:g}"
-        pruned = run.output / "models" / name / "pruned"
+        models_dir = config.models_dir or config.output.parent / "models"
+        pruned = models_dir / name / "pruned"
         aligned = pruned.with_name("aligned")
-        settings = {**run.prune.model_dump(), "ratio": ratio, "ratios": None, "output": pruned}
+        settings = {"base": config.base, **config.prune, "ratio": ratio, "output": pruned}
+        settings.pop("ratios", None)
         pruning: PruneConfig = validate(PruneConfig, settings, "sweep.ratios")
-        if run.align is None:
+        if config.align is None:
             found[name] = _Model(pruned, pruning)
             continue
-        aligning = run.align.model_copy(update={"pruned": pruned, "output": aligned})
+        settings = {"base": config.base, **config.align, "pruned": pruned, "output": aligned}
+        aligning: AlignConfig = validate(AlignConfig, settings, "sweep.ratios")
         found[name] = _Model(aligned, pruning, aligning)
     return found
 

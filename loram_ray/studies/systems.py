@@ -17,17 +17,15 @@ from loram_ray.config import (
     PruneConfig,
     QuantizeConfig,
     RecoverConfig,
-    RunConfig,
     Section,
     TrainConfig,
     over,
-    section_of,
     validate,
 )
 from loram_ray.errors import LoramError
 
+_DEFAULTS = PruneConfig.model_fields
 _ON_WHOLE_MODELS = {"base", "full", "sibling"}
-_OF_THE_RUN = {"model", "adapter", "output", "data", "base", "pruned"}
 
 
 @dataclass(frozen=True)
@@ -116,18 +114,18 @@ class Comparison:
         return name
 
 
-def comparison_of(run: RunConfig) -> Comparison:
+def comparison_of(config: CompareConfig) -> Comparison:
     """Plan a comparison.
 
     Raises:
         LoramError: a section is missing, or does not take the comparison's values.
     """
-    return _Planner(run, section_of(run, "compare")).planned()
+    return _Planner(config).planned()
 
 
 class _Planner:
-    def __init__(self, run: RunConfig, config: CompareConfig) -> None:
-        self._run, self._config = run, config
+    def __init__(self, config: CompareConfig) -> None:
+        self._config = config
         self._root = config.output
         self._first: dict[str, str] = {}  # the alignment that prepares what others share
         self._planned = Comparison()
@@ -140,30 +138,30 @@ class _Planner:
 
     def _possible(self) -> Iterator[str]:
         yield "base"
-        if self._run.train is None:
+        if self._config.train is None:
             raise LoramError("compare needs the section train, which says how; add 'train:'")
         yield "full"
         if self._config.sibling is not None:
             yield "sibling"
-        if self._run.prune is None:
+        if self._config.prune is None:
             return
         yield from ("pruned", "small", "unaligned")
-        if self._run.align is not None:
+        if self._config.align is not None:
             yield from self._config.aligned
         yield "qloram"
 
     def _missing(self, systems: set[str]) -> str:
         aligned = systems <= set(self._config.aligned)
-        return "align" if self._run.prune is not None and aligned else "prune"
+        return "align" if self._config.prune is not None and aligned else "prune"
 
     def planned(self) -> Comparison:
         for task in self._config.tasks:
             if "base" in self._systems:
-                scored = self._scored(f"base/{task}", task, self._run.base)
+                scored = self._scored(f"base/{task}", task, self._config.base)
                 self._planned.cells.append(Cell("base", task, None, scored))
         for seed in self._config.seeds:  # outermost: cut short, it has whole comparisons
             for task in self._config.tasks:
-                self._on_a_whole_model("full", self._run.base, task, seed)
+                self._on_a_whole_model("full", self._config.base, task, seed)
                 if self._config.sibling is not None:
                     self._on_a_whole_model("sibling", self._config.sibling, task, seed)
             for pruning in self._prunings():
@@ -171,12 +169,13 @@ class _Planner:
         return self._planned
 
     def _prunings(self) -> Iterator[Pruning]:
-        prune, methods = self._run.prune, self._config.methods
+        prune, methods = self._config.prune, self._config.methods
         if prune is None or set(self._systems) <= _ON_WHOLE_MODELS:
             return
         if not isinstance(methods, dict):
+            default = {key: prune.get(key, _DEFAULTS[key].default) for key in ("method", "ratio")}
             methods = dict.fromkeys(
-                methods or (prune.method,), self._config.ratios or (prune.ratio,)
+                methods or (default["method"],), self._config.ratios or (default["ratio"],)
             )
         for method, shares in methods.items():
             for share in shares:
@@ -240,10 +239,10 @@ class _Planner:
 
     def _models(self, pruning: Pruning, seed: int) -> dict[str, str]:
         """Names of the steps that make the models LoRAs are trained on, by system."""
-        run = self._run
         prefix = f"models/{pruning.name}-{seed}"
-        assert run.prune is not None
-        settings = {**_given(run.prune), "base": run.base, "method": pruning.method, "seed": seed}
+        assert self._config.prune is not None
+        base = self._config.base
+        settings = {**self._config.prune, "base": base, "method": pruning.method, "seed": seed}
         settings["output"] = self._root / f"{prefix}-pruned"
         if pruning.pattern is None:
             settings["ratio"] = pruning.ratio
@@ -253,7 +252,7 @@ class _Planner:
         key = f"compare with method {pruning.method}, ratio {pruning.share}"
         pruned = self._planned.add(f"{prefix}-pruned", validate(PruneConfig, settings, key))
         models = {"unaligned": pruned}
-        if run.align is not None:
+        if self._config.align is not None:
             wanted = set(self._systems)
             for system, more in self._config.aligned.items():
                 for_others = system == "causal" and "small" in wanted
@@ -263,20 +262,20 @@ class _Planner:
         if "qloram" in self._systems and pruning.method not in MASKING_METHODS:
             parent = models[self._of_qloram()]
             output = self._root / f"{prefix}-quantized"
-            config = QuantizeConfig(model=self._root / parent, output=output, base=run.base)
+            config = QuantizeConfig(model=self._root / parent, output=output, base=base)
             models["qloram"] = self._planned.add(f"{prefix}-quantized", config, parent)
         return models
 
     def _of_qloram(self) -> str:
         """What is quantised: the best aligned of those that are compared."""
-        if self._run.align is None:
+        if self._config.align is None:
             return "unaligned"
         return "causal" if set(ALIGNMENTS) & set(self._systems) == {"causal"} else "distilled"
 
     def _aligned(self, name: str, system: str, pruned: str, more: dict[str, Any], seed: int) -> str:
-        assert self._run.align is not None
-        settings = over(_given(self._run.align), more)
-        settings |= {"base": self._run.base, "pruned": self._root / pruned, "seed": seed}
+        assert self._config.align is not None
+        settings = over(self._config.align, more)
+        settings |= {"base": self._config.base, "pruned": self._root / pruned, "seed": seed}
         settings |= {"output": self._root / name, "prepared": self._root / "models" / "prepared"}
         config = validate(AlignConfig, settings, f"compare, system {system}")
         shared = ["corpus"]
@@ -287,8 +286,8 @@ class _Planner:
         return self._planned.add(name, config, pruned, *sorted(first))
 
     def _trained(self, name: str, model: Any, task: str, seed: int, *needs: str) -> str:
-        assert self._run.train is not None
-        settings = {**_given(self._run.train), "model": model, "seed": seed}
+        assert self._config.train is not None
+        settings = {**self._config.train, "model": model, "seed": seed}
         settings |= {"output": self._root / name, "data": self._config.tasks[task].data}
         config = validate(TrainConfig, settings, "compare, section train")
         return self._planned.add(name, config, *needs)
@@ -300,20 +299,20 @@ class _Planner:
         settings: dict[str, Any] = {"form": "delta"} if masked else {"correction": False}
         if corrected_by is not None:
             settings = {"correction": True, "model": self._root / corrected_by}
-            if self._run.recover is not None:
-                settings["correction_lambda"] = self._run.recover.correction_lambda
+            recover = self._config.recover or {}
+            settings |= {key: recover[key] for key in ("correction_lambda",) if key in recover}
         config = RecoverConfig(
             adapter=self._root / trained,
-            base=self._run.base,
+            base=self._config.base,
             output=self._root / folder / "adapter",
             **settings,
         )
         needs = (trained, corrected_by) if corrected_by is not None else (trained,)
         recovered = self._planned.add(f"{folder}/adapter", config, *needs)
         if not masked:
-            return self._scored(folder, task, self._run.base, self._root / recovered, recovered)
+            return self._scored(folder, task, self._config.base, self._root / recovered, recovered)
         merging = MergeConfig(
-            base=self._run.base,
+            base=self._config.base,
             adapter=self._root / recovered,
             output=self._root / folder / "merged",
         )
@@ -323,16 +322,11 @@ class _Planner:
     def _scored(
         self, folder: str, task: str, model: Any, adapter: Path | None = None, *needs: str
     ) -> str:
-        settings = _given(self._run.evaluate) if self._run.evaluate is not None else {}
-        if self._run.train is not None and self._run.train.chat_template is not None:
-            settings.setdefault("chat_template", self._run.train.chat_template)
+        settings = dict(self._config.evaluate or {})
+        if self._config.train is not None and self._config.train.get("chat_template") is not None:
+            settings.setdefault("chat_template", self._config.train["chat_template"])
         settings |= {"model": str(model), "adapter": adapter}
         settings |= {"output": self._root / folder / "scores"}
         settings["data"] = self._config.tasks[task].held_out
         config = validate(EvaluateConfig, settings, "compare, section evaluate")
         return self._planned.add(f"{folder}/scores", config, *needs)
-
-
-def _given(section: Section) -> dict[str, Any]:
-    """What a section was given, but for the paths that the comparison has."""
-    return section.model_dump(exclude_unset=True, exclude=_OF_THE_RUN)
