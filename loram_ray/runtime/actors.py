@@ -1,4 +1,4 @@
-"""Ray actors: one for a function, or several that keep what they loaded."""
+"""Run functions in Ray actors, and keep actors with loaded state."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ def run_in_actor(
     wait: Callable[[Callable[[float], bool]], None],
     gpus: float = 1,
 ) -> Any:
-    """Run a function in one Ray actor with a GPU where there is one, and return its result.
+    """Run a function in one Ray actor, on a GPU if there is one, and return its result.
 
-    An actor that dies is replaced and the function called again, so it must resume by itself.
+    If the actor dies, it is restarted and the function is called again. The function must therefore
+    resume its own work.
 
     Args:
-        function: a function of a module (not a closure).
-        arguments: its arguments.
-        cpus: logical CPUs, and threads, of the actor.
-        max_failures: deaths survived.
-        wait: called with a function that waits some seconds and tells whether the work is done.
-        gpus: share of a GPU, where there is one.
+        function: Module-level function to run (not a closure).
+        arguments: Positional arguments of the function.
+        cpus: Number of logical CPUs, and of threads, of the actor.
+        max_failures: Number of actor failures to tolerate.
+        wait: Callback that receives a function ``finished(seconds)``, which waits up to that long
+            and returns whether the work is done.
+        gpus: GPU share of the actor, if there are GPUs.
 
     Raises:
-        LoramError: the function raised it, or the actor died too often.
+        LoramError: The function raised it, or the actor died too often.
     """
     import ray
     from ray.exceptions import RayActorError, RayTaskError
@@ -59,7 +61,7 @@ def run_in_actor(
 def actor_of(
     kind: type, cpus: int, gpus: float, max_failures: int, calls_at_a_time: int = 1
 ) -> Any:
-    """A class of actors of so many logical CPUs, and threads, with a share of a GPU, if any."""
+    """Return a Ray actor class with this many CPUs (and threads) and this GPU share."""
     import ray
 
     return ray.remote(kind).options(
@@ -73,47 +75,47 @@ def actor_of(
 
 
 def cause_of(error: Any) -> BaseException:
-    """What was raised in a worker: our errors and the system's as they are, with their errno."""
-    found: BaseException = error
-    return error.cause if isinstance(error.cause, LoramError | OSError) else found
+    """Return the `LoramError` or `OSError` that a Ray task error wraps, or the error itself."""
+    wrapper: BaseException = error
+    return error.cause if isinstance(error.cause, LoramError | OSError) else wrapper
 
 
 def death_of(error: Any, key: str, max_failures: int) -> BaseException:
-    """What to raise for an actor that is gone: as a mistake of ours, or why it is gone.
+    """Return the exception to raise for a dead actor.
 
     Args:
-        error: Ray's.
-        key: of the configuration, that says how many deaths are survived.
-        max_failures: its value.
+        error: Ray's actor error.
+        key: Configuration key of the tolerated failures, for the message.
+        max_failures: Value of the key.
     """
-    if error.actor_init_failed:  # its constructor raised, and would again
+    if error.actor_init_failed:  # the constructor would raise again
         line = one_line(error).partition(": ")[2]
         if line.startswith(_OF_OURS):
             return LoramError(line.removeprefix(_OF_OURS))
-        found: BaseException = error
-        return found
+        wrapper: BaseException = error
+        return wrapper
     return LoramError(
-        f"a worker died more than {key} = {max_failures} times ({one_line(error)}); "
-        "often it is memory: lower the batch size, or the length of what is in it"
+        f"a worker died more than {key} = {max_failures} times ({one_line(error)}); the usual "
+        "cause is memory: lower the batch size or the sequence length"
     )
 
 
 class _Caller:
-    """The actor: calls what it is given."""
+    """Actor that calls any function."""
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return function(*arguments)
 
 
 class Actors:
-    """An actor for each worker's number; one that died is made anew at the next call.
+    """Actors addressed by worker number, created on first use and after their death.
 
     Args:
-        kind: class of the actors.
-        arguments: of its constructor.
-        cpus: logical CPUs, and threads, of each.
-        gpus: share of a GPU of each, where there is one.
-        calls_at_a_time: in one actor.
+        kind: Class of the actors.
+        arguments: Arguments of its constructor.
+        cpus: Number of logical CPUs, and of threads, of each actor.
+        gpus: GPU share of each actor, if there are GPUs.
+        calls_at_a_time: Number of concurrent calls in one actor.
     """
 
     def __init__(
@@ -131,13 +133,14 @@ class Actors:
         self._changing = threading.Lock()
 
     def call(self, number: int, method: str, *arguments: Any) -> Any:
-        """Call a method of an actor and wait for what it returns.
+        """Call a method of an actor and return its result.
 
         Raises:
-            WorkerDied: the actor is gone, or all have been stopped.
-            LoramError: the method raised it, or an error of the system's, as it is.
-            RayTaskError: it raised something else, and who knows what state the actor is in: it is
-                made anew, too.
+            WorkerDied: The actor died, or all actors were stopped.
+            LoramError: The method raised it.
+            OSError: The method raised it.
+            RayTaskError: The method raised anything else. The state of the actor is unknown, so it
+                is killed and created again at the next call.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -164,11 +167,11 @@ class Actors:
 
     def _forget(self, number: int, actor: Any) -> None:
         with self._changing:
-            if self._made.get(number) is actor:  # and no other thread was here before
+            if self._made.get(number) is actor:  # unless another thread has replaced it
                 del self._made[number]
 
     def release(self, number: int) -> None:
-        """Give back what an actor holds: another may wait for it, or the cluster shrinks."""
+        """Kill an actor and free its resources for others, or for the cluster to scale down."""
         import ray
 
         with self._changing:
@@ -177,7 +180,7 @@ class Actors:
             ray.kill(actor)
 
     def stop(self) -> None:
-        """Give back what all of them hold; later calls fail."""
+        """Kill all actors; later calls fail."""
         with self._changing:
             self._stopped = True
         for number in list(self._made):

@@ -1,4 +1,4 @@
-"""Starting or joining Ray, and what its cluster can place."""
+"""Start or join Ray, and check that its cluster can place a stage's workers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_
 
 @contextmanager
 def ray_session(config: RayConfig, cpus: int = 1) -> Iterator[None]:
-    """Have Ray initialised inside the block; an embedded one is shut down after it.
+    """Initialise Ray for the block; an embedded Ray is shut down afterwards.
 
-    A process that has initialised Ray before keeps what it has. Where Ray is initialised here,
-    standard output is standard error inside the block.
+    If the process has already initialised Ray, that session is used. Otherwise, standard output is
+    redirected to standard error inside the block.
 
     Args:
-        config: where Ray runs.
-        cpus: logical CPUs that a stage's workers ask for, besides those of Ray Data.
+        config: Connection settings of Ray.
+        cpus: Number of logical CPUs of the stage's workers, without those of Ray Data.
 
     Raises:
-        LoramError: there is no cluster at the address, or it does not take the token.
+        LoramError: No cluster answers at the address, or it rejects the token.
     """
     before = _autoscaling.set(config.autoscaling)
     try:
@@ -62,7 +62,7 @@ def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # Ray would print a stack where we print a line, and what its own actors stumble over.
+    # Ray would print stack traces where we print one line, and errors of its own actors.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     import ray.data
@@ -73,22 +73,22 @@ def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
     with (
         without_launchers(),
         embedded_ray(count, options) if local else joined_ray(config.address, options),
-        # Ray prints what befalls nodes to standard output, where a command's result belongs.
+        # Ray prints node events to standard output, which is reserved for a command's result.
         redirect_stdout(sys.stderr),
     ):
         yield
 
 
 def _is_initialised() -> bool:
-    """Whether this process has a Ray; one that has not even imported it has none."""
+    """Return whether this process has initialised Ray, without importing it."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
 
 def _runtime_env() -> dict[str, Any]:
-    """What Ray's workers get: some of our variables, and none of a launcher's."""
+    """Return the workers' runtime environment: some of our variables, none of a launcher's."""
     environment = {k: os.environ[k] for k in _WORKER_ENVIRONMENT if k in os.environ}
-    for name in _job_variables():  # which workers have anyway, and Ray refuses to be told twice
+    for name in _job_variables():  # workers inherit them, and Ray rejects duplicates
         environment.pop(name, None)
     return {
         "env_vars": environment,
@@ -97,7 +97,7 @@ def _runtime_env() -> dict[str, Any]:
 
 
 def _job_variables() -> set[str]:
-    """Names of the environment variables that the Ray Job gives which this process is of."""
+    """Return the names of the environment variables set by the Ray Job of this process."""
     job: Any = parse_json(os.environ.get(_JOB_CONFIG, "{}"), _JOB_CONFIG, remedy="unset it")
     for key in ("runtime_env", "env_vars"):
         job = job.get(key) or {}
@@ -107,7 +107,7 @@ def _job_variables() -> set[str]:
 
 
 def gpus_per_worker(share: float = 1) -> float:
-    """A GPU, or the share of one, where the cluster has or gets GPUs; none where it has not."""
+    """Return the GPU share to request per worker: ``share`` if the cluster has GPUs, else 0."""
     import ray
 
     if _autoscaling.get() == "gpu":
@@ -116,16 +116,16 @@ def gpus_per_worker(share: float = 1) -> float:
 
 
 def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
-    """Refuse at once what the cluster can never place, unless it grows.
+    """Raise an error if the cluster can never place the workers and does not autoscale.
 
     Args:
-        workers: number of workers.
-        cpus: CPUs of each; Ray Data needs one more for the whole.
-        gpus: GPUs of each, or the share of one.
-        key: configuration key to name.
+        workers: Number of workers.
+        cpus: CPUs per worker; Ray Data needs one more in total.
+        gpus: GPUs per worker, or a share of one.
+        key: Configuration key of the number of workers, for the message.
 
     Raises:
-        LoramError: the cluster has less; the message says what is missing.
+        LoramError: The cluster lacks resources; the message names them.
     """
     import ray
 
@@ -137,7 +137,7 @@ def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
         if have < wanted:
             raise LoramError(
                 f"{key} needs {wanted:g} {kind}s in the Ray cluster, it has {math.floor(have)}; "
-                "lower it, add nodes, or set ray.autoscaling where an autoscaler does"
+                "lower it, add nodes, or set ray.autoscaling if the cluster has an autoscaler"
             )
     places = sum(
         min(node.get("CPU", 0) // cpus, _places_of(node.get("GPU", 0), gpus)) for node in nodes
@@ -145,20 +145,20 @@ def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
     if places < workers:
         each = f"{cpus} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
         raise LoramError(
-            f"{key} needs {workers} places of {each}, each on one node, the Ray cluster's nodes "
-            f"have {math.floor(places)}; lower it or add larger nodes"
+            f"{key} needs room for {workers} workers of {each}, each on one node, the Ray "
+            f"cluster's nodes have room for {math.floor(places)}; lower it or add larger nodes"
         )
 
 
 def advise_precision(precision: str, stage: str) -> None:
-    """Say, once for a stage, that bf16 is slow where workers run on this machine's CPU.
+    """Print a hint, once per stage, if workers will use bf16 on a CPU where it is slow.
 
-    A CPU with AVX2 and no AVX-512 multiplies in bf16 7 to 30 times as slowly as in fp32: torch 2.13
-    has no kernels for it but plain loops.
+    On CPUs with AVX2 but without AVX-512, matrix products in bf16 are 7 to 30 times slower than in
+    fp32, as torch 2.13 has no optimised kernels for them.
 
     Args:
-        precision: of the workers' weights and activations.
-        stage: to name, with its setting.
+        precision: Data type of the workers' weights and activations.
+        stage: Configuration section to name in the hint.
     """
     import ray
     import torch
@@ -178,21 +178,21 @@ def advise_precision(precision: str, stage: str) -> None:
 
 
 def _places_of(have: float, gpus: float) -> float:
-    """How many fit into the GPUs of a node; a share of less than one lies on one of them."""
+    """Return how many GPU shares a node can place; a share below 1 must fit on one GPU."""
     if not gpus:
         return math.inf
     return have // gpus if gpus >= 1 else have * math.floor(1 / gpus + _ROUNDING)
 
 
 def require_shared(folder: Path, key: str) -> None:
-    """Refuse a folder that is not on storage which all nodes of the cluster share.
+    """Raise an error if a directory is not on storage that all nodes share.
 
     Args:
-        folder: where the driver will write.
-        key: configuration key to name.
+        folder: Directory that the driver writes to.
+        key: Configuration key of the directory, for the message.
 
     Raises:
-        LoramError: a node does not see what the driver wrote there.
+        LoramError: A node does not see a file that the driver wrote there.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -215,9 +215,9 @@ def require_shared(folder: Path, key: str) -> None:
     for node, sees in zip(nodes, seen, strict=True):
         if not sees:
             raise LoramError(
-                f"{key} must be on storage that all nodes share, {folder} is not the same folder "
-                f"on node {node['NodeManagerAddress']} ({node['NodeID'][:8]}); name a folder on "
-                "NFS or the like, mounted on all of them"
+                f"{key} must be on storage that all nodes share, {folder} is not the same "
+                f"directory on node {node['NodeManagerAddress']} ({node['NodeID'][:8]}); use a "
+                "shared file system such as NFS, mounted on all nodes"
             )
 
 

@@ -1,4 +1,4 @@
-"""An embedded Ray: on loopback, in a folder of its own, with nothing left of it in the end."""
+"""Embedded Ray: listens on loopback only, in its own directory, and cleans up after itself."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from loram_ray.runtime.watching import watched
 HOST = "127.0.0.1"
 _PREFIX = "loram-ray-"
 _MARK = "LORAM_RAY_SESSION"
-"""Environment variable that names a session's folder in all of its processes."""
+"""Environment variable with the session's directory, set in all of its processes."""
 _INNER = "r"
-"""Ray's own folder inside the session's: Ray lets everybody write to it."""
+"""Ray's subdirectory of the session's: Ray makes it writable for all users."""
 _LONGEST_PARENT = 22
-"""Characters of the folder's parent: a socket's path has at most 107, and 85 are Ray's and ours."""
-_ENDING = 5.0  # seconds that Ray's processes have to end by themselves
+"""Maximum length of the parent directory: socket paths have at most 107 characters, 85 fixed."""
+_ENDING = 5.0  # seconds that Ray's processes have to exit
 _ON_LOOPBACK = {
-    # Ray then takes 127.0.0.1 for this machine's address, and listens on nothing else; otherwise it
-    # takes even "127.0.0.1" for the address that other machines see.
+    # With this, Ray uses 127.0.0.1 as this machine's address and listens on nothing else; otherwise
+    # it replaces even "127.0.0.1" by the external address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
 def authenticate() -> None:
-    """Give an embedded Ray a token of its own, unless the user has chosen otherwise.
+    """Protect an embedded Ray with a random token, unless the user has set RAY_AUTH_MODE.
 
-    Other users of the machine cannot connect without.
+    Without the token, other users of the machine cannot connect.
 
     Raises:
-        LoramError: Ray has been imported already, which is when it reads whether there is a token.
+        LoramError: Ray has already been imported, and reads this setting on import.
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
     if "ray._raylet" in sys.modules:
         raise LoramError(
             "RAY_AUTH_MODE must be set before Ray is imported; set it to token, and RAY_AUTH_TOKEN "
-            "to a secret, or import ray after the first stage has run"
+            "to a secret, or import ray after the first stage"
         )
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -54,13 +54,13 @@ def authenticate() -> None:
 
 @contextlib.contextmanager
 def embedded_ray(cpus: int, options: dict[str, Any]) -> Iterator[None]:
-    """Have an embedded Ray inside the block.
+    """Run an embedded Ray inside the block.
 
-    Its logs stay if a worker or Ray itself failed; the exception has a note that says where.
+    If a worker or Ray itself fails, the logs are kept and a note on the exception names their path.
 
     Args:
-        cpus: logical CPUs.
-        options: more arguments of ``ray.init``.
+        cpus: Number of logical CPUs.
+        options: Further arguments of ``ray.init``.
     """
     import ray
 
@@ -92,7 +92,7 @@ def embedded_ray(cpus: int, options: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_left() -> Iterator[None]:
-    """Remove the temporary folders of workers that ended with Ray."""
+    """Remove the workers' temporary directories after the block."""
     try:
         yield
     finally:
@@ -101,7 +101,7 @@ def _nothing_left() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended(folder: Path) -> Iterator[None]:
-    """End Ray after the block, and whatever process of its session is left."""
+    """Shut Ray down after the block and kill any remaining process of its session."""
     import ray
 
     try:
@@ -109,7 +109,7 @@ def _ended(folder: Path) -> Iterator[None]:
     finally:
         current = interruption.current()
         lost = current is not None and current.ending is not None and current.ending.code == 1
-        if lost:  # to whom Ray would talk is gone
+        if lost:  # a process that the shutdown needs is dead
             interruption.end_processes(_processes_of(folder))
         else:
             ray.shutdown()
@@ -118,7 +118,7 @@ def _ended(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """Have Ray take 127.0.0.1 for this machine's address inside the block."""
+    """Make Ray use 127.0.0.1 as this machine's address inside the block."""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -131,7 +131,7 @@ def on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_signals() -> Iterator[None]:
-    """Have Ray take no signal that this process handles or ignores, while it starts or joins."""
+    """Keep this process's signal handlers while Ray starts or joins a cluster."""
     import signal
 
     from ray._private import utils
@@ -161,31 +161,31 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _parent() -> Path:
-    """Where the session's folder can be: sockets are in it, whose paths must be short."""
+    """Return a parent for the session's directory whose path is short enough for sockets."""
     usual = temporary_directory()
     for folder in (usual, Path("/tmp")):
         if len(str(folder)) <= _LONGEST_PARENT and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise LoramError(
         f"TMPDIR must be at most {_LONGEST_PARENT} characters long for Ray's sockets, got {usual}, "
-        "and /tmp cannot be written; set it to a shorter one"
+        "and /tmp is not writable; set TMPDIR to a shorter path"
     )
 
 
 def _processes_of(folder: Path) -> list[Any]:
-    """The processes of a session, wherever they are in the tree, as psutil's."""
+    """Return all processes of a session as ``psutil.Process``, whatever their parent."""
     import psutil
 
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(_MARK) == str(folder):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _lost_process(folder: Path) -> Callable[[], str | None]:
-    """A function that says which process, that Ray cannot do without, is gone."""
+    """Return a function that reports a dead process that Ray depends on, or None."""
     import psutil
 
     needed = {
@@ -208,7 +208,7 @@ def _lost_process(folder: Path) -> Callable[[], str | None]:
 
 
 def _is_of_ray(error: BaseException) -> bool:
-    """Whether Ray's logs may say more about an error."""
+    """Return whether Ray's logs may contain details of an error."""
     chain = [one for one in (error, error.__cause__) if one is not None]
     return any(
         kind.__module__.startswith("ray.") and not isinstance(root_of(one), LoramError)
@@ -218,7 +218,7 @@ def _is_of_ray(error: BaseException) -> bool:
 
 
 def _keep_logs(folder: Path) -> Path:
-    """Move Ray's logs to where they stay, and remove the rest."""
+    """Move Ray's logs out of its session directory and remove the rest."""
     logs = folder / "logs"
     for session in (folder / _INNER).glob("session_*"):
         if not session.is_symlink() and (session / "logs").is_dir():

@@ -1,7 +1,7 @@
-"""Signals that end a command: one exception in the main thread, one line, one exit code.
+"""Signal handling of commands: one exception in the main thread, one line, one exit code.
 
-The first signal raises `Interrupted` in the main thread, so that stages and Ray end in order. A
-second one, or cleaning up that takes too long, ends the process and its children at once.
+The first signal raises `Interrupted` in the main thread, so stages and Ray shut down in order. A
+second signal, or a cleanup that takes too long, kills the process and its children immediately.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from typing import Any, TextIO
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CONTINUE = "run the same command again to continue"
 _SETTLING = 1.0
-"""Seconds in which a second signal is the first: some send it to a process and to its group."""
+"""Seconds in which repeated signals count as one: some tools signal a process and its group."""
 _PATIENCE = 30.0
-"""Seconds that cleaning up may take."""
+"""Time limit of the cleanup in seconds."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The command must end now.
+    """Raised when the command must end.
 
-    A `KeyboardInterrupt`, the only exception that Ray passes on out of ``ray.get``.
+    A `KeyboardInterrupt`, as this is the only exception that ``ray.get`` lets through.
     """
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How an interrupted command ends.
+    """Last line and exit code of an interrupted command.
 
     Attributes:
-        line: printed on standard error.
-        code: exit code.
+        line: Message for standard error.
+        code: Exit code.
     """
 
     line: str
@@ -49,7 +49,7 @@ class Ending:
 
 
 class _OfMainThread(io.TextIOBase):
-    """A stream that only the main thread writes to."""
+    """Stream that discards output of threads other than the main thread."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -67,7 +67,7 @@ class _OfMainThread(io.TextIOBase):
 
 
 def _duplicate(descriptor: int) -> int | None:
-    """A copy of a file descriptor, or None if it is closed."""
+    """Duplicate a file descriptor; return None if it is closed."""
     try:
         return os.dup(descriptor)
     except OSError:
@@ -75,10 +75,9 @@ def _duplicate(descriptor: int) -> int | None:
 
 
 def _mute_others() -> None:
-    """Leave standard error to the main thread.
+    """Discard standard output and error of all threads but the main thread.
 
-    Others, Ray's and those of its C++ code above all, tell at length what an interruption does to
-    them.
+    Other threads, mainly Ray's and those of its C++ code, log many lines about an interruption.
     """
     stream = sys.stderr
     if _descriptor_of(stream) == 2:
@@ -90,7 +89,7 @@ def _mute_others() -> None:
 
 
 def _descriptor_of(stream: TextIO) -> int | None:
-    """The file descriptor that a stream writes to, if it writes to one."""
+    """Return the file descriptor of a stream, or None if it has none."""
     try:
         return stream.fileno()
     except (AttributeError, OSError, ValueError):
@@ -98,13 +97,13 @@ def _descriptor_of(stream: TextIO) -> int | None:
 
 
 class Interruption:
-    """Handles this process's signals inside its block.
+    """Context manager that handles this process's signals.
 
-    Signals that were ignored before stay ignored: ``nohup`` and shells ignore some on purpose.
+    Ignored signals stay ignored, as ``nohup`` and shells ignore some on purpose.
 
     Attributes:
-        ending: how the command ends, or None as long as nothing ends it.
-        remedy: what to do after an interruption; part of the line.
+        ending: Ending of the command, or None while it runs normally.
+        remedy: Advice to the user after an interruption; part of the line.
     """
 
     def __init__(self) -> None:
@@ -148,11 +147,11 @@ class Interruption:
             os.close(self._stderr)
 
     def fail(self, line: str, code: int = 1) -> None:
-        """End the command for another reason than a signal; may be called in any thread.
+        """End the command for a reason other than a signal; can be called from any thread.
 
         Args:
-            line: printed on standard error.
-            code: exit code.
+            line: Message for standard error.
+            code: Exit code.
         """
         self._end(Ending(line, code))
         main = threading.main_thread().ident
@@ -160,11 +159,11 @@ class Interruption:
             signal.pthread_kill(main, next(iter(self._handlers)))
 
     def handler(self, number: int) -> Any:
-        """This object's handler of a signal, or None if it does not handle it."""
+        """Return this object's handler of a signal, or None if it does not handle it."""
         return self._received if number in self._handlers else None
 
     def _end(self, ending: Ending) -> bool:
-        """Decide how the command ends; False if that was decided before."""
+        """Set the ending; return False if it was already set."""
         with self._lock:
             if self.ending is not None:
                 return False
@@ -183,7 +182,7 @@ class Interruption:
         raise Interrupted(self.ending.line)
 
     def _not_raised(self, unraisable: Any) -> None:
-        """Raise the exception again if Python could not raise it where the signal found it."""
+        """Raise `Interrupted` again if Python could not raise it where the signal arrived."""
         if not isinstance(unraisable.exc_value, Interrupted):
             self._unraisable(unraisable)
             return
@@ -193,9 +192,9 @@ class Interruption:
         threading.Timer(0.1, lambda: signal.pthread_kill(*again)).start()  # type: ignore[arg-type]
 
     def _watch(self, reading: socket.socket) -> None:
-        """See each signal at once, even while the main thread is inside C code."""
+        """Receive signals immediately, even while the main thread is in C code."""
         heard: float | None = None
-        poll = select.poll()  # select() itself takes no descriptor beyond 1,023
+        poll = select.poll()  # select() is limited to descriptors up to 1,023
         poll.register(reading, select.POLLIN)
         while True:
             left = None
@@ -216,7 +215,7 @@ class Interruption:
                 self._exit()
 
     def _exit(self) -> None:
-        """End the process and its children at once."""
+        """Kill the process and its children immediately."""
         assert self.ending is not None
         with contextlib.suppress(Exception):
             if self._stderr is not None:
@@ -226,7 +225,7 @@ class Interruption:
 
 
 def end_early() -> None:
-    """Until there is an `Interruption`, have signals end the process with their line."""
+    """Make signals end the process with one line, until an `Interruption` takes over."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_at_once)
@@ -239,7 +238,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _by(number: int, remedy: str = CONTINUE) -> Ending:
-    """How a signal ends the command."""
+    """Return the ending for a signal."""
     name = signal.Signals(number).name
     return Ending(f"interrupted by {name}; {remedy}", 128 + number)
 
@@ -248,15 +247,15 @@ _current: Interruption | None = None
 
 
 def current() -> Interruption | None:
-    """The `Interruption` whose block the process is in."""
+    """Return the active `Interruption`, or None."""
     return _current
 
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Give back the signal handlers that code in the block replaces.
+    """Restore signal handlers that code in the block replaces.
 
-    A default action is left to the replacement, which at least cleans up.
+    Default actions are not restored, as the replacement at least cleans up.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -271,7 +270,7 @@ def handlers_kept() -> Iterator[None]:
 
 
 def descendants() -> list[Any]:
-    """All processes that this one started, and those that they started, as psutil's."""
+    """Return all direct and indirect child processes as ``psutil.Process``."""
     import psutil
 
     try:
@@ -281,11 +280,11 @@ def descendants() -> list[Any]:
 
 
 def end_processes(processes: list[Any], seconds: float = 0.0) -> None:
-    """Kill processes that do not end by themselves.
+    """Wait for processes to exit, and kill those that do not.
 
     Args:
-        processes: psutil's; those that have ended are passed over.
-        seconds: to wait for them first.
+        processes: ``psutil.Process`` objects; those that have exited are ignored.
+        seconds: Time to wait before killing, in seconds.
     """
     import psutil
 

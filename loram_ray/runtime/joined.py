@@ -1,4 +1,4 @@
-"""Joining a running Ray cluster, after a look whether there is one."""
+"""Join a running Ray cluster, after checking that it answers."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from loram_ray.runtime.watching import watched
 
 _CONNECTING = 5.0  # seconds
 _AWAY = 40.0
-"""Seconds without a head after which the command ends; Ray ends the process after 60."""
+"""Seconds without an answer of the head node until the command ends; Ray exits after 60."""
 
 
 @contextlib.contextmanager
 def joined_ray(address: str, options: dict[str, Any]) -> Iterator[None]:
-    """Have Ray connected to a running cluster inside the block.
+    """Connect to a running Ray cluster inside the block.
 
     Args:
-        address: ``auto``, ``host:port``, or ``ray://host:port`` of a Ray Client server.
-        options: more arguments of ``ray.init``.
+        address: Cluster address: ``auto``, ``host:port``, or ``ray://host:port`` for Ray Client.
+        options: Further arguments of ``ray.init``.
 
     Raises:
-        LoramError: no cluster answers there, or it does not take the token.
+        LoramError: No cluster answers, or it rejects the token.
     """
     import ray
 
-    found = _address_of(address)
+    endpoint = _address_of(address)
     with contextlib.ExitStack() as stack:
-        if found.startswith(f"{HOST}:"):
+        if endpoint.startswith(f"{HOST}:"):
             stack.enter_context(on_loopback())
         try:
             with keeping_signals():
                 ray.init(address=address, logging_level="ERROR", **options)
         except (ConnectionError, ValueError) as error:
-            raise _nobody(address, str(error)) from error
+            raise _no_cluster(address, str(error)) from error
         stack.callback(ray.shutdown)
-        stack.enter_context(watched(_away(found), list, every=1.0))
+        stack.enter_context(watched(_away(endpoint), list, every=1.0))
         yield
 
 
-def _nobody(address: str, why: str) -> LoramError:
+def _no_cluster(address: str, why: str) -> LoramError:
     return LoramError(
         f"ray.address must be 'local' or a running cluster, got '{address}' ({shortened(why)}); "
-        "start one or use 'local'"
+        "start a cluster or use 'local'"
     )
 
 
 def _address_of(address: str) -> str:
-    """Host and port of a cluster that answers.
+    """Return host and port of a cluster that answers.
 
     Raises:
-        LoramError: none does.
+        LoramError: No cluster answers.
     """
     from ray._private import services
 
@@ -66,8 +66,8 @@ def _address_of(address: str) -> str:
             client, given = True, given.removeprefix("ray://")
         host, port = services.extract_ip_port(given)
     except (ConnectionError, ValueError, TypeError) as error:
-        raise _nobody(address, str(error)) from error
-    # Ray takes loopback for the address that other machines see, where ours do not listen.
+        raise _no_cluster(address, str(error)) from error
+    # Ray resolves loopback to the external address, on which our clusters do not listen.
     hosts = [services.resolve_ip_for_localhost(host), host]
     why = ""
     for candidate in dict.fromkeys(hosts):
@@ -76,20 +76,20 @@ def _address_of(address: str) -> str:
         except (OSError, UnicodeError) as error:
             why = f"nothing answers at {candidate}:{port}: {error}"
             continue
-        found = f"{HOST if candidate == 'localhost' else candidate}:{port}"
+        endpoint = f"{HOST if candidate == 'localhost' else candidate}:{port}"
         if not client:
-            _require_head(address, found)
-        return found
-    raise _nobody(address, why)
+            _require_head(address, endpoint)
+        return endpoint
+    raise _no_cluster(address, why)
 
 
-def _require_head(address: str, found: str) -> None:
-    """Refuse what listens there but is no head of a cluster, or does not take the token."""
+def _require_head(address: str, endpoint: str) -> None:
+    """Raise an error if the server is not the head of a cluster, or rejects the token."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    channel = init_grpc_channel(found)
+    channel = init_grpc_channel(endpoint)
     try:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=_CONNECTING)
@@ -97,18 +97,18 @@ def _require_head(address: str, found: str) -> None:
         code = error.code()  # type: ignore[attr-defined]
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             raise LoramError(
-                f"the cluster at {found} does not take the token; set RAY_AUTH_TOKEN, or "
+                f"the cluster at {endpoint} rejects the token; set RAY_AUTH_TOKEN, or "
                 "RAY_AUTH_TOKEN_PATH to a file, to that of the cluster"
             ) from error
-        why = f"what listens at {found} is not the head of a Ray cluster: {code.name}"
-        raise _nobody(address, why) from error
+        why = f"the server at {endpoint} is not the head of a Ray cluster: {code.name}"
+        raise _no_cluster(address, why) from error
     finally:
         channel.close()
 
 
-def _away(found: str) -> Callable[[], str | None]:
-    """A function that says since when nobody has answered at the head's address."""
-    host, _, port = found.rpartition(":")
+def _away(endpoint: str) -> Callable[[], str | None]:
+    """Return a function that reports a head node that no longer answers, or None."""
+    host, _, port = endpoint.rpartition(":")
     seen = time.monotonic()
 
     def lost() -> str | None:
@@ -119,6 +119,6 @@ def _away(found: str) -> Callable[[], str | None]:
         away = time.monotonic() - seen
         if away < _AWAY:
             return None
-        return f"the head of the Ray cluster at {found} has not answered for {away:.0f} s"
+        return f"the head of the Ray cluster at {endpoint} has not answered for {away:.0f} s"
 
     return lost

@@ -1,7 +1,8 @@
-"""Environment variables by which launchers tell a process its place among others.
+"""Remove the environment variables of distributed launchers.
 
-torchrun, Kubeflow, MPI, SLURM and accelerate set them for the processes that they start. Our
-workers are Ray's: one that sees such a variable waits for processes that never come.
+torchrun, Kubeflow, MPI, SLURM and accelerate set rank and world size for the processes they start.
+Our workers are started by Ray: one that inherits such variables would wait for processes that do
+not exist.
 """
 
 from __future__ import annotations
@@ -68,19 +69,19 @@ _PREFIXES = (
 
 
 def launcher_variables() -> list[str]:
-    """The variables of a launcher that this process has."""
+    """Return the names of launcher variables in this process's environment."""
     return [name for name in os.environ if name in _NAMES or name.startswith(_PREFIXES)]
 
 
 def forget_launchers() -> None:
-    """Remove a launcher's variables; Ray calls it in each worker before anything else."""
+    """Remove launcher variables; Ray calls this first in each worker."""
     for name in launcher_variables():
         del os.environ[name]
 
 
 @contextmanager
 def without_launchers() -> Iterator[None]:
-    """Have no launcher's variables inside the block, here and in processes started there."""
+    """Remove launcher variables inside the block, also for processes started in it."""
     before = {name: os.environ[name] for name in launcher_variables()}
     forget_launchers()
     try:

@@ -1,4 +1,4 @@
-"""Waiting: for a worker that outlives its killed driver, and for what may answer again."""
+"""Lock of a work directory, and exponential backoff."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from loram_ray.utils.files import open_lock
 
 @contextmanager
 def alone(work: Path) -> Iterator[None]:
-    """Hold the work directory's lock, waiting for a worker of an earlier attempt to let go.
+    """Hold the work directory's lock; wait for a worker of an earlier attempt to release it.
 
-    When a driver is killed, its worker lives on for a moment. The kernel releases the lock when
-    that worker ends.
+    A worker can outlive its killed driver for a moment. The kernel releases the lock when it exits.
     """
     descriptor = open_lock(work / "worker.lock")
     try:
@@ -27,12 +26,12 @@ def alone(work: Path) -> Iterator[None]:
 
 
 def backing_off(most: float, first: float = 1.0, longest: float = 60.0) -> Iterator[float]:
-    """Yield pauses in seconds, each twice the one before, until their sum is ``most``.
+    """Yield pauses in seconds, each twice as long as the last, until their sum reaches ``most``.
 
     Args:
-        most: of all pauses.
-        first: the first one.
-        longest: of any.
+        most: Total time of all pauses, in seconds.
+        first: First pause, in seconds.
+        longest: Upper bound of a pause, in seconds.
     """
     waited, pause = 0.0, first
     while waited < most:

@@ -1,4 +1,4 @@
-"""Progress on long work: a bar on a terminal, a line now and then elsewhere, and metrics.jsonl."""
+"""Progress of stages: a bar on a terminal, periodic lines elsewhere, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from loram_ray.utils.printing import PlainConsole, plain
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT = "held_out_nll_"
-"""Begins the names of alignment's losses on what each source holds out."""
+"""Prefix of the metrics for alignment's loss on each source's held-out documents."""
 _LINE_EVERY_SECONDS = 5.0
 _STILL_THERE_EVERY_SECONDS = 30.0
 _NOT_SHOWN = ("data_s", "checkpoint_s", "copy_s")
 
 
 class Reporter:
-    """Shows how far a stage is, on standard error.
+    """Displays the progress of a stage on standard error.
 
     Args:
-        stage: name shown.
-        total: amount of work.
-        unit: of the amount: ``step``, ``example`` or ``B`` (bytes).
+        stage: Name of the stage.
+        total: Total amount of work.
+        unit: Unit of the amount: ``step``, ``example`` or ``B`` (bytes).
     """
 
     def __init__(self, stage: str, total: int, unit: str) -> None:
@@ -61,11 +61,11 @@ class Reporter:
             self._line("done")
 
     def advance(self, amount: int) -> None:
-        """Add to the work done."""
+        """Add to the completed work."""
         self.update(self._done + amount, {})
 
     def update(self, done: int, metrics: dict[str, Any]) -> None:
-        """Set the work done and the measurements shown beside it; ``total`` sets the total."""
+        """Set the completed work and the metrics to display; a metric ``total`` sets the total."""
         self._done = done
         metrics = dict(metrics)
         self._total = metrics.pop("total", self._total)
@@ -81,7 +81,7 @@ class Reporter:
             self._line(f"{shown}  {self._time_left()}")
 
     def waiting(self, reason: str) -> None:
-        """Say now and then that nothing is done yet, and why."""
+        """Display at intervals why no work is done yet."""
         if self._bar is not None:
             self._bar.update(self._task, amount=self._amount(), metrics=plain(reason))
         elif self._line_is_due():
@@ -115,12 +115,12 @@ def say(stage: str, text: str) -> None:
 
 
 class MetricsLog:
-    """Appends one JSON object a step to ``metrics.jsonl``; a resumed run continues it.
+    """Appends one JSON object per step to ``metrics.jsonl``; a resumed run continues the file.
 
     Args:
-        path: the file.
-        resume_at: steps already done; later lines of an earlier attempt are dropped.
-        count_restarts: lines after a restart say how many there were, as ``restarts``.
+        path: Path of the file.
+        resume_at: Number of completed steps; later lines of an earlier attempt are dropped.
+        count_restarts: Whether to add the number of restarts so far to each line, as ``restarts``.
     """
 
     def __init__(self, path: Path, resume_at: int = 0, count_restarts: bool = True) -> None:
@@ -132,7 +132,7 @@ class MetricsLog:
         self._path = path
 
     def write(self, step: int, **metrics: float | str | list[int]) -> None:
-        """Append the measurements of a step."""
+        """Append the metrics of a step."""
         restarts = {"restarts": self._restarts} if self._restarts else {}
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **metrics, **restarts}) + "\n")
@@ -144,13 +144,14 @@ def follow(
     finished: Callable[[float], bool],
     tracking: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
-    """Show the newest line of ``metrics.jsonl`` until ``finished`` says so.
+    """Display the last line of ``metrics.jsonl`` until ``finished`` returns True.
 
     Args:
-        reporter: where to show it.
-        path: the file that a worker appends to.
-        finished: waits up to the given seconds; True ends the following.
-        tracking: is given all lines, again and again, the last time when all is done.
+        reporter: Display of the stage's progress.
+        path: File that a worker appends to.
+        finished: Function that waits up to the given number of seconds and returns whether the
+            work is done.
+        tracking: Callback that repeatedly receives all lines, the last time after the end.
     """
     ended = False
     while not ended:
@@ -166,23 +167,23 @@ def follow(
 
 
 def last_step(path: Path) -> int:
-    """The newest step in ``metrics.jsonl``, 0 without one."""
+    """Return the last step in ``metrics.jsonl``, or 0 if there is none."""
     line = last_line(path)
     return int(line["step"]) if line else 0
 
 
 def last_line(path: Path, having: str = "step") -> dict[str, Any] | None:
-    """The newest line of ``metrics.jsonl`` that has a key, None without one."""
+    """Return the last line of ``metrics.jsonl`` with the key ``having``, or None."""
     return next((line for line in reversed(read_metrics(path)) if having in line), None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``metrics.jsonl``, each of a step; none without one."""
+    """Return the complete lines of ``metrics.jsonl`` with a step; none if it does not exist."""
     return [line for line in read_lines(path) if type(line.get("step")) is int]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; none without one."""
+    """Return the complete lines of a JSON Lines file of objects; none if it does not exist."""
     try:
         text = read_regular_text(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -190,16 +191,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in text.splitlines():
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # the last line of a killed writer
-        if isinstance(found, dict):
-            lines.append(found)
+            continue  # incomplete line of a killed writer
+        if isinstance(value, dict):
+            lines.append(value)
     return lines
 
 
 def restarts_in(lines: Sequence[dict[str, Any]]) -> int:
-    """How often a run was restarted, by the lines of its ``metrics.jsonl``."""
+    """Return how often a run was restarted, according to the lines of ``metrics.jsonl``."""
     return max((line.get("restarts", 0) for line in lines), default=0)
 
 

@@ -207,7 +207,7 @@ class Jobs:
         patience: seconds without an answer after which the cluster is given up.
 
     Raises:
-        LoramError: it is no address, no cluster answers there, or it does not take the token.
+        LoramError: it is no address, no cluster answers there, or it rejects the token.
     """
 
     def __init__(
@@ -343,7 +343,7 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise LoramError(
-                f"the cluster at {self._address} does not take the token; set RAY_AUTH_TOKEN, or "
+                f"the cluster at {self._address} rejects the token; set RAY_AUTH_TOKEN, or "
                 "RAY_AUTH_TOKEN_PATH to a file, to that of the cluster"
             ) from error
         except ConnectionError as error:
