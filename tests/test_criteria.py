@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from loram_ray.architectures import Geometry, architecture_of
+from loram_ray.config import CRITERIA, Criterion, PruneConfig
 from loram_ray.errors import LoramError
 from loram_ray.plan import KeptUnits
 from loram_ray.pruning import statistics
 from loram_ray.pruning.criteria import (
+    SCORES,
     CalibratedLinear,
     LayerScores,
     TaylorForm,
@@ -33,6 +36,7 @@ from loram_ray.pruning.selection import (
     layer_ratios,
     round_to_multiple,
 )
+from loram_ray.pruning.sparsify import MASKINGS
 
 FAMILIES = ["llama", "phi3", "mixtral", "qwen3_moe"]
 LAYER = 1
@@ -628,3 +632,37 @@ def test_norms_of_other_layers_are_refused(tmp_path: Path) -> None:
     for layers, missing in {(0, 2): 0, (1, 4): 3}.items():
         with pytest.raises(LoramError, match=rf"prune.scores must hold layers .* layer {missing}"):
             load_scores(tmp_path, "wanda", layers)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA.values(), ids=list(CRITERIA))
+def test_a_criterion_has_the_arithmetic_that_it_names(criterion: Criterion) -> None:
+    assert criterion.units or criterion.weights
+    assert criterion.weights == (criterion.name in MASKINGS)
+    if criterion.units:  # random looks at no linear
+        assert (criterion.name in SCORES) == (criterion.name != "random")
+    else:
+        assert criterion.name not in SCORES
+    if criterion.statistic is not None:
+        assert callable(statistics.statistic_of(criterion.name).empty)
+    if criterion.form is not None:
+        assert criterion.form in PruneConfig.model_fields
+
+
+@pytest.mark.parametrize("criterion", CRITERIA.values(), ids=list(CRITERIA))
+def test_the_configuration_takes_what_a_criterion_can(criterion: Criterion) -> None:
+    given = {"base": "base", "output": "out", "method": criterion.name, "scores": "earlier"}
+    assert PruneConfig(**given).pattern == criterion.default_pattern
+    for pattern, possible in (("structured", criterion.units), ("2:4", criterion.weights)):
+        if possible:
+            assert PruneConfig(**given, pattern=pattern).pattern == pattern
+        else:
+            with pytest.raises(ValidationError, match=f"for method {criterion.name}, got"):
+                PruneConfig(**given, pattern=pattern)
+    with_text = PruneConfig.model_construct(method=criterion.name, scores=None)
+    assert with_text.calibrates == criterion.calibrates
+
+
+def test_a_criterion_s_label_has_its_form() -> None:
+    given = {"base": "base", "output": "out", "scores": "earlier", "taylor": "mixed"}
+    assert PruneConfig(**given, method="taylor").scored_by == "taylor mixed"
+    assert PruneConfig(**given, method="flap").scored_by == "flap"

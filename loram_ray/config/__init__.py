@@ -18,11 +18,12 @@ from loram_ray.config.base import (
 from loram_ray.config.batch import BatchConfig, TaskConfig
 from loram_ray.config.compare import ALIGNMENTS, CompareConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
+from loram_ray.config.criteria import CRITERIA, Criterion
 from loram_ray.config.evaluate import EvaluateConfig
 from loram_ray.config.finetune import MergeConfig, RecoverConfig
 from loram_ray.config.grids import named, with_values
 from loram_ray.config.load import accepts_a_run, load_run, section_of, validate
-from loram_ray.config.prune import MASKING_METHODS, CalibrationConfig, PruneConfig
+from loram_ray.config.prune import CalibrationConfig, PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.sweep import RangeConfig, SweepConfig
@@ -40,7 +41,8 @@ __all__ = [
     "ExportConfig",
     "FilterConfig",
     "LoraConfig",
-    "MASKING_METHODS",
+    "CRITERIA",
+    "Criterion",
     "MergeConfig",
     "OptimiserConfig",
     "Precision",

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loram_ray.config.base import Precision, Section
 from loram_ray.config.corpus import TextSource
+from loram_ray.config.criteria import CRITERIA, STRUCTURED, Criterion
 
-MASKING_METHODS = ("wanda", "sparsegpt")
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(CRITERIA)]
+
+
+def _names(last: str, **having: bool) -> str:
+    """Names of the criteria with these properties, as words, with a word before the last."""
+    *names, end = [
+        name
+        for name, criterion in CRITERIA.items()
+        if all(getattr(criterion, key) == value for key, value in having.items())
+    ]
+    return f"{', '.join(names)} {last} {end}" if names else end
 
 
 class CalibrationConfig(Section):
@@ -49,18 +63,16 @@ class PruneConfig(Section):
         description="Base model: a directory with safetensors files or a Hugging Face Hub id."
     )
     output: Path = Field(description="Directory to write the pruned model to.")
-    method: Literal["random", "magnitude", "taylor", "flap", "activation", "wanda", "sparsegpt"] = (
-        Field(
-            "random",
-            description="Pruning criterion. random is LoRAM-Rand of the paper, taylor is "
-            "LoRAM-Stru.",
-        )
+    method: Method = Field(
+        "random",
+        description="Pruning criterion. random is LoRAM-Rand of the paper, taylor is LoRAM-Stru.",
     )
     pattern: str = Field(
         "",
         validate_default=True,
         description="Sparsity pattern: 'structured', 'unstructured', or 'n:m' for n zeros in each "
-        "group of m weights. Default: unstructured for wanda and sparsegpt, otherwise structured.",
+        f"group of m weights. Default: unstructured for {_names('and', units=False)}, otherwise "
+        "structured.",
     )
     ratio: float = Field(
         0.65,
@@ -98,7 +110,7 @@ class PruneConfig(Section):
     )
     calibration: CalibrationConfig | None = Field(
         None,
-        description="Calibration data, required by taylor, flap, activation, wanda and sparsegpt.",
+        description=f"Calibration data, required by {_names('and', calibrates=True)}.",
     )
     scores: Path | None = Field(
         None,
@@ -116,30 +128,41 @@ class PruneConfig(Section):
     )
 
     @property
+    def criterion(self) -> Criterion:
+        """Description of the configured method."""
+        return CRITERIA[self.method]
+
+    @property
     def calibrates(self) -> bool:
         """Whether the criterion needs calibration text."""
-        return self.method not in ("random", "magnitude") and self.scores is None
+        return self.criterion.calibrates and self.scores is None
+
+    @property
+    def scored_by(self) -> str:
+        """The criterion with its form, as scores are labelled."""
+        form = self.criterion.form
+        return self.method if form is None else f"{self.method} {getattr(self, form)}"
 
     @field_validator("pattern")
     @classmethod
     def _pattern_of_method(cls, pattern: str, info: ValidationInfo) -> str:
-        method = info.data.get("method", "random")
-        pattern = pattern or ("unstructured" if method in MASKING_METHODS else "structured")
-        if pattern != "structured" and method not in (*MASKING_METHODS, "magnitude"):
+        criterion = CRITERIA[info.data.get("method", "random")]
+        pattern = pattern or criterion.default_pattern
+        if pattern != STRUCTURED and not criterion.weights:
             raise ValueError(
-                f"must be structured for method {method}, got {pattern}; "
-                "choose sparsegpt, wanda or magnitude for masks"
+                f"must be structured for method {criterion.name}, got {pattern}; "
+                f"choose {_names('or', weights=True)} for masks"
             )
-        if pattern == "structured" and method in MASKING_METHODS:
+        if pattern == STRUCTURED and not criterion.units:
             raise ValueError(
-                f"must be unstructured or n:m for method {method}, got structured; choose "
-                "taylor, flap, activation, magnitude or random for structured pruning"
+                f"must be unstructured or n:m for method {criterion.name}, got structured; choose "
+                f"{_names('or', units=True)} for structured pruning"
             )
         return pattern
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneConfig:
-        if self.pattern == "structured":
+        if self.pattern == STRUCTURED:
             for number, ratio in enumerate(self.ratios or ()):
                 if not 0 <= ratio < 1:
                     raise ValueError(f"ratios.{number} must be at least 0 and below 1, got {ratio}")

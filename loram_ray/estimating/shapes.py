@@ -18,10 +18,11 @@ from loram_ray.alignment.mfu import linear_weights
 from loram_ray.architectures import Architecture, Geometry, Unit, architecture_of
 from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.config import PruneConfig
+from loram_ray.config.criteria import STRUCTURED
 from loram_ray.errors import LoramError
 from loram_ray.models.files import pruned_config, stock_model_type
 from loram_ray.models.registration import register
-from loram_ray.plan import STRUCTURED, PruningPlan
+from loram_ray.plan import PruningPlan
 from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_range, layer_ratios
 

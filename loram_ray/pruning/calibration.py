@@ -12,6 +12,7 @@ that the result does not depend on how many workers there were.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,17 @@ from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.masks import pack
 from loram_ray.models.hidden_states import HiddenStates
 from loram_ray.pruning.criteria import (
+    SCORES,
+    Evidence,
     LayerScores,
     TaylorForm,
-    activation,
-    flap,
     layer_linears,
     score_layer,
-    taylor,
 )
 from loram_ray.pruning.pool import Pool
 from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.sparsify import Solved
-from loram_ray.pruning.statistics import MeanActivations, Moments, SquaredNorms, Statistic
+from loram_ray.pruning.statistics import SquaredNorms, Statistic
 from loram_ray.pruning.worker import Gradients, Setup
 from loram_ray.runtime.progress import Reporter
 
@@ -189,11 +189,8 @@ class Walk:
             inputs = statistics.get(entry.module)
             if entry.linear.axis == 0 or inputs is None:  # an output side, or an expert unused
                 return None
-            if method == "flap":
-                assert isinstance(inputs, Moments)
-                return flap(self._weight(entry.module), inputs)
-            assert isinstance(inputs, MeanActivations)
-            return activation(inputs)
+            weight = partial(self._weight, entry.module)
+            return SCORES[method](Evidence(weight, entry.linear.axis, inputs))
 
         return score_layer(self._linears(layer), self._geometry, per_index)
 
@@ -203,8 +200,9 @@ class Walk:
             if gradient is None:
                 return None
             squares = gradients.squares.get(entry.module)
-            weight = self._weight(entry.module)
-            return taylor(form, weight, entry.linear.axis, gradient, squares)
+            weight = partial(self._weight, entry.module)
+            evidence = Evidence(weight, entry.linear.axis, None, gradient, squares, form)
+            return SCORES["taylor"](evidence)
 
         return score_layer(self._linears(layer), self._geometry, per_index)
 

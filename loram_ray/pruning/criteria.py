@@ -18,7 +18,7 @@ import torch
 from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit
 from loram_ray.errors import LoramError
 from loram_ray.plan import unit_sums
-from loram_ray.pruning.statistics import MeanActivations, Moments
+from loram_ray.pruning.statistics import MeanActivations, Moments, Statistic
 
 
 class TaylorForm(StrEnum):
@@ -101,6 +101,27 @@ def score_layer(
     return LayerScores(kv_heads, neurons if geometry.num_experts else neurons[0])
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at to score one linear.
+
+    Attributes:
+        weight: reads its weight ``[out, in]``; a criterion that does not need it reads nothing.
+        axis: pruned dimension of the weight.
+        inputs: the criterion's statistic of its calibration inputs.
+        gradient: of the mean calibration loss, float32 ``[out, in]``.
+        squared_gradients: mean over samples of their squared gradients, float32 ``[out, in]``.
+        form: of the criterion, where it has several.
+    """
+
+    weight: Callable[[], torch.Tensor]
+    axis: int
+    inputs: Statistic | None = None
+    gradient: torch.Tensor | None = None
+    squared_gradients: torch.Tensor | None = None
+    form: str = ""
+
+
 def magnitude(weight: torch.Tensor, axis: int) -> torch.Tensor:
     """Squared L2 norm of each row (axis 0) or column (axis 1) of a weight ``[out, in]``."""
     return weight.float().square().sum(1 - axis)
@@ -148,3 +169,27 @@ def taylor(
         curvature = weight.square() * squared_gradients
         change = curvature if form is TaylorForm.SECOND else change - curvature / 2
     return change.abs().sum(1 - axis)
+
+
+def _flap(evidence: Evidence) -> torch.Tensor:
+    assert isinstance(evidence.inputs, Moments)
+    return flap(evidence.weight(), evidence.inputs)
+
+
+def _activation(evidence: Evidence) -> torch.Tensor:
+    assert isinstance(evidence.inputs, MeanActivations)
+    return activation(evidence.inputs)
+
+
+def _taylor(evidence: Evidence) -> torch.Tensor:
+    gradients = evidence.gradient, evidence.squared_gradients
+    return taylor(TaylorForm(evidence.form), evidence.weight(), evidence.axis, *gradients)
+
+
+SCORES: dict[str, Callable[[Evidence], torch.Tensor]] = {
+    "magnitude": lambda evidence: magnitude(evidence.weight(), evidence.axis),
+    "flap": _flap,
+    "activation": _activation,
+    "taylor": _taylor,
+}
+"""Scores of the rows or columns of a linear, by criterion; random looks at no linear."""

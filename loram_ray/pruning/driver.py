@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
 from loram_ray.pruning.calibration import Walk, save_solved, share_out
 from loram_ray.pruning.criteria import (
+    SCORES,
+    CalibratedLinear,
+    Evidence,
     LayerScores,
     TaylorForm,
     layer_linears,
-    magnitude,
     score_layer,
 )
 from loram_ray.pruning.pool import ray_pool
@@ -46,18 +49,17 @@ def structured_scores(
         work: directory for what outlives an interruption.
         ray_config: where the workers of a calibration run.
     """
-    match config.method:
-        case "random":
-            return random_scores(base.geometry, layers, config.seed)
-        case "magnitude":
-            return {layer: _magnitudes(base, layer) for layer in range(*layers)}
-        case "taylor":
-            passes = 2 * base.geometry.num_layers - layers[0]
-            with _walk(config, base, layers, work, ray_config, passes) as walk:
-                return walk.score_taylor(TaylorForm(config.taylor))
-        case _:
-            with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
-                return walk.score_forward(config.method)
+    criterion = config.criterion
+    if criterion.name not in SCORES:
+        return random_scores(base.geometry, layers, config.seed)
+    if criterion.gradients:
+        passes = 2 * base.geometry.num_layers - layers[0]
+        with _walk(config, base, layers, work, ray_config, passes) as walk:
+            return walk.score_taylor(TaylorForm(config.taylor))
+    if criterion.calibrates:
+        with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
+            return walk.score_forward(criterion.name)
+    return {layer: _scores_of_weights(base, layer, criterion.name) for layer in range(*layers)}
 
 
 def solve_weights(
@@ -85,7 +87,7 @@ def solve_weights(
         empty.
     """
     pattern = Pattern.parse(config.pattern)
-    if config.method == "magnitude" or norms is not None:
+    if not config.criterion.calibrates or norms is not None:
         _solve_without_calibration(config, base, ratios, pattern, norms or {}, work)
         return {}, norms or {}
     with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
@@ -93,11 +95,15 @@ def solve_weights(
         return errors, walk.input_norms()
 
 
-def _magnitudes(base: BaseModel, layer: int) -> LayerScores:
+def _scores_of_weights(base: BaseModel, layer: int, criterion: str) -> LayerScores:
+    """Scores of a layer's units by a criterion that looks at weights alone."""
+
+    def per_index(entry: CalibratedLinear) -> torch.Tensor:
+        evidence = Evidence(partial(base.weight, entry.module), entry.linear.axis)
+        return SCORES[criterion](evidence)
+
     linears = layer_linears(base.family, base.geometry, layer)
-    return score_layer(
-        linears, base.geometry, lambda e: magnitude(base.weight(e.module), e.linear.axis)
-    )
+    return score_layer(linears, base.geometry, per_index)
 
 
 def _solve_without_calibration(

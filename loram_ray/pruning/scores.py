@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec, TensorWriter
+from loram_ray.config.criteria import CRITERIA
 from loram_ray.errors import LoramError
 from loram_ray.pruning.criteria import LayerScores
 from loram_ray.utils.parsing import parse_json
 
 SCORES_FILE = "importance.safetensors"
+_NOT_KEPT = " and ".join(sorted(c.name for c in CRITERIA.values() if not c.reusable))
 _NORMS = ".squared_input_norms"
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -62,8 +64,8 @@ def load_scores(
     path = directory / SCORES_FILE
     if not path.exists():
         raise LoramError(
-            f"prune.scores must be a directory with {SCORES_FILE}, {directory} has none (random "
-            "and sparsegpt keep no scores); leave it out to calibrate"
+            f"prune.scores must be a directory with {SCORES_FILE}, {directory} has none ("
+            f"{_NOT_KEPT} keep no scores); leave it out to calibrate"
         )
     with TensorFile(path) as file:
         metadata = file.metadata.get("loram_scores", "{}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from loram_ray.config.criteria import CRITERIA
 from loram_ray.pruning.sparse import Pattern, magnitude_mask, sparsegpt, wanda_mask
 from loram_ray.pruning.statistics import Hessian, SquaredNorms, Statistic
 from loram_ray.runtime.progress import say
@@ -39,7 +41,7 @@ def solve_linear(
 
     Args:
         weight: ``[out, in]``, in the base's dtype.
-        method: ``magnitude``, ``wanda`` or ``sparsegpt``.
+        method: a criterion of `MASKINGS`.
         inputs: the method's statistic of the linear's inputs; None where it saw none, as an expert
             to which no calibration token came: it is pruned by magnitude then, with a message.
         ratio: share of weights to prune.
@@ -49,15 +51,50 @@ def solve_linear(
     """
     if not ratio:  # SparseGPT would still zero the columns of inputs that are always zero
         return Solved(weight.cpu(), torch.ones_like(weight, dtype=torch.bool).cpu(), None)
-    if method != "magnitude" and inputs is None:
+    if CRITERIA[method].calibrates and inputs is None:
         say("prune", f"{name} saw no calibration token; it is pruned by magnitude")
-    if isinstance(inputs, Hessian):
-        hessian = inputs.matrix.to(weight.device)
-        result = sparsegpt(weight, hessian, ratio, pattern, damping=damping, name=name)
-        solved = result.weight.to(weight.dtype).mul_(result.mask)
-        return Solved(solved.cpu(), result.mask.cpu(), result.error)
-    if isinstance(inputs, SquaredNorms):
-        mask = wanda_mask(weight, inputs.total.sqrt().to(weight.device), ratio, pattern)
-    else:
-        mask = magnitude_mask(weight, ratio, pattern)
-    return Solved((weight * mask).cpu(), mask.cpu(), None)
+    by = method if inputs is not None else "magnitude"
+    return MASKINGS[by](_Linear(weight, inputs, ratio, pattern, damping, name))
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The arguments of `solve_linear`, but for the method."""
+
+    weight: torch.Tensor
+    inputs: Statistic | None
+    ratio: float
+    pattern: Pattern
+    damping: float
+    name: str
+
+    def masked(self, mask: torch.Tensor) -> Solved:
+        """The linear with its weights under a mask, unchanged otherwise."""
+        return Solved((self.weight * mask).cpu(), mask.cpu(), None)
+
+
+def _by_magnitude(linear: _Linear) -> Solved:
+    return linear.masked(magnitude_mask(linear.weight, linear.ratio, linear.pattern))
+
+
+def _by_wanda(linear: _Linear) -> Solved:
+    assert isinstance(linear.inputs, SquaredNorms)
+    norms = linear.inputs.total.sqrt().to(linear.weight.device)
+    return linear.masked(wanda_mask(linear.weight, norms, linear.ratio, linear.pattern))
+
+
+def _by_sparsegpt(linear: _Linear) -> Solved:
+    assert isinstance(linear.inputs, Hessian)
+    weight, ratio, pattern = linear.weight, linear.ratio, linear.pattern
+    hessian = linear.inputs.matrix.to(weight.device)
+    result = sparsegpt(weight, hessian, ratio, pattern, damping=linear.damping, name=linear.name)
+    solved = result.weight.to(weight.dtype).mul_(result.mask)
+    return Solved(solved.cpu(), result.mask.cpu(), result.error)
+
+
+MASKINGS: dict[str, Callable[[_Linear], Solved]] = {
+    "magnitude": _by_magnitude,
+    "wanda": _by_wanda,
+    "sparsegpt": _by_sparsegpt,
+}
+"""How the weights of a linear are pruned, by criterion."""

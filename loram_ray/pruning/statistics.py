@@ -7,9 +7,11 @@ can be looked at by different workers. Accumulators are float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
+
+from loram_ray.config.criteria import CRITERIA
 
 
 class Statistic(Protocol):
@@ -147,3 +149,8 @@ class Hessian:
         """Take in what another has seen."""
         self.total = self.total + other.total.to(self.total.device)
         self.count += other.count
+
+
+def statistic_of(criterion: str) -> Any:
+    """Return the class of the statistic that a criterion needs, see `Criterion`."""
+    return globals()[str(CRITERIA[criterion].statistic)]

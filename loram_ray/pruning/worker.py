@@ -22,23 +22,10 @@ from loram_ray.models.hidden_states import HiddenStates
 from loram_ray.models.layer_stream import LayerStream
 from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.sparsify import Solved, solve_linear
-from loram_ray.pruning.statistics import (
-    Hessian,
-    MeanActivations,
-    Moments,
-    SquaredNorms,
-    Statistic,
-)
+from loram_ray.pruning.statistics import Hessian, Statistic, statistic_of
 from loram_ray.runtime.memory import return_freed_memory
 
 TOKENS_FILE = "tokens.safetensors"
-STATISTICS: dict[str, Any] = {
-    "flap": Moments,
-    "activation": MeanActivations,
-    "wanda": SquaredNorms,
-    "sparsegpt": Hessian,
-}
-"""What each forward criterion keeps of a linear's inputs."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,7 @@ class CalibrationWorker:
         Args:
             layer: its number.
             share: which share.
-            statistic: a criterion of `STATISTICS` whose statistic of each coupled linear's inputs
+            statistic: a criterion whose statistic of each coupled linear's inputs
                 is wanted, or None.
             solved: file of weights that replace the base's, or None.
             write: whether to write the layer's outputs.
@@ -257,7 +244,7 @@ class CalibrationWorker:
 
         linears = self._stream.linears(layer, module) if statistic is not None else {}
         handles = [
-            linear.register_forward_pre_hook(watcher(path, STATISTICS[statistic or ""]))
+            linear.register_forward_pre_hook(watcher(path, statistic_of(statistic or "")))
             for path, linear in linears.items()
         ]
         try:

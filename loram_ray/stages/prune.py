@@ -18,6 +18,7 @@ from loram_ray.artifacts.stage_directory import (
 )
 from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec, TensorWriter
 from loram_ray.config import PruneConfig, RayConfig
+from loram_ray.config.criteria import STRUCTURED
 from loram_ray.corpus.prepare import digest_of_tokenizer
 from loram_ray.corpus.read import identify
 from loram_ray.errors import LoramError
@@ -25,7 +26,7 @@ from loram_ray.masks import MASKS_FILE, Masks, packed_spec
 from loram_ray.models.base import BaseModel
 from loram_ray.models.files import NORM_MEAN, pruned_config, write_model_files
 from loram_ray.models.tokenizer import frame_of, load_tokenizer
-from loram_ray.plan import STRUCTURED, PruningPlan
+from loram_ray.plan import PruningPlan
 from loram_ray.pruning.calibration import solved_file
 from loram_ray.pruning.criteria import LayerScores, layer_linears
 from loram_ray.pruning.driver import solve_weights, structured_scores
@@ -156,18 +157,12 @@ class _Pruning:
     ratios: dict[int, float]
     ray_config: RayConfig
 
-    @property
-    def _criterion(self) -> str:
-        """The criterion with its form, as scores are labelled."""
-        config = self.config
-        return f"{config.method} {config.taylor}" if config.method == "taylor" else config.method
-
     def write(self, target: StageDirectory) -> None:
         """Write the pruned model, its plan and its scores."""
         scores: dict[int, LayerScores] = {}
         norms: dict[str, torch.Tensor] = {}
         if self.config.scores is not None:
-            scores, norms = load_scores(self.config.scores, self._criterion, self.layers)
+            scores, norms = load_scores(self.config.scores, self.config.scored_by, self.layers)
         if self.config.pattern == STRUCTURED:
             scores = scores or structured_scores(
                 self.config, self.base, self.layers, target.work, self.ray_config
@@ -186,8 +181,8 @@ class _Pruning:
             plan = self._masked_plan(target)
             if errors:
                 target.details["relative_errors"] = errors
-        if norms or (scores and self.config.method != "random"):
-            digest = save_scores(target.path, self._criterion, scores, norms)
+        if self.config.criterion.reusable and (norms or scores):
+            digest = save_scores(target.path, self.config.scored_by, scores, norms)
             target.hashes[SCORES_FILE] = digest
         self._write_model(target, plan)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loram_ray.config import (
     ALIGNMENTS,
-    MASKING_METHODS,
+    CRITERIA,
     AlignConfig,
     CompareConfig,
     EvaluateConfig,
@@ -195,7 +195,7 @@ class _Planner:
 
     def _on_a_pruned_model(self, pruning: Pruning, seed: int) -> None:
         models = self._models(pruning, seed)
-        masked = pruning.method in MASKING_METHODS
+        masked = not CRITERIA[pruning.method].units
         folder = f"{pruning.name}-{seed}"
 
         def cell(system: str, task: str, scored: str, trained: str | None = None) -> None:
@@ -259,7 +259,7 @@ class _Planner:
                 for_others |= system == self._of_qloram() and "qloram" in wanted
                 if system in wanted or for_others:
                     models[system] = self._aligned(f"{prefix}-{system}", system, pruned, more, seed)
-        if "qloram" in self._systems and pruning.method not in MASKING_METHODS:
+        if "qloram" in self._systems and CRITERIA[pruning.method].units:
             parent = models[self._of_qloram()]
             output = self._root / f"{prefix}-quantized"
             config = QuantizeConfig(model=self._root / parent, output=output, base=base)
