@@ -100,13 +100,13 @@ def test_pins_are_what_is_installed_but_not_ray() -> None:
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "wandb_api_key", "PASSWORD"])
 def test_secrets_do_not_go_with_a_job(name: str, tmp_path: Path) -> None:
-    with pytest.raises(lr.LoramError, match=f"must not carry a secret, got {name}"):
+    with pytest.raises(lr.LoramError, match=f"must not contain secrets, got {name}"):
         spec_of(tmp_path, variables={name: "x"})
 
 
 def test_relative_paths_need_a_folder_on_a_cluster_elsewhere(tmp_path: Path) -> None:
     settings = load_run(write_run(tmp_path))
-    with pytest.raises(lr.LoramError, match="--directory must name"):
+    with pytest.raises(lr.LoramError, match="--directory must be given for relative paths such as"):
         require_directory("https://ray.example:8265", None, settings)
     assert require_directory("https://ray.example:8265", "/nfs", settings) == "/nfs"
     assert require_directory("http://127.0.0.1:8265", None, settings) == str(Path.cwd())
@@ -287,7 +287,7 @@ def test_jobs_from_the_command_line(local: local_cluster.Local, tmp_path: Path) 
     code, output, _ = loram(local, tmp_path, "jobs", "list")
     assert code == 0 and name in output
     code, _, said = loram(local, tmp_path, "jobs", "logs", "nothing")
-    assert code == 2 and "there is no job nothing" in said
+    assert code == 2 and "job nothing does not exist" in said
 
     for command in (["jobs", "list"], ["submit", "prune", "--config", "run.yaml"]):
         code, _, said = loram(local, tmp_path, *command, RAY_AUTH_TOKEN="wrong")

@@ -1,4 +1,4 @@
-"""The table of what became of many trainings, in forms that other tools open."""
+"""Results table of many trainings, as JSON, Parquet and Markdown."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RESULTS_FILE, TABLE_FILE = "results.json", "results.parquet"
 def write_results(
     directory: Path, rows: Sequence[dict[str, Any]], columns: dict[str, pa.DataType]
 ) -> None:
-    """Write rows as ``results.json`` and ``results.parquet``, each whole or not at all.
+    """Write rows to ``results.json`` and ``results.parquet``, each atomically.
 
     Args:
-        directory: that exists.
-        rows: one for each training; a dictionary in it becomes columns of dotted names.
-        columns: types of the table's columns.
+        directory: Existing directory to write to.
+        rows: One row per training; nested dictionaries become columns with dotted names.
+        columns: Names and types of the Parquet columns.
     """
     rows = [{k: plain(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     write_json(directory / RESULTS_FILE, rows)
@@ -37,19 +37,19 @@ def write_results(
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
-    """The rows that were written.
+    """Read the rows of a directory's ``results.json``.
 
     Raises:
-        LoramError: they cannot be read.
+        LoramError: The file cannot be read.
     """
     return read_rows(directory / RESULTS_FILE)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON file: a list of objects.
+    """Read a JSON file that holds a list of objects.
 
     Raises:
-        LoramError: it is none.
+        LoramError: The file cannot be read, or holds anything else.
     """
     remedy = "run the command that wrote it again"
     rows: list[Any] = read_json(path, kind=list, remedy=remedy, constants=True)
@@ -60,24 +60,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            found |= {f"{key}.{inner}": of_it for inner, of_it in value.items()}
+            flat |= {f"{key}.{inner}": nested for inner, nested in value.items()}
         else:
-            found[key] = value
-    return {key: plain(v) if isinstance(v, str) else v for key, v in found.items()}
+            flat[key] = value
+    return {key: plain(v) if isinstance(v, str) else v for key, v in flat.items()}
 
 
 def markdown_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], bold: str | None = None
 ) -> str:
-    """A table in Markdown, whose cells are text and nothing else.
+    """Format a Markdown table, with markup in cells escaped.
 
     Args:
-        head: names of the columns.
-        rows: of cells.
-        bold: name of a column whose cells are printed bold.
+        head: Names of the columns.
+        rows: Rows of cells.
+        bold: Name of a column to print in bold.
     """
     shown = [
         [

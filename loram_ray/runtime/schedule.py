@@ -1,4 +1,4 @@
-"""Which task runs next, and which is given up: the rules, without Ray and without a clock."""
+"""Schedule tasks over workers, with retries; independent of Ray."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 from loram_ray.errors import one_line
 
 _CLEANING = 10.0
-"""Seconds that threads have to clean up after an interruption."""
+"""Time limit in seconds for threads to clean up after an interruption."""
 
 
 class WorkerDied(Exception):
-    """The process that worked on a task is gone; the task may be tried again."""
+    """Raised when the process that runs a task died; the task can be retried."""
 
 
 @dataclass
 class Outcome:
-    """What became of a task.
+    """Outcome of a task.
 
     Attributes:
-        name: the task's.
-        state: ``done``, ``skipped`` (complete before) or ``failed``.
-        reason: why it failed.
-        deaths: workers that died of it and of nothing else.
-        details: results.
-        error: that made it fail, unless its worker died.
+        name: Name of the task.
+        state: ``done``, ``skipped`` (already complete) or ``failed``.
+        reason: Reason of the failure.
+        deaths: Number of workers that died while they ran this task alone.
+        details: Results of the task.
+        error: Exception that made the task fail, unless its worker died.
     """
 
     name: str
@@ -42,14 +42,14 @@ class Outcome:
 
 
 class Schedule:
-    """Tasks that wait, and what became of the others; not to be used by two threads at a time.
+    """Queue of tasks and the outcomes of finished ones; not thread-safe.
 
-    Of tasks that share a process when it dies, none is known to be to blame: each then has a
-    process to itself until its end, and only deaths of such a one count against it.
+    If a process dies while it runs several tasks, any of them may be the cause. Each then runs
+    alone in a process until it ends, and only deaths during such a run count against it.
 
     Args:
-        names: of the tasks, those that begin first in front.
-        max_deaths: deaths of its worker that a task survives.
+        names: Names of the tasks, in the order in which they start.
+        max_deaths: Number of worker deaths to tolerate per task.
     """
 
     def __init__(self, names: Sequence[str], max_deaths: int) -> None:
@@ -60,20 +60,20 @@ class Schedule:
         self._outcomes: dict[str, Outcome] = {}
 
     def take(self) -> str | None:
-        """The task that begins next, or None where none waits."""
+        """Remove and return the next task, or None if the queue is empty."""
         return self._waiting.popleft() if self._waiting else None
 
     def is_suspect(self, name: str) -> bool:
-        """Whether a task must be alone in its process."""
+        """Return whether a task must run alone in its process."""
         return name in self._suspects
 
     def died(self, name: str, reason: str, alone: bool = True) -> Outcome | None:
-        """A task's worker is gone: the task is next again, or given up, which is its outcome.
+        """Record that a task's worker died: requeue the task first, or return its failure.
 
         Args:
-            name: of the task.
-            reason: of the death.
-            alone: whether no other task was in that process.
+            name: Name of the task.
+            reason: Reason of the death.
+            alone: Whether the task ran alone in the process.
         """
         self._suspects.add(name)
         self._deaths[name] += alone
@@ -84,19 +84,19 @@ class Schedule:
         return self.ended(Outcome(name, "failed", f"its worker died {times} times ({reason})"))
 
     def ended(self, outcome: Outcome) -> Outcome:
-        """Keep what became of a task."""
+        """Record and return the outcome of a task."""
         outcome.deaths = self._deaths[outcome.name]
         self._outcomes[outcome.name] = outcome
         return outcome
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Of all tasks that have ended, in the order of their names."""
+        """Outcomes of all finished tasks, in the order in which the tasks were given."""
         return [self._outcomes[name] for name in self._names if name in self._outcomes]
 
 
 class _Process:
-    """Who is in a worker's process; one that must be alone waits until all others have left."""
+    """Admission of tasks to a worker's process; an exclusive task waits until all others leave."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -106,7 +106,7 @@ class _Process:
 
     @contextmanager
     def entered(self, alone: bool) -> Iterator[bool]:
-        """Be inside; tells whether no other can be."""
+        """Enter the process for the block; yield whether no other task can enter."""
         with self._changed:
             self._waiting += alone
             while self._taken or (self._inside if alone else self._waiting):
@@ -133,20 +133,21 @@ def run_tasks(
     idle: Callable[[int], None] = lambda worker: None,
     stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Work through a schedule, several tasks at a time; one that fails harms no other.
+    """Run all tasks of a schedule concurrently; a failed task does not affect the others.
 
-    An interruption stops the workers and waits a moment for the threads, which clean up.
+    An interruption stops the workers and waits briefly for the threads to clean up.
 
     Args:
-        schedule: of the tasks.
-        workers: processes.
-        work: does one, given a worker's number and the task's name; called in threads. It raises
-            `WorkerDied` where the task may be tried again, and anything else where it failed.
-        ended: told each outcome, one after another.
-        tick: called now and then while there is work.
-        tasks_per_worker: tasks at a time in a worker.
-        idle: told the number of a worker that gets no more task.
-        stop: ends all workers; called when the schedule ends before its tasks.
+        schedule: Schedule of the tasks.
+        workers: Number of worker processes.
+        work: Function that runs one task, given the worker's number and the task's name. It is
+            called in threads, and raises `WorkerDied` if the task can be retried, or any other
+            exception if it failed.
+        ended: Callback for each outcome; calls do not overlap.
+        tick: Callback that is called periodically while tasks run.
+        tasks_per_worker: Number of concurrent tasks per worker.
+        idle: Callback for the number of a worker that gets no further task.
+        stop: Callback that stops all workers, called if the run is aborted.
     """
     lock = threading.Lock()
     stopped = threading.Event()
@@ -190,7 +191,7 @@ def run_tasks(
                         idle(worker)
                     return
                 one(worker, name)
-        except BaseException as error:  # not of a task: of the schedule itself
+        except BaseException as error:  # raised by the schedule itself, not by a task
             broken.append(error)
             stopped.set()
 
@@ -204,7 +205,7 @@ def run_tasks(
     try:
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.5)  # so that an interrupt is heard
+                thread.join(0.5)  # wake up regularly to handle interrupts
                 tick()
         if broken:
             raise broken[0]

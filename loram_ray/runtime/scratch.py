@@ -1,7 +1,7 @@
-"""Folders for temporary files: private, with a name nobody can guess, and removed in the end.
+"""Temporary directories: private, with a random name, and removed even after a kill.
 
-A folder's owner holds a lock on a file in it, which the kernel releases when the owner dies. The
-next owner of such a folder removes those that killed processes left behind.
+The owner of a directory holds a lock on a file in it, which the kernel releases when the owner
+dies. Creating the next directory removes those left behind by killed processes.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ _LOCK = "lock"
 
 
 def temporary_directory() -> Path:
-    """The system's directory for temporary files.
+    """Return the system's directory for temporary files.
 
     Raises:
-        LoramError: there is none that can be written.
+        LoramError: No such directory is writable.
     """
     try:
         return Path(tempfile.gettempdir())
     except OSError as error:
         raise LoramError(
-            "TMPDIR must name a directory that can be written, and none of the usual ones can; "
-            "set it to one"
+            "TMPDIR must name a writable directory, as none of the usual ones is writable; set it "
+            "to one"
         ) from error
 
 
 @contextlib.contextmanager
 def scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """Have a new folder, of mode 0700, inside the block.
+    """Create a temporary directory with mode 0700 for the block.
 
-    A folder without its lock file when the block ends is kept.
+    The directory is kept after the block if its lock file has been removed, see `keep`.
 
     Args:
-        prefix: of the folder's name; folders of dead processes with it are removed first.
-        parent: where; default: the system's directory for temporary files.
+        prefix: Prefix of the directory's name. Directories of dead processes with the same prefix
+            are removed first.
+        parent: Parent directory. Default: the system's directory for temporary files.
     """
     parent = parent or temporary_directory()
     parent.mkdir(parents=True, exist_ok=True)
@@ -57,16 +58,16 @@ def scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def keep(folder: Path) -> None:
-    """Have a `scratch` folder stay after its block."""
+    """Keep a `scratch` directory after its block."""
     (folder / _LOCK).unlink(missing_ok=True)
 
 
 def remove_abandoned(prefix: str, parent: Path) -> list[Path]:
-    """Remove folders whose owners are dead; return those that are still owned.
+    """Remove directories whose owners are dead; return those that are still owned.
 
     Args:
-        prefix: of their names.
-        parent: where they are.
+        prefix: Prefix of the directories' names.
+        parent: Parent directory.
     """
     owned = []
     for folder in parent.glob(f"{prefix}*"):
@@ -74,7 +75,7 @@ def remove_abandoned(prefix: str, parent: Path) -> list[Path]:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:  # kept on purpose, just begun, or another's
+        except OSError:  # kept on purpose, being created, or another user's
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +88,7 @@ def remove_abandoned(prefix: str, parent: Path) -> list[Path]:
 
 
 def _locked(prefix: str, parent: Path) -> tuple[Path, int]:
-    """A new folder, and its lock."""
+    """Create a directory and lock it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -95,6 +96,6 @@ def _locked(prefix: str, parent: Path) -> tuple[Path, int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_nlink:
                 return folder, descriptor
-        except OSError:  # another process has just taken it for an abandoned one
+        except OSError:  # another process has just removed it as abandoned
             pass
         os.close(descriptor)

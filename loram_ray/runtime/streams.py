@@ -1,4 +1,4 @@
-"""Standard input, output and error that can always be used: closed, full, without a reader."""
+"""Make standard streams safe to use when they are closed, full or without a reader."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NO_READER = (errno.EPIPE, errno.ECONNRESET)
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Make the process's streams safe inside the block, which a whole command runs in.
+    """Make the process's standard streams safe inside the block, which runs a command.
 
-    Closed ones become the null device, so that no file that is opened later gets their number. What
-    an encoding lacks is written out. Standard error and a reader of standard output that go away
-    end nothing: their work goes on without them.
+    Closed streams are replaced by the null device, so no file opened later gets their descriptor.
+    Characters that the encoding lacks are escaped. The command continues if standard error fails or
+    the reader of standard output goes away.
 
     Raises:
-        LoramError: standard output could not be written, e.g. because its disk is full.
+        LoramError: Standard output could not be written, e.g. because the disk is full.
     """
     _reopen_closed()
     own = sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__
@@ -62,20 +62,20 @@ def _require_written(stream: TextIO) -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether whoever read standard output has closed it; its later output goes nowhere."""
+    """Return whether the reader of standard output has closed it; further output is discarded."""
     fault = _fault_of(sys.stdout)
     return fault is not None and fault.errno in _NO_READER
 
 
 class _LastingFile(io.FileIO):
-    """A descriptor that becomes the null device when it can no longer be written."""
+    """File on a descriptor that is replaced by the null device once writing fails."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.fault: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, or remember why not."""
+        """Write the data, or record why it cannot be written."""
         try:
             written = super().write(data)
         except BlockingIOError:
@@ -88,7 +88,7 @@ class _LastingFile(io.FileIO):
 
 
 class _LastingText(io.TextIOWrapper):
-    """Text over a `_LastingFile`."""
+    """Text stream over a `_LastingFile`."""
 
     def __init__(self, file: _LastingFile, like: TextIO) -> None:
         super().__init__(
@@ -111,7 +111,7 @@ def _fault_of(stream: TextIO) -> OSError | None:
 
 
 def _reopen_closed() -> None:
-    """Put the null device where a standard stream was closed."""
+    """Open the null device in place of closed standard streams."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)

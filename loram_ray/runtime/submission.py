@@ -1,8 +1,8 @@
-"""The stages as Ray Jobs: submitted, followed until they end, tried again, listed and stopped.
+"""Submit stages as Ray Jobs, and follow, retry, list and stop them.
 
-What goes to the cluster is the code of this package and the run file, in a runtime environment;
-never weights, data or secrets. Those are on storage that the cluster's nodes see, and in the
-environment that they were started with.
+The runtime environment contains this package's code and the run file, but no weights, data or
+secrets. Weights and data are on storage that the cluster's nodes share, and secrets in the
+environment that the nodes were started with.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ USER_ERROR, INTERRUPTED = 2, 130
 _SECRET = re.compile(r"token|secret|password|passwd|credential|(^|_)key($|_)", re.IGNORECASE)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _PATIENCE = 300.0
-"""Seconds without an answer of the cluster after which it is given up."""
+"""Seconds without an answer of the cluster until a request fails."""
 
 Environment = Literal["image", "package", "pins"]
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What is submitted.
+    """Specification of a job.
 
     Attributes:
-        command: of ``loram``, e.g. ``train``.
-        config: the run file, read and found valid.
-        overrides: dotted keys with values, as ``--set`` takes them.
-        directory: on the cluster, where relative paths begin.
-        environment: ``image``: what is installed there; ``package``: this package's code over it;
-            ``pins``: also its dependencies in the versions that are installed here.
-        variables: of the environment, without secrets.
-        cpus: logical CPUs of the entry point; it runs on the head node if it asks for nothing.
+        command: Command of ``loram``, e.g. ``train``.
+        config: Path of the validated run file.
+        overrides: Dotted keys with values, as in ``--set``.
+        directory: Directory on the cluster that relative paths refer to.
+        environment: Code to run: ``image`` uses what is installed on the cluster; ``package`` adds
+            this package's code; ``pins`` also installs its dependencies in the local versions.
+        variables: Environment variables, without secrets.
+        cpus: Logical CPUs of the entry point. It runs on the head node if it requests no resources.
         gpus: GPUs of the entry point.
-        memory: bytes of the entry point.
-        metadata: to find the job by.
-        name: of the job; default: one that nobody else has.
-        retries: times that a job is submitted again which ended for no fault of its own.
+        memory: Memory of the entry point in bytes.
+        metadata: Labels to find the job by.
+        name: Name of the job. Default: a unique one.
+        retries: Number of times to resubmit a job that failed through no fault of its own.
     """
 
     command: str
@@ -81,8 +81,8 @@ class JobSpec:
         for name in self.variables:
             if _SECRET.search(name):
                 raise LoramError(
-                    f"--env must not carry a secret, got {name}: whoever sees the job would see "
-                    "it; set it in the environment that the cluster's nodes are started with"
+                    f"--env must not contain secrets, got {name}: it would be shown with the job; "
+                    "set it in the environment that the cluster's nodes are started with"
                 )
 
         seen = {"--env": self.variables, "--metadata": self.metadata}
@@ -92,7 +92,7 @@ class JobSpec:
                     raise LoramError(f"{option} {name} {problem}")
 
     def entrypoint(self) -> str:
-        """The shell command that the cluster runs."""
+        """Return the shell command that the cluster runs."""
         line = ["python", "-m", "loram_ray.cli", self.command, "--set", "ray.address=auto"]
         for override in self.overrides:
             line += ["--set", override]
@@ -100,7 +100,7 @@ class JobSpec:
         return f'{file}; {there}; exec {shlex.join(line)} --config "$FILE"'
 
     def described(self) -> dict[str, str]:
-        """What is shown with the job: nothing that is secret."""
+        """Return the metadata shown with the job, without secrets."""
         text = self.config.read_bytes()
         return {
             "loram": version("loram-ray"),
@@ -112,48 +112,48 @@ class JobSpec:
         }
 
     def runtime_env(self, folder: Path) -> dict[str, Any]:
-        """The runtime environment, whose files are put into a folder.
+        """Create the runtime environment.
 
         Args:
-            folder: empty; it gets the run file.
+            folder: Empty directory for the run file.
         """
         (folder / RUN_FILE).write_bytes(self.config.read_bytes())
-        found: dict[str, Any] = {"working_dir": str(folder)}
+        environment: dict[str, Any] = {"working_dir": str(folder)}
         if self.environment != "image":
-            found["py_modules"] = [str(Path(__file__).parents[1])]
-            found["excludes"] = ["**/__pycache__/"]
+            environment["py_modules"] = [str(Path(__file__).parents[1])]
+            environment["excludes"] = ["**/__pycache__/"]
         if self.environment == "pins":
-            found["pip"] = pins()
+            environment["pip"] = pins()
         if self.variables:
-            found["env_vars"] = dict(self.variables)
-        return found
+            environment["env_vars"] = dict(self.variables)
+        return environment
 
 
 def pins() -> list[str]:
-    """This package's dependencies in the versions that are installed here, Ray's aside.
+    """Pin this package's dependencies to the local versions, except Ray.
 
-    Ray is the cluster's own: a job with another one could not talk to it.
+    A job must use the cluster's own version of Ray to connect to it.
     """
-    found = []
+    pinned = []
     for line in requires("loram-ray") or ():
         named = re.match(r"[A-Za-z0-9_.-]+", line)
         if named is None or "extra ==" in line or named[0] == "ray":
             continue
-        installed = version(named[0]).partition("+")[0]  # torch says which build it is
-        found.append(f"{named[0]}=={installed}")
-    return found
+        installed = version(named[0]).partition("+")[0]  # without torch's build suffix
+        pinned.append(f"{named[0]}=={installed}")
+    return pinned
 
 
 def require_directory(address: str, directory: str | None, settings: RunConfig) -> str:
-    """Where relative paths of a run begin on the cluster.
+    """Return the directory on the cluster that a run's relative paths refer to.
 
     Args:
-        address: of the cluster's dashboard.
-        directory: as given.
-        settings: of the run.
+        address: Address of the cluster's dashboard.
+        directory: Directory given by the user, if any.
+        settings: Run file.
 
     Raises:
-        LoramError: none is given, the cluster is elsewhere and the run has relative paths.
+        LoramError: No directory is given, the cluster is remote, and the run has relative paths.
     """
     if directory is not None:
         return directory
@@ -162,17 +162,18 @@ def require_directory(address: str, directory: str | None, settings: RunConfig) 
     relative = next((path for path in _paths(settings) if not path.is_absolute()), None)
     if relative is not None:
         raise LoramError(
-            f"--directory must name the folder on the cluster where relative paths begin, got none "
-            f"and {relative}; name one on storage that all its nodes share"
+            f"--directory must be given for relative paths such as {relative}; name a directory on "
+            "storage that all nodes of the cluster share"
         )
     return "/"
 
 
 def _host_of(address: str) -> str:
-    """The host of a dashboard's address.
+    """Return the host of a dashboard's address.
 
     Raises:
-        LoramError: it is no address of http or https; Ray would import a module of another's name.
+        LoramError: The address is not http or https. Ray would import a module named
+            after any other scheme.
     """
     url = address if "://" in address else f"http://{address}"
     try:
@@ -182,7 +183,7 @@ def _host_of(address: str) -> str:
         host = scheme = None
     if not host or scheme not in ("http", "https"):
         raise LoramError(
-            "--address must be that of a Ray cluster's dashboard, such as http://127.0.0.1:8265, "
+            "--address must be the dashboard of a Ray cluster, such as http://127.0.0.1:8265, "
             f"got {without_credentials(address)}; correct it"
         )
     return host
@@ -199,43 +200,43 @@ def _paths(section: BaseModel) -> Iterator[Path]:
 
 
 class Jobs:
-    """The jobs of a cluster.
+    """Client for the jobs of a cluster.
 
     Args:
-        address: of its dashboard, e.g. ``http://127.0.0.1:8265``.
-        told: called with lines on what is waited for.
-        patience: seconds without an answer after which the cluster is given up.
+        address: Address of the cluster's dashboard, e.g. ``http://127.0.0.1:8265``.
+        log: Callback for lines that explain delays.
+        patience: Seconds without an answer of the cluster until a request fails.
 
     Raises:
-        LoramError: it is no address, no cluster answers there, or it rejects the token.
+        LoramError: The address is invalid, no cluster answers, or it rejects the token.
     """
 
     def __init__(
         self,
         address: str,
-        told: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
         patience: float = _PATIENCE,
     ) -> None:
         _host_of(address)
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to what it is told
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # takes precedence over Ray's argument
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard", "ray._private.runtime_env"):  # what they say, we say
+        for name in ("ray.dashboard", "ray._private.runtime_env"):  # we log the same ourselves
             logging.getLogger(name).setLevel(logging.WARNING)
-        self._address = without_credentials(address)  # as messages name it
-        self._told, self._patience = told, patience
-        with self._clearly():
+        self._address = without_credentials(address)  # for messages
+        self._log, self._patience = log, patience
+        with self._explained():
             self._client = JobSubmissionClient(address)
 
     def submit(self, spec: JobSpec, attempt: int = 0) -> str:
-        """Submit a job, whatever the connection does meanwhile; return its name."""
+        """Submit a job once, even over lost connections; return its name."""
         name = (
             spec.name or f"loram-{spec.command}-{time.strftime('%m%d%H%M')}-{secrets.token_hex(3)}"
         )
         if attempt:
             name += f"-{attempt}"
-        with tempfile.TemporaryDirectory() as folder, self._clearly():
+        with tempfile.TemporaryDirectory() as folder, self._explained():
             runtime_env = spec.runtime_env(Path(folder))
 
             def send() -> str:
@@ -253,7 +254,7 @@ class Jobs:
                     )
                 except RuntimeError as error:
                     if "already exists" in str(error) and sent:
-                        return name  # by the request whose answer was lost
+                        return name  # submitted by the request whose answer was lost
                     raise
                 finally:
                     sent.append(name)
@@ -262,35 +263,35 @@ class Jobs:
             return self._answered(send)
 
     def follow(self, name: str, show: Callable[[str], None]) -> int:
-        """Show a job's output until it ends, over lost connections; return its exit code."""
+        """Show a job's output until it ends, reconnecting as needed; return its exit code."""
         asyncio.run(self._follow(name, show))
         return exit_code(self._ended(name))
 
     def details(self, name: str) -> Any:
-        """What Ray says of a job."""
-        with self._clearly(name):
+        """Return Ray's details of a job."""
+        with self._explained(name):
             return self._answered(lambda: self._client.get_job_info(name))
 
     def all(self) -> list[Any]:
-        """What Ray says of all submitted jobs, the newest first."""
-        with self._clearly():
-            found = self._answered(self._client.list_jobs)
-        submitted = [job for job in found if job.submission_id]
+        """Return Ray's details of all submitted jobs, newest first."""
+        with self._explained():
+            listed = self._answered(self._client.list_jobs)
+        submitted = [job for job in listed if job.submission_id]
         return sorted(submitted, key=lambda job: -(job.start_time or 0))
 
     def logs(self, name: str) -> str:
-        """All output so far."""
-        with self._clearly(name):
+        """Return a job's output so far."""
+        with self._explained(name):
             return self._answered(lambda: self._client.get_job_logs(name))
 
     def stop(self, name: str) -> str:
-        """Stop a job and wait until it has; return its state."""
-        with self._clearly(name):
+        """Stop a job, wait until it has stopped and return its state."""
+        with self._explained(name):
             self._answered(lambda: self._client.stop_job(name))
         return str(self._ended(name).status.value)
 
     def _ended(self, name: str) -> Any:
-        """What Ray says of a job when it has ended."""
+        """Wait until a job has ended and return Ray's details of it."""
         while not (details := self.details(name)).status.is_terminal():
             time.sleep(0.5)
         return details
@@ -302,7 +303,7 @@ class Jobs:
             passed = 0
             try:
                 async for text in self._client.tail_job_logs(name):
-                    new = text[max(shown - passed, 0) :]  # a new connection begins at the beginning
+                    new = text[max(shown - passed, 0) :]  # a new connection replays all output
                     passed += len(text)
                     if new:
                         show(new)
@@ -312,7 +313,7 @@ class Jobs:
                     return
                 lost = "the connection was closed"
             except (OSError, RuntimeError) as error:
-                self.details(name)  # it is there, or gone
+                self.details(name)  # raises if the job is gone
                 lost = _short(error)
             self._wait(waits, lost)
 
@@ -329,14 +330,14 @@ class Jobs:
         if seconds is None:
             raise LoramError(
                 f"the cluster at {self._address} has not answered for {self._patience:g} s "
-                f"({why}); the job may go on: loram jobs list shows it"
+                f"({why}); the job may still be running, check with loram jobs list"
             )
-        self._told(f"no answer from {self._address} ({why}); again in {seconds:.0f} s")
+        self._log(f"no answer from {self._address} ({why}); retrying in {seconds:.0f} s")
         time.sleep(seconds)
 
     @contextmanager
-    def _clearly(self, name: str | None = None) -> Iterator[None]:
-        """Say in one line what a user can mend."""
+    def _explained(self, name: str | None = None) -> Iterator[None]:
+        """Replace errors that the user can fix by a `LoramError`."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -348,16 +349,16 @@ class Jobs:
             ) from error
         except ConnectionError as error:
             raise LoramError(
-                f"--address must be that of a Ray cluster's dashboard, nothing answers at "
+                f"--address must be the dashboard of a Ray cluster, nothing answers at "
                 f"{self._address}; start the cluster or forward its port"
             ) from error
         except RuntimeError as error:
             if name is not None and ("404" in str(error) or "does not exist" in str(error)):
-                said = f"there is no job {name} at {self._address}; see loram jobs list"
-                raise LoramError(said) from error
+                line = f"job {name} does not exist at {self._address}; see loram jobs list"
+                raise LoramError(line) from error
             if "already exists" in str(error):
-                said = "--name must be new, the cluster has that job; take another"
-                raise LoramError(said) from error
+                line = "--name must be new, a job of that name exists; choose another"
+                raise LoramError(line) from error
             raise
 
 
@@ -368,17 +369,17 @@ def run_job(
     began: Callable[[str], None],
     pauses: Callable[[], Iterator[float]] = lambda: backing_off(float("inf"), first=10.0),
 ) -> int:
-    """Submit a job and follow it, again if it ended for no fault of its own.
+    """Submit and follow a job; resubmit it if it failed through no fault of its own.
 
     Args:
-        jobs: of the cluster.
-        spec: what to submit.
-        show: gets the output.
-        began: told the name of each try.
-        pauses: seconds between tries.
+        jobs: Jobs of the cluster.
+        spec: Specification of the job.
+        show: Callback for the job's output.
+        began: Callback for the name of each attempt.
+        pauses: Function that returns the pauses between attempts, in seconds.
 
     Returns:
-        The exit code of the last try.
+        Exit code of the last attempt.
     """
     waits = pauses()
     for attempt in range(spec.retries + 1):
@@ -392,7 +393,7 @@ def run_job(
 
 
 def exit_code(details: Any) -> int:
-    """A job's exit code: the driver's, 130 if it was stopped, 137 if it vanished."""
+    """Return a job's exit code: the driver's, 130 if it was stopped, 137 if unknown."""
     state = str(details.status.value)
     if state == "SUCCEEDED":
         return 0
@@ -403,9 +404,9 @@ def exit_code(details: Any) -> int:
 
 
 def is_worth_another_try(command: str, code: int) -> bool:
-    """Whether a job may succeed when it is tried again: not a user's mistake, nor a stop.
+    """Return whether a retry may succeed: not after a user's mistake or a stop.
 
-    A batch that ends with 1 has ended: what failed has its reason in the table.
+    A batch that exits with 1 is complete; the reasons of its failed tasks are in the results table.
     """
     return code not in (0, USER_ERROR, INTERRUPTED) and not (command == "batch" and code == 1)
 

@@ -1,7 +1,7 @@
-"""Metrics of a run where users look at them: TensorBoard, Weights & Biases, MLflow, Prometheus.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Prometheus.
 
-The driver reads what the workers write and hands it on, so that accounts and credentials are needed
-on its machine alone. Each library is optional, but for Prometheus, which is Ray's own.
+The driver reads the workers' metrics and logs them, so accounts and credentials are needed on its
+machine only. All libraries are optional, except Prometheus, which is part of Ray.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 class Tracker(Protocol):
-    """Where metrics go."""
+    """Receives metrics."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step."""
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Flush buffered metrics and close."""
 
 
 class TensorBoard:
-    """Event files in a folder."""
+    """Logs to TensorBoard event files in a directory."""
 
     def __init__(self, folder: Path, stage: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -47,12 +47,12 @@ class TensorBoard:
             self._writer.add_scalar(f"{self._stage}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Flush buffered metrics and close."""
         self._writer.close()
 
 
 class WandB:
-    """A run in the project ``loram``; ``WANDB_MODE``, ``WANDB_PROJECT`` and others apply."""
+    """Logs to a Weights & Biases run in the project ``loram``, or in ``WANDB_PROJECT``."""
 
     def __init__(self, folder: Path, stage: str, name: str, settings: dict[str, Any]) -> None:
         import os
@@ -74,25 +74,25 @@ class WandB:
         self._run.log(metrics, step=step)
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Flush buffered metrics and close."""
         self._run.finish()
 
 
 class MLflow:
-    """A run of the experiment ``loram`` at ``MLFLOW_TRACKING_URI``."""
+    """Logs to a run of the experiment ``loram`` at ``MLFLOW_TRACKING_URI``."""
 
     def __init__(self, folder: Path, stage: str, name: str, settings: dict[str, Any]) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
-        found = self._client.get_experiment_by_name("loram")
-        experiment = found.experiment_id if found else self._client.create_experiment("loram")
-        mine = _identity(folder, stage)
-        runs = self._client.search_runs([experiment], f"tags.loram_run = '{mine}'")
+        known = self._client.get_experiment_by_name("loram")
+        experiment = known.experiment_id if known else self._client.create_experiment("loram")
+        identity = _identity(folder, stage)
+        runs = self._client.search_runs([experiment], f"tags.loram_run = '{identity}'")
         if runs:
             self._run = runs[0].info.run_id
             return
-        run = self._client.create_run(experiment, tags={"loram_run": mine}, run_name=name)
+        run = self._client.create_run(experiment, tags={"loram_run": identity}, run_name=name)
         self._run = run.info.run_id
         for key, value in _flat(settings):
             self._client.log_param(self._run, key, value)
@@ -103,18 +103,18 @@ class MLflow:
             self._client.log_metric(self._run, metric_of_mlflow(name), value, step=step)
 
     def close(self) -> None:
-        """Say that the run has ended."""
+        """Mark the run as finished."""
         self._client.set_terminated(self._run)
 
 
 def metric_of_mlflow(name: str) -> str:
-    """A metric's name, which may hold a corpus source's, as MLflow takes it: it refuses others."""
+    """Convert a metric's name, which may contain a source's name, to one that MLflow accepts."""
     parts = (part.strip(".") for part in _NOT_IN_METRICS.sub("_", name).split("/"))
     return "/".join(filter(None, parts))[:_LONGEST_METRIC].rstrip("/")
 
 
 class Prometheus:
-    """Gauges ``ray_loram_<stage>_<metric>`` among the metrics that Ray exports."""
+    """Sets gauges ``ray_loram_<stage>_<metric>`` among the metrics that Ray exports."""
 
     def __init__(self, stage: str, name: str) -> None:
         self._stage, self._name = stage, name
@@ -131,15 +131,15 @@ class Prometheus:
             self._gauges[name].set(value, tags={"run": self._name})
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, as no metrics are buffered."""
 
 
 class Tracking:
-    """Hands every step on once, in order, to all trackers.
+    """Logs every step once, in order, to all trackers.
 
     Args:
-        trackers: where metrics go.
-        note: file that says which step was the last, for a driver that is started again.
+        trackers: Trackers to log to.
+        note: File that stores the last logged step, for a restarted driver.
     """
 
     def __init__(self, trackers: Iterable[Tracker], note: Path) -> None:
@@ -148,7 +148,7 @@ class Tracking:
         self._last = last_tracked(note)
 
     def __call__(self, lines: list[dict[str, Any]]) -> None:
-        """Take the lines of ``metrics.jsonl``, old and new."""
+        """Log the new lines among all lines of ``metrics.jsonl``."""
         new = [line for line in lines if line["step"] > self._last]
         for line in new:
             metrics = {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
@@ -156,12 +156,12 @@ class Tracking:
                 tracker.log(line["step"], metrics)
             self._last = line["step"]
         if new:
-            with suppress(OSError):  # a full disk: the run itself says so
+            with suppress(OSError):  # the run itself reports a full disk
                 write_json(self._note, self._last)
 
 
 def last_tracked(note: Path) -> int:
-    """Step that was handed on last, -1 before the first."""
+    """Return the last logged step, or -1 before the first."""
     from loram_ray.utils.parsing.documents import read_as
 
     return read_as(note, int) if note.exists() else -1
@@ -171,17 +171,17 @@ def last_tracked(note: Path) -> int:
 def tracking(
     names: Iterable[str], stage: str, output: Path, work: Path, settings: dict[str, Any]
 ) -> Iterator[Tracking]:
-    """Have a run tracked inside the block.
+    """Track a run inside the block.
 
     Args:
-        names: of ``tensorboard``, ``wandb`` and ``mlflow``.
-        stage: what runs.
-        output: its output; files go to ``<output>_logs`` beside it.
-        work: its work directory.
-        settings: recorded with the run.
+        names: Trackers to use: ``tensorboard``, ``wandb`` and ``mlflow``.
+        stage: Name of the stage.
+        output: Output directory of the stage; logs are written to ``<output>_logs`` beside it.
+        work: Work directory of the stage.
+        settings: Settings to record with the run.
 
     Raises:
-        LoramError: a library is not installed.
+        LoramError: A library is not installed.
     """
     note = work / _NOTE
     folder = output.with_name(f"{output.name}_logs")
@@ -202,18 +202,18 @@ def tracking(
 
 
 def require_trackers(names: Iterable[str], key: str) -> None:
-    """Refuse a tracker whose library is not installed.
+    """Check that the libraries of trackers are installed.
 
     Raises:
-        LoramError: it is not.
+        LoramError: A library is not installed.
     """
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise LoramError(f"{key} has {name}, which is not installed; pip install {name}")
+            raise LoramError(f"{key} has {name}, which is not installed; run pip install {name}")
 
 
 def _identity(folder: Path, stage: str) -> str:
-    """The same for the same output: a run that is gone on with is the same run."""
+    """Return an id that depends on the output only, so a resumed run continues the same run."""
     return digest_of([str(folder.resolve()), stage])[:16]
 
 

@@ -1,4 +1,4 @@
-"""A thread that ends the command when what its Ray cannot do without is gone."""
+"""Watch the processes that Ray depends on, and end the command when one is lost."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def watched(
 ) -> Iterator[None]:
     """Interrupt the command if something is lost inside the block.
 
-    Without this Ray waits for a minute and ends the process by itself. Where nobody handles
-    interruptions, Ray has its way.
+    Otherwise, Ray would wait for a minute and then exit the process. Without an active
+    `Interruption`, nothing is watched.
 
     Args:
-        lost: says what is lost, or None; called again and again in a thread.
-        processes: to end as soon as something is lost, as psutil's.
-        every: seconds between two calls.
+        lost: Function that describes what is lost, or returns None; called repeatedly in a thread.
+        processes: Function that returns the processes to kill on a loss, as ``psutil.Process``.
+        every: Seconds between two calls of ``lost``.
     """
     current = interruption.current()
     if current is None:
