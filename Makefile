@@ -35,7 +35,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
-	PYTHONPATH=$(abspath $(VENV)/lm-eval) $(BIN)/python -m pytest tests/test_harness.py
+	PYTHONPATH=$(abspath $(VENV)/lm-eval) $(BIN)/python -m pytest tests/evaluation/test_harness.py
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not thorough" --numprocesses 2 --dist loadfile --no-loadscope-reorder

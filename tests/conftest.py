@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,17 +16,13 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # seconds; a checkpoint may wait so long
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
-for _folder in ("jobs", "cluster"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / _folder))
 
-import command  # noqa: E402
 import pytest  # noqa: E402
-import tiny  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
 import loram_ray as lr  # noqa: E402
+from helpers import command, tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

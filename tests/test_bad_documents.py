@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_inputs.harness import Row, check, copied, make_folder, stage
+
+from helpers.bad_inputs.harness import Row, check, copied, make_folder, stage
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 7, 1.5, -0.5, 10**9, 10**18, 10**30, 1e300, "", "a", "0", "\0",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bad_inputs import adapters, jobs, models, overrides, run_files, stages
-from bad_inputs.harness import Row, check, copied, make_folder
+
+from helpers.bad_inputs import adapters, jobs, models, overrides, run_files, stages
+from helpers.bad_inputs.harness import Row, check, copied, make_folder
 
 TABLES = (run_files, overrides, models, adapters, stages, jobs)
 ROWS = [row for table in TABLES for row in table.ROWS]

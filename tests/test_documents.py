@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import hub
 import local_cluster
 import pytest
-import tiny
 import typer
 import yaml
 
+from helpers import hub, tiny
 from loram_ray.cli.main import app
 from loram_ray.config import STAGES, RunConfig, Section, load_run, validate
 

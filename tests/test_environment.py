@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from command import Command, leftovers
 
 import loram_ray as lr
+from helpers import tiny
+from helpers.command import Command, leftovers
 from loram_ray.artifacts.manifest import read_manifest
 from loram_ray.errors import LoramError
 from loram_ray.runtime.locks import alone

@@ -1,4 +1,4 @@
-"""The package's rooms stand on floors: a room imports rooms of floors below its own, only."""
+"""The package's rooms stand on floors, which imports go down; the tests mirror the rooms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import loram_ray
 
 PACKAGE = Path(loram_ray.__file__).parent
+TESTS = Path(__file__).parent
 FLOORS = (
     ("cli",),
     ("__init__",),
@@ -100,3 +101,29 @@ def test_no_module_imports_itself_through_others() -> None:
 
     for module in below:
         visit(module, ())
+
+
+def test_folders_of_tests_are_named_as_rooms() -> None:
+    rooms = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
+    assert rooms <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/helpers."""
+    found = {path.stem: path for path in TESTS.rglob("test_*.py")}
+    wrong = [
+        f"{path.name} imports {name}"
+        for path in [*found.values(), *(TESTS / "helpers").rglob("*.py")]
+        for name in imported(path)
+        if name in found
+    ]
+    assert not wrong
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules without a package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module

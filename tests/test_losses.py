@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformers import LlamaForCausalLM
 
+from helpers import tiny
 from loram_ray.losses import IGNORED, sum_in_chunks, summed_loss
 
 LENGTHS = (23, 9, 16)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from adapters import random_plan
 
+from helpers.adapters import random_plan
 from loram_ray.architectures import Geometry, architecture_of
 from loram_ray.artifacts.tensorfile import TensorFile
 from loram_ray.config import PruneConfig

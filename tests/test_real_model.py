@@ -7,16 +7,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters import (
+from transformers import AutoTokenizer
+
+import loram_ray as lr
+from helpers.adapters import (
     LINEARS,
     logits_of,
     run_python,
     train_randomly,
     zero_pruned,
 )
-from transformers import AutoTokenizer
-
-import loram_ray as lr
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan

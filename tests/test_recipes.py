@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import init_empty_weights
-from adapters import random_plan
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from helpers.adapters import random_plan
+from helpers.recipes import CONFIGS, RECIPES
 from loram_ray.alignment.deepspeed_config import deepspeed_config
 from loram_ray.architectures import architecture_of
 from loram_ray.artifacts.tensorfile import TensorSpec
@@ -18,33 +17,6 @@ from loram_ray.models.configuration_pruned import PrunedLlamaConfig
 from loram_ray.models.files import pruned_config
 from loram_ray.models.modeling_pruned import PrunedLlamaForCausalLM
 from loram_ray.pruning.selection import layer_range
-
-CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
-
-
-def llama(
-    layers: int, hidden: int, neurons: int, heads: int, kv_heads: int, words: int, positions: int
-) -> LlamaConfig:
-    """As the model's publisher describes it."""
-    return LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=neurons,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=words,
-        max_position_embeddings=positions,
-        tie_word_embeddings=False,
-    )
-
-
-# The recipe, the base's shapes and parameters, and the pruned model's, where they are published.
-RECIPES = {
-    "llama-3.1-70b": (llama(80, 8192, 28672, 64, 8, 128256, 131072), 70_553_706_496, "17.85"),
-    "llama-2-70b": (llama(80, 8192, 28672, 64, 8, 32000, 4096), 68_976_648_192, "16.27"),
-    "llama-2-13b": (llama(40, 5120, 13824, 40, 40, 32000, 4096), 13_015_864_320, "6.01"),
-    "llama-3.1-8b": (llama(32, 4096, 14336, 32, 8, 128256, 131072), 8_030_261_248, None),
-}
 
 
 def empty(config: object) -> torch.nn.Module:

@@ -25,9 +25,9 @@ class Inputs:
 def write_inputs(folder: Path, quick: bool, ratio: float = RATIO) -> Inputs:
     """SmolLM2-135M pruned and real text or, quickly, a tiny random model; what is there stays."""
     import prepare_demo
-    import tiny
 
     import loram_ray as lr
+    from helpers import tiny
 
     folder.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(folder / "base", folder / "pruned", folder / "text.jsonl")

@@ -56,7 +56,8 @@ def seconds_to_first_step(arguments: list[str], folder: Path, environment: dict[
 
 def main() -> None:
     import local_cluster
-    import tiny
+
+    from helpers import tiny
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
-    import tiny
-
     import loram_ray as lr
+    from helpers import tiny
     from loram_ray.studies import run as batching
 
     parser = argparse.ArgumentParser()

@@ -1,0 +1,674 @@
+import contextlib
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray.train
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import get_cosine_schedule_with_warmup
+
+import loram_ray as lr
+from helpers import families, tiny
+from loram_ray.alignment.checkpoints import last_checkpoint
+from loram_ray.alignment.deepspeed_config import (
+    deepspeed_config,
+    import_deepspeed,
+    load_partitioned,
+)
+from loram_ray.alignment.loop import ROWS_FILE
+from loram_ray.alignment.nvme import require_async_io, size_swap_buffers
+from loram_ray.alignment.universal_checkpoint import note_workers
+from loram_ray.artifacts.tensorfile import Checkpoint
+from loram_ray.config import CorpusConfig
+from loram_ray.corpus.prepare import prepare_corpus
+from loram_ray.corpus.sources import list_sources
+from loram_ray.corpus.stream import Share, open_order, read_chunk
+from loram_ray.models.loading import DTYPES
+from loram_ray.runtime.progress import METRICS_FILE, read_lines, restarts_in
+
+STEPS, BATCH, LENGTH, LR = 6, 8, 32, 1e-3
+
+
+@pytest.fixture(scope="module")
+def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alignment") / "pruned"
+    lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
+    return output
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", tiny.texts())
+
+
+def config(
+    pruned: Path, corpus: Path, output: Path, length: int = LENGTH, **changes: object
+) -> lr.AlignConfig:
+    settings = {
+        "pruned": pruned,
+        "output": output,
+        "corpus": {"sources": [{"path": str(corpus)}], "sequence_length": length},
+        "objective": "causal_lm",
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "micro_batch_size": 2,
+        "optimiser": {"learning_rate": LR, "warmup_steps": 2},
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        **changes,
+    }
+    return lr.AlignConfig.model_validate(settings)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    with Checkpoint(directory) as checkpoint:
+        return dict(checkpoint)
+
+
+def losses(directory: Path) -> list[float]:
+    lines = (directory / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+Training = tuple[list[float], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    pruned: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory, embedded_ray: None
+) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "corpus"
+    settings = CorpusConfig.model_validate(
+        {"sources": [{"path": str(corpus)}], "sequence_length": LENGTH}
+    )
+    return prepare_corpus(settings, pruned, folder).output
+
+
+@pytest.fixture(scope="module")
+def plain(pruned: Path, prepared: Path) -> Training:
+    return plain_training(pruned, prepared, STEPS)
+
+
+def plain_training(
+    pruned: Path, prepared: Path, steps: int, norms: list[float] | None = None
+) -> Training:
+    """The same training as a plain PyTorch loop on whole batches: no Ray Train, no DeepSpeed."""
+    everything = Share(0, steps * BATCH, BATCH, worker=0, workers=1)
+    order = open_order(prepared, 0)
+    parts = [read_chunk(order, chunk, everything) for chunk in order.chunks(0, steps * BATCH)]
+    ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
+    lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
+    model = lr.load_pruned(pruned, "fp32").train()
+    model.lm_head.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 2, steps)
+    seen = []
+    for batch, length in zip(ids.split(BATCH), lengths.split(BATCH), strict=True):
+        labels = batch.masked_fill(torch.arange(LENGTH) >= length[:, None], -100)
+        loss = model(input_ids=batch, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        if norms is not None:
+            norms.append(norm)
+        optimiser.step()
+        schedule.step()
+        seen.append(float(loss))
+    return seen, {name: t.detach() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("zero_stage", "workers"),
+    [
+        pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.thorough]),
+        pytest.param(2, 2, marks=[pytest.mark.slow, pytest.mark.thorough]),
+        (3, 2),
+    ],
+)
+def test_ray_and_deepspeed_equal_a_plain_pytorch_loop(
+    zero_stage: int,
+    workers: int,
+    pruned: Path,
+    corpus: Path,
+    tmp_path: Path,
+    plain: Training,
+) -> None:
+    output = tmp_path / "aligned"
+    lr.align(config(pruned, corpus, output, zero_stage=zero_stage, workers=workers))
+    expected_losses, expected = plain
+    assert losses(output) == pytest.approx(expected_losses, rel=1e-4)
+    found = weights(output)
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        # AdamW turns float rounding in a near-zero gradient into a step of up to lr
+        difference = (tensor - expected[name]).abs()
+        assert difference.max() < 2 * LR, name
+        assert difference.mean() < 1e-5, name
+    assert torch.equal(found["lm_head.weight"], weights(pruned)["lm_head.weight"])
+    moved = (
+        found["model.layers.1.mlp.up_proj.weight"]
+        - weights(pruned)["model.layers.1.mlp.up_proj.weight"]
+    )
+    assert moved.abs().max() > LR
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_norm_of_the_gradients_is_told_without_zero_too(
+    pruned: Path, corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
+    output, expected = tmp_path / "aligned", list[float]()
+    plain_training(pruned, prepared, STEPS, expected)
+    lr.align(config(pruned, corpus, output, zero_stage=0, workers=2))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_workers_killed_mid_run_continue_from_the_last_checkpoint_bit_equal(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    settings = {"workers": 2, "zero_stage": 2, "precision": "bf16", "steps": 24}
+    untouched = tmp_path / "untouched"
+    lr.align(config(pruned, corpus, untouched, **settings))
+    output = tmp_path / "aligned"
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers_at_step, args=(output, 5, killed))
+    killer.start()
+    lr.align(config(pruned, corpus, output, **settings))
+    killer.join()
+    assert len(killed) == 2
+    assert losses(output) == losses(untouched)
+    expected = weights(untouched)
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(("zero_stage", "before", "after"), tiny.first_of([(2, 2, 1), (3, 1, 3)]))
+def test_a_run_that_was_cut_goes_on_with_another_number_of_workers(
+    zero_stage: int,
+    before: int,
+    after: int,
+    pruned: Path,
+    corpus: Path,
+    prepared: Path,
+    tmp_path: Path,
+) -> None:
+    steps = 60
+    output = tmp_path / "aligned"
+    settings = {"zero_stage": zero_stage, "max_failures": 0, "steps": steps}
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers_at_step, args=(output, 3, killed, True))
+    killer.start()
+    with pytest.raises(Exception, match="died"):
+        lr.align(config(pruned, corpus, output, workers=before, **settings))
+    killer.join()
+    work = output.with_name(f".{output.name}.work")
+    lines = (work / METRICS_FILE).read_text().splitlines()
+    assert len(lines) < steps
+    lr.align(config(pruned, corpus, output, workers=after, **settings))
+    assert (output / METRICS_FILE).read_text().splitlines()[:2] == lines[:2]  # not begun again
+    expected_losses, expected = plain_training(pruned, prepared, steps)
+    assert losses(output) == pytest.approx(expected_losses, rel=2e-4)
+    for name, tensor in weights(output).items():
+        assert (tensor - expected[name]).abs().mean() < 5e-5, name
+
+
+def kill_workers_at_step(
+    output: Path, step: int, killed: list[int], after_checkpoint: bool = False
+) -> None:
+    """Kill them at a step, or later, when Ray Train has taken note of a checkpoint."""
+    work = output.with_name(f".{output.name}.work")
+    metrics = work / METRICS_FILE
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        noted = not after_checkpoint or list(work.glob("align-*/*snapshot*.json"))
+        if noted and metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            break
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_same_seed_gives_the_same_weights_and_another_seed_others(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        lr.align(config(pruned, corpus, tmp_path / name, seed=seed, steps=2))
+    first, second, other = (weights(tmp_path / n) for n in ("first", "second", "other"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_the_cluster_can_never_place_is_refused_at_once(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    with pytest.raises(lr.LoramError, match=r"align.workers needs 9 CPUs .* it has 4"):
+        lr.align(config(pruned, corpus, tmp_path / "aligned", workers=4, cpus_per_worker=2))
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused(
+    pruned: Path, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(lr.LoramError, match="sequence_length must be at most 512"):
+        lr.align(config(pruned, corpus, tmp_path / "aligned", length=1024))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    exploding = {"learning_rate": 1e30, "warmup_steps": 4}  # the second step is the first to move
+    settings = {"optimiser": exploding, "checkpoint_every": 1, "log_rows": True}
+    output = tmp_path / "aligned"
+    with pytest.raises(lr.LoramError, match=r"loss is (nan|inf) at step 3, rows \[") as error:
+        lr.align(config(pruned, corpus, output, workers=2, **settings))
+    work = output.with_name(f".{output.name}.work")
+    lines = [json.loads(line) for line in (work / ROWS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    seen = {row for line in lines for row in line["row_ids"]}
+    assert len(seen) == 2 * BATCH
+    named = json.loads(re.search(r"rows (\[.*?\])", str(error.value))[1])
+    assert len(set(named) - seen) == BATCH  # of both workers
+    good = Path(re.search(r"the last good checkpoint is (\S+)", str(error.value))[1])
+    assert good.is_dir() and good.name.startswith("step-00000001-")
+    assert restarts_in(read_lines(work / METRICS_FILE)) == 0  # not tried again
+
+
+def built(
+    users: dict[str, Any] | None = None, workers: int = 1, **changes: object
+) -> dict[str, Any]:
+    unread = Path("unread")
+    return deepspeed_config(config(unread, unread, unread, **changes), users or {}, workers)
+
+
+def test_deepspeed_config_accumulates_up_to_the_global_batch() -> None:
+    found = built(workers=2, zero_stage=3)
+    product = math.prod(
+        (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"], 2)
+    )
+    assert product == found["train_batch_size"] == BATCH
+    assert found["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_are_loaded_in_the_precision_asked_for_not_in_that_of_the_file(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    """A base is published in bfloat16; transformers would make the model of that type."""
+    families.build("llama").to(stored).save_pretrained(tmp_path)
+    for precision, dtype in DTYPES.items():
+        model = load_partitioned(tmp_path, {"zero_optimization": {"stage": 1}}, precision)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_a_batch_that_workers_cannot_share_evenly_is_filled_up() -> None:
+    found = built(workers=3)
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["train_batch_size"] == 3 * 2 * 2 > BATCH
+
+
+def test_deepspeed_config_offloads() -> None:
+    offload = {"offload_optimiser": "nvme", "offload_parameters": "cpu", "offload_folder": "/fast"}
+    assert built(zero_stage=3, **offload)["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/fast"},
+        "offload_param": {"device": "cpu"},
+    }
+
+
+def test_nvme_without_what_it_needs_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own check, where no compiler can be found."""
+    import_deepspeed()
+    monkeypatch.setenv("PATH", "/absent")
+    monkeypatch.setenv("CC", "/absent/cc")
+    require_async_io(built(zero_stage=3, offload_optimiser="cpu"))
+    nvme = built(zero_stage=3, offload_parameters="nvme", offload_folder="/fast")
+    with pytest.raises(lr.LoramError, match="offload_parameters = nvme needs libaio") as error:
+        require_async_io(nvme)
+    assert "\n" not in str(error.value)
+
+
+def test_a_users_deepspeed_json_wins_key_by_key() -> None:
+    users = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": "auto", "overlap_comm": True, "offload_param": {"pin": 1}},
+        "optimizer": {"params": {"betas": [0.9, 0.95], "lr": "auto"}},
+        "comms_logger": {"enabled": True},
+    }
+    expected = built(zero_stage=2)
+    expected["zero_optimization"] |= {"overlap_comm": True, "offload_param": {"pin": 1}}
+    expected["optimizer"]["params"]["betas"] = [0.9, 0.95]
+    expected["comms_logger"] = {"enabled": True}
+    assert built(users, zero_stage=2) == expected
+
+
+def test_another_optimiser_keeps_nothing_of_torchs() -> None:
+    found = built({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}})
+    assert found["optimizer"] == {"type": "Lion", "params": {"lr": LR, "weight_decay": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        ({"train_batch_size": 9}, "has train_batch_size: 9, align.batch_size says 8"),
+        ({"bf16": {"enabled": True}}, "has bf16.enabled: True, align.precision says False"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: 3, align.zero_stage says"),
+        ({"optimizer": {"params": {"lr": 1}}}, "lr: 1, align.optimiser.learning_rate says"),
+        ({"scheduler": {"type": "WarmupLR"}}, "must not hold scheduler: align.optimiser.schedule"),
+        ({"fp16": {"enabled": True}}, "must not hold fp16"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm: auto, and no setting"),
+    ],
+)
+def test_a_users_deepspeed_json_that_contradicts_is_refused(
+    users: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(lr.LoramError, match=message) as caught:
+        built(users)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deepspeed_file_that_is_none_is_refused(
+    pruned: Path, corpus: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    for content, message in (("{", "is not valid JSON"), ("[]", "must hold a JSON object")):
+        file.write_text(content)
+        with pytest.raises(lr.LoramError, match=f"align.deepspeed .*ds.json {message}"):
+            lr.align(config(pruned, corpus, tmp_path / "aligned", deepspeed=file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offload_parameters": "cpu"}, "zero_stage must be 3 to offload parameters, got 1"),
+        ({"offload_optimiser": "cpu", "zero_stage": 0}, "zero_stage must be at least 1"),
+        ({"offload_optimiser": "nvme", "zero_stage": 2}, "zero_stage must be 3 to offload to nvme"),
+        (
+            {"offload_optimiser": "nvme", "zero_stage": 3},
+            "offload_folder must be given to offload to nvme",
+        ),
+        (
+            {
+                "offload_optimiser": "nvme",
+                "zero_stage": 3,
+                "offload_folder": "/fast",
+                "workers": 2,
+                "min_workers": 1,
+            },
+            "min_workers must not be given with offload_optimiser nvme, got 1",
+        ),
+        ({"tokens": 1000}, "steps and tokens exclude each other, got 6 and 1000"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(**changes)
+
+
+def test_a_budget_of_tokens_ends_with_a_whole_step() -> None:
+    unread = Path("unread")
+    for tokens, steps in ((1, 1), (BATCH * LENGTH, 1), (BATCH * LENGTH + 1, 2)):
+        assert config(unread, unread, unread, steps=None, tokens=tokens).total_steps == steps
+    assert config(unread, unread, unread, steps=None).total_steps == 1600
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_offloading_and_checkpointed_activations_change_nothing_and_what_is_frozen_stays(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    settings = {"zero_stage": 3, "frozen": ["lm_head", "embeddings", "norms"]}
+    lr.align(config(pruned, corpus, tmp_path / "plain", **settings))
+    offloaded = {"offload_optimiser": "cpu", "offload_parameters": "cpu"}
+    saving = {**offloaded, "activation_checkpointing": True}
+    lr.align(config(pruned, corpus, tmp_path / "saving", **settings, **saving))
+    before, plain, saved = (weights(d) for d in (pruned, tmp_path / "plain", tmp_path / "saving"))
+    assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    for name, tensor in before.items():
+        frozen = any(part in name for part in ("lm_head", "embed_tokens", "norm"))
+        assert torch.equal(plain[name], tensor) == frozen, name
+        assert (plain[name] - saved[name]).abs().mean() < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_offloading_to_nvme_changes_nothing_though_a_worker_was_killed(
+    corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    """DeepSpeed's extension compiles for minutes; partitions of a megabyte and more are swapped."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+    base = tiny.write_base(tmp_path / "base", hidden=512, intermediate=2048)
+    pruned, swapped = tmp_path / "pruned", tmp_path / "swapped"
+    lr.prune(lr.PruneConfig(base=str(base), output=pruned, ratio=0.5, layers=(1, 3)))
+    settings = {"zero_stage": 3, "steps": 20}
+    lr.align(config(pruned, corpus, tmp_path / "plain", **settings))
+    seen: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            files = [path for path in (tmp_path / "fast").rglob("*") if path.is_file()]
+            seen.update(str(path.relative_to(tmp_path / "fast").parent) for path in files)
+
+    (tmp_path / "fast").mkdir()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers_at_step, args=(swapped, 3, killed, True))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    killer.start()
+    nvme = {"offload_optimiser": "nvme", "offload_parameters": "nvme"}
+    lr.align(config(pruned, corpus, swapped, offload_folder=tmp_path / "fast", **settings, **nvme))
+    ended.set()
+    watcher.join()
+    killer.join()
+    assert killed
+    assert {path.split("/")[1] for path in seen} == {"float32params", "optimizer"}
+    assert losses(swapped) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    plain = weights(tmp_path / "plain")
+    for name, tensor in weights(swapped).items():
+        assert (tensor - plain[name]).abs().mean() < 1e-6, name
+
+
+def test_other_workers_cannot_go_on_with_an_optimiser_on_nvme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the folder that DeepSpeed's checkpoints then have says so."""
+    saved = tmp_path / "step-00000002-1"
+    (saved / "state" / "offloaded_tensors").mkdir(parents=True)
+    note_workers(saved, 2)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: ray.train.Checkpoint(str(saved)))
+    assert last_checkpoint(tmp_path, worker=0, workers=2) == (saved, False)
+    with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* is nvme, got 3"):
+        last_checkpoint(tmp_path, worker=0, workers=3)
+
+
+@pytest.mark.parametrize(("workers", "elements"), [(1, 1000), (3, 334)])
+def test_swap_buffers_hold_the_largest_partition(
+    workers: int, elements: int, tmp_path: Path
+) -> None:
+    for name, shape in (("pruned", (10, 90)), ("base", (10, 100))):
+        (tmp_path / name).mkdir()
+        tensors = {"small": torch.zeros(3), "large": torch.zeros(shape)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    models = [tmp_path / "pruned", tmp_path / "base"]
+    nvme = {"zero_stage": 3, "offload_parameters": "nvme", "offload_folder": "/fast"}
+    found = built(**nvme)
+    size_swap_buffers(found, models, workers)
+    assert found["zero_optimization"]["offload_param"]["buffer_size"] == elements
+    users = {"zero_optimization": {"offload_param": {"buffer_size": 7}}}
+    kept = built(users, **nvme)
+    size_swap_buffers(kept, models, workers)
+    assert kept["zero_optimization"]["offload_param"]["buffer_size"] == 7
+    on_cpu = built(zero_stage=3, offload_parameters="cpu")
+    size_swap_buffers(on_cpu, [], workers)
+    assert on_cpu == built(zero_stage=3, offload_parameters="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_held_out_documents_of_each_source_are_evaluated(
+    pruned: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    """Against the stock loss on the files that hold them; 3 workers cannot share them evenly."""
+    texts = tiny.texts(240)
+    sources = [
+        {
+            "path": str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", part)),
+            "held_out": 0.3,
+            "weight": weight,
+        }
+        for name, part, weight in (("web", texts[:120], 0.75), ("code", texts[120:], 0.25))
+    ]
+    changes = {
+        "evaluate_every": 2,
+        "evaluate_sequences": 7,
+        "workers": 3,
+        "zero_stage": 3,
+        "steps": 3,
+    }
+    output = tmp_path / "aligned"
+    text = {"corpus": {"sources": sources, "sequence_length": LENGTH}}
+    settings = config(pruned, tmp_path, output).model_dump() | changes | text
+    lr.align(lr.AlignConfig.model_validate(settings))
+    lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
+    keys = {"held_out_nll_web", "held_out_nll_code"}
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [keys <= line.keys() for line in lines] == [True, False, True, True]
+    assert_card(output, lines[0], lines[-1])
+    assert_held_out_losses(output, pruned, lines[0])
+    assert_held_out_losses(output, output, lines[-1])
+
+
+def assert_held_out_losses(output: Path, directory: Path, line: dict[str, Any]) -> None:
+    """A line's losses are those of a model on the first seven rows that each source holds out."""
+    model = lr.load_pruned(directory, "fp32")
+    for source in list_sources(output.with_name("aligned_corpus")):
+        rows = [row for path in source.held_out_files for row in pq.read_table(path).to_pylist()]
+        assert len(rows) > 7
+        total, count = 0.0, 0
+        for row in rows[:7]:
+            ids = torch.tensor([row["input_ids"][: row["length"]]])
+            total += model(input_ids=ids, labels=ids).loss.item() * (row["length"] - 1)
+            count += row["length"] - 1
+        assert line[f"held_out_nll_{source.name}"] == pytest.approx(total / count, rel=1e-4)
+
+
+def assert_card(output: Path, first: dict[str, Any], last: dict[str, Any]) -> None:
+    """The README of an aligned model has YAML that hubs read, and the numbers."""
+    _, head, text = (output / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["tags"] == ["loram", "pruned", "random"]
+    for name in ("web", "code"):
+        before, after = (math.exp(line[f"held_out_nll_{name}"]) for line in (first, last))
+        assert f"| {before:,.2f} | {after:,.2f} |" in text
+    manifest = json.loads((output / "manifest.json").read_text())
+    for value in (manifest["details"]["tokens"], last["loss"]):
+        assert f"{value:,}" in text or f"{value:.4g}" in text
+    assert str(output.parent) not in text  # no path of this machine
+
+
+def test_nothing_held_out_cannot_be_evaluated() -> None:
+    with pytest.raises(ValueError, match="evaluate_every needs a source with held_out above 0"):
+        built(evaluate_every=2)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_when_the_time_is_up_what_was_learnt_is_kept(
+    pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    changes = {"max_hours": 1e-9, "workers": 2, "optimiser": {"learning_rate": LR}}
+    done = lr.align(config(pruned, corpus, tmp_path / "aligned", **changes))
+    assert done.manifest.details["steps"] == len(losses(tmp_path / "aligned")) == 1
+    assert done.manifest.details["tokens"] == BATCH * LENGTH
+    assert any(not torch.equal(t, weights(pruned)[n]) for n, t in weights(done.output).items())
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("where", tiny.first_of(["output", "staging"]))
+def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
+    where: str, pruned: Path, corpus: Path, tmp_path: Path, embedded_ray: None
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    settings = {
+        "workers": 2,
+        "zero_stage": 2,
+        "checkpoint_every": 1,
+        "steps": 16,
+        "staging_folder": small if where == "staging" else tmp_path / "staging",
+    }
+    output = (small if where == "output" else tmp_path) / "aligned"
+    with tiny.disk(small, "40m"):
+        with filled_after_a_checkpoint(output, small), pytest.raises(lr.LoramError) as error:
+            lr.align(config(pruned, corpus, output, **settings))
+        said = re.search(
+            rf"the disk of {small}\S* is full at step (\d+); .*; the last good checkpoint is "
+            r"\S+/step-(\d+)-\d+$",
+            str(error.value),
+        )
+        assert said is not None, str(error.value)
+        assert 0 < int(said[2]) < int(said[1])
+        work = output.with_name(f".{output.name}.work")
+        (small / "filler").unlink()
+        lr.align(config(pruned, corpus, output, **settings))
+        untouched = tmp_path / "untouched"
+        lr.align(config(pruned, corpus, untouched, **{**settings, "staging_folder": None}))
+        assert losses(output) == losses(untouched)
+        expected = weights(untouched)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
+        assert not work.exists()
+
+
+@contextlib.contextmanager
+def filled_after_a_checkpoint(output: Path, disk: Path) -> Iterator[None]:
+    """Have a disk full once Ray Train has listed a checkpoint, whatever is removed from it."""
+    work = output.with_name(f".{output.name}.work")
+    ended = threading.Event()
+
+    def fill() -> None:
+        while not list(work.glob("align-*/checkpoint_manager_snapshot.json")):
+            if ended.wait(0.01):
+                return
+        with open(disk / "filler", "wb", buffering=0) as file:
+            while not ended.wait(0.001):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(1 << 16)):
+                        pass
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        filler.join()

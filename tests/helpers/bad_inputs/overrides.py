@@ -1,0 +1,73 @@
+"""Values of ``--set``."""
+
+from __future__ import annotations
+
+from helpers.bad_inputs.harness import Row, stage
+
+ROWS = [
+    Row(f"set_{number}", stage(name, override), key)
+    for number, (name, override, key) in enumerate(
+        [
+            ("prune", "prune.ratio", "--set"),
+            ("prune", "=1", "--set"),
+            ("prune", "", "--set"),
+            ("prune", ".=1", "--set"),
+            ("prune", "prune..ratio=1", "prune"),
+            ("prune", "prune.ratio=[1", "prune.ratio"),
+            ("prune", "prune.ratio=0.5 # half", "prune.ratio"),
+            ("prune", "prune.layers=[0, 1] #, 2]", "prune.layers"),
+            ("prune", "prune.layers=[0,\t1", "prune.layers"),
+            ("prune", "prune.layers=" + "[" * 50_000, "prune.layers"),
+            ("prune", "prune.layers=&a [*a]", "prune.layers"),
+            ("prune", "prune.layers={a: 1, a: 2}", "prune.layers"),
+            ("prune", "prune.seed=" + "9" * 5000, "prune.seed"),
+            ("prune", "prune.ratio=!!python/name:os.system", "prune.ratio"),
+            ("prune", "prune.ratios=[1.0e+999]", "prune.ratios"),
+            ("prune", "base=\udcff", "base"),
+            ("prune", "prune.scores=a\udc80b", "prune.scores"),
+            ("prune", "base=nowhere", "base"),
+            ("prune", "base=#base", "#base"),
+            ("prune", "base=*base", "*base"),
+            ("prune", "base='base'", "'base'"),
+            ("prune", "base=2024-01-01", "2024-01-01"),
+            ("prune", "base=yes", "yes"),
+            ("prune", "base=1e3", "1e3"),
+            ("prune", "base=", "base"),
+            ("prune", "base.x=1", "base"),
+            ("prune", "ray.address.x=1", "address"),
+            ("prune", "prune.ratio.x=1", "ratio"),
+            ("prune", "prune.layers.9=1", "layers"),
+            ("prune", "prune.layers.-1=1", "layers"),
+            ("prune", "prune.layers.٣=1", "layers"),
+            ("prune", "prune.layers.0.x=1", "layers"),
+            ("prune", "prunne.ratio=0.5", "prunne"),
+            ("prune", "prune.ration=0.5", "ration"),
+            ("prune", "prune.output=" + "o" * 300, "output"),
+            ("prune", "prune.output=" + "o/" * 200 + "o" * 250, "output"),
+            ("train", "train.data=data.jsonl #1", "data.jsonl #1"),
+            ("train", "train.data=null", "null"),
+            ("train", "train.data={a: 1}", "{a: 1}"),
+            ("train", "train.model=run/pruned # mine", "run/pruned # mine"),
+            ("train", "train.chat_template=a: b", "a: b"),
+            ("train", "train.preset=best", "preset"),
+            ("train", "train.lora.targets=q_proj", "targets"),
+            ("train", "train.lora.targets=[1, 2]", "targets"),
+            ("train", "train.lora.layers=[a]", "layers"),
+            ("train", "train.lora.rank_pattern={'(a+)+$': 8, '(': 4}", "rank_pattern"),
+            ("merge", "merge.adapter=run #1", "run #1"),
+            ("merge", "merge.parity=perhaps", "parity"),
+            ("recover", "recover.form=both", "form"),
+            ("recover", "recover.max_svd_error=-1", "max_svd_error"),
+            ("evaluate", "evaluate.adapter=&a", "&a"),
+            ("evaluate", "evaluate.benchmarks=[{kind: choice, data: a, shots: 3}]", "shots"),
+            ("evaluate", "evaluate.benchmarks.0.kind=choice", "benchmarks"),
+            ("export", "export.model=a b/c d", "a b/c d"),
+            ("publish", "publish.repo=owner/name #1", "repo"),
+            ("run", "align.corpus.sources.0.weight=-1", "weight"),
+            ("run", "align.corpus.sources.0.filters.keep=(", "keep"),
+            ("run", "align.corpus.sources.1.path=a", "sources"),
+            ("align", "align.objective=sleep", "objective"),
+            ("align", "align.frozen=[everything]", "frozen"),
+        ]
+    )
+]

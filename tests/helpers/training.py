@@ -1,0 +1,87 @@
+"""Small trainings, in this process and in others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+import loram_ray as lr
+from loram_ray.artifacts.adapter import ADAPTER_FILE
+from loram_ray.corpus.examples import Example
+from loram_ray.finetuning.trainer import train_adapter
+from loram_ray.runtime.progress import METRICS_FILE
+
+STEPS, BATCH, LR = 6, 4, 5e-3
+
+
+def config(model: Path, data: Path, output: Path, **changes: object) -> lr.TrainConfig:
+    settings = {
+        "model": model,
+        "output": output,
+        "data": str(data),
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "micro_batch_size": 2,
+        "max_length": 64,
+        "optimiser": {"learning_rate": LR, "warmup_steps": 2},
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        **changes,
+    }
+    return lr.TrainConfig.model_validate(settings)
+
+
+def metrics(directory: Path, key: str) -> list[float]:
+    lines = (directory / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)[key] for line in lines]
+
+
+def run_directly(settings: lr.TrainConfig, folder: Path) -> Path:
+    """Train as the actor does, in this process."""
+    (folder / "work").mkdir(parents=True)
+    (folder / "adapter").mkdir()
+    train_adapter(settings, folder / "work", folder / "adapter")
+    return folder
+
+
+def as_row(example: Example) -> dict[str, list[int]]:
+    [(begin, _)] = example.learnt
+    return {
+        "input_ids": example.input_ids,
+        "labels": [-100] * begin + example.input_ids[begin:],
+    }
+
+
+def started(settings: lr.TrainConfig, folder: Path) -> subprocess.Popen[bytes]:
+    """Begin a training in a process of its own, in ``work`` and ``adapter`` of a folder."""
+    code = (
+        "import sys; from pathlib import Path; import loram_ray as lr;"
+        "from loram_ray.finetuning.trainer import train_adapter;"
+        "config = lr.TrainConfig.model_validate_json(sys.argv[1]);"
+        "train_adapter(config, Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    arguments = [settings.model_dump_json(), str(folder / "work"), str(folder / "adapter")]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments])
+
+
+def wait_for_steps(path: Path, steps: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never had {steps} lines")
+
+
+def difference(found: Path, expected: Path) -> float:
+    """Norm of two adapters' difference, as a share of the norm of what was learnt in B."""
+    left, right = load_file(found / ADAPTER_FILE), load_file(expected / ADAPTER_FILE)
+    assert left.keys() == right.keys()
+    learnt = sum(float(right[name].square().sum()) for name in right if "lora_B" in name)
+    return (sum(float((left[n] - right[n]).square().sum()) for n in right) / learnt) ** 0.5
