@@ -263,6 +263,22 @@ def test_every_make_target_of_the_documents_and_ci_exists() -> None:
         assert done.returncode == 0, target
 
 
+def test_targets_and_versions_of_the_workflow_are_those_of_the_project() -> None:
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
+    runs = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+    for command in runs:
+        target = re.fullmatch(r"make (\w+) PYTHON=python", command)
+        assert target, command
+        done = subprocess.run(["make", "-n", target[1]], cwd=REPOSITORY, capture_output=True)
+        assert done.returncode == 0, command
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    for job in ("test", "wheel"):
+        assert workflow["jobs"][job]["strategy"]["matrix"]["python-version"] == named
+
+
 def test_every_extra_of_the_documents_exists() -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     text = "\n".join(path.read_text() for path in PAGES)
