@@ -256,7 +256,7 @@ def test_yaml_and_json_of_the_documents_are_valid() -> None:
 
 def test_every_make_target_of_the_documents_and_ci_exists() -> None:
     texts = [path.read_text() for path in (*PAGES, REPOSITORY / ".ci" / "run")]
-    named = set(re.findall(r"(?:^|`)make (\w+)", "\n".join(texts), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make\s(\w+)", "\n".join(texts), flags=re.MULTILINE))
     assert {"demo", "test", "lint", "bench", "slow", "docs"} <= named
     for target in named:
         done = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True)
@@ -294,6 +294,19 @@ def test_links_of_the_documents_lead_to_files() -> None:
             made = {"reference/configuration.md"}  # by docs/hooks.py
             place = os.path.relpath(path.parent / link, REPOSITORY / "docs")
             assert place in made, f"{path.name}: {link}"
+
+
+def test_contributing_names_every_room_and_files_that_exist() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    package = REPOSITORY / "loram_ray"
+    rooms = [path for path in package.iterdir() if path.suffix == ".py" or path.is_dir()]
+    for room in rooms:
+        if room.name != "__pycache__":
+            assert f"`{room.name}{'/' if room.is_dir() else ''}`" in text, room.name
+    for path in re.findall(r"`((?:loram_ray|tests|jobs|cluster|docs)/[\w./-]+)`", text):
+        assert (REPOSITORY / path).exists(), path
+    for path in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (REPOSITORY / path).exists() or (package / path).exists(), path
 
 
 def test_every_key_is_in_the_reference_with_its_description() -> None:
