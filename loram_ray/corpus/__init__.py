@@ -1,1 +1,1 @@
-"""Text for alignment (read, tokenise, pack, stream) and examples for fine-tuning."""
+"""Prepare text for alignment (read, tokenise, pack, stream) and examples for fine-tuning."""

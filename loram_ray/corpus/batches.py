@@ -1,8 +1,8 @@
-"""Examples of one forward as tensors: padded, or packed behind each other.
+"""Collate the examples of one forward pass, padded or packed.
 
-Packed examples do not see each other (`isolation`): positions begin anew with each, and the first
-token of each carries no label. A forward's examples are the same either way, so its summed loss and
-the step that it is part of are too; only padding is saved.
+Packed examples do not attend to each other (see `isolation`): position ids restart with each
+example, and its first token has no label. Padding and packing give the same summed loss and the
+same optimizer step; packing only avoids padding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def padded(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
 
     Args:
         rows: ``input_ids`` and ``labels`` of each example.
-        padding: id to fill with.
+        padding: Token id to pad with.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[batch, longest]``.
@@ -41,13 +41,14 @@ def padded(rows: Sequence[Row], padding: int) -> dict[str, torch.Tensor]:
 
 
 def packed(rows: Sequence[Row], padding: int, in_one: bool = False) -> dict[str, torch.Tensor]:
-    """Put examples behind each other, in sequences that are as long as the longest example.
+    """Pack examples into sequences as long as the longest example.
 
     Args:
         rows: ``input_ids`` and ``labels`` of each example.
-        padding: id to fill the sequences' ends with, which are examples of their own.
-        in_one: make one sequence of all, which needs no padding (kernels for sequences of varying
-            length take it so).
+        padding: Token id that fills the end of a sequence; the filler counts as an example of its
+            own.
+        in_one: Pack all examples into a single sequence without padding, as variable-length
+            attention kernels expect.
 
     Returns:
         ``input_ids``, ``positions`` and ``labels``, int64 ``[sequences, length]``.
@@ -71,14 +72,14 @@ def packed(rows: Sequence[Row], padding: int, in_one: bool = False) -> dict[str,
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Share items out to bins, the longest first, each into the first bin that has room.
+    """Assign items to bins, longest first, each to the first bin with room.
 
     Args:
-        lengths: of the items, at most the capacity.
-        capacity: of a bin.
+        lengths: Item lengths, none greater than `capacity`.
+        capacity: Capacity of each bin.
 
     Returns:
-        Indices of each bin's items.
+        Item indices of each bin.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -93,12 +94,12 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 
 def longest_first(items: Sequence[T], length: Callable[[T], int], size: int) -> Iterator[list[T]]:
-    """Yield batches of items of about the same length, which need the least padding.
+    """Yield batches of items of similar length, to minimise padding.
 
     Args:
-        items: to share out.
-        length: of an item.
-        size: of a batch.
+        items: Items to batch.
+        length: Function that returns the length of an item.
+        size: Number of items per batch.
     """
     ordered = sorted(items, key=length, reverse=True)
     for start in range(0, len(ordered), size):

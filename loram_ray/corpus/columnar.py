@@ -1,10 +1,9 @@
-"""Parquet and Arrow files, opened so that reading them runs no code.
+"""Open Parquet and Arrow files without running code from them.
 
-Arrow rebuilds an extension type with the class that the process registered for its name, as soon as
-a schema is read, and that class may run anything: the values of Ray's
-``ray.data.arrow_pickled_object``, registered by ``import ray.data``, are unpickled. So the bytes of
-a schema are searched for extension types before Arrow interprets them, and files with any are
-refused.
+As soon as Arrow reads a schema, it rebuilds extension types with the class registered in the
+process, and that class may run anything: values of Ray's ``ray.data.arrow_pickled_object``,
+registered by ``import ray.data``, are unpickled. The raw bytes of a schema are therefore searched
+for extension types before Arrow interprets them, and files that use one are refused.
 """
 
 from __future__ import annotations
@@ -31,23 +30,22 @@ _TAIL = 2**16
 
 
 def open_parquet(source: Path | pa.NativeFile, name: str, buffer_size: int = 0) -> pq.ParquetFile:
-    """Open a Parquet file whose columns are of plain types.
+    """Open a Parquet file, refusing extension types.
 
     Args:
-        source: a local path, or the open file.
-        name: how messages name it.
-        buffer_size: bytes read at once; 0: whole column chunks.
+        source: Local path or open file.
+        name: Name of the file in error messages.
+        buffer_size: Bytes to read at once; 0 reads whole column chunks.
 
     Raises:
-        LoramError: it is not a Parquet file, it has an extension type, or two columns have the same
-            name.
+        LoramError: If this is not a Parquet file, has an extension type, or repeats a column name.
     """
     try:
         file = _opened(source) if isinstance(source, Path) else source
         footer = _footer(file, _PARQUET_MAGIC, 0)
         for serialised in _arrow_schemas_in(footer):
             _refuse_extensions(serialised, _schema_of_message, name)
-        # opened with the footer that was checked
+        # open with the footer that was checked
         metadata = _metadata_of(footer)
         opened = pq.ParquetFile(
             file, metadata=metadata, buffer_size=buffer_size, arrow_extensions_enabled=False
@@ -55,7 +53,7 @@ def open_parquet(source: Path | pa.NativeFile, name: str, buffer_size: int = 0) 
         schema = opened.schema_arrow
     except (ArrowException, OSError, binascii.Error) as error:
         reason = " ".join(str(error).split())
-        raise LoramError(f"{name} is not a Parquet file ({reason}); get the file again") from error
+        raise LoramError(f"{name} is not a Parquet file ({reason}); download it again") from error
     _refuse_repeated_fields(schema, name)
     return opened
 
@@ -67,15 +65,15 @@ def _opened(path: Path) -> pa.OSFile:
 
 
 def arrow_batches(file: pa.NativeFile, name: str) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of an Arrow file or stream whose columns are of plain types.
+    """Yield the batches of an Arrow file or stream, refusing extension types.
 
     Args:
-        file: open, at its beginning.
-        name: how messages name it.
+        file: File opened at its beginning.
+        name: Name of the file in error messages.
 
     Raises:
-        LoramError: it has an extension type, or two columns have the same name.
-        ArrowException: it is cut or damaged.
+        LoramError: If there is an extension type or a repeated column name.
+        ArrowException: If the file is truncated or damaged.
     """
     is_stream = file.read(len(_ARROW_MAGIC)) != _ARROW_MAGIC
     if is_stream:
@@ -94,10 +92,10 @@ def arrow_batches(file: pa.NativeFile, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def refuse_repeated(names: Sequence[str], where: str) -> None:
-    """Refuse columns of the same name.
+    """Refuse repeated column names.
 
     Raises:
-        LoramError: two have; columns without a name are not compared.
+        LoramError: If a name occurs twice; unnamed columns are not compared.
     """
     seen = {""}
     for name in names:
@@ -109,7 +107,7 @@ def refuse_repeated(names: Sequence[str], where: str) -> None:
 
 
 def _refuse_repeated_fields(fields: Iterable[pa.Field], where: str) -> None:
-    """Refuse fields of the same name, in what is nested too: a row is a dictionary."""
+    """Refuse repeated field names at any depth, since a row becomes a dictionary."""
     listed = list(fields)
     refuse_repeated([field.name for field in listed], where)
     for field in listed:
@@ -119,16 +117,16 @@ def _refuse_repeated_fields(fields: Iterable[pa.Field], where: str) -> None:
 
 
 def _footer(file: pa.NativeFile, magic: bytes, padding: int) -> bytes:
-    """Read what both formats end with: the footer, its length in four bytes, and the magic bytes.
+    """Read the footer that ends both formats, before its length (four bytes) and the magic bytes.
 
     Args:
-        file: the open file.
-        magic: of the format.
-        padding: bytes that follow the magic bytes at the beginning.
+        file: Open file.
+        magic: Magic bytes of the format.
+        padding: Number of bytes after the magic bytes at the start of the file.
     """
     size, closing = file.size(), 4 + len(magic)
     file.seek(max(size - _TAIL, 0))
-    tail = file.read(_TAIL)  # a far file's footer is one round trip
+    tail = file.read(_TAIL)  # one round trip for a remote file
     length = int.from_bytes(tail[-closing : -len(magic)], "little", signed=True)
     if not tail.endswith(magic) or not 0 < length <= size - closing - len(magic) - padding:
         raise pa.ArrowInvalid("it does not end with a footer")
@@ -139,15 +137,15 @@ def _footer(file: pa.NativeFile, magic: bytes, padding: int) -> bytes:
 
 
 def _metadata_of(footer: bytes) -> pq.FileMetaData:
-    """What a Parquet footer says, without the file's data."""
+    """Return the metadata in a Parquet footer, without the file's data."""
     whole = _PARQUET_MAGIC + footer + len(footer).to_bytes(4, "little") + _PARQUET_MAGIC
     return pq.ParquetFile(pa.BufferReader(whole), arrow_extensions_enabled=False).metadata
 
 
 def _arrow_schemas_in(footer: bytes) -> list[bytes]:
-    """Arrow schemas that a Parquet footer carries, of which Arrow would rebuild the first.
+    """Return the Arrow schemas in a Parquet footer, of which Arrow would rebuild the first.
 
-    Under another key of the same length Arrow does not recognise them.
+    Their keys are replaced by others of the same length, which Arrow does not recognise.
     """
     number = itertools.count()
     names = [b"ARROW:%06d" % next(number) for _ in range(footer.count(_ARROW_SCHEMA))]
@@ -158,7 +156,7 @@ def _arrow_schemas_in(footer: bytes) -> list[bytes]:
 
 
 def _first_message(file: pa.NativeFile) -> bytes:
-    """The message that an Arrow stream begins with, its schema, as it is; not interpreted."""
+    """Return the raw bytes of an Arrow stream's first message, its schema, without parsing it."""
     try:
         message = pa.ipc.read_message(file)
     except EOFError as error:
@@ -179,12 +177,12 @@ def _refuse_extensions(schema: bytes, parse: Callable[[Any], pa.Schema], name: s
     """Refuse extension types.
 
     Args:
-        schema: as Arrow serialises it; the names of keys are in it byte by byte.
-        parse: reads it.
-        name: of the file.
+        schema: Schema as serialised by Arrow; its metadata keys appear as raw bytes.
+        parse: Function that parses the schema.
+        name: Name of the file.
 
     Raises:
-        LoramError: there are some; the message names the first.
+        LoramError: If there is an extension type; the message names the first.
     """
     if _EXTENSION not in schema:
         return

@@ -1,4 +1,4 @@
-"""What fine-tuning data hold: conversations and plain texts, in the forms that are in use."""
+"""Parse fine-tuning data: conversations and plain text, in the formats in common use."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from loram_ray.corpus.rows import read_rows
 
 _FORMS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'"
 _OF_TEMPLATES = ("tools", "chat_template_kwargs", "documents")
-_PREFERENCE = "preferences are not learnt; leave it out to learn the rest"
-_OF_MEDIA = "only text is learnt; leave it out to learn the text alone"
-_MASK = "the loss is on whole answers; weigh messages by 'weight', 0 or 1"
-_ROWS_ALIKE = "rows weigh the same; weigh messages by 'weight', 0 or 1"
-_THOUGHTS = "an answer's thoughts belong in its message; put them there"
+_PREFERENCE = "preferences are not supported; remove it to train on the rest"
+_OF_MEDIA = "only text is supported; remove it to train on the text alone"
+_MASK = "the loss covers whole answers; weight messages with 'weight', 0 or 1"
+_ROWS_ALIKE = "all rows have the same weight; weight messages with 'weight', 0 or 1"
+_THOUGHTS = "reasoning belongs in the assistant's message; move it there"
 _REFUSED = {
     **dict.fromkeys(("rejected", "chosen", "kto_tag", "label"), _PREFERENCE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _OF_MEDIA),
-    "functions": "they are an earlier form of 'tools'; give those",
-    "enable_thinking": "it belongs in 'chat_template_kwargs'; put it there",
+    "functions": "it is the deprecated form of 'tools'; use 'tools'",
+    "enable_thinking": "it belongs in 'chat_template_kwargs'; move it there",
     **dict.fromkeys(("reasoning_content", "thinking"), _THOUGHTS),
     **dict.fromkeys(("assistant_masks", "completion_mask", "loss_mask"), _MASK),
     **dict.fromkeys(("weight", "train"), _ROWS_ALIKE),
 }
-"""Columns with which a row means something else to the trainers that know them, and why it is bad.
+"""Columns that change what a row means in other trainers, and why they are refused.
 
-Null, empty, and what those trainers do anyway, are fine; see `_is_refused`.
+Null, empty and default values are accepted; see `_is_refused`.
 """
 _REFUSED_WITH_TEXT = ("assistant_masks", "completion_mask", "loss_mask", "weight", "train")
 _COLUMNS = (
@@ -49,14 +49,14 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the assistant's are to be learnt.
+    """Messages of one conversation; the loss is on the assistant's.
 
     Attributes:
-        place: ``file:line``.
-        messages: in OpenAI's form; the last is the assistant's.
+        place: Origin as ``file:line``.
+        messages: Messages in OpenAI's format; the last is the assistant's.
         tools: JSON schemas of the tools that the assistant may call.
-        arguments: other arguments of the chat template, by name.
-        given: numbers of the assistant's messages that carry no loss.
+        arguments: Other arguments of the chat template, by name.
+        given: Indices of the assistant messages without loss.
     """
 
     place: str
@@ -77,7 +77,7 @@ class Conversation:
 
     @property
     def learnt(self) -> list[int]:
-        """Numbers of the assistant's messages that carry loss."""
+        """Indices of the assistant messages with loss."""
         return [
             number
             for number, message in enumerate(self.messages)
@@ -86,7 +86,7 @@ class Conversation:
 
     @property
     def content(self) -> Any:
-        """All that makes it another conversation, as JSON has it."""
+        """JSON-serialisable content that identifies the conversation."""
         if self.tools is None and not self.arguments and not self.given:
             return self.messages
         return [self.messages, self.tools, self.arguments, sorted(self.given)]
@@ -94,11 +94,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """A text all of which is to be learnt.
+    """Plain text to train on as a whole.
 
     Attributes:
-        place: ``file:line``.
-        text: not empty.
+        place: Origin as ``file:line``.
+        text: Text, never empty.
     """
 
     place: str
@@ -108,12 +108,12 @@ class Document:
 def conversations(
     data: str, key: str, limit: int | None = None
 ) -> Iterator[Conversation | Document | BadRow]:
-    """Yield what the rows of files hold, and the rows that hold nothing of use.
+    """Yield the parsed rows of a data set, including the rows that cannot be used.
 
     Args:
-        data: a file, a directory, an address or a glob.
-        key: configuration key, for messages.
-        limit: rows read at most.
+        data: File, directory, address or glob.
+        key: Configuration key for error messages.
+        limit: Maximum number of rows to read.
     """
     read = 0
     for file in list_files(data, key, EXAMPLES):
@@ -125,15 +125,15 @@ def conversations(
 
 
 def forms_of(data: str, key: str) -> frozenset[str]:
-    """What the rows of files hold besides questions with answers.
+    """List the features of a data set beyond plain questions and answers.
 
     Args:
-        data: a file, a directory, an address or a glob.
-        key: configuration key, for messages.
+        data: File, directory, address or glob.
+        key: Configuration key for error messages.
 
     Returns:
-        ``text``: plain texts; ``columns``: columns or keys of messages that change what a row
-        means; ``spaces``: answers that begin with white space.
+        ``text`` for plain text; ``columns`` for columns or message keys that change what a row
+        means; ``spaces`` for answers that start with whitespace.
     """
     return frozenset(
         form
@@ -162,16 +162,16 @@ def _forms_of_row(row: dict[str, Any]) -> Iterator[str]:
 
 
 def parse_row(place: str, row: dict[str, Any]) -> Conversation | Document | BadRow:
-    """Read a row: OpenAI's messages, prompt and completion, Alpaca's instruction, or plain text.
+    """Parse a row: OpenAI messages, prompt and completion, Alpaca instruction, or plain text.
 
-    Where a row could be several of these, the first counts.
+    If a row fits several formats, the first one in this order applies.
     """
     try:
         messages = _messages_of(row)
         names = _REFUSED if messages is not None else _REFUSED_WITH_TEXT
         refused = [name for name in names if _is_refused(name, row)]
         if refused:
-            raise BadMessages(f"its '{refused[0]}' cannot be learnt from: {_REFUSED[refused[0]]}")
+            raise BadMessages(f"its '{refused[0]}' cannot be trained on: {_REFUSED[refused[0]]}")
         if messages is None:
             text = row.get("text")
             if isinstance(text, str) and text.strip():
@@ -184,7 +184,7 @@ def parse_row(place: str, row: dict[str, Any]) -> Conversation | Document | BadR
 
 
 def _messages_of(row: dict[str, Any]) -> object | None:
-    """The messages that a row holds in one of the forms; None where it has none of them."""
+    """Return a row's messages, or None if it is in none of the message formats."""
     messages = row.get("messages")
     if messages is None:
         messages = _question_and_answer(row)
@@ -192,11 +192,11 @@ def _messages_of(row: dict[str, Any]) -> object | None:
     if messages is None or not (system or history):
         return messages
     if not isinstance(messages, list) or (history and row.get("messages") is not None):
-        raise BadMessages("its 'history' belongs to 'instruction' and 'output'; leave it out")
+        raise BadMessages("its 'history' only goes with 'instruction' and 'output'; remove it")
     turns = []
     for turn in history or ():
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            raise BadMessages("its 'history' must be a list of questions with answers")
+            raise BadMessages("its 'history' must be a list of question and answer pairs")
         turns += _turn(*turn)
     if not system:
         return [*turns, *messages]
@@ -205,13 +205,16 @@ def _messages_of(row: dict[str, Any]) -> object | None:
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if first.get("role") == "system":
         if first.get("content") != system:
-            raise BadMessages("its 'system' is another than its messages'; leave one out")
+            raise BadMessages("its 'system' differs from the system message; remove one of them")
         return messages
     return [{"role": "system", "content": system}, *turns, *messages]
 
 
 def _question_and_answer(row: dict[str, Any]) -> list[Any] | None:
-    """Messages of a row's pair, Alpaca's input behind its instruction; None where there is none."""
+    """Return a row's question and answer as messages, or None if it has none.
+
+    Alpaca's ``input`` is appended to the instruction.
+    """
     question, answer = row.get("prompt"), row.get("completion")
     if question is None and answer is None:
         question, answer = row.get("instruction"), row.get("output")
@@ -222,7 +225,7 @@ def _question_and_answer(row: dict[str, Any]) -> list[Any] | None:
         return None
     if isinstance(question, str) and isinstance(answer, str):
         return _turn(question, answer)
-    if isinstance(question, list) and isinstance(answer, list):  # messages too: TRL's form
+    if isinstance(question, list) and isinstance(answer, list):  # TRL's format: both are messages
         before = [_without_loss(message) for message in question]
         return [*before, *answer]
     raise BadMessages(f"it must have text in {_FORMS}")
@@ -242,7 +245,7 @@ def _without_loss(message: Any) -> Any:
 
 def _is_refused(name: str, row: dict[str, Any]) -> bool:
     value = row.get(name)
-    if name == "label":  # of a preference; numbers and names are ordinary classes
+    if name == "label":  # a preference is a bool; numbers and strings are class labels
         return isinstance(value, bool)
     if name in KEYS_OF_WEIGHT:
         return value is not None and value != 1
@@ -259,11 +262,11 @@ def _tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _arguments_of(row: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the chat template besides messages and tools."""
+    """Return the chat template's arguments other than messages and tools."""
     given = without_nulls(parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")) or {}
     if not isinstance(given, dict):
         raise BadMessages("its 'chat_template_kwargs' must be an object")
     documents = row.get("documents")
     if isinstance(documents, list) and documents and isinstance(documents[0], dict):
-        given = {**given, "documents": documents}  # lists of names are no template's documents
+        given = {**given, "documents": documents}  # a list of strings is not for the template
     return given

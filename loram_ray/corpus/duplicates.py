@@ -1,9 +1,8 @@
-"""Exact duplicates over all sources of a corpus: of equal documents the first is kept.
+"""Remove exact duplicates across all sources of a corpus, keeping the first of equal documents.
 
-Each unit writes the hashes of its documents in sorted order. All documents whose hash begins alike
-make a part, which is compared on its own. Memory is that of one unit's hashes or of one part's,
-parts are independent of one another, and the result depends on neither their number nor the order
-of the tasks.
+Each unit writes the sorted hashes of its documents. Hashes with the same prefix form a part, and
+each part is compared on its own. Memory is bounded by the hashes of one unit or of one part. Parts
+are independent, and the result depends neither on their number nor on the order of the tasks.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _UNIT_BITS = 32
 
 
 def write_hashes(unit: Unit, work: Path, selection: Selection) -> None:
-    """Write a sorted entry for each document of a unit that passes its filters."""
+    """Write a sorted hash entry for each document of a unit that passes the filters."""
     hashes = bytearray()
     for document in selection.documents(unit):
         if document is not None and not isinstance(document, BadRow):
@@ -34,13 +33,13 @@ def write_hashes(unit: Unit, work: Path, selection: Selection) -> None:
 
 
 def count_parts(work: Path, units: int) -> int:
-    """Number of parts, about four million documents each."""
+    """Return the number of parts, with about four million documents in each."""
     nbytes = sum(hash_file_of(work, unit).stat().st_size for unit in range(units))
     return max(1, -(-nbytes // (_PART_DOCUMENTS * _ENTRY.itemsize)))
 
 
 def find_duplicates(part: int, parts: int, work: Path, units: int) -> None:
-    """Write the documents of one part that equal an earlier one, sorted."""
+    """Write the sorted documents of one part that equal an earlier document."""
     ends = [min(2**64 * number // parts, 2**64 - 1) for number in (part, part + 1)]
     bounds = np.array(ends, dtype=np.uint64)
     slices = []
@@ -57,7 +56,7 @@ def find_duplicates(part: int, parts: int, work: Path, units: int) -> None:
 
 
 def duplicates_of(unit: int, parts: int, work: Path) -> np.ndarray:
-    """Places of a unit's duplicates among its documents that pass the filters, sorted."""
+    """Return the sorted positions of a unit's duplicates among its documents that pass filters."""
     bounds = np.array([unit, unit + 1], dtype=np.uint64) << np.uint64(_UNIT_BITS)
     slices = []
     for part in range(parts):
@@ -68,16 +67,16 @@ def duplicates_of(unit: int, parts: int, work: Path) -> np.ndarray:
 
 
 def hash_file_of(work: Path, unit: int) -> Path:
-    """File of a unit's hashes."""
+    """Return the path of a unit's hashes."""
     return work / f"hashes-{unit:06d}.npy"
 
 
 def duplicates_file_of(work: Path, part: int) -> Path:
-    """File of a part's duplicates."""
+    """Return the path of a part's duplicates."""
     return work / f"duplicates-{part:06d}.npy"
 
 
 def _save(path: Path, array: np.ndarray) -> None:
     sibling = path.with_name(f".{path.name}")
-    np.save(sibling, array)  # the name ends in .npy, or NumPy would add it
+    np.save(sibling, array)  # keeps the suffix .npy, which NumPy would add
     sibling.replace(path)

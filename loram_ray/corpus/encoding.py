@@ -1,4 +1,4 @@
-"""What a file of text must be: UTF-8, with lines that end in LF or CRLF."""
+"""Check the encoding of text files: UTF-8 with LF or CRLF line endings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import codecs
 from loram_ray.errors import LoramError
 
 BYTE_ORDER_MARK = "\ufeff"
-_MARKS = {  # UTF-32's begins as UTF-16's does
+_MARKS = {  # UTF-32 first: its mark starts with that of UTF-16
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
@@ -15,14 +15,14 @@ _NUL_SHARE = 0.1
 
 
 def refuse_other_encodings(head: bytes, path: str) -> None:
-    """Refuse a file that is not UTF-8 text in lines, by its first bytes.
+    """Refuse a file that is not line-based UTF-8 text, judging by its first bytes.
 
     Args:
-        head: what the file begins with.
-        path: the file, for messages.
+        head: First bytes of the file.
+        path: Path of the file for error messages.
 
     Raises:
-        LoramError: it is UTF-16, UTF-32 or no text, or its lines end in CR alone.
+        LoramError: If the file is UTF-16, UTF-32 or binary, or its lines end in a lone CR.
     """
     for encoding, marks in _MARKS.items():
         if head.startswith(marks):

@@ -1,4 +1,4 @@
-"""Tokens of fine-tuning examples, with loss on the answers alone."""
+"""Tokenise fine-tuning examples, with loss on the answers only."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from loram_ray.models.tokenizer import frame_of
 _ROWS_PER_BATCH = 1024
 
 Spans = tuple[tuple[int, int], ...]
-"""First token and the one past the last of each stretch that carries loss."""
+"""Half-open token ranges ``(start, end)`` that carry loss."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised conversation or text.
+    """Tokenised conversation or text.
 
     Attributes:
-        place: ``file:line``.
-        input_ids: all tokens.
-        learnt: those that carry loss.
+        place: Origin as ``file:line``.
+        input_ids: Token ids of the whole example.
+        learnt: Token ranges that carry loss.
     """
 
     place: str
@@ -51,12 +51,12 @@ class Example:
 
     @property
     def labels(self) -> list[int]:
-        """Token ids that are learnt, and `IGNORED` for others; not shifted."""
+        """Labels, not shifted: token ids that carry loss, and `IGNORED` elsewhere."""
         return labels_of(self.input_ids, self.learnt)
 
 
 def labels_of(input_ids: list[int], learnt: Iterable[tuple[int, int]]) -> list[int]:
-    """Copy the tokens of some stretches, all others are `IGNORED`."""
+    """Return labels that copy the token ids in the given ranges and are `IGNORED` elsewhere."""
     labels = [IGNORED] * len(input_ids)
     for begin, end in learnt:
         labels[begin:end] = input_ids[begin:end]
@@ -66,22 +66,23 @@ def labels_of(input_ids: list[int], learnt: Iterable[tuple[int, int]]) -> list[i
 def tokenise_row(
     tokenizer: Any, row: Conversation | Document, max_length: int
 ) -> list[Example] | BadRow:
-    """Turn a conversation into an example, or a text into one for each piece.
+    """Tokenise a conversation into an example, or a text into one example per piece.
 
-    Conversations longer than ``max_length`` are cut on the right; one of which no answer's token is
-    left is a bad row. A text is cut into pieces, each begun as the tokenizer begins a text.
+    Conversations longer than ``max_length`` are truncated on the right; one that loses all its
+    answer tokens is a bad row. A text is split into pieces, each of which starts with the
+    tokenizer's opening tokens.
 
     Args:
-        tokenizer: of the model; with a chat template, for conversations.
-        row: what to learn.
-        max_length: of an example, in tokens.
+        tokenizer: Tokenizer of the model; conversations need its chat template.
+        row: Conversation or text to tokenise.
+        max_length: Maximum length of an example in tokens.
     """
     if isinstance(row, Document):
         frame = frame_of(tokenizer)
         tokenised = tokenise_batch(tokenizer, [row.text])
         rows, lengths = pack(tokenised, max_length, frame.end, frame.opening)
         pieces = [ids[:n].tolist() for ids, n in zip(rows, lengths.tolist(), strict=True)]
-        given = max(len(frame.opening), 1)  # of a piece the first token is not predicted
+        given = max(len(frame.opening), 1)  # the first token of a piece is never predicted
         return [Example(row.place, p, ((given, len(p)),)) for p in pieces if len(p) > given]
     try:
         require_read(tokenizer, row)
@@ -105,14 +106,14 @@ def tokenise_row(
 
 
 def _tokenise(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int], Spans]]:
-    """Token ids of a conversation, and where its answers are.
+    """Return the token ids of a conversation and the ranges of its answers.
 
-    An answer begins behind the tokens of its prompt as generation is given them, and goes on to
-    where the conversation up to here would end, or, where the template renders earlier answers
-    otherwise than the last (Qwen 3), through the token that closes an answer.
+    An answer starts after its prompt, tokenised as it would be for generation. It ends where the
+    conversation up to that message would end; if the template renders earlier answers differently
+    from the last one (Qwen 3), it ends with the token that closes an answer.
 
-    Where the tokenizer joins a prompt's end with an answer's beginning, a prompt that ends inside
-    the conversation would be tokenised otherwise in it: each answer makes an example of its own.
+    If the tokenizer merges the end of a prompt with the start of its answer, the prompt's tokens
+    would differ inside the conversation. Each answer then becomes an example of its own.
     """
     whole = render(tokenizer, conversation, len(conversation.messages), prompt=False)
     places = [_place_of(tokenizer, conversation, number, whole) for number in conversation.learnt]
@@ -131,7 +132,7 @@ def _tokenise(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int
 def _place_of(
     tokenizer: Any, conversation: Conversation, number: int, whole: str
 ) -> tuple[int, int]:
-    """Where in the conversation's text an answer begins and ends, in characters."""
+    """Return the character range of an answer in the rendered conversation."""
     prompt = render(tokenizer, conversation, number, prompt=True)
     begin, end = len(prompt), len(whole)
     if not whole.startswith(prompt):
@@ -141,29 +142,29 @@ def _place_of(
         alike = whole.startswith(through) and len(through) > begin
         end = len(through) if alike else _closed(tokenizer, whole, begin)
     if begin == end:
-        raise TemplateFault("the chat template renders no answer behind its prompt")
+        raise TemplateFault("the chat template renders no answer after its prompt")
     return begin, end
 
 
 def _what_differs(prompt: str, whole: str) -> str:
-    """Why a template cannot be learnt from that does not begin an answer as it asks for one."""
+    """Describe how the generation prompt differs from the rendered conversation."""
     begin = len(os.path.commonprefix([prompt, whole]))
     return (
-        f"the chat template's prompt is not a prefix of prompt and answer: it asks for an answer "
-        f"with {prompt[begin:]!r:.60}, where with the answer it writes {whole[begin:]!r:.40}; give "
-        "a template that writes both alike as chat_template"
+        f"the chat template's prompt is not a prefix of prompt and answer: it renders "
+        f"{prompt[begin:]!r:.60} without the answer, but {whole[begin:]!r:.40} with it; set "
+        "chat_template to a template that renders both alike"
     )
 
 
 def _closed(tokenizer: Any, whole: str, begin: int) -> int:
-    """Where an answer ends that begins there: behind its closing token."""
+    """Return where an answer that starts at `begin` ends, after its closing token."""
     closing = end_of_answer(tokenizer)
     mark = "" if closing is None else str(tokenizer.convert_ids_to_tokens(closing))
     found = whole.find(mark, begin) if mark else -1
     if found < 0:
         raise TemplateFault(
-            "the chat template renders an earlier answer otherwise than the last, and closes none "
-            "by a special token"
+            "the chat template renders earlier answers differently from the last and closes none "
+            "with a special token"
         )
     return found + len(mark)
 
@@ -171,17 +172,17 @@ def _closed(tokenizer: Any, whole: str, begin: int) -> int:
 def each_row(
     tokenizer: Any, data: str, max_length: int, key: str, limit: int | None = None
 ) -> Iterator[tuple[Conversation | Document, list[Example]] | BadRow]:
-    """Yield each row with its examples, or why it cannot be used.
+    """Yield each row with its examples, or the reason it cannot be used.
 
     Args:
-        tokenizer: of the model.
-        data: a file, a directory, an address or a glob.
-        max_length: of an example, in tokens.
-        key: configuration key of the data, such as ``train.data``.
-        limit: rows read at most.
+        tokenizer: Tokenizer of the model.
+        data: File, directory, address or glob.
+        max_length: Maximum length of an example in tokens.
+        key: Configuration key of the data, such as ``train.data``.
+        limit: Maximum number of rows to read.
 
     Raises:
-        LoramError: no chat template.
+        LoramError: If a conversation needs a chat template and the tokenizer has none.
     """
     stage = key.partition(".")[0]
     for row in conversations(data, key, limit):
@@ -191,7 +192,7 @@ def each_row(
         if isinstance(row, Conversation) and tokenizer.chat_template is None:
             raise LoramError(
                 f"{stage} needs a chat template for {row.place} and the model's tokenizer has "
-                f"none; give a file with one as {stage}.chat_template"
+                f"none; set {stage}.chat_template to a template file"
             )
         found = tokenise_row(tokenizer, row, max_length)
         yield found if isinstance(found, BadRow) else (row, found)
@@ -205,18 +206,18 @@ def load_examples(
     key: str,
     limit: int | None = None,
 ) -> Iterator[tuple[Conversation | Document, Example]]:
-    """Yield usable examples; when all are read, refuse if too many were not.
+    """Yield the usable examples; after the last row, fail if too many rows were bad.
 
     Args:
-        tokenizer: of the model.
-        data: a file, a directory, an address or a glob.
-        max_length: of an example, in tokens.
-        max_bad_share: share of the rows that may be unusable.
-        key: configuration key of the data, such as ``train.data``.
-        limit: rows read at most.
+        tokenizer: Tokenizer of the model.
+        data: File, directory, address or glob.
+        max_length: Maximum length of an example in tokens.
+        max_bad_share: Maximum share of bad rows.
+        key: Configuration key of the data, such as ``train.data``.
+        limit: Maximum number of rows to read.
 
     Raises:
-        LoramError: no chat template, no usable example, or too many bad rows.
+        LoramError: If a chat template is missing, no example is usable, or too many rows are bad.
     """
     bad: list[BadRow] = []
     good = 0
@@ -233,20 +234,20 @@ def load_examples(
 
 
 def require_some(good: int, data: str, key: str) -> None:
-    """Refuse data without a usable example.
+    """Refuse data without usable examples.
 
     Raises:
-        LoramError: ``good`` is zero.
+        LoramError: If ``good`` is zero.
     """
     if good == 0:
         raise LoramError(
-            f"{key} must hold examples, {data} has none that can be used; give rows with "
-            "something to learn"
+            f"{key} must hold examples, {data} has none that can be used; add rows with text to "
+            "train on"
         )
 
 
 def is_held_out(row: Conversation | Document, share: float, seed: int) -> bool:
-    """Whether a row is one of the share that is held out; equal rows are on the same side."""
+    """Whether a row belongs to the held-out share; equal rows are always on the same side."""
     content = row.text if isinstance(row, Document) else json.dumps(row.content, sort_keys=True)
     return below_share(content, share, seed)
 
@@ -255,7 +256,7 @@ _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "learnt": pa.list_(pa.in
 
 
 class _Writer:
-    """Writes examples to an Arrow file, batch by batch."""
+    """Write examples to an Arrow file in batches."""
 
     def __init__(self, path: Path) -> None:
         self._file = pa.ipc.new_file(str(path), _SCHEMA)
@@ -281,7 +282,10 @@ class _Writer:
 
 
 class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Tokenised examples in a memory-mapped Arrow file: memory does not grow with their number."""
+    """Dataset of tokenised examples in a memory-mapped Arrow file.
+
+    Memory does not grow with the number of examples.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -289,7 +293,7 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     @classmethod
     def write(cls, examples: Iterable[Example], path: Path) -> ExampleTable:
-        """Write examples and open them."""
+        """Write examples to a file and open it."""
         with _Writer(path) as writer:
             for example in examples:
                 writer.write(example)
@@ -299,7 +303,7 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def split(
         cls, examples: Iterable[tuple[bool, Example]], path: Path, path_of_true: Path
     ) -> tuple[ExampleTable, ExampleTable]:
-        """Write examples to two files, those that come with True to the second, and open both."""
+        """Write examples to two files, those paired with True to the second, and open both."""
         with _Writer(path) as writer, _Writer(path_of_true) as writer_of_true:
             for chosen, example in examples:
                 (writer_of_true if chosen else writer).write(example)
@@ -307,12 +311,12 @@ class ExampleTable(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     @property
     def tokens(self) -> int:
-        """Tokens of all examples."""
+        """Total number of tokens."""
         return len(self._table["input_ids"].combine_chunks().flatten())
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Length of each example in tokens."""
         found: list[int] = pc.list_value_length(self._table["input_ids"]).to_pylist()
         return found
 

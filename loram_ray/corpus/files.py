@@ -1,8 +1,9 @@
-"""Files of text wherever they are: on disk, in an object store, on the Hugging Face hub.
+"""Find and open text files on disk, in object stores and on the Hugging Face Hub.
 
-The one place that knows file systems, kinds of files and compression. A file is named as the user
-names it: a local path, or ``s3://``, ``gs://``, ``file://`` or ``hf://datasets/org/name/…``. What
-follows ``?`` in an address is for the file system (``s3://bucket/key?endpoint_override=…``).
+This is the only module that knows file systems, file formats and compression. A file keeps the name
+that the user gave: a local path, or ``s3://``, ``gs://``, ``file://`` or
+``hf://datasets/org/name/…``. Anything after ``?`` in an address configures the file system
+(``s3://bucket/key?endpoint_override=…``).
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _HASHED_ENDS = 2**20
 
 @dataclass(frozen=True)
 class Kinds:
-    """Kinds of files that somebody reads.
+    """Set of supported file formats.
 
     Attributes:
-        names: endings, those of compression excepted.
-        said: how a message lists them.
+        names: File name suffixes, without those of compression.
+        said: List of the formats for error messages.
     """
 
     names: tuple[str, ...]
@@ -45,18 +46,19 @@ TEXT = Kinds(
     _LINES + _COLUMNS,
     ".jsonl, .txt (both also .gz, .zst), .json.gz, .json.zst, .parquet, .arrow",
 )
-"""What a corpus is made of."""
+"""Formats of corpus files."""
 EXAMPLES = Kinds(TEXT.names + _TABLES, f"{TEXT.said}, .json, .csv, .tsv")
-"""What examples to learn from are kept in."""
+"""Formats of fine-tuning data."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a file is read.
+    """Format and compression of a file.
 
     Attributes:
         kind: ``.jsonl``, ``.txt``, ``.parquet``, ``.arrow``, ``.csv``, ``.tsv`` or ``.json``.
-        codec: ``gzip`` or ``zstd`` of a file that can only be read from its beginning.
+        codec: ``gzip`` or ``zstd`` for a compressed file, which can only be read from its
+            beginning.
     """
 
     kind: str
@@ -65,14 +67,14 @@ class Form:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of text.
+    """File of text.
 
     Attributes:
-        path: as its source names it.
-        name: the last part.
-        form: how it is read.
-        size: bytes.
-        modified: nanoseconds since the epoch, where the file system says.
+        path: Path in the form the source uses.
+        name: Last component of the path.
+        form: Format and compression.
+        size: Size in bytes.
+        modified: Modification time in nanoseconds since the epoch, if the file system records it.
     """
 
     path: str
@@ -83,30 +85,30 @@ class DataFile:
 
 
 def form_of(path: str) -> Form | None:
-    """Return how a file is read, by its name, or None where it is not."""
+    """Return the format of a file by its name, or None if it is not supported."""
     stem, suffix = posixpath.splitext(Place(path).inner)
     if suffix not in _CODECS:
         return Form(suffix) if suffix in EXAMPLES.names else None
     kind = posixpath.splitext(stem)[1]
-    if kind == ".json":  # so C4 and others name JSON lines
+    if kind == ".json":  # C4 and others name JSON lines so
         kind = ".jsonl"
     return Form(kind, _CODECS[suffix]) if kind in _LINES else None
 
 
 def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
-    """Return the files that a path, an address or a glob names, sorted.
+    """Return the sorted files that a path, an address or a glob names.
 
-    Of a directory that is every file of a kind that is read, at any depth, hidden ones excepted,
-    and ``.json``, which rarely is data there; of one saved by ``datasets`` the files that its
-    ``state.json`` names.
+    A directory stands for all its supported files at any depth, except hidden files and ``.json``,
+    which is rarely data there. A directory saved by ``datasets`` stands for the files listed in its
+    ``state.json``.
 
     Args:
-        path: what a source names.
-        key: its configuration key, for messages.
-        kinds: what is read.
+        path: Path, address or glob of a source.
+        key: Configuration key of the path for error messages.
+        kinds: Supported formats.
 
     Raises:
-        LoramError: there are none, a kind of file that is not read, or no such file system.
+        LoramError: If there are no files, or the format or file system is not supported.
     """
     place = Place(path)
     with saying_why(f"{key} {path}"):
@@ -126,30 +128,30 @@ def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
             raise LoramError(f"{key} must name files of {kinds.said}, got {name}; convert it")
         files.append(DataFile(name, info.base_name, form, info.size, info.mtime_ns))
     if not files:
-        remedy = "check it" if "://" in path else "check it (of the hub: hf://datasets/org/name)"
+        remedy = "check it" if "://" in path else "check it (on the Hub: hf://datasets/org/name)"
         raise LoramError(f"{key} must name files of {kinds.said}, {path} has none; {remedy}")
     return files
 
 
 def open_at(path: str, position: int = 0) -> io.BufferedReader:
-    """Open a file that is not compressed, at a byte."""
+    """Open an uncompressed file at a byte offset."""
     file = open_random(path)
     file.seek(position)
     return io.BufferedReader(file, _BUFFER)  # type: ignore[type-var]
 
 
 def open_random(path: str) -> NativeFile:
-    """Open a file for reading at any place."""
+    """Open a file for random access."""
     place = Place(path)
     return place.filesystem.open_input_file(place.inner)
 
 
 def read_lines(path: str) -> Iterator[bytes]:
-    """Yield every line of a file, unpacked; memory does not grow with the file.
+    """Yield each line of a file, decompressed; memory does not grow with the file.
 
     Raises:
-        LoramError: it is not UTF-8 text in lines; or it is compressed and cut or damaged. How much
-            was lost cannot be known, so it counts as no number of bad rows.
+        LoramError: If the file is not line-based UTF-8 text, or is compressed and truncated or
+            damaged. The amount of lost data is unknown, so it never counts as bad rows.
     """
     form, place, number = form_of(path), Place(path), 0
     codec = form.codec if form is not None else None
@@ -165,16 +167,16 @@ def read_lines(path: str) -> Iterator[bytes]:
             if codec is None:
                 raise
             raise LoramError(
-                f"{path} is cut or damaged past line {number} ({in_one_line(error)}); get the "
-                "file again, or leave it out"
+                f"{path} is truncated or damaged past line {number} ({in_one_line(error)}); "
+                "download it again, or leave it out"
             ) from error
 
 
 def identify_file(file: DataFile) -> str:
-    """What tells a file's content from another's, without reading much of what is large or far.
+    """Return an identifier of a file's content without reading much of a large or remote file.
 
-    A local file's SHA-256, over 256 MiB of both ends alone; on the hub the blob's id; in an object
-    store the time of the last change.
+    Local files use SHA-256, over both ends only above 256 MiB; files on the Hub their blob id;
+    files in an object store their modification time.
     """
     place = Place(file.path)
     if place.scheme == "hf":
@@ -191,7 +193,7 @@ def identify_file(file: DataFile) -> str:
 
 
 def hash_content(path: str) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open_random(path) as stream:
         while piece := stream.read(_BUFFER):

@@ -1,4 +1,4 @@
-"""Folders of datasets: those that ``save_to_disk`` wrote, and those of several splits."""
+"""Handle dataset directories: those written by ``save_to_disk``, and those with several splits."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _README_BYTES = 2**20
 _STATE_BYTES = 64 * 2**20
 _README_LEVELS = 3
 _TOP_PARTS = {"hf": 3}
-"""Parts of the shortest address that is a dataset; of other stores the bucket is one."""
+"""Number of components in the shortest address of a dataset; elsewhere a bucket suffices."""
 
 
 @dataclass(frozen=True)
 class SavedDataset:
-    """What a dataset's ``state.json`` says.
+    """Content of a saved dataset's ``state.json``.
 
     Attributes:
-        files: paths of its data.
-        split: its split, where it has one.
+        files: Paths of the data files.
+        split: Name of the split, if recorded.
     """
 
     files: frozenset[str]
@@ -36,15 +36,15 @@ class SavedDataset:
 
 
 def saved_datasets(place: Place, paths: Collection[str], key: str) -> dict[str, SavedDataset]:
-    """The datasets saved below a folder, by their folders.
+    """Return the saved datasets below a directory, keyed by their directories.
 
     Args:
-        place: of the folder.
-        paths: all files below it.
-        key: its configuration key, for messages.
+        place: Location of the directory.
+        paths: Paths of all files below it.
+        key: Configuration key of the directory for error messages.
 
     Raises:
-        LoramError: several splits were saved together, or a file is missing.
+        LoramError: If several splits were saved together, or a file is missing.
     """
     for path in paths:
         if posixpath.basename(path) == "dataset_dict.json":
@@ -74,17 +74,17 @@ def refuse_several(
     key: str,
     recorded: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Refuse files of several splits or configurations of a dataset.
+    """Refuse files from several splits or configurations of a dataset.
 
     Args:
-        place: where they are.
-        folder: the dataset's, or one in it.
-        paths: of the files.
-        key: the configuration key that names them, for messages.
-        recorded: the splits of files of saved datasets.
+        place: Location of the files.
+        folder: Directory of the dataset, or one inside it.
+        paths: Paths of the files.
+        key: Configuration key of the files for error messages.
+        recorded: Recorded splits of the files of saved datasets.
 
     Raises:
-        LoramError: they are of several; the message names them, and how to name one.
+        LoramError: If there are several; the message lists them and shows how to select one.
     """
     if len(paths) < 2:
         return
@@ -109,7 +109,7 @@ def refuse_several(
 
 
 def _suggested(several: Several, key: str) -> tuple[str, Sequence[str]]:
-    """The split that is probably meant: to evaluate, one that is not for training."""
+    """Return the split that is probably meant; for evaluation, one that is not for training."""
     names = list(several.splits)
     if "eval" in key:
         names.sort(key=lambda name: ("test" not in name, "train" in name))
@@ -119,9 +119,10 @@ def _suggested(several: Several, key: str) -> tuple[str, Sequence[str]]:
 
 
 def _declared(place: Place, folder: str) -> tuple[str, list[Declared]]:
-    """The folder of the README that declares a dataset's files, and what it declares.
+    """Return the directory of the README that declares a dataset's files, and its declarations.
 
-    It is looked for in the folder and the ones above; without any, the folder itself is returned.
+    The README is searched for in the directory and its parents; without one, the directory itself
+    is returned.
     """
     found = place.filesystem.get_file_info(
         [posixpath.join(above, "README.md") for above in _upwards(place, folder)]
@@ -136,7 +137,7 @@ def _declared(place: Place, folder: str) -> tuple[str, list[Declared]]:
 
 
 def _upwards(place: Place, folder: str) -> Iterator[str]:
-    """A folder and some above it."""
+    """Yield a directory and some of its parents."""
     least = _TOP_PARTS.get(place.scheme, 1)
     if place.scheme in ("", "file"):
         folder = os.path.abspath(folder)
@@ -148,7 +149,7 @@ def _upwards(place: Place, folder: str) -> Iterator[str]:
 
 
 def _as_given(place: Place, folder: str, top: str) -> str:
-    """The folder of a README as the user would name it."""
+    """Return the directory of a README as the user would write it."""
     if place.scheme or os.path.isabs(folder):
         return top
     return posixpath.normpath(posixpath.join(folder, posixpath.relpath(top, folder)))
@@ -166,7 +167,7 @@ def _refuse_dictionary(place: Place, path: str, key: str) -> None:
 
 
 def _read_object(place: Place, path: str) -> dict[str, Any]:
-    """Read a JSON file of a dataset; what is no object is of something else."""
+    """Read a JSON object of a dataset; any other JSON value counts as empty."""
     with place.filesystem.open_input_stream(path) as stream:
         content = bytes(stream.read(_STATE_BYTES))
     remedy = "copy the dataset again"

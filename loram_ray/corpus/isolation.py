@@ -1,7 +1,7 @@
-"""Where documents begin in packed sequences, and positions with which they do not see each other.
+"""Locate document boundaries in packed sequences and isolate documents by position ids.
 
-transformers' decoders take position ids that begin anew as a sign of packed sequences: their masks
-become block-diagonal, or their kernels work on sequences of varying length.
+The decoders in Transformers treat position ids that restart as packed sequences: they use
+block-diagonal masks or variable-length attention kernels.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from loram_ray.models.tokenizer import Frame
 
 
 def document_positions(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """Positions that begin at 0 with every document.
+    """Return position ids that restart at 0 with every document.
 
     Args:
-        input_ids: int64 ``[batch, seq]``.
-        frame: how documents begin and end.
+        input_ids: Token ids, int64 ``[batch, seq]``.
+        frame: Token ids that begin and end a document.
 
     Returns:
-        Int64 ``[batch, seq]``.
+        Position ids, int64 ``[batch, seq]``.
     """
     begins = _begins(input_ids, frame)
     begins[:, 0] = True
@@ -28,11 +28,14 @@ def document_positions(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:
 
 
 def openings(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """Mask of the tokens that open a document, bool ``[batch, seq]``: they are never predicted.
+    """Return a mask of the tokens that open a document, which are never predicted.
 
     Args:
-        input_ids: int64 ``[batch, seq]``.
-        frame: how documents begin and end.
+        input_ids: Token ids, int64 ``[batch, seq]``.
+        frame: Token ids that begin and end a document.
+
+    Returns:
+        Mask, bool ``[batch, seq]``.
     """
     begins, length = _begins(input_ids, frame), input_ids.shape[1]
     found = torch.zeros_like(begins)
@@ -42,9 +45,9 @@ def openings(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:
 
 
 def _begins(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """Mask of where the opening stands at the front or behind a document's end.
+    """Return a mask of opening sequences at the front or after the end of a document.
 
-    An opening that a sequence's end cuts counts too.
+    An opening truncated by the end of a sequence counts too.
     """
     begins = torch.ones_like(input_ids, dtype=torch.bool)
     begins[:, 1:] = input_ids[:, :-1] == frame.end
@@ -57,12 +60,12 @@ def _begins(input_ids: torch.Tensor, frame: Frame) -> torch.Tensor:
 
 
 def _every_second(ends: torch.Tensor) -> torch.Tensor:
-    """Where one token both opens and ends documents: which of a run of them open one.
+    """If one token both opens and ends documents, mark those in a run that open one.
 
-    At the front of a sequence the first opens; elsewhere the first ends a document.
+    At the front of a sequence the first token opens a document; elsewhere it ends one.
 
     Args:
-        ends: where that token stands, bool ``[batch, seq]``.
+        ends: Mask of that token, bool ``[batch, seq]``.
     """
     first = ends.clone()
     first[:, 1:] &= ~ends[:, :-1]

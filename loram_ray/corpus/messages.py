@@ -1,4 +1,4 @@
-"""Messages of a conversation in OpenAI's form: what they may hold, and which carry loss."""
+"""Check messages in OpenAI's format, and determine which carry loss."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from loram_ray.errors import LoramError
 from loram_ray.utils.parsing import parse_json
 
 KEYS_OF_WEIGHT = ("weight", "train")
-"""Whether a message carries loss: OpenAI's key, 0 or 1, and Axolotl's, false or true."""
+"""Keys for a message's loss: OpenAI's (0 or 1) and Axolotl's (false or true)."""
 _ROLES = ("system", "user", "assistant", "tool")
 _REFUSED = {
-    "train_detail": "weigh whole messages by 'weight', 0 or 1",
-    "loss_mask": "weigh whole messages by 'weight', 0 or 1",
-    "refusal": "write it as its 'content'",
-    "audio": "only text is learnt",
-    "images": "only text is learnt",
-    "videos": "only text is learnt",
+    "train_detail": "weight whole messages with 'weight', 0 or 1",
+    "loss_mask": "weight whole messages with 'weight', 0 or 1",
+    "refusal": "move it to 'content'",
+    "audio": "only text is supported",
+    "images": "only text is supported",
+    "videos": "only text is supported",
 }
 _CALLS = ("tool_calls", "function_call")
 
 
 class BadMessages(ValueError):
-    """Why messages cannot be learnt from."""
+    """Messages that cannot be trained on, with the reason."""
 
 
 def checked_messages(messages: object) -> tuple[list[dict[str, Any]], frozenset[int]]:
-    """Check messages and write them one way: content as text, calls' arguments as objects.
+    """Check messages and normalise them: content as text, arguments of calls as objects.
 
-    Messages behind the last that is learnt are left out.
+    Messages after the last one with loss are dropped.
 
     Returns:
-        The messages, and the numbers of the assistant's messages that carry no loss.
+        The messages, and the indices of the assistant messages without loss.
 
     Raises:
-        BadMessages: they cannot be learnt from.
+        BadMessages: If the messages cannot be trained on.
     """
     if not isinstance(messages, list) or len(messages) < 2:
         raise BadMessages(
-            "'messages' must be a list of at least a user's and an assistant's message"
+            "'messages' must be a list of at least a user message and an assistant message"
         )
     given = set()
     checked = []
@@ -54,16 +54,16 @@ def checked_messages(messages: object) -> tuple[list[dict[str, Any]], frozenset[
         raise BadMessages("no answer: the last message must be the assistant's")
     _require_turns([message["role"] for message in checked])
     if any(m["role"] == "assistant" and not _says_something(m) for m in checked):
-        raise BadMessages("no answer: an assistant's message must have text")
+        raise BadMessages("no answer: an assistant message must have text")
     answers = [n for n, m in enumerate(checked) if m["role"] == "assistant"]
     learnt = [number for number in answers if number not in given]
     if not learnt:
-        raise BadMessages("no answer: every assistant's message has weight 0")
+        raise BadMessages("no answer: every assistant message has weight 0")
     return checked[: learnt[-1] + 1], frozenset(n for n in answers if n in given and n < learnt[-1])
 
 
 def is_special(message: object) -> bool:
-    """Whether a message holds more than its role, and its content as text."""
+    """Whether a message holds more than a role and text content."""
     if not isinstance(message, dict):
         return False
     keys = (*KEYS_OF_WEIGHT, *_CALLS, *_REFUSED, "name")
@@ -72,17 +72,17 @@ def is_special(message: object) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """Leave out what a table's columns have for every row and this one has not, at any depth."""
+    """Drop nulls at any depth; tables fill the columns that a row lacks with them."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def parsed(value: Any, name: str) -> Any:
-    """A value that may be written as JSON text, as tables often have it.
+    """Decode a value that may be stored as JSON text, as is common in tables.
 
     Raises:
-        BadMessages: it is no JSON.
+        BadMessages: If the text is not JSON.
     """
     if not isinstance(value, str) or not value.strip():
         return value or None
@@ -93,7 +93,7 @@ def parsed(value: Any, name: str) -> Any:
 
 
 def _takes_loss(message: dict[str, Any]) -> bool:
-    """Read a message's weight, and take the key away."""
+    """Pop a message's weight and return whether the message carries loss."""
     takes = True
     for key in KEYS_OF_WEIGHT:
         weight = message.pop(key, None)
@@ -102,7 +102,7 @@ def _takes_loss(message: dict[str, Any]) -> bool:
         if weight not in (0, 1):
             raise BadMessages(f"a message's {key} must be 0 or 1, got {weight!r:.40}")
         if weight and key == "train" and message["role"] != "assistant":
-            raise BadMessages(f"only the assistant's messages are learnt, {key} is on another's")
+            raise BadMessages(f"only assistant messages can carry loss, {key} is set on another")
         takes = takes and bool(weight)
     return takes
 
@@ -110,13 +110,13 @@ def _takes_loss(message: dict[str, Any]) -> bool:
 def _checked(message: dict[str, Any]) -> dict[str, Any]:
     for name, remedy in _REFUSED.items():
         if message.get(name):
-            raise BadMessages(f"a message's '{name}' cannot be learnt from: {remedy}")
+            raise BadMessages(f"a message's '{name}' cannot be trained on: {remedy}")
     message = {**message, "content": _text_of(message)}
     calls = message.get("tool_calls")
     if calls is None:
         return message
     if message["role"] != "assistant" or not isinstance(calls, list):
-        raise BadMessages("'tool_calls' must be a list in an assistant's message")
+        raise BadMessages("'tool_calls' must be a list in an assistant message")
     if not calls:
         del message["tool_calls"]
     else:
@@ -125,14 +125,14 @@ def _checked(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(message: dict[str, Any]) -> str:
-    """A message's text; of a list of parts that of all of them."""
+    """Return a message's text; the parts of a list are joined."""
     content = message.get("content")
     if content is None and any(message.get(name) for name in _CALLS):
         return ""
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         for part in content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise BadMessages(f"only text is learnt, a message has a part {part!r:.60}")
+                raise BadMessages(f"only text is supported, a message has a part {part!r:.60}")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadMessages("a message's content must be text")
@@ -140,7 +140,7 @@ def _text_of(message: dict[str, Any]) -> str:
 
 
 def _checked_call(call: Any) -> dict[str, Any]:
-    """A tool's call, its arguments as an object, as chat templates read them."""
+    """Return a tool call with its arguments as an object, as chat templates expect."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadMessages("each of 'tool_calls' must hold a 'function' with a 'name'")
@@ -151,12 +151,12 @@ def _checked_call(call: Any) -> dict[str, Any]:
 
 
 def arguments_of_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments of each of a checked message's calls."""
+    """Return the arguments of each tool call of a checked message."""
     return [call["function"]["arguments"] for call in message.get("tool_calls", ())]
 
 
 def with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A checked message with its calls' arguments as JSON text, as OpenAI's interface has them."""
+    """Return a checked message with the arguments of its calls as JSON text, as in OpenAI's API."""
     calls = [
         {
             **call,
@@ -175,7 +175,7 @@ def _says_something(message: dict[str, Any]) -> bool:
 
 
 def _require_turns(roles: list[str]) -> None:
-    """A system message may come first; users and assistant take turns, tools answer the latter."""
+    """Require user and assistant to alternate, with an optional system message and tool answers."""
     follows = {
         "": ("system", "user"),
         "system": ("user",),
@@ -187,7 +187,7 @@ def _require_turns(roles: list[str]) -> None:
     for number, role in enumerate(roles, start=1):
         if role not in follows[before]:
             raise BadMessages(
-                "roles out of order: a system message may come first, then user and assistant take "
-                f"turns; message {number} is the {role}'s"
+                "roles out of order: a system message may come first, then user and assistant must "
+                f"alternate; message {number} has the role {role}"
             )
         before = role

@@ -1,11 +1,11 @@
-"""The order of sequences in training: sources mixed by weight, each in seeded epochs of its own.
+"""Define the order of training sequences: sources mixed by weight, each in its own seeded epochs.
 
-The order is a pure function of the sources and the seed, so a resumed run asks for the position
-where it stopped, and one worker or several see the same global batches. Which source a position
-takes is drawn by the weights. Within a source, blocks (row groups) are permuted, then the rows of
-some consecutive ones together, anew in every epoch: no sequence comes twice in an epoch of its
-source, and a short training sees several places of the corpus. A source that ends begins its next
-epoch while the others go on; training ends with its budget.
+The order is a pure function of the sources and the seed. A resumed run therefore asks for the
+position at which it stopped, and any number of workers sees the same global batches. The source at
+each position is drawn by weight. Within a source, blocks (row groups) are shuffled, then the rows
+of consecutive blocks are shuffled together, differently in every epoch: no sequence repeats within
+an epoch of its source, and a short training run still samples the whole corpus. A source that ends
+starts its next epoch while the others continue; training ends with its budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MIXING = 2**32
 
 @dataclass(frozen=True)
 class Block:
-    """A row group of a prepared corpus."""
+    """Row group of a prepared corpus."""
 
     path: str
     group: int
@@ -31,12 +31,12 @@ class Block:
 
 @dataclass(frozen=True)
 class MixedSource:
-    """A source in a mixture.
+    """Source in a mixture.
 
     Attributes:
-        name: for messages.
-        weight: share of the positions, up to a factor that all sources have in common.
-        blocks: its sequences.
+        name: Name for error messages.
+        weight: Relative weight; only the ratios between sources matter.
+        blocks: Blocks that hold the source's sequences.
     """
 
     name: str
@@ -46,11 +46,12 @@ class MixedSource:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive positions.
+    """Range of consecutive positions.
 
     Attributes:
-        number: which; the chunk holds positions ``[number * chunk, (number + 1) * chunk)``.
-        before: sequences that each source gave to earlier chunks.
+        number: Index of the chunk, which holds positions ``[number * chunk, (number + 1) *
+            chunk)``.
+        before: Number of sequences of each source in earlier chunks.
     """
 
     number: int
@@ -59,12 +60,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a block, and the positions that they are at.
+    """Rows of a block and their positions.
 
     Attributes:
-        block: the block.
-        rows: numbers of its rows, int64 ``[n]``.
-        positions: int64 ``[n]``.
+        block: Block that holds the rows.
+        rows: Row indices in the block, int64 ``[n]``.
+        positions: Position of each row, int64 ``[n]``.
     """
 
     block: Block
@@ -74,13 +75,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Order:
-    """Positions from 0 on, and the rows at them.
+    """Mapping from positions, starting at 0, to rows.
 
     Attributes:
-        sources: what is mixed.
-        seed: of everything that is drawn.
-        chunk: positions that are read together.
-        window: blocks of a source whose rows are shuffled together.
+        sources: Sources to mix.
+        seed: Seed of all random draws.
+        chunk: Number of positions read together.
+        window: Number of blocks of a source whose rows are shuffled together.
     """
 
     sources: tuple[MixedSource, ...]
@@ -97,11 +98,11 @@ class Order:
             before += np.bincount(self.drawn(number), minlength=len(self.sources))
 
     def positions(self, chunk: Chunk) -> np.ndarray:
-        """Positions of a chunk, int64 ``[chunk]``."""
+        """Return the positions of a chunk, int64 ``[chunk]``."""
         return np.arange(chunk.number * self.chunk, (chunk.number + 1) * self.chunk)
 
     def drawn(self, chunk: int) -> np.ndarray:
-        """Number of the source at each position of a chunk, ``[chunk]``."""
+        """Return the index of the source at each position of a chunk, ``[chunk]``."""
         if len(self.sources) == 1:
             return np.zeros(self.chunk, dtype=np.int64)
         weights = np.array([source.weight for source in self.sources])
@@ -109,7 +110,7 @@ class Order:
         return generator.choice(len(weights), self.chunk, p=weights / weights.sum())
 
     def pieces(self, chunk: Chunk) -> Iterator[Piece]:
-        """Yield what a chunk is made of; positions ascend within a piece."""
+        """Yield the pieces of a chunk; positions ascend within a piece."""
         drawn = self.drawn(chunk.number)
         for number, before in enumerate(chunk.before):
             positions = self.positions(chunk)[drawn == number]
@@ -117,7 +118,7 @@ class Order:
                 yield Piece(block, rows, positions[places])
 
     def visited(self, end: int) -> set[tuple[str, int]]:
-        """Path and group of each block with a row at positions below ``end``."""
+        """Return path and group of each block with a row at a position below ``end``."""
         return {
             (piece.block.path, piece.block.group)
             for chunk in self.chunks(0, end)
@@ -128,7 +129,7 @@ class Order:
     def _rows(
         self, number: int, start: int, end: int
     ) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:
-        """Yield the rows ``[start, end)`` of a source over all its epochs, and their places."""
+        """Yield rows ``[start, end)`` of a source, counted over all epochs, and their places."""
         blocks = self.sources[number].blocks
         sizes = np.array([block.rows for block in blocks])
         total = int(sizes.sum())

@@ -1,7 +1,8 @@
-"""Tokenised documents, each begun and ended as the tokenizer does it, cut into equal sequences.
+"""Pack tokenised documents into sequences of equal length.
 
-A document that is cut begins again in the next sequence: models that lean on their first token
-(Llama, Gemma) are lost without it.
+Each document gets the tokenizer's opening and end tokens. A document that continues in another
+sequence gets the opening there again: models that rely on their first token (Llama, Gemma) degrade
+without it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CHARACTERS_AT_ONCE = 2**20
 
 
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
-    """Yield each document's token ids with those that begin and end it; see `frame_of`."""
+    """Yield each document's token ids, with its opening and end tokens; see `frame_of`."""
     batch: list[str] = []
     for document in documents:
         batch.append(document)
@@ -37,7 +38,7 @@ def _is_full(batch: list[str]) -> bool:
 
 
 def tokenise_batch(tokenizer: Any, documents: list[str]) -> list[list[int]]:
-    """Return each document's token ids, as `tokenise` yields them."""
+    """Return each document's token ids, in the form that `tokenise` yields."""
     frame = frame_of(tokenizer)
     if not documents:
         return []
@@ -53,19 +54,20 @@ def pack(
     padding: int,
     opening: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Join documents and cut them into sequences; only the last one is padded.
+    """Concatenate documents and cut them into sequences; only the last one is padded.
 
     Args:
-        documents: token ids; each begins with the opening.
-        sequence_length: tokens in a sequence.
-        padding: token id after the end of the last sequence.
-        opening: token ids that every sequence begins with.
+        documents: Token ids of each document, starting with the opening.
+        sequence_length: Number of tokens per sequence.
+        padding: Token id that pads the last sequence.
+        opening: Token ids that start every sequence.
 
     Returns:
-        int32 ``[sequences, sequence_length]`` and the true length of each, int32 ``[sequences]``.
+        Sequences, int32 ``[sequences, sequence_length]``, and their lengths without padding, int32
+        ``[sequences]``.
 
     Raises:
-        LoramError: the opening fills a sequence.
+        LoramError: If the opening fills a whole sequence.
     """
     parts: list[np.ndarray] = []
     filled = 0
@@ -85,13 +87,13 @@ def pack(
 def _opened_again(
     ids: Sequence[int] | np.ndarray, filled: int, sequence_length: int, opening: Sequence[int]
 ) -> np.ndarray:
-    """Put the opening where a document goes on in another sequence, int32 ``[tokens]``.
+    """Insert the opening wherever a document continues in another sequence, int32 ``[tokens]``.
 
     Args:
-        ids: of the document, which begins with the opening.
-        filled: tokens of all documents before it.
-        sequence_length: tokens in a sequence.
-        opening: token ids.
+        ids: Token ids of the document, starting with the opening.
+        filled: Number of tokens in all earlier documents.
+        sequence_length: Number of tokens per sequence.
+        opening: Token ids of the opening.
     """
     document = np.asarray(ids, dtype=np.int32)
     room = sequence_length - filled % sequence_length
@@ -100,8 +102,8 @@ def _opened_again(
     inner = sequence_length - len(opening)
     if inner < 1:
         raise LoramError(
-            f"a sequence must be longer than the {len(opening)} tokens that the tokenizer begins "
-            f"each text with, got {sequence_length}; raise sequence_length or max_length"
+            f"a sequence must be longer than the {len(opening)} tokens with which the tokenizer "
+            f"starts each text, got {sequence_length}; raise sequence_length or max_length"
         )
     rest = document[max(room, len(opening)) :]
     rows = -(-len(rest) // inner)
@@ -112,18 +114,18 @@ def _opened_again(
 
 
 class PackedFile:
-    """A Parquet file of packed sequences, written as the documents come.
+    """Write packed sequences to a Parquet file, one document at a time.
 
-    The columns are ``row_id`` int64, ``input_ids`` a list of ``sequence_length`` int32, and
-    ``length`` int32. Memory is that of a batch of documents and of a row group, however many
-    documents there are; the file is the same however they come.
+    The columns are ``row_id`` (int64), ``input_ids`` (list of ``sequence_length`` int32) and
+    ``length`` (int32). Memory is bounded by a batch of documents and a row group, and the file does
+    not depend on how documents are batched.
 
     Args:
-        path: written to a sibling that is renamed by `close`.
-        tokenizer: of the model.
-        sequence_length: tokens in a sequence.
-        rows_per_group: rows of a row group.
-        first_row_id: id of the first sequence; the others follow.
+        path: Path of the file; it is written beside this path and renamed by `close`.
+        tokenizer: Tokenizer of the model.
+        sequence_length: Number of tokens per sequence.
+        rows_per_group: Number of rows per row group.
+        first_row_id: Id of the first sequence; the others count up from it.
     """
 
     def __init__(
@@ -152,13 +154,13 @@ class PackedFile:
         self._writer = pq.ParquetWriter(self._partial, self._schema)
 
     def add(self, document: str) -> None:
-        """Take one more document."""
+        """Add a document."""
         self._batch.append(document)
         if _is_full(self._batch):
             self._tokenise()
 
     def _tokenise(self) -> None:
-        """Tokenise the documents at hand and write the row groups that are full."""
+        """Tokenise the buffered documents and write the row groups that are full."""
         for ids in tokenise_batch(self._tokenizer, self._batch):
             part = _opened_again(ids, self._count, self._length, self._opening)
             self._waiting.append(part)
@@ -173,7 +175,7 @@ class PackedFile:
             self._waiting, self._count = [tokens[whole:].copy()], len(tokens) - whole
 
     def close(self) -> None:
-        """Write the rest, of which the last sequence is padded, and put the file in its place."""
+        """Write the remaining sequences, pad the last one, and move the file into place."""
         self._tokenise()
         if self._count or not self.sequences:
             self._write(np.concatenate([*self._waiting, np.zeros(0, dtype=np.int32)]))

@@ -1,4 +1,4 @@
-"""Places where files are: a path or an address, its file system, and what is below it."""
+"""Resolve paths and addresses of data: their file systems and the files below them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RETRY_SECONDS = 60
 
 
 class Place:
-    """A path taken apart: the scheme, what the file system calls it, and what is for that."""
+    """Path or address, split into its scheme, the path inside its file system, and the query."""
 
     def __init__(self, path: str) -> None:
         if problem := problem_with(path):
@@ -33,7 +33,9 @@ class Place:
         rest, mark, query = rest.partition("?")
         authority, slash, key = rest.partition("/")
         if scheme == "file" and authority:
-            raise LoramError(f"{path} must have three slashes after file:, and no host; mend it")
+            raise LoramError(
+                f"{path} must have three slashes after file:, and no host; fix the address"
+            )
         user, at, bucket = authority.rpartition("@")
         self.scheme, self.inner = scheme, bucket + slash + key
         self._prefix, self._query = f"{scheme}://{user}{at}", mark + query
@@ -41,13 +43,13 @@ class Place:
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        """The file system that the path is on."""
+        """File system of the path."""
         if self.scheme in ("", "file"):
             return fs.LocalFileSystem()
         return _store(self.scheme, self._authority, self._query)
 
     def name_of(self, inner: str) -> str:
-        """Return how the user would name something on the same file system."""
+        """Return a path of the same file system as the user would write it."""
         return f"{self._prefix}{inner.removeprefix('./')}{self._query}"
 
 
@@ -58,13 +60,13 @@ def _store(scheme: str, authority: str, query: str) -> fs.FileSystem:
 
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     if scheme == "gs" and "retry_limit_seconds=" not in query:
-        # by itself it would try for a quarter of an hour
+        # the default limit is 15 minutes
         query += ("&" if query else "?") + f"retry_limit_seconds={_RETRY_SECONDS}"
     return fs.FileSystem.from_uri(f"{scheme}://{authority}{query}")[0]
 
 
 def matching(place: Place) -> list[fs.FileInfo]:
-    """Files that a glob matches; ``**`` stands for any number of folders."""
+    """Return the files that match a glob; ``**`` matches any number of directories."""
     parts = place.inner.split("/")
     plain = _plain_parts(place)
     if plain == len(parts):
@@ -79,7 +81,7 @@ def matching(place: Place) -> list[fs.FileInfo]:
 
 
 def walk(place: Place, base: str, recursive: bool = True) -> list[fs.FileInfo]:
-    """Files below a folder, hidden ones and those in hidden folders excepted."""
+    """Return the files below a directory, except hidden files and those in hidden directories."""
     selector = fs.FileSelector(base, allow_not_found=True, recursive=recursive)
     skipped = len(base.rstrip("/"))
     return [
@@ -90,29 +92,29 @@ def walk(place: Place, base: str, recursive: bool = True) -> list[fs.FileInfo]:
 
 
 def folder_of(place: Place) -> str:
-    """The folder below which a glob's files are."""
+    """Return the directory below which a glob's files are."""
     parts = place.inner.split("/")[: _plain_parts(place)]
     return "/".join(parts) or ("/" if place.inner.startswith("/") else ".")
 
 
 def _plain_parts(place: Place) -> int:
-    """How many of a path's parts come before the first that is a pattern."""
+    """Return the number of path components before the first pattern."""
     parts = place.inner.split("/")
     return next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
 
 
 @contextmanager
 def saying_why(what: str) -> Iterator[None]:
-    """Turn a store's own error into one line.
+    """Turn the errors of a store into one-line errors.
 
     Raises:
-        LoramError: ``what`` cannot be listed.
+        LoramError: If ``what`` cannot be listed.
     """
     try:
         yield
     except LoramError:
         raise
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store raises its own exceptions
         raise LoramError(
             f"{what} cannot be listed ({in_one_line(error):.300}); check the address, the "
             "connection and your credentials"
@@ -120,5 +122,5 @@ def saying_why(what: str) -> Iterator[None]:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, without its line ends."""
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())

@@ -1,8 +1,8 @@
-"""A corpus tokenised and packed once, by Ray Data, into Parquet with stable row ids.
+"""Tokenise and pack a corpus once, with Ray Data, into Parquet files with stable row ids.
 
-Each unit of the corpus becomes one Parquet file with a name, an order and a content of its own, so
-the result is the same however many tasks made it, and an interrupted preparation continues. Rows
-that are held out go to files of their own.
+Each unit of the corpus becomes one Parquet file with a fixed name, order and content. The result
+therefore does not depend on the number of tasks, and an interrupted preparation can continue.
+Held-out rows go to separate files.
 """
 
 from __future__ import annotations
@@ -63,23 +63,22 @@ _TOKENIZER_FILES = (
 
 
 def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResult:
-    """Tokenise and pack a corpus with a model's tokenizer; reuse what is complete.
+    """Tokenise and pack a corpus with a model's tokenizer, reusing a complete result.
 
-    `loram_ray.corpus.sources.list_sources` reads what the result holds of each source. Ray must be
-    initialised.
+    Ray must be initialised. Use `loram_ray.corpus.sources.list_sources` to read the result.
 
     Args:
-        config: sources, what is kept of them, and the sequence length.
-        model: model directory whose tokenizer is used.
-        output: directory to write.
+        config: Sources, filters and sequence length.
+        model: Directory of the model that provides the tokenizer.
+        output: Directory to write.
 
     Raises:
-        LoramError: a source without text, a damaged file, no usable tokenizer, or more unreadable
-            rows than the configured share.
+        LoramError: If a source has no text, a file is damaged, the tokenizer is unusable, or the
+            share of unreadable rows exceeds the configured limit.
     """
     config = config.resolved()
     units = require_text(config)
-    frame = frame_of(load_tokenizer(model))  # a worker would fail too late to say so clearly
+    frame = frame_of(load_tokenizer(model))  # fail here rather than in a worker
     tokenizer = digest_of_tokenizer(model)
     _refuse_other_tokenizer(output, model, tokenizer)
     return run_stage(
@@ -94,10 +93,10 @@ def prepare_corpus(config: CorpusConfig, model: Path, output: Path) -> StageResu
 
 
 def require_text(config: CorpusConfig) -> list[Unit]:
-    """Return the corpus's units of work; needs no Ray.
+    """Return the corpus's units of work; Ray is not needed.
 
     Raises:
-        LoramError: there are no files, or all of a source are empty.
+        LoramError: If there are no files, or all files of a source are empty.
     """
     units = list_units(config.sources)
     if not units:
@@ -112,7 +111,7 @@ def require_text(config: CorpusConfig) -> list[Unit]:
 
 
 def digest_of_tokenizer(model: Path) -> str:
-    """Digest of the tokenizer files of a model directory."""
+    """Return the digest of a model directory's tokenizer files."""
     files = {path for pattern in _TOKENIZER_FILES for path in model.glob(pattern)}
     return digest_of([[path.name, hash_file(path)] for path in sorted(files)])
 
@@ -137,7 +136,7 @@ def _refuse_other_tokenizer(output: Path, model: Path, tokenizer: str) -> None:
     if other != tokenizer:
         raise LoramError(
             f"{output} must be tokenised as {model} does (tokenizer {tokenizer[:12]}), it holds a "
-            f"corpus of another tokenizer ({other[:12]}); move it away to have it made again, or "
+            f"corpus of another tokenizer ({other[:12]}); move it away to prepare it again, or "
             "choose another output"
         )
 
@@ -163,13 +162,13 @@ def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: lis
     sources = _describe_sources(target.path, config, units, counts)
     for source in sources:
         for path in (*source.unit_files, *source.held_out_files):
-            os.link(target.work / path.name, path)  # a cut run finds its units again
+            os.link(target.work / path.name, path)  # an interrupted run reuses its units
     write_sources(target.path, sources)
     target.details.update(asdict(total))
 
 
 def _compare_documents(work: Path, config: CorpusConfig, units: list[Unit]) -> int:
-    """Find the duplicates of the whole corpus; return the number of parts they are in."""
+    """Find the duplicates in the whole corpus; return the number of parts."""
     hashes = {hash_file_of(work, unit.index): asdict(unit) for unit in units}
     spread("hash", "unit", hashes, _hash_item, (work, config))
     parts = count_parts(work, len(units))
@@ -181,10 +180,10 @@ def _compare_documents(work: Path, config: CorpusConfig, units: list[Unit]) -> i
 def _describe_sources(
     directory: Path, config: CorpusConfig, units: list[Unit], counts: list[Counts]
 ) -> list[SourceInfo]:
-    """What each source became.
+    """Return the description of each prepared source.
 
     Raises:
-        LoramError: nothing is left of one to train on.
+        LoramError: If a source has no documents left to train on.
     """
     together = sum(count.sequences for count in counts)
     weights = sum(source.weight or 0.0 for source in config.sources)
@@ -194,8 +193,8 @@ def _describe_sources(
         total = Counts.sum(counts[index] for index in mine)
         if not total.sequences:
             raise LoramError(
-                f"{_key_of(config, number)} must hold text, no document is left to train on of "
-                f"{total.rows} rows ({total.filtered} filtered, {total.duplicates} duplicates, "
+                f"{_key_of(config, number)} must hold text, none of its {total.rows} rows is left "
+                f"to train on ({total.filtered} filtered, {total.duplicates} duplicates, "
                 f"{total.held_out_documents} held out, {total.bad_rows} bad); add some or leave "
                 "the source out"
             )
@@ -233,7 +232,7 @@ def _prepare_item(
 
 @functools.cache
 def _tokenizer_of(model: Path) -> Any:
-    """The tokenizer, loaded once in a worker process, which does many tasks, each on one core."""
+    """Load the tokenizer once per worker process; each task runs on one core."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return load_tokenizer(model)
 
@@ -246,15 +245,15 @@ def prepare_unit(
     selection: Selection | None = None,
     duplicates: np.ndarray | None = None,
 ) -> Counts:
-    """Tokenise and pack one unit into ``work``; the counts, written last, make it complete.
+    """Tokenise and pack one unit into ``work``; the counts file, written last, marks it complete.
 
     Args:
-        unit: what to read.
-        work: directory of the files.
-        sequence_length: tokens in a sequence.
-        tokenizer: of the model.
-        selection: which documents are kept and held out; default: all kept.
-        duplicates: sorted places, among the documents that pass the filters, of those to leave out.
+        unit: Unit to read.
+        work: Directory for the files.
+        sequence_length: Number of tokens per sequence.
+        tokenizer: Tokenizer of the model.
+        selection: Rules that keep and hold out documents; None keeps all.
+        duplicates: Sorted positions of duplicates among the documents that pass the filters.
     """
     selection = selection or Selection()
     files = [_packed_file(work / _unit_file(unit.index), unit, tokenizer, sequence_length)]
@@ -306,7 +305,7 @@ def _packed_file(
 
 
 def _collect_bad_rows(work: Path, units: list[Unit], quarantine: Path) -> list[BadRow]:
-    """Join the units' bad rows in one file, if there are any, and return the first."""
+    """Concatenate the units' bad rows into one file, if any, and return the first few."""
     with open(quarantine, "wb") as joined:
         for unit in units:
             with open(work / _bad_file(unit.index), "rb") as file:

@@ -1,4 +1,4 @@
-"""Documents out of files: units of work, and the rows that cannot be read."""
+"""Read documents from files, in units of work, and report the rows that cannot be read."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ NAMED_BAD_ROWS = 5
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a file that one task reads: a span of bytes, a row group, or all of it.
+    """Part of a file that one task reads: a byte range, a row group, or the whole file.
 
     Attributes:
-        index: position among all units of the corpus.
-        path: the file.
-        field: name of the text field.
-        start: first byte (a line belongs to the unit in which it starts), or the row group of
-            Parquet; 0 in a compressed file and in one of Arrow, which are one unit each.
-        end: one past the last byte, where ``start`` is a byte.
-        source: position of its source in the corpus.
+        index: Position among all units of the corpus.
+        path: Path of the file.
+        field: Name of the text field.
+        start: First byte (a line belongs to the unit in which it starts), or the row group of a
+            Parquet file; 0 for compressed and Arrow files, which are one unit each.
+        end: End of the byte range, exclusive, if ``start`` is a byte.
+        source: Position of the unit's source in the corpus.
     """
 
     index: int
@@ -57,11 +57,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used.
+    """Row that cannot be used.
 
     Attributes:
-        place: ``file:line``.
-        reason: why.
+        place: Origin as ``file:line``.
+        reason: Reason for the error message.
     """
 
     place: str
@@ -72,14 +72,16 @@ class BadRow:
 
 
 def list_units(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[Unit]:
-    """Cut every file of a corpus into units, in a fixed order.
+    """Split all files of a corpus into units, in a fixed order.
 
-    ``key`` is the configuration key of the sources, for messages.
+    Args:
+        sources: Sources of the corpus.
+        key: Configuration key of the sources for error messages.
     """
     units: list[Unit] = []
     for number, source in enumerate(sources):
         files = list_files(source.path, f"{key}.{number}.path")
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:  # a far file's footer is a round trip
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:  # a round trip per remote file
             for file, spans in zip(files, pool.map(_spans, files), strict=True):
                 for start, end in spans:
                     units.append(Unit(len(units), file.path, source.text_field, start, end, number))
@@ -96,7 +98,7 @@ def _spans(file: DataFile) -> list[tuple[int, int]]:
 
 
 def identify(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[list[object]]:
-    """What tells one corpus from another: name, size, field and identity of each file."""
+    """Identify a corpus by the name, size, text field and content of each file."""
     found: list[list[object]] = []
     for number, source in enumerate(sources):
         files = list_files(source.path, f"{key}.{number}.path")
@@ -107,7 +109,7 @@ def identify(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[list[
 
 
 def note_on(file: DataFile) -> str:
-    """What an identity says beside the content: a text's byte order mark is no longer read."""
+    """Return an identity suffix for text with a byte order mark, which older versions kept."""
     if file.form.kind != ".txt":
         return ""
     marked = next(read_lines(file.path), b"").startswith(BYTE_ORDER_MARK.encode())
@@ -115,10 +117,10 @@ def note_on(file: DataFile) -> str:
 
 
 def documents(unit: Unit) -> Iterator[str | BadRow]:
-    """Yield the documents of a unit, and the rows that cannot be read.
+    """Yield the documents of a unit and its unreadable rows.
 
     Raises:
-        LoramError: a file that can only be read from its beginning is cut or damaged.
+        LoramError: If a file that can only be read from its beginning is truncated or damaged.
     """
     form = form_of(unit.path)
     assert form is not None
@@ -134,7 +136,7 @@ def documents(unit: Unit) -> Iterator[str | BadRow]:
 
 
 def documents_of(file: DataFile) -> Iterator[str | BadRow]:
-    """Yield the documents of one file, as `documents` does; its text field is ``text``."""
+    """Yield the documents of one file as `documents` does; the text field is ``text``."""
     for start, end in _spans(file):
         yield from documents(Unit(0, file.path, "text", start, end))
 
@@ -160,7 +162,7 @@ def lines_of(unit: Unit) -> Iterator[bytes]:
 
 
 def first_line_number(unit: Unit) -> int:
-    """Number (from 1) of the first line that starts in the unit; reads the file up to there."""
+    """Return the number (from 1) of the first line in the unit, reading the file up to it."""
     if unit.start == 0:
         return 1
     count, left = 0, unit.start - 1
@@ -172,7 +174,7 @@ def first_line_number(unit: Unit) -> int:
 
 
 def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
-    """Return the text of one JSON line, or why there is none."""
+    """Return the text of one JSON line, or the reason there is none."""
     row = parse_object(raw, place)
     if isinstance(row, BadRow):
         return row
@@ -183,12 +185,12 @@ def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
 
 
 def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
-    """Return the object of one JSON line, or why there is none."""
+    """Return the object of one JSON line, or the reason there is none."""
     try:
-        # of bytes json would make half surrogate pairs
+        # decode first: from bytes, json would let lone surrogates pass
         row = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_distinct)
         if b"\\u" in raw:
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(row, ensure_ascii=False).encode()  # refuses lone surrogates
     except _Repeated as error:
         return BadRow(place, f"it has the key '{error}' twice")
     except (ValueError, RecursionError) as error:
@@ -197,7 +199,7 @@ def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
 
 
 class _Repeated(ValueError):
-    """A key that an object has twice."""
+    """Repeated key in a JSON object."""
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -211,17 +213,17 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def refuse_bad_rows(
     bad: Sequence[BadRow], total: int, max_share: float, key: str, count: int | None = None
 ) -> None:
-    """Say how many rows were skipped, or refuse when they are too many.
+    """Warn about the skipped rows, or fail if there are too many.
 
     Args:
-        bad: rows that could not be used, or the first of them.
-        total: rows in all.
-        max_share: largest share of bad rows that is skipped.
-        key: the configuration key of ``max_share``.
-        count: how many could not be used; default: those in ``bad``.
+        bad: Bad rows, or the first of them.
+        total: Total number of rows.
+        max_share: Maximum share of bad rows.
+        key: Configuration key of ``max_share``.
+        count: Number of bad rows; defaults to the length of ``bad``.
 
     Raises:
-        LoramError: the share is exceeded; the message names the first rows.
+        LoramError: If the share is exceeded; the message lists the first rows.
     """
     count = len(bad) if count is None else count
     if not count:
@@ -232,7 +234,7 @@ def refuse_bad_rows(
     if count > max_share * total:
         raise LoramError(
             f"{key} must be at least the share of bad rows, got {max_share} with {count} bad of "
-            f"{total}: {named}{more}; mend the rows or raise it"
+            f"{total}: {named}{more}; fix the rows or raise it"
         )
     say("warning", f"skipped {count} bad rows of {total}: {named}{more}")
 
@@ -244,14 +246,14 @@ def _json_documents(unit: Unit) -> Iterator[str | BadRow]:
             continue
         document = parse_document(raw, unit.field, unit.path)
         if isinstance(document, BadRow):
-            # Counted only here: for every unit it would read the file half as often as it has units
+            # Count lines only on demand: doing so for every unit rereads the file many times.
             first = first or first_line_number(unit)
             document = BadRow(f"{unit.path}:{first + position}", document.reason)
         yield document
 
 
 def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
-    """A document for each unit; a compressed file is cut where the same file unpacked would be."""
+    """Yield one document per unit; compressed files are split like their decompressed content."""
     position = number = 0
 
     def piece_of(line: bytes) -> int:
@@ -283,9 +285,9 @@ def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
 def _parquet_documents(unit: Unit) -> Iterator[str | BadRow]:
     place = f"{unit.path}:group {unit.start}"
     with open_random(unit.path) as stream:
-        file = open_parquet(stream, unit.path, 2**20)  # pages, not the whole row group
+        file = open_parquet(stream, unit.path, 2**20)  # read pages instead of whole row groups
         if unit.field not in file.schema_arrow.names:
-            yield BadRow(place, f"column '{unit.field}' is not there")
+            yield BadRow(place, f"column '{unit.field}' is missing")
             return
         batches = file.iter_batches(_ROWS_AT_ONCE, [unit.start], [unit.field])
         try:
@@ -300,8 +302,8 @@ def _arrow_documents(unit: Unit) -> Iterator[str | BadRow]:
             yield from _column_documents(arrow_batches(file, unit.path), unit.field, unit.path)
         except (ArrowException, OSError) as error:
             raise LoramError(
-                f"{unit.path} is cut or damaged ({' '.join(str(error).split())}); get the file "
-                "again, or leave it out"
+                f"{unit.path} is truncated or damaged ({' '.join(str(error).split())}); download "
+                "it again, or leave it out"
             ) from error
 
 
@@ -311,7 +313,7 @@ def _column_documents(
     number = 0
     for batch in batches:
         if field not in batch.schema.names:
-            yield BadRow(place, f"column '{field}' is not there")
+            yield BadRow(place, f"column '{field}' is missing")
             return
         for value in batch.column(field):
             number += 1
@@ -320,7 +322,7 @@ def _column_documents(
             except UnicodeDecodeError as error:
                 yield BadRow(f"{place} row {number}", f"not UTF-8 ({error})")
                 continue
-            except (ValueError, OverflowError):  # e.g. a date that Python has not
+            except (ValueError, OverflowError):  # for example a date out of Python's range
                 text = None
             if isinstance(text, str) and text.strip():
                 yield text

@@ -1,4 +1,4 @@
-"""Rows of a table, whatever kind of file it is kept in."""
+"""Read the rows of tables in any supported file format."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _ROWS_AT_ONCE = 256
 _BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row is, and its values by the names of their columns."""
+"""Origin of a row, and its values by column name."""
 
 
 def read_rows(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]:
-    """Yield the rows of a file, and what is none.
+    """Yield the rows of a file, and its bad rows.
 
-    All but ``.json`` is read piece by piece. A text file's rows have one column, ``text``.
+    All formats except ``.json`` are streamed. Rows of a text file have the single column ``text``.
 
     Args:
-        file: any that `files.EXAMPLES` has.
-        columns: those that are wanted; of files of columns no others are read.
+        file: File in one of the formats of `files.EXAMPLES`.
+        columns: Names of the columns to read; other columns of Parquet and Arrow files are skipped.
 
     Raises:
-        LoramError: the file is cut or damaged, is not UTF-8 text, has a column twice, or a quote
-            that is not closed where its field ends.
+        LoramError: If the file is truncated or damaged, is not UTF-8 text, repeats a column name,
+            or has a quote that is not closed at the end of its field.
     """
     match file.form.kind:
         case ".jsonl":
@@ -53,10 +53,10 @@ def read_rows(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow
 
 
 def identify_rows(file: DataFile) -> str:
-    """What tells a file's rows from another's; reads all of it.
+    """Return an identifier of a file's rows; reads the whole file.
 
     Raises:
-        LoramError: it is a CSV or TSV file that `read_rows` refuses.
+        LoramError: If `read_rows` would refuse the CSV or TSV file.
     """
     if file.form.kind in (".csv", ".tsv"):
         for _ in separated_rows(file):
@@ -77,7 +77,7 @@ def _is_array(file: DataFile) -> bool:
         head = stream.read(4096)
         if not head.lstrip(_BEFORE_JSON).startswith(b"["):
             return False
-        refuse_other_encodings(head.replace(b"\r", b"\n"), file.path)  # JSON may have any line end
+        refuse_other_encodings(head.replace(b"\r", b"\n"), file.path)  # JSON allows any line ending
         return True
 
 
@@ -97,7 +97,7 @@ def _columns(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]
             for batch in _batches(file, stream, columns):
                 names = [name for name in batch.schema.names if name in columns]
                 if not names:
-                    yield BadRow(file.path, f"it has no column of {', '.join(columns)}")
+                    yield BadRow(file.path, f"it has none of the columns {', '.join(columns)}")
                     return
                 for row in batch.select(names).to_pylist():
                     number += 1
@@ -105,7 +105,7 @@ def _columns(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]
         except (ArrowException, OSError, ValueError, OverflowError) as error:
             raise LoramError(
                 f"{file.path} cannot be read past row {number} ({' '.join(str(error).split())}); "
-                "get the file again, or leave it out"
+                "download it again, or leave it out"
             ) from error
 
 

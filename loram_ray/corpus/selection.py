@@ -1,7 +1,7 @@
-"""Which documents of a source are trained on, held out or left out.
+"""Decide which documents of a source are trained on, held out or dropped.
 
-All of it follows from a document's content, so neither the order of the files nor the number of
-tasks changes it.
+Every decision follows from the content of a document, so it depends neither on the order of the
+files nor on the number of tasks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _HASH_BYTES = 16
 
 @dataclass(frozen=True)
 class Selection:
-    """The rules for the documents of one source.
+    """Selection rules for the documents of one source.
 
     Attributes:
-        filters: those that do not pass are left out.
-        held_out: share of the documents that is held out.
-        seed: of the draw of held-out documents.
+        filters: Filters that a document must pass.
+        held_out: Share of the documents to hold out.
+        seed: Seed of the held-out draw.
     """
 
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -34,7 +34,7 @@ class Selection:
 
     @classmethod
     def of(cls, config: CorpusConfig, source: int) -> Selection:
-        """Return the rules for a source of a corpus."""
+        """Return the rules for one source of a corpus."""
         chosen = config.sources[source]
         return cls(chosen.filters, chosen.held_out, config.seed)
 
@@ -43,10 +43,10 @@ class Selection:
         return below_share(text, self.held_out, self.seed)
 
     def documents(self, unit: Unit) -> Iterator[str | BadRow | None]:
-        """Yield a unit's documents and bad rows, and None for each that does not pass the filters.
+        """Yield a unit's documents and bad rows, and None for each filtered document.
 
         Raises:
-            LoramError: the file is cut or damaged, or a filter's pattern takes too long.
+            LoramError: If the file is truncated or damaged, or a filter's pattern takes too long.
         """
         with ExitStack() as stack:
             patterns = {"keep": self.filters.keep, "drop": self.filters.drop}
@@ -69,12 +69,12 @@ class Selection:
 
 
 def content_hash(text: str) -> bytes:
-    """128-bit BLAKE2b of a document's UTF-8, by which documents are told apart."""
+    """Return the 128-bit BLAKE2b hash of a document's UTF-8 bytes, its identity."""
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
 
 
 def below_share(text: str, share: float, seed: int) -> bool:
-    """Whether a text's hash with a seed is among the lowest share of all hashes."""
+    """Whether a text's seeded hash falls in the lowest ``share`` of all hashes."""
     if share == 0.0:
         return False
     keyed = hashlib.blake2b(content_hash(text), digest_size=8, key=seed.to_bytes(8, "little"))

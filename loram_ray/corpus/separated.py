@@ -1,7 +1,7 @@
-"""Rows of CSV and TSV files, by RFC 4180: a field in quotes may hold line ends and delimiters.
+"""Read rows of CSV and TSV files (RFC 4180); quoted fields may hold line ends and delimiters.
 
-A quote that is opened by mistake makes one field of the lines up to the next quote. Where that can
-be seen the file is refused: rows would be lost, and which ones nobody could tell.
+A stray quote turns the lines up to the next quote into a single field. A file in which this is
+visible is refused, because rows would be lost silently.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _REMEDY = 'remove the quote, or write the field in quotes and each quote in it t
 
 
 def separated_rows(file: DataFile) -> Iterator[tuple[str, dict[str, str]] | BadRow]:
-    """Yield the rows of a CSV or TSV file, and what is none.
+    """Yield the rows of a CSV or TSV file, and its bad rows.
 
     Raises:
-        LoramError: the header lacks names or has one twice, or a quote is not closed where its
-            field ends.
+        LoramError: If the header lacks or repeats names, or a quote is not closed at the end of its
+            field.
     """
     records = _Records(file.path, _DELIMITERS[file.form.kind])
     header: list[str] | None = None
@@ -42,7 +42,7 @@ def separated_rows(file: DataFile) -> Iterator[tuple[str, dict[str, str]] | BadR
         records.refuse_swallowed(len(fields), len(header))
         content = "".join(fields)
         if len(fields) != len(header):
-            yield BadRow(place, f"it has not the header's {len(header)} columns, but {len(fields)}")
+            yield BadRow(place, f"it has {len(fields)} columns, the header has {len(header)}")
         elif not is_unicode(content):
             yield BadRow(place, "not UTF-8")
         elif "\0" in content:
@@ -95,14 +95,14 @@ class _Records:
         raise LoramError(f"{self._path}:{self._first} must {rule}, {got}; {_REMEDY}") from error
 
     def refuse_swallowed(self, fields: int, columns: int) -> None:
-        """Refuse a record of several lines that look like rows of their own.
+        """Refuse a multi-line record whose lines look like rows of their own.
 
-        A quote that opened by mistake and met another in a later row is valid CSV. It is told by
-        its lines, each of which has the header's columns when quotes are taken as text.
+        A stray quote that meets another one in a later row is valid CSV. It shows in the lines:
+        each has the header's number of columns when quotes are read as text.
 
         Args:
-            fields: of the record.
-            columns: of the header.
+            fields: Number of fields in the record.
+            columns: Number of columns in the header.
         """
         lines = self._taken
         if len(lines) < 2 or columns < 2:
@@ -113,7 +113,7 @@ class _Records:
         if len(lines) == 2 and self._quotes_on_purpose():
             return
         raise LoramError(
-            f"{self._path}:{self._first} must close the quote that opens a field, it takes in the "
+            f"{self._path}:{self._first} must close the quote that opens a field, it swallows the "
             f"rows up to line {self._first + len(lines) - 1}; {_REMEDY}"
         )
 
@@ -123,7 +123,7 @@ class _Records:
         return len(parts) == columns and parts[0].strip() != "" and not of_prose
 
     def _quotes_on_purpose(self) -> bool:
-        """Whether a line of the file has a field whose quotes are needed and are in their place."""
+        """Whether some field of the file has quotes that are needed and correctly placed."""
         mark = re.escape(self._delimiter)
         field = re.compile(rf'(?:^|{mark})(?="((?:[^"]|"")*+)"(?:{mark}|\s*+$))')
         return any(

@@ -1,4 +1,4 @@
-"""What a prepared corpus says of its sources."""
+"""Describe the sources of a prepared corpus."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SOURCES_FILE = "sources.json"
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rows of a unit, a source or a corpus became.
+    """Document, sequence and token counts of a unit, a source or a corpus.
 
     Attributes:
-        documents: trained on.
-        sequences: training rows.
-        tokens: in them, padding excepted.
-        held_out_documents: held out.
-        held_out_sequences: rows in the held-out files.
-        held_out_tokens: in them, padding excepted.
-        filtered: documents that did not pass the filters.
-        duplicates: documents equal to an earlier one.
-        bad_rows: rows that could not be read.
+        documents: Number of training documents.
+        sequences: Number of training sequences.
+        tokens: Number of training tokens, without padding.
+        held_out_documents: Number of held-out documents.
+        held_out_sequences: Number of held-out sequences.
+        held_out_tokens: Number of held-out tokens, without padding.
+        filtered: Number of documents that did not pass the filters.
+        duplicates: Number of documents equal to an earlier one.
+        bad_rows: Number of rows that could not be read.
     """
 
     documents: int = 0
@@ -42,13 +42,13 @@ class Counts:
 
     @property
     def rows(self) -> int:
-        """Rows read."""
+        """Number of rows read."""
         kept = self.documents + self.held_out_documents
         return kept + self.filtered + self.duplicates + self.bad_rows
 
     @classmethod
     def sum(cls, counts: Iterable[Counts]) -> Counts:
-        """Return the sums of each."""
+        """Return the sum of several counts, field by field."""
         listed = list(counts)
         names = [field.name for field in fields(cls)]
         return cls(**{name: sum(getattr(entry, name) for entry in listed) for name in names})
@@ -56,16 +56,16 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo(Counts):
-    """One source of a prepared corpus, with its `Counts`.
+    """Source of a prepared corpus, with its counts.
 
     Attributes:
-        name: unique in the corpus.
-        weight: as configured; None where no source has one.
-        share: of the training rows: the weight over the sum of weights, or the source's sequences
-            over all. The shares of a corpus add to 1.
-        unit_files: Parquet files of training rows, in the order of their row ids.
-        held_out_files: Parquet files of held-out rows, of the same columns; no row id is a
-            training row's.
+        name: Name, unique in the corpus.
+        weight: Configured weight; None if no source has one.
+        share: Share of the training sequences: the weight over the sum of weights, or the source's
+            sequences over all sequences. The shares of a corpus add up to 1.
+        unit_files: Parquet files of training sequences, in the order of their row ids.
+        held_out_files: Parquet files of held-out sequences, with the same columns and distinct row
+            ids.
     """
 
     name: str
@@ -79,15 +79,15 @@ def list_sources(corpus: Path) -> list[SourceInfo]:
     """Return the sources of a prepared corpus, in the order of its configuration.
 
     Raises:
-        LoramError: the directory is no prepared corpus, or of an earlier version.
+        LoramError: If the directory is not a prepared corpus, or was written by an earlier version.
     """
     from loram_ray.utils.parsing.documents import read_as
 
-    path, again = corpus / SOURCES_FILE, "move the corpus away to have it made again"
+    path, again = corpus / SOURCES_FILE, "move the corpus away to prepare it again"
     if not os.path.lexists(path):
         raise LoramError(
-            f"{corpus} must be a prepared corpus, it holds no {SOURCES_FILE}; move it away to have "
-            "it made again"
+            f"{corpus} must be a prepared corpus, it holds no {SOURCES_FILE}; move it away to "
+            "prepare it again"
         )
     found = read_as(path, list[SourceInfo], remedy=again)
     if not found:
@@ -103,18 +103,18 @@ def list_sources(corpus: Path) -> list[SourceInfo]:
 
 
 def _beside(path: Path, names: Iterable[Path]) -> tuple[Path, ...]:
-    """Files in the directory of a file that names them."""
+    """Resolve file names relative to the directory of the file that lists them."""
     for name in names:
         if not is_plain(str(name)):
             raise LoramError(
                 f"{path} must name files beside it, got {str(name)!r:.80}; move the corpus away to "
-                "have it made again"
+                "prepare it again"
             )
     return tuple(path.parent / name for name in names)
 
 
 def write_sources(corpus: Path, sources: Sequence[SourceInfo]) -> None:
-    """Write what `list_sources` reads; files are named relative to the directory."""
+    """Write the file that `list_sources` reads, with file names relative to the directory."""
     entries = []
     for source in sources:
         entry = asdict(source)

@@ -1,7 +1,7 @@
-"""Splits and configurations that a folder of a dataset holds, by the names that ``datasets`` reads.
+"""Detect the splits and configurations of a dataset directory, with the rules of ``datasets``.
 
-Which they are is declared in ``README.md``, or follows from the names of files and folders: a
-keyword such as ``train`` or ``eval``, set off by ``-``, ``.``, ``_``, a space or digits
+They are declared in ``README.md``, or follow from the names of files and directories: a keyword
+such as ``train`` or ``eval``, delimited by ``-``, ``.``, ``_``, a space or digits
 (``datasets.data_files``).
 """
 
@@ -34,12 +34,12 @@ _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.
 
 @dataclass(frozen=True)
 class Declared:
-    """Files that a README counts to a split.
+    """Files that a README assigns to a split.
 
     Attributes:
-        configuration: its name.
-        split: its name; None where the names of the files say it.
-        patterns: globs of the files, relative to the README's folder.
+        configuration: Name of the configuration.
+        split: Name of the split; None if file names determine it.
+        patterns: Globs of the files, relative to the README's directory.
     """
 
     configuration: str
@@ -47,7 +47,7 @@ class Declared:
     patterns: tuple[str, ...]
 
     def split_of(self, path: str) -> str | None:
-        """The split that a file is of, or None where it is not among the files."""
+        """Return the split of a file, or None if the patterns do not match it."""
         if not any(matches(path.split("/"), pattern.split("/")) for pattern in self.patterns):
             return None
         return self.split or split_of(path) or "train"
@@ -55,12 +55,12 @@ class Declared:
 
 @dataclass(frozen=True)
 class Several:
-    """Parts of a dataset that are not to be read as one.
+    """Parts of a dataset that must not be read together.
 
     Attributes:
-        kind: what the parts are.
-        names: of all of them.
-        splits: the paths of each split, by its name; of configurations those of the first.
+        kind: Kind of the parts.
+        names: Names of all parts.
+        splits: Paths of each split by name; for configurations, those of the first.
     """
 
     kind: Literal["split", "configuration"]
@@ -73,12 +73,12 @@ def several_in(
     declared: Sequence[Declared] = (),
     known: Mapping[str, str] | None = None,
 ) -> Several | None:
-    """The splits or configurations that some files are of, or None where they are of one.
+    """Return the splits or configurations of some files, or None if they all belong to one.
 
     Args:
-        paths: relative to the folder.
-        declared: by its README.
-        known: splits of files that are recorded beside them.
+        paths: Paths relative to the directory.
+        declared: Declarations in the README.
+        known: Recorded splits of some files.
     """
     parts: dict[tuple[str, str], list[str]] = {}
     for entry in declared:
@@ -110,7 +110,7 @@ def _several_by_name(splits: Mapping[str, str | None]) -> Several | None:
         if split is not None:
             found.setdefault(split, []).append(path)
     canonical = {_canonical(split) for split in found}
-    if len(canonical) < 2:  # of shards that have other names than splits have, none is a split
+    if len(canonical) < 2:  # shards whose names are not split names are no splits
         return None
     order = (*_KEYWORDS, *found)
     ordered = dict(sorted(found.items(), key=lambda item: order.index(item[0])))
@@ -123,11 +123,11 @@ def _canonical(split: str) -> str | None:
 
 
 def split_of(path: str, recorded: str | None = None) -> str | None:
-    """The split that a path names, or None.
+    """Return the split that a path names, or None.
 
     Args:
-        path: relative to the folder of the dataset.
-        recorded: what a saved dataset's state says, which counts before the file's name.
+        path: Path relative to the dataset's directory.
+        recorded: Split recorded in a saved dataset's state; it takes precedence over the file name.
     """
     *folders, name = path.split("/")
     for folder in folders:
@@ -138,7 +138,7 @@ def split_of(path: str, recorded: str | None = None) -> str | None:
 
 
 def declared_in(readme: str) -> list[Declared]:
-    """What a README declares in its YAML block; nothing where it has none that can be read."""
+    """Return the declarations in a README's YAML block, or an empty list if it cannot be read."""
     block = _FRONT_MATTER.match(readme.removeprefix("\ufeff"))
     try:
         data = parse_yaml(block[1], "README.md") if block else None
@@ -182,7 +182,7 @@ def _patterns(folder: str, paths: object) -> tuple[str, ...]:
 
 
 def selecting(chosen: Sequence[str], others: Sequence[str]) -> str | None:
-    """A path or glob of some files and of no others, or None where there is no simple one."""
+    """Return a path or simple glob that matches exactly the chosen files, or None."""
     if len(chosen) == 1:
         return glob.escape(chosen[0]) if glob.has_magic(chosen[0]) else chosen[0]
     folders = {posixpath.dirname(path) for path in chosen}
@@ -198,7 +198,7 @@ def selecting(chosen: Sequence[str], others: Sequence[str]) -> str | None:
 
 
 def matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob; ``**`` stands for any number of them."""
+    """Whether path components match those of a glob; ``**`` matches any number of them."""
     if not patterns:
         return not parts
     if patterns[0] == "**":

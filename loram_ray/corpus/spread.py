@@ -1,4 +1,4 @@
-"""Tasks over the cluster by Ray Data, of which those already done are left out."""
+"""Run tasks over the cluster with Ray Data, skipping those already done."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def spread(
     task: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    """Call a task for each item whose file is not there yet, over the cluster, by Ray Data.
+    """Call a task for each item whose result file does not exist yet, as Ray Data tasks.
 
     Args:
-        label: for the progress.
-        unit: what an item is, for the progress.
-        items: by the file that a task writes last.
-        task: called with an item and the arguments.
-        arguments: the same for all items.
+        label: Label of the progress line.
+        unit: Unit of the progress line.
+        items: Items by result file, which the task writes last.
+        task: Function called with an item and `arguments`.
+        arguments: Further arguments of the task.
     """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress goes to its log file
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is in its log file
     pending = [item for path, item in items.items() if not path.exists()]
     with Reporter(label, total=len(items), unit=unit) as reporter:
         reporter.update(len(items) - len(pending), {})
@@ -49,13 +49,13 @@ def spread(
 def _call(
     batch: dict[str, np.ndarray], task: Callable[..., None], arguments: tuple[Any, ...]
 ) -> dict[str, np.ndarray]:
-    """Call a task for one item, in a Ray Data task."""
+    """Call the task for one item, inside a Ray Data task."""
     item = {key: values.tolist()[0] for key, values in batch.items()}
     return failure_of(lambda: task(item, *arguments))
 
 
 def failure_of(call: Callable[[], None]) -> dict[str, np.ndarray]:
-    """Call, and return what the user can mend, as columns: Ray Data would hide what it was."""
+    """Call a function and return user-fixable errors as columns; Ray Data would hide their type."""
     number, message = 0, ""
     try:
         call()
@@ -69,7 +69,7 @@ def failure_of(call: Callable[[], None]) -> dict[str, np.ndarray]:
 
 
 def raise_failures(batch: dict[str, np.ndarray]) -> None:
-    """Raise the first failure that came back in the columns of `failure_of`."""
+    """Raise the first failure in the columns that `failure_of` returned."""
     for number, message in zip(batch["errno"], batch["message"], strict=True):
         if message:
             raise LoramError(str(message))

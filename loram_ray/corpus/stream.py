@@ -1,4 +1,4 @@
-"""Packed sequences in their order, streamed to a worker by Ray Data from any position."""
+"""Stream packed sequences to a worker, in order and from any position, with Ray Data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
 from loram_ray.corpus.sources import list_sources
 
 Beside = Callable[[Block, np.ndarray], dict[str, np.ndarray]]
-"""Reads, for some rows of a block, what is kept beside the corpus."""
+"""Function that reads additional columns for some rows of a block."""
 
 
 def open_order(corpus: Path, seed: int) -> Order:
-    """The order of a prepared corpus.
+    """Return the order of a prepared corpus.
 
-    Sources with weights are mixed by them. Sources without are one: all their sequences make an
-    epoch.
+    Weighted sources are mixed by weight. Sources without weights are treated as one, with all their
+    sequences in each epoch.
     """
     sources = list_sources(corpus)
     mixed = [
@@ -52,10 +52,10 @@ def _blocks_of(files: Sequence[Path]) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Share:
-    """Which positions a worker takes: its part of each global batch from ``start`` to ``end``.
+    """Positions that a worker takes: its part of each global batch between ``start`` and ``end``.
 
-    Parts are equal multiples of ``multiple`` rows; the last workers have less where that does not
-    share the batch out evenly.
+    Parts are equal multiples of ``multiple`` rows; the last workers get fewer rows if the batch
+    does not divide evenly.
     """
 
     start: int
@@ -71,11 +71,11 @@ class Share:
 
     @property
     def rows(self) -> int:
-        """Rows of each global batch that are the worker's."""
+        """Number of this worker's rows in each global batch."""
         return min(max(self.batch_size - self.worker * self._part, 0), self._part)
 
     def takes(self, positions: np.ndarray) -> np.ndarray:
-        """Mask of the positions that are this worker's."""
+        """Return a mask of this worker's positions."""
         mine = (positions % self.batch_size) // self._part == self.worker
         return mine & (positions >= self.start) & (positions < self.end)
 
@@ -86,8 +86,9 @@ def read_chunk(
     """Read a worker's rows of one chunk, in order.
 
     Returns:
-        ``row_id`` int64 ``[rows]``, ``input_ids`` int32 ``[rows, seq]`` and ``length`` int32
-        ``[rows]``; and what is beside them. Nothing at all where no row is the worker's.
+        ``row_id`` int64 ``[rows]``, ``input_ids`` int32 ``[rows, seq]``, ``length`` int32
+        ``[rows]`` and any additional columns; an empty dictionary if the worker has no rows in the
+        chunk.
     """
     parts: list[dict[str, np.ndarray]] = []
     positions: list[np.ndarray] = []
@@ -116,7 +117,7 @@ def _read(block: Block, rows: np.ndarray, beside: Beside | None) -> dict[str, np
 
 
 def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
-    """Columns of packed sequences, as `read_chunk` describes them."""
+    """Return the columns of packed sequences, as described in `read_chunk`."""
     return {
         "row_id": table["row_id"].to_numpy(),
         "input_ids": matrix_of(table["input_ids"]),
@@ -125,7 +126,7 @@ def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of one size as ``[rows, size]``."""
+    """Return a column of fixed-size lists as an array ``[rows, size]``."""
     found: Any = column.combine_chunks()
     return found.flatten().to_numpy().reshape(len(found), -1)
 
@@ -136,13 +137,13 @@ def stream(
     """Stream a worker's share in micro-batches through Ray Data.
 
     Args:
-        order: of the prepared corpus.
-        share: the worker's positions.
-        micro_batch_size: rows in each yielded batch; divides the worker's part of a global batch.
-        beside: reads what else is wanted of the rows.
+        order: Order of the prepared corpus.
+        share: Positions of the worker.
+        micro_batch_size: Rows per yielded batch; must divide the worker's part of a global batch.
+        beside: Function that reads additional columns.
 
     Yields:
-        Batches as `read_chunk` describes.
+        Batches in the form described in `read_chunk`.
     """
     import ray.data
 

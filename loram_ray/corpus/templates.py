@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, and what it writes around an answer."""
+"""Render conversations with a chat template, and detect the text it adds around an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loram_ray.corpus.messages import arguments_of_calls, with_arguments_as_text
 from loram_ray.errors import LoramError, first_line
 from loram_ray.models.tokenizer import continuation, render_chat
 
-_ANSWER = "xyzzy"  # what no template writes by itself
+_ANSWER = "xyzzy"  # a word that no template writes
 _ANCHORS = ("", "\n", ">", "a", "|")
 _MEANINGFUL = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _RESERVED = frozenset(
@@ -22,20 +22,21 @@ _RESERVED = frozenset(
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
     | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
 )
-"""Names in `apply_chat_template` that are no argument of a template's own."""
+"""Parameters of `apply_chat_template` that are not passed to the template."""
 
 
 class TemplateFault(ValueError):
-    """The chat template cannot render a conversation, or not as training needs it."""
+    """The chat template cannot render a conversation in the form that training needs."""
 
 
 class Surroundings(NamedTuple):
-    """Text that a template itself writes around an answer.
+    """Text that a template adds around an answer.
 
     Attributes:
-        before: between the generation prompt and the answer, such as an empty block of thoughts.
-        after: behind the answer, its closing token included.
-        ends_thoughts: what ends a block that the generation prompt opens, and the model closes.
+        before: Text between the generation prompt and the answer, such as an empty reasoning block.
+        after: Text after the answer, including its closing token.
+        ends_thoughts: End of a reasoning block that the generation prompt opens and the model
+            closes.
     """
 
     before: str
@@ -43,9 +44,9 @@ class Surroundings(NamedTuple):
     ends_thoughts: str = ""
 
     def cut_off(self, answer: str) -> str:
-        """A generated answer without them, whatever stands between the first and last line before.
+        """Remove the surroundings from a generated answer.
 
-        A block of thoughts need not be empty as the template's own is.
+        A reasoning block is removed even if it is not empty as in the template.
         """
         text = answer.strip()
         lines = self.before.split("\n")
@@ -66,18 +67,18 @@ NONE = Surroundings("", "")
 def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool) -> str:
     """Apply the chat template.
 
-    The arguments of calls are given as objects, as transformers has it; where the template prints
-    them as they are, it was written for JSON text, and is given that.
+    Arguments of tool calls are passed as objects, as Transformers expects. If the template prints
+    an object verbatim, it was written for JSON text, and the arguments are passed as text.
 
     Args:
-        tokenizer: with a chat template.
-        conversation: whose messages, tools and template arguments are rendered.
-        count: messages, from the first on.
-        prompt: whether the generation prompt follows.
+        tokenizer: Tokenizer with a chat template.
+        conversation: Conversation with messages, tools and template arguments.
+        count: Number of messages to render, from the first.
+        prompt: Whether to append the generation prompt.
 
     Raises:
-        TemplateFault: the template refuses them.
-        LoramError: the template takes too long.
+        TemplateFault: If the template raises an error.
+        LoramError: If the template takes too long.
     """
     messages = conversation.messages[:count]
 
@@ -92,7 +93,7 @@ def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool)
             )
         except LoramError:
             raise
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template may raise anything
             raise TemplateFault(f"the chat template refuses it ({first_line(error)})") from error
 
     text = apply(messages)
@@ -103,14 +104,14 @@ def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool)
 
 
 def require_read(tokenizer: Any, conversation: Conversation) -> None:
-    """Refuse a conversation of which the template would leave something out in silence.
+    """Refuse a conversation of which the template would silently drop a part.
 
     Raises:
-        TemplateFault: the template does not read the tools, an argument, or a key of a message.
+        TemplateFault: If the template ignores the tools, an argument, or a key of a message.
     """
     reserved = [name for name in conversation.arguments if name in _RESERVED]
     if reserved:
-        raise TemplateFault(f"'chat_template_kwargs' must not hold '{reserved[0]}'; leave it out")
+        raise TemplateFault(f"'chat_template_kwargs' must not hold '{reserved[0]}'; remove it")
     names = [*conversation.arguments]
     if conversation.tools is not None:
         names.append("tools")
@@ -124,16 +125,18 @@ def require_read(tokenizer: Any, conversation: Conversation) -> None:
     text = render(tokenizer, conversation, len(conversation.messages), prompt=False)
     for number, message in enumerate(conversation.messages):
         role, content = message["role"], message["content"].strip()
-        if role != "tool" and "name" in message:  # a tool's is told by its call
+        if role != "tool" and "name" in message:  # the call names the tool
             _require_change(tokenizer, conversation, number, "name", text, f"the {role}'s 'name'")
         if role in ("system", "tool") and content not in text:
-            _require_change(tokenizer, conversation, number, "content", text, f"the {role}'s words")
+            _require_change(
+                tokenizer, conversation, number, "content", text, f"the {role}'s content"
+            )
 
 
 def _require_change(
     tokenizer: Any, conversation: Conversation, number: int, key: str, text: str, what: str
 ) -> None:
-    """Refuse a message's key that changes nothing in the conversation's text."""
+    """Refuse a message key that has no effect on the rendered text."""
     messages = [*conversation.messages]
     messages[number] = {**messages[number], key: f"{messages[number][key]} {_ANSWER}"}
     other = dataclasses.replace(conversation, messages=messages)
@@ -143,8 +146,8 @@ def _require_change(
 
 def _unread(what: str) -> TemplateFault:
     return TemplateFault(
-        f"the chat template does not read {what}; give a template that does as chat_template, or "
-        "leave it out of the row"
+        f"the chat template does not read {what}; set chat_template to a template that does, or "
+        "remove it from the row"
     )
 
 
@@ -157,16 +160,17 @@ def _source_of(tokenizer: Any, conversation: Conversation) -> str:
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of rendered text, which holds its special tokens already."""
+    """Return the token ids of rendered text, which already holds its special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def ids_behind(tokenizer: Any, prompt: list[int], text: str) -> list[int]:
-    """Token ids of a text that follows a prompt, where they must not join with its last.
+    """Return the token ids of a text that continues a prompt without merging with its last token.
 
-    Tokenisers of SentencePiece put a space in front of what they are given: it is tokenised behind
-    a character, whose tokens are cut off, so that decoded behind the prompt it is the same text.
+    SentencePiece tokenizers prepend a space to their input. The text is therefore tokenised after
+    an anchor character, whose tokens are removed, such that prompt and text decode to the same
+    string.
     """
     for anchor in _ANCHORS:
         front = ids_of(tokenizer, anchor)
@@ -179,17 +183,17 @@ def ids_behind(tokenizer: Any, prompt: list[int], text: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """Token ids of the prompt up to where the last answer begins.
+    """Return the token ids of the prompt, up to the start of the last answer.
 
     Raises:
-        TemplateFault: the template refuses it.
+        TemplateFault: If the template raises an error.
     """
     count = len(conversation.messages) - 1
     return ids_of(tokenizer, render(tokenizer, conversation, count, prompt=True))
 
 
 def surroundings(tokenizer: Any) -> Surroundings:
-    """What the template writes around a plain answer to a plain question."""
+    """Return the text that the template adds around a plain answer to a plain question."""
     asked = {"role": "user", "content": "question"}
     answered = Conversation("", [asked, {"role": "assistant", "content": _ANSWER}])
     try:
@@ -207,13 +211,13 @@ def surroundings(tokenizer: Any) -> Surroundings:
 
 
 def visible_surroundings(tokenizer: Any) -> Surroundings:
-    """Those of `surroundings` that are seen in a decoded answer, without space around them."""
+    """Return the parts of `surroundings` that remain in a decoded answer, without whitespace."""
     found = surroundings(tokenizer)
     return Surroundings(*(visible(tokenizer, text).strip() for text in found))
 
 
 def visible(tokenizer: Any, text: str) -> str:
-    """What is seen of rendered text when it is generated and decoded: no special tokens."""
+    """Return the part of rendered text that remains when it is decoded without special tokens."""
     closing = end_of_answer(tokenizer)
     ids = ids_of(tokenizer, text)
     ids = ids[: ids.index(closing)] if closing in ids else ids
@@ -221,15 +225,15 @@ def visible(tokenizer: Any, text: str) -> str:
 
 
 def end_of_answer(tokenizer: Any, listed: Collection[int] = ()) -> int | None:
-    """Token with which the chat template closes an answer, or None where it has none.
+    """Return the token with which the chat template closes an answer, or None.
 
-    It is often another than the tokenizer's end-of-text token, at which generation stops. Templates
-    may write text in front of it. A special token counts first, then any added one: some models
-    (those with ChatML added to them) do not mark theirs as special.
+    It often differs from the tokenizer's end-of-text token, which ends generation, and templates
+    may write text before it. Special tokens take precedence over other added tokens, since some
+    models (those with ChatML added) do not mark theirs as special.
 
     Args:
-        tokenizer: with a chat template.
-        listed: tokens at which the model's own configuration ends generation.
+        tokenizer: Tokenizer with a chat template.
+        listed: Token ids that end generation according to the model's configuration.
     """
     ids = ids_of(tokenizer, surroundings(tokenizer).after)
     added = tokenizer.added_tokens_decoder

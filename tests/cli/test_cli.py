@@ -295,7 +295,7 @@ def test_json_lines_cut_in_the_middle_are_one_line(folder: Path) -> None:
     assert line.startswith("align.corpus.max_bad_share must be at least the share of bad rows, got")
     assert "0.01 with 1 bad of 20: " in line
     assert f"{path}:20: not JSON" in line
-    assert line.endswith("; mend the rows or raise it")
+    assert line.endswith("; fix the rows or raise it")
 
 
 @pytest.mark.timeout(300)

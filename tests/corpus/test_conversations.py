@@ -236,15 +236,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [USER, {**ANSWER, "weight": 0.5}]},
         "a message's weight must be 0 or 1, got 0.5",
     ),
-    "no weight": ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every assistant's message has"),
+    "no weight": ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every assistant message has"),
     "a question that is learnt": (
         {"messages": [{**USER, "train": True}, ANSWER]},
-        "only the assistant's messages are learnt",
+        "only assistant messages can carry loss",
     ),
     "parts of words": ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "'train_detail'"),
     "a picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
-        "only text is learnt, a message has a part",
+        "only text is supported, a message has a part",
     ),
     "arguments that are no object": (
         {
@@ -265,14 +265,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another system message": (
         {"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"},
-        "its 'system' is another than its messages'",
+        "its 'system' differs from the system message",
     ),
     "a history of words": (
         {"instruction": "a", "output": "b", "history": ["a"]},
         "its 'history' must be",
     ),
     **{
-        name: ({"prompt": "a", "completion": "b", name: value}, f"its '{name}' cannot be learnt")
+        name: (
+            {"prompt": "a", "completion": "b", name: value},
+            f"its '{name}' cannot be trained on",
+        )
         for name, value in {
             "rejected": "c",
             "chosen": "b",
@@ -387,8 +390,8 @@ def test_a_template_that_opens_thoughts_in_the_prompt_is_refused_with_the_remedy
         tiny.CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     )
     found = reason(tokenizer, {"messages": MESSAGES})
-    assert "asks for an answer with '<think>\\n', where with the answer it writes 'Rain." in found
-    assert "give a template that writes both alike as chat_template" in found
+    assert "renders '<think>\\n' without the answer, but 'Rain." in found
+    assert "set chat_template to a template that renders both alike" in found
 
 
 def test_a_template_that_raises_anything_makes_a_bad_row(tmp_path: Path) -> None:

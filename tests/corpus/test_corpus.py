@@ -169,7 +169,7 @@ def test_bad_rows_are_skipped_up_to_the_share_and_refused_above(
     assert str(caught.value) == (
         "align.corpus.max_bad_share must be at least the share of bad rows, got 0.1 with 7 bad of "
         "69: data.jsonl:1: not JSON; data.jsonl:2: not JSON; data.jsonl:3: not JSON; "
-        "data.jsonl:4: not JSON; data.jsonl:5: not JSON; and 2 more; mend the rows or raise it"
+        "data.jsonl:4: not JSON; data.jsonl:5: not JSON; and 2 more; fix the rows or raise it"
     )
     with pytest.raises(LoramError):
         refuse_bad_rows(bad[:1], 1000, 0.0, "key")

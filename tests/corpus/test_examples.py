@@ -321,9 +321,9 @@ def test_a_template_that_does_not_begin_the_answer_with_its_prompt_is_told(
     bad = tokenise_row(tokenizer, conversation, 512)
     assert isinstance(bad, BadRow)
     assert str(bad) == (
-        "file:8: the chat template's prompt is not a prefix of prompt and answer: it asks for an "
-        "answer with '<answer>', where with the answer it writes '[assistant]y'; give a template "
-        "that writes both alike as chat_template"
+        "file:8: the chat template's prompt is not a prefix of prompt and answer: it renders "
+        "'<answer>' without the answer, but '[assistant]y' with it; set chat_template to a "
+        "template that renders both alike"
     )
 
 
@@ -487,8 +487,8 @@ def test_roles_out_of_order_are_told(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"prompt,completion\na,b\nc\n", ":3: it has not the header's 2 columns"),
-        (b"prompt,completion\na,b,c\n", ":2: it has not the header's 2 columns"),
+        (b"prompt,completion\na,b\nc\n", ":3: it has 1 columns, the header has 2"),
+        (b"prompt,completion\na,b,c\n", ":2: it has 3 columns, the header has 2"),
         (b'prompt,completion\n"a\n\nb",c\nd,\xff\n', ":5: not UTF-8"),
         (b"question,answer\na,b\n", ":2: it must have text in 'messages'"),
     ],
@@ -511,7 +511,9 @@ def test_parquet_without_a_known_column_is_told(
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"question": ["x"] * 9}), tmp_path / "data.parquet")
-    with pytest.raises(LoramError, match=r"data.parquet: it has no column of messages, prompt, "):
+    with pytest.raises(
+        LoramError, match=r"data.parquet: it has none of the columns messages, prompt, "
+    ):
         read(tmp_path / "data.parquet", tokenizer)
 
 

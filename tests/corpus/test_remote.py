@@ -140,7 +140,9 @@ def test_a_prepared_unit_of_an_object_is_that_of_the_file(
 
 
 def test_bad_objects_are_told_with_their_address(bucket: str, store: str) -> None:
-    with pytest.raises(LoramError, match=rf"^{bucket}/cut/d.jsonl.gz\?.* is cut or damaged past"):
+    with pytest.raises(
+        LoramError, match=rf"^{bucket}/cut/d.jsonl.gz\?.* is truncated or damaged past"
+    ):
         read_all(f"{bucket}/cut{store}")
     with pytest.raises(LoramError, match=r"has none; check it"):
         read_all(f"{bucket}/absent{store}")

@@ -64,8 +64,8 @@ def sums(count: int, delimiter: str) -> list[str]:
     ("closing", "said"),
     [
         (None, "close the quote that opens a field, it is not closed"),
-        ((100, '6 feet 2"'), "close the quote that opens a field, it takes in the rows up to line"),
-        ((8, '6 feet 2"'), "close the quote that opens a field, it takes in the rows up to line"),
+        ((100, '6 feet 2"'), "close the quote that opens a field, it swallows the rows up to line"),
+        ((8, '6 feet 2"'), "close the quote that opens a field, it swallows the rows up to line"),
         (
             (100, '"quoted"'),
             "close a quote where its field ends, it closes within text in line 101",
@@ -102,7 +102,7 @@ def test_a_quote_that_closes_in_another_column_swallows_no_rows(
     lines[30] = f'How tall is 6 feet 2"{delimiter}74 inches'
     path = write(tmp_path / f"data.{suffix}", "\n".join(lines))
     assert refusal(path).startswith(
-        f"{path}:7 must close the quote that opens a field, it takes in"
+        f"{path}:7 must close the quote that opens a field, it swallows"
     )
 
 
@@ -157,7 +157,7 @@ def test_two_lines_that_could_be_rows_are_a_field_where_quotes_are_used_on_purpo
     tmp_path: Path,
 ) -> None:
     ambiguous = 'prompt,completion\nq,"print\nf(1,2)"\n'
-    assert "takes in the rows up to line 3" in refusal(write(tmp_path / "a.csv", ambiguous))
+    assert "swallows the rows up to line 3" in refusal(write(tmp_path / "a.csv", ambiguous))
     [row, _] = rows_of(write(tmp_path / "b.csv", f'{ambiguous}r,"s, t"\n'))
     assert isinstance(row, dict)
     assert row["completion"] == "print\nf(1,2)"
@@ -188,7 +188,9 @@ def test_a_field_that_never_ends_takes_bounded_memory(
 
     monkeypatch.setattr(separated, "_LONGEST_FIELD", 1000)
     path = write(tmp_path / "data.csv", 'prompt,completion\na,"b\n' + "c\n" * 10_000)
-    assert refusal(path).startswith(f"{path}:2 must close the quote that opens a field, it takes")
+    assert refusal(path).startswith(
+        f"{path}:2 must close the quote that opens a field, it swallows"
+    )
     path = write(tmp_path / "data.csv", "prompt,completion\na," + "b" * 2000)
     assert f"{path}:2 must" in refusal(path)
 
@@ -197,9 +199,9 @@ def test_ragged_rows_are_bad_at_their_lines(tmp_path: Path) -> None:
     content = 'prompt,completion\na,b\nc\n\nd,e,f\n"g\nh",i\nj,"k\nl",m\n,\n'
     found = rows_of(write(tmp_path / "data.csv", content))
     assert [str(row) for row in found if isinstance(row, BadRow)] == [
-        f"{tmp_path}/data.csv:3: it has not the header's 2 columns, but 1",
-        f"{tmp_path}/data.csv:5: it has not the header's 2 columns, but 3",
-        f"{tmp_path}/data.csv:8: it has not the header's 2 columns, but 3",
+        f"{tmp_path}/data.csv:3: it has 1 columns, the header has 2",
+        f"{tmp_path}/data.csv:5: it has 3 columns, the header has 2",
+        f"{tmp_path}/data.csv:8: it has 3 columns, the header has 2",
     ]
     assert {"prompt": "g\nh", "completion": "i"} in found
 

@@ -192,15 +192,17 @@ def test_a_cut_archive_is_refused_wherever_it_is_cut(
     path = tmp_path / f"data.{kind}.{coding}"
     for cut in (1, 2, 7, 9, 100, len(whole) // 2, len(whole) - 20, len(whole) - 4):
         path.write_bytes(whole[:-cut])
-        with pytest.raises(LoramError, match=rf"{path} is cut or damaged past line \d+") as caught:
+        with pytest.raises(
+            LoramError, match=rf"{path} is truncated or damaged past line \d+"
+        ) as caught:
             read_all(path)
         assert len(str(caught.value).splitlines()) == 1
     path.write_bytes(whole[:200] + b"\x55" * 60 + whole[260:])
     if coding == "gz":  # which has a checksum
-        with pytest.raises(LoramError, match="is cut or damaged"):
+        with pytest.raises(LoramError, match="is truncated or damaged"):
             read_all(path)
     path.write_bytes(b"this is no archive")
-    with pytest.raises(LoramError, match="is cut or damaged past line 0"):
+    with pytest.raises(LoramError, match="is truncated or damaged past line 0"):
         read_all(path)
 
 
@@ -213,7 +215,9 @@ def test_a_saved_dataset_is_what_its_state_names(tmp_path: Path) -> None:
     assert read_all(tmp_path) == TEXTS
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(LoramError, match=r"data-00001-of-00003.arrow is cut or damaged .*again"):
+    with pytest.raises(
+        LoramError, match=r"data-00001-of-00003.arrow is truncated or damaged .*again"
+    ):
         read_all(folder)
     shards[1].unlink()
     with pytest.raises(LoramError, match=r"data-00001-of-00003.arrow is missing; copy"):
@@ -258,8 +262,11 @@ def test_globs_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("ftp://host/a.jsonl", "must be a local path or begin with s3://, gs://, hf://, file://"),
         ("file:///absent/a.jsonl", r"has none; check it$"),
-        ("org/name", r"has none; check it \(of the hub: hf://datasets/org/name\)"),
-        ("file://host/a.jsonl", "must have three slashes after file:, and no host; mend it"),
+        ("org/name", r"has none; check it \(on the Hub: hf://datasets/org/name\)"),
+        (
+            "file://host/a.jsonl",
+            "must have three slashes after file:, and no host; fix the address",
+        ),
         ("hf://datasets/org/name", "cannot be listed .*offline"),
     ],
 )
@@ -683,8 +690,8 @@ def test_a_source_of_which_nothing_is_left_is_refused_by_name(
         with pytest.raises(LoramError) as caught:
             prepare_corpus(config, base, tmp_path / "out")
         assert str(caught.value) == (
-            f"align.corpus.sources.1 ({source.name}) must hold text, no document is left to train "
-            f"on of 20 rows ({counts}, 0 held out, 0 bad); add some or leave the source out"
+            f"align.corpus.sources.1 ({source.name}) must hold text, none of its 20 rows is left "
+            f"to train on ({counts}, 0 held out, 0 bad); add some or leave the source out"
         )
         assert not (tmp_path / "out").exists()
     (tmp_path / "empty.jsonl").write_text("")
@@ -703,7 +710,9 @@ def test_a_cut_archive_stops_the_preparation_with_one_line(
     path.write_bytes(path.read_bytes()[:-30])
     for deduplicate in (False, True):
         config = CorpusConfig(sources=(SourceConfig(path=str(path)),), deduplicate=deduplicate)
-        with pytest.raises(LoramError, match=rf"^{path} is cut or damaged past line") as caught:
+        with pytest.raises(
+            LoramError, match=rf"^{path} is truncated or damaged past line"
+        ) as caught:
             prepare_corpus(config, base, tmp_path / "out")
         assert len(str(caught.value).splitlines()) == 1
         assert not (tmp_path / "out").exists()
