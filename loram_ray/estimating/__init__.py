@@ -1,1 +1,1 @@
-"""Memory, time and sizes by arithmetic, before anything runs."""
+"""Estimate memory, time and sizes analytically, before anything runs."""

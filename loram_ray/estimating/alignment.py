@@ -1,7 +1,7 @@
-"""What an alignment will need: memory of a GPU, time of a step, hours and cost, by arithmetic.
+"""Estimate an alignment analytically: memory per GPU, time per step, hours and cost.
 
-Seconds rest on the assumptions in `Cluster` and on the rates in `work`; nothing is measured. All
-sizes are bytes, all rates bytes or operations a second.
+Times rest on the assumptions in `Cluster` and the rates in `flops`; nothing is measured. Sizes are
+in bytes, rates in bytes or operations per second.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from loram_ray.estimating.shapes import ModelShapes
 
 GB = 1e9
 GPU_MEMORY = 80 * GB
-"""An H100 has 85.5e9; CUDA, NCCL and the allocator's gaps are given the rest."""
+"""An H100 has 85.5e9 bytes; the rest is left to CUDA, NCCL and allocator fragmentation."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines, as they are assumed.
+    """Assumptions about the cluster.
 
     Attributes:
-        gpus: workers of alignment, one GPU each.
-        mfu: share of the GPUs' peak that all operations performed, recomputation among them, reach
-            while nothing is waited for.
-        bandwidth: of a node's network, each way; eight 400 Gb/s adapters have 400e9.
-        price: of a GPU for an hour.
+        gpus: Number of GPUs, one per alignment worker.
+        mfu: Share of the peak that all operations, including recomputation, reach while computing.
+        bandwidth: Network bandwidth of a node in each direction; eight 400 Gb/s adapters give
+            400e9.
+        price: Price of one GPU hour.
     """
 
     gpus: int
@@ -51,14 +51,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Targets:
-    """The base's pass over the corpus, where its likeliest tokens are computed beforehand.
+    """Estimate of the base's forward pass over the corpus that caches top-k targets.
 
     Attributes:
-        workers: copies of the base, on all GPUs.
-        hours: of the whole pass.
-        cost: of all GPUs for as long.
-        stored: bytes of the targets, at most: compression makes them fewer.
-        base: bytes of the base's weights on one GPU.
+        workers: Number of copies of the base on all GPUs.
+        hours: Duration of the pass.
+        cost: Cost of all GPUs for the pass.
+        stored: Upper bound on the bytes of the targets, before compression.
+        base: Bytes of the base's weights per GPU.
     """
 
     workers: int
@@ -70,25 +70,25 @@ class Targets:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an alignment on so many GPUs will need.
+    """Estimate of an alignment on a given number of GPUs.
 
     Attributes:
-        gpus: how many.
-        memory: of one of them.
-        fits: whether that is at most `GPU_MEMORY`.
-        by_stage: peak bytes at each ZeRO stage, all else being equal.
-        traffic: bytes that a GPU sends in a step, and receives.
-        compute_s: seconds of a step's operations.
-        traffic_s: seconds of the traffic between GPUs.
-        offload_s: seconds of moving what is offloaded, and of AdamW on the CPU.
-        step_s: seconds of a step.
-        mfu: what ``metrics.jsonl`` would say.
-        steps: of the whole alignment.
-        hours: of the whole alignment.
-        cost: of all GPUs for as long, the targets' pass not counted.
-        work: operations a token.
-        targets: the base's pass, where there is one.
-        notes: what to change, in lines.
+        gpus: Number of GPUs.
+        memory: Memory per GPU.
+        fits: Whether the peak is at most `GPU_MEMORY`.
+        by_stage: Peak bytes at each ZeRO stage with otherwise equal settings.
+        traffic: Bytes that a GPU sends, and receives, per step.
+        compute_s: Seconds of computation per step.
+        traffic_s: Seconds of communication between GPUs per step.
+        offload_s: Seconds of offload transfers and of AdamW on the CPU per step.
+        step_s: Seconds per step.
+        mfu: Model FLOPs utilisation as reported in ``metrics.jsonl``.
+        steps: Number of steps of the alignment.
+        hours: Duration of the alignment.
+        cost: Cost of all GPUs for the alignment, without the pass for the targets.
+        work: Operations per token.
+        targets: Estimate of the targets' pass, if there is one.
+        notes: Suggested changes, one per line.
     """
 
     gpus: int
@@ -116,19 +116,19 @@ def estimate(
     base: ModelShapes,
     cluster: Cluster,
 ) -> Estimate:
-    """Estimate an alignment on so many GPUs, whatever ``align.workers`` says.
+    """Estimate an alignment on the cluster's GPUs, regardless of ``align.workers``.
 
-    A step's seconds are the longer of computing and traffic where DeepSpeed overlaps them (ZeRO-3,
-    which fetches weights ahead and reduces gradients on a stream of its own), and their sum where
-    it does not (0 to 2, whose ``overlap_comm`` is off by default). What is offloaded is added. The
-    optimiser's own operations are left out: they are a hundredth of a step.
+    A step takes the longer of computation and communication if DeepSpeed overlaps them (ZeRO-3
+    prefetches weights and reduces gradients on its own stream), and their sum otherwise (stages 0
+    to 2, whose ``overlap_comm`` is off by default), plus the time of offloading. The optimizer's
+    own operations are about 1% of a step and are left out.
 
     Args:
-        config: the stage's configuration.
-        users: a DeepSpeed dictionary of the user's own.
-        pruned: the pruned model, as it is trained.
-        base: its base.
-        cluster: the machines.
+        config: Configuration of the stage.
+        users: DeepSpeed configuration supplied by the user.
+        pruned: Shapes of the pruned model as it is trained.
+        base: Shapes of the base.
+        cluster: Assumptions about the cluster.
     """
     gpus = cluster.gpus
     teacher = base if source_of(config) == "live" else None
@@ -182,7 +182,7 @@ def estimate(
 def _targets_of(
     config: AlignConfig, base: ModelShapes, cluster: Cluster, peak: float
 ) -> Targets | None:
-    """The pass before training; sharded over GPUs, the base's layers work one GPU after another."""
+    """Estimate the targets' pass; if the base is sharded, its GPUs work one after another."""
     distillation = config.distillation
     if source_of(config) != "cached":
         return None
@@ -195,7 +195,7 @@ def _targets_of(
         workers=workers,
         hours=hours,
         cost=hours * cluster.gpus * cluster.price,
-        stored=tokens * (6.0 * distillation.top_k + 4),  # int32 and float16 a token, one float32
+        stored=tokens * (6.0 * distillation.top_k + 4),  # int32 and float16 per entry, one float32
         base=0.0 if distillation.stream_rows is not None else weights,
     )
 
@@ -208,7 +208,7 @@ def _on_memory(
     gpus: int,
     peak: float,
 ) -> str | None:
-    """What to set where it does not fit."""
+    """Suggest settings if the alignment does not fit."""
     if peak <= GPU_MEMORY:
         return None
     remedy = "no setting here fits; use more GPUs"
@@ -219,26 +219,26 @@ def _on_memory(
             remedy = f"{name} needs {needed / GB:.1f} GB"
             break
     return (
-        f"align.zero_stage {config.zero_stage} needs {peak / GB:.1f} GB of each of {gpus} GPUs, "
+        f"align.zero_stage {config.zero_stage} needs {peak / GB:.1f} GB on each of {gpus} GPUs, "
         f"more than {GPU_MEMORY / GB:.0f} GB; {remedy}"
     )
 
 
 def _on_batches(config: AlignConfig, gpus: int) -> str | None:
-    """What to set where workers have less to do than others."""
+    """Suggest settings if workers are loaded unevenly."""
     micro_batches = config.accumulation(gpus)
     sequences = micro_batches * config.micro_batch_size * gpus
     if sequences == config.batch_size:
         return None
     return (
-        f"align.batch_size {config.batch_size} is {config.batch_size / sequences:.0%} of what "
+        f"align.batch_size {config.batch_size} is {config.batch_size / sequences:.0%} of the "
         f"{gpus} GPUs x {micro_batches} x align.micro_batch_size {config.micro_batch_size} "
-        "compute, the rest has no labels; lower align.micro_batch_size"
+        "sequences computed, the rest has no labels; lower align.micro_batch_size"
     )
 
 
 def _on_base(config: AlignConfig, base: ModelShapes) -> str | None:
-    """What to set where the base of the targets' pass does not fit."""
+    """Suggest settings if the base does not fit in the targets' pass."""
     distillation = config.distillation
     if source_of(config) != "cached" or distillation.stream_rows is not None:
         return None
@@ -254,7 +254,7 @@ def _on_base(config: AlignConfig, base: ModelShapes) -> str | None:
 
 
 def _stages(config: AlignConfig) -> Iterator[tuple[int, AlignConfig]]:
-    """The configuration at each ZeRO stage from 1 that allows what it offloads."""
+    """Yield the configuration at each ZeRO stage, from 1, that supports its offloading."""
     offloads = (config.offload_optimiser, config.offload_parameters)
     first = 3 if config.offload_parameters != "none" or "nvme" in offloads else 1
     for stage in range(first, 4):
@@ -262,7 +262,7 @@ def _stages(config: AlignConfig) -> Iterator[tuple[int, AlignConfig]]:
 
 
 def _remedies(config: AlignConfig) -> Iterator[tuple[str, AlignConfig]]:
-    """What may make it fit, the cheapest first."""
+    """Yield settings that may fit, cheapest first."""
     for saving in (False, True):
         for stage, changed in _stages(config):
             update = {"activation_checkpointing": saving or config.activation_checkpointing}

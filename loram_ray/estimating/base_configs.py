@@ -1,4 +1,4 @@
-"""Where a base's ``config.json`` comes from when nothing else of it is needed."""
+"""Get a base's ``config.json`` when its weights are not needed."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-8B": _llama(32, 4096, 14336, 32, 8, 128256, 131072),
     "meta-llama/Llama-3.1-70B": _llama(80, 8192, 28672, 64, 8, 128256, 131072),
 }
-"""Shapes of bases whose files a hub gives only to those who ask for them."""
+"""Shapes of gated bases, whose files need an access request on the Hub."""
 
 
 def base_config(base: str, file: Path | None = None) -> dict[str, Any]:
-    """Read the base's ``config.json``, or know its shapes.
+    """Return the base's ``config.json`` from a directory, the Hub or the table of known bases.
 
     Args:
-        base: a directory or a hub id.
-        file: a ``config.json``, or its directory, to be read instead.
+        base: Model directory or Hub id.
+        file: ``config.json`` file, or its directory, to read instead.
 
     Raises:
-        LoramError: it is nowhere to be had.
+        LoramError: If the configuration is not available.
     """
     place = file or Path(base)
     if place.is_dir():
@@ -58,7 +58,7 @@ def base_config(base: str, file: Path | None = None) -> dict[str, Any]:
         return read_config_file(Path(hf_hub_download(base, "config.json")))
     except (OSError, ValueError) as error:
         raise LoramError(
-            f"prune.base {base} is no directory here and its config.json could not be had from the "
-            f"hub ({type(error).__name__}); check the name, the network and HF_TOKEN, or give "
-            "--base-config FILE"
+            f"prune.base {base} is not a local directory and its config.json could not be "
+            f"downloaded from the Hub ({type(error).__name__}); check the name, the network and "
+            "HF_TOKEN, or set --base-config FILE"
         ) from error

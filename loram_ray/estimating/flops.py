@@ -1,4 +1,4 @@
-"""Operations, traffic and what is offloaded in a step of alignment, by arithmetic."""
+"""Estimate operations, traffic and offloading of an alignment step analytically."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from loram_ray.estimating.shapes import ModelShapes
 
 GPUS_PER_NODE = 8
 NVLINK = 360e9
-"""Each way, of a GPU: 80% of the 450e9 of an H100's data sheet."""
+"""NVLink bandwidth of a GPU in each direction: 80% of an H100's nominal 450e9."""
 PCIE = 50e9
-"""Each way, between a GPU and its host: 80% of PCIe 5.0 x16."""
+"""Bandwidth between a GPU and its host in each direction: 80% of PCIe 5.0 x16."""
 DISK = 3e9
-"""Of a GPU's share of its node's NVMe disks."""
+"""Bandwidth of a GPU's share of its node's NVMe disks."""
 HOST_MEMORY = 300e9
-"""Of a node, as AdamW on the CPU reads and writes it."""
+"""Memory bandwidth of a node, as reached by AdamW on the CPU."""
 
 _FP32 = 4
 _ADAM_TRAFFIC = 7 * _FP32  # reads weight, gradient and both moments; writes all but the gradient
@@ -24,13 +24,13 @@ _ADAM_TRAFFIC = 7 * _FP32  # reads weight, gradient and both moments; writes all
 
 @dataclass(frozen=True)
 class Work:
-    """Operations that a token costs.
+    """Operations per token.
 
     Attributes:
-        forward: of the pruned model.
-        backward: of the pruned model.
-        recomputed: forward operations done again in the backward pass.
-        base: of the base's forward pass, where distillation is live.
+        forward: Forward pass of the pruned model.
+        backward: Backward pass of the pruned model.
+        recomputed: Forward operations repeated in the backward pass.
+        base: Forward pass of the base, if distillation is live.
     """
 
     forward: float
@@ -40,18 +40,18 @@ class Work:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Total number of operations."""
         return self.forward + self.backward + self.recomputed + self.base
 
 
 def work_of(config: AlignConfig, pruned: ModelShapes, teacher: ModelShapes | None) -> Work:
-    """Operations a token, in linears and in the products of attention.
+    """Return the operations per token in linear layers and attention products.
 
-    Two for each weight forward, four backward, but two where the output head is frozen (Kaplan et
-    al., arXiv 2001.08361); attention's two products over the whole sequence (PaLM, arXiv
-    2204.02311, appendix B). The head is computed again for each chunk, and a layer where
-    activations are checkpointed, but for its last linear: torch stops when it has all that was
-    saved. The last position predicts nothing.
+    A weight takes two operations forward and four backward, or two if the output head is frozen
+    (Kaplan et al., arXiv 2001.08361); attention's two products cover the whole sequence (PaLM,
+    arXiv 2204.02311, appendix B). The head is recomputed for each chunk. With activation
+    checkpointing, a layer is recomputed except for its last linear, since torch stops once it has
+    all saved tensors. The last position predicts nothing.
     """
     length = config.corpus.sequence_length
     layers, head = forward_of(pruned, length)
@@ -72,7 +72,7 @@ def work_of(config: AlignConfig, pruned: ModelShapes, teacher: ModelShapes | Non
 
 
 def forward_of(model: ModelShapes, length: int) -> tuple[float, float]:
-    """Operations a token of a forward pass over so many tokens, of the layers and of the head."""
+    """Return the forward operations per token of layers and head, for a sequence length."""
     attention = 4.0 * length * sum(layer.query for layer in model.layers)
     return 2.0 * model.layer_weights + attention, 2.0 * model.head_weights
 
@@ -80,13 +80,13 @@ def forward_of(model: ModelShapes, length: int) -> tuple[float, float]:
 def traffic_of(
     config: AlignConfig, pruned: ModelShapes, teacher: ModelShapes | None, gpus: int
 ) -> float:
-    """Bytes that a GPU sends in a step, and receives.
+    """Return the bytes that a GPU sends, and receives, per step.
 
-    A ring sends ``(n - 1) / n`` of a tensor to gather or scatter it, twice that to sum it (ZeRO,
-    arXiv 1910.02054, section 7). DeepSpeed's ZeRO-1 and 2 sum gradients on all GPUs, ZeRO-2 after
-    every micro-batch, and gather the weights once. ZeRO-3 gathers weights forward and backward and
-    scatters gradients, for every micro-batch; the base's it gathers forward only, and its head
-    again backward.
+    A ring sends ``(n - 1) / n`` of a tensor to gather or scatter it, and twice that to all-reduce
+    it (ZeRO, arXiv 1910.02054, section 7). DeepSpeed's ZeRO-1 and ZeRO-2 all-reduce gradients,
+    ZeRO-2 after every micro-batch, and gather the weights once. ZeRO-3 gathers weights forward and
+    backward and scatters gradients for every micro-batch; the base's weights are gathered forward
+    only, and its head again in the backward pass.
     """
     width, micro_batches = BYTES[config.precision], config.accumulation(gpus)
     weights, gradients = width * pruned.parameters, width * pruned.trained
@@ -103,10 +103,10 @@ def traffic_of(
 def offload_seconds(
     config: AlignConfig, pruned: ModelShapes, teacher: ModelShapes | None, gpus: int
 ) -> float:
-    """Seconds of a step that what is offloaded costs.
+    """Return the seconds per step spent on offloading.
 
-    Gradients go to the host and weights come back, AdamW runs on the CPU in the host's memory; from
-    a disk come the optimiser's state, too, and go back. Offloaded weights come with each gathering.
+    Gradients move to the host and weights back, and AdamW runs on the CPU in host memory; NVMe
+    offload also reads and writes the optimizer state. Offloaded weights move with every gather.
     """
     width, share = BYTES[config.precision], pruned.trained / gpus
     rates = {"cpu": PCIE, "nvme": DISK}

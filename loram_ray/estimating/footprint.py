@@ -1,7 +1,7 @@
-"""Bytes of a GPU in alignment, by arithmetic.
+"""Estimate the memory of a GPU in alignment analytically.
 
-They are those that DeepSpeed 0.19 keeps with the settings of `deepspeed_config`; of a user's own
-DeepSpeed dictionary, bucket and sub-group sizes, live parameters and ``overlap_comm`` count.
+The estimate follows DeepSpeed 0.19 with the settings of `deepspeed_config`. From a user's own
+DeepSpeed configuration it takes bucket and sub-group sizes, live parameters and ``overlap_comm``.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ BYTES = {"bf16": 2, "fp32": 4}
 ADAM_MOMENTS = 8
 _FP32 = 4
 _BUCKET, _LIVE, _SUB_GROUP = 5e8, 1e9, 1e9  # elements; DeepSpeed's defaults
-_LOGIT = {"causal_lm": 12, "cached": 20, "live": 28}  # float32 logits and what is made of them
+_LOGIT = {"causal_lm": 12, "cached": 20, "live": 28}  # float32 logits and tensors derived from them
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU at their largest, part by part.
+    """Peak bytes of one GPU by component.
 
     Attributes:
-        weights: of the pruned model.
-        base: of the base beside it, where distillation is live.
-        optimiser: float32 weights, where there are others, and AdamW's two moments.
-        gradients: while the backward pass runs.
-        buckets: in which DeepSpeed reduces gradients.
-        gathered: weights that ZeRO-3 has whole for the layers at work.
-        activations: kept for the backward pass, and what the pass itself needs.
-        logits: of the chunk at work, where that needs more than a layer's backward pass.
-        update: gradients and temporaries of the optimiser's step; the backward pass's are gone.
-        host: bytes of the GPU's share of its node's memory, or disk, that was offloaded.
-        peak: what must fit.
+        weights: Weights of the pruned model.
+        base: Weights of the base, if distillation is live.
+        optimiser: Float32 master weights, if any, and AdamW's two moments.
+        gradients: Gradients during the backward pass.
+        buckets: DeepSpeed's buckets for reducing gradients.
+        gathered: Weights that ZeRO-3 gathers for the active layers.
+        activations: Activations saved for the backward pass, and its own temporaries.
+        logits: Logits of the current chunk, if they need more than a layer's backward pass.
+        update: Gradients and temporaries of the optimizer step, after those of the backward pass
+            are freed.
+        host: Offloaded bytes in the GPU's share of its node's memory or disk.
+        peak: Total that must fit.
     """
 
     weights: float
@@ -59,19 +60,20 @@ def memory_of(
     teacher: ModelShapes | None,
     gpus: int,
 ) -> Memory:
-    """Bytes of one GPU.
+    """Estimate the memory of one GPU.
 
-    ZeRO-1 keeps gradients whole until a step's last micro-batch, ZeRO-2 its share of them, twice
-    where they accumulate (what was and what comes), ZeRO-3 its share, once; all in the model's
-    precision, since ``data_types`` is not set. (DeepSpeed: ``zero/stage_1_and_2.py``,
-    ``zero/stage3.py``, ``fp16/unfused_optimizer.py``.) Padding of partitions is left out.
+    ZeRO-1 keeps whole gradients until the last micro-batch of a step, ZeRO-2 keeps its share of
+    them, twice if they accumulate (the sum and the new ones), and ZeRO-3 keeps its share once; all
+    in the model's precision, since ``data_types`` is not set. (DeepSpeed:
+    ``zero/stage_1_and_2.py``, ``zero/stage3.py``, ``fp16/unfused_optimizer.py``.) Padding of
+    partitions is ignored.
 
     Args:
-        config: the stage's configuration.
-        zero: DeepSpeed's ``zero_optimization``.
-        pruned: the pruned model.
-        teacher: the base, where it runs beside it.
-        gpus: how many share it out.
+        config: Configuration of the stage.
+        zero: DeepSpeed's ``zero_optimization`` section.
+        pruned: Shapes of the pruned model.
+        teacher: Shapes of the base, if distillation is live.
+        gpus: Number of GPUs that share the model.
     """
     stage, width = zero["stage"], BYTES[config.precision]
     offloads, streams = config.offload_optimiser != "none", config.offload_parameters != "none"
@@ -123,12 +125,12 @@ def memory_of(
 def activations_of(
     config: AlignConfig, pruned: ModelShapes, teacher: ModelShapes | None
 ) -> tuple[float, float]:
-    """Bytes of activations at their largest, and of logits at the same time.
+    """Return the peak bytes of activations, and of the logits at the same moment.
 
-    Korthikanti et al. (arXiv 2205.05198, section 4) count what autograd saves of a GPT layer; this
-    is their count for RMSNorm, gated MLPs, GQA and an attention that keeps no scores. The largest
-    moment is at a chunk of the output head, or in the backward pass of a layer, or, with the base
-    beside it, at a layer of the base.
+    Korthikanti et al. (arXiv 2205.05198, section 4) count the tensors that autograd saves in a GPT
+    layer; this is their count for RMSNorm, gated MLPs, GQA and attention without stored scores. The
+    peak occurs at a chunk of the output head, in the backward pass of a layer, or, with a live
+    base, in one of the base's layers.
     """
     width = BYTES[config.precision]
     positions = config.micro_batch_size * config.corpus.sequence_length
@@ -138,7 +140,7 @@ def activations_of(
     if config.activation_checkpointing:
         kept = width * pruned.hidden * len(layers)
         at_layer += max(layers)
-    at_head = (_FP32 + 2 * width) * pruned.hidden  # of the last norm, and the positions predicted
+    at_head = (_FP32 + 2 * width) * pruned.hidden  # last norm, and the predicted positions
     at_base = 0
     if teacher is not None:
         at_head += 2 * width * teacher.hidden
@@ -151,23 +153,23 @@ def activations_of(
 
 
 def saved_by_layer(layer: LayerSizes, width: int) -> int:
-    """Bytes that autograd saves of a Llama layer for each position.
+    """Return the bytes per position that autograd saves in a Llama layer.
 
-    Norms save their input in float32, its normalised value and their output; attention the rotated
-    queries and keys, the values, its output and a float32 logarithm a head; the MLP the gate before
-    and after its activation, the other branch and their product.
+    Norms save their input in float32, the normalised value and the output; attention saves rotated
+    queries and keys, values, its output and a float32 log-sum-exp per head; the MLP saves the gate
+    before and after its activation, the up projection and their product.
 
     Args:
-        layer: the layer.
-        width: bytes of an activation.
+        layer: Sizes of the layer.
+        width: Bytes per activation.
     """
-    norms = (_FP32 + 2 * width) * layer.norms + 2 * _FP32  # and two float32 root mean squares
+    norms = (_FP32 + 2 * width) * layer.norms + 2 * _FP32  # plus two float32 root mean squares
     attention = width * 2 * (layer.query + layer.key) + _FP32 * layer.heads
     return norms + attention + width * 4 * layer.neurons
 
 
 def source_of(config: AlignConfig) -> str:
-    """What the pruned model learns from: ``causal_lm``, ``cached`` or ``live``."""
+    """Return the source of the training signal: ``causal_lm``, ``cached`` or ``live``."""
     if config.objective == "causal_lm":
         return "causal_lm"
     return config.distillation.targets

@@ -1,4 +1,4 @@
-"""What a recipe will need: sizes, memory of the user's training, the publisher's alignment."""
+"""Forecast a recipe: sizes, memory of the user's training, and the publisher's alignment."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _AS_THE_PAPER = (
     "train.lora.lm_head=true",
     "train.activation_checkpointing=true",
 )
-"""How a user trains where the recipe, a publisher's, does not say it; the rest are defaults."""
+"""Training settings for a publisher's recipe without a ``train`` section, beside the defaults."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a recipe will need.
+    """Forecast of a recipe.
 
     Attributes:
-        prune: how the base is pruned.
-        train: how a user trains.
-        base: size of the base.
-        pruned: size of what pruning leaves; of masked weights all are stored.
-        nf4: memory of training on the pruned model in NF4.
-        whole: memory of training on it in ``train.precision``.
-        alignment: what the publisher's alignment needs on its workers; None without one.
+        prune: Pruning configuration.
+        train: Training configuration.
+        base: Size of the base.
+        pruned: Size of the pruned model; masked weights are stored in full.
+        nf4: Memory of training on the pruned model in NF4.
+        whole: Memory of training on it in ``train.precision``.
+        alignment: Estimate of the publisher's alignment on its workers; None without one.
     """
 
     prune: PruneConfig
@@ -51,7 +51,7 @@ class Forecast:
     alignment: Estimate | None
 
     def reductions(self) -> dict[str, float]:
-        """How many times smaller than the base in bfloat16 the pruned model is."""
+        """Return the size ratios of the base in bfloat16 to the pruned model."""
         fewer = self.base.parameters / self.pruned.parameters
         return {
             "bf16": fewer,
@@ -60,7 +60,7 @@ class Forecast:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in bytes."""
+        """Return the forecast as JSON-serialisable values, in bytes."""
         return {
             "base": asdict(self.base),
             "pruned": asdict(self.pruned),
@@ -88,15 +88,15 @@ class Forecast:
 def forecast(
     config: Path | None, overrides: Sequence[str] = (), config_of_base: Path | None = None
 ) -> Forecast:
-    """Work out what a run file needs; nothing is loaded but the base's ``config.json``.
+    """Forecast a run file, reading no file of the base except ``config.json``.
 
     Args:
-        config: the run file, with a ``prune`` section.
-        overrides: ``dotted.key=value``.
-        config_of_base: the base's ``config.json`` or its directory, instead of the base's own.
+        config: Run file with a ``prune`` section.
+        overrides: Overrides of the form ``dotted.key=value``.
+        config_of_base: ``config.json`` or its directory, used instead of the base's own.
 
     Raises:
-        LoramError: the run file is wrong, the base's shapes are not known, its family is not
+        LoramError: If the run file is invalid, the base's shapes are unknown, its family is not
             supported, or it is a mixture of experts.
     """
     says = config is not None and load_run(config).train is not None
@@ -142,10 +142,10 @@ def _names(memory: TrainingMemory) -> list[str]:
 
 
 def _actors(memory: TrainingMemory) -> dict[str, int]:
-    """How many actors, each with a copy of the model and one adapter, share a GPU."""
+    """Return the number of actors per GPU, with one model copy and one adapter in each."""
     return {gpu.name: gpu.processes(memory.total) for gpu in GPUS}
 
 
 def _adapters(memory: TrainingMemory) -> dict[str, int]:
-    """How many adapters at a time the GPUs hold, on one copy of the model."""
+    """Return the number of adapters that each GPU trains at a time on one copy of the model."""
     return {gpu.name: memory.most(gpu.usable) for gpu in GPUS}

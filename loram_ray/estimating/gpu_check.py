@@ -1,4 +1,4 @@
-"""Whether a training fits a GPU, before anything is loaded onto it."""
+"""Check that a training run fits a GPU before loading anything onto it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SHORTEST = 128
 
 
 def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
-    """Refuse a training that needs more memory than a GPU has free.
+    """Refuse a training run that needs more memory than a GPU has free.
 
-    Mixtures of experts are not judged: which experts a token takes depends on values.
+    Mixtures of experts are not checked, since their routing depends on the data.
 
     Args:
-        config: the stage's configuration.
-        free: bytes.
-        adapters: such trainings at a time, on one copy of the model.
+        config: Configuration of the stage.
+        free: Free bytes on the GPU.
+        adapters: Number of adapters trained at a time on one copy of the model.
 
     Raises:
-        LoramError: the memory does not suffice; the message says what would.
+        LoramError: If the memory does not suffice; the message suggests settings that fit.
     """
     settings, family = read_model_config(config.model), family_of(config.model)
     if family.geometry(settings).num_experts:
@@ -43,7 +43,7 @@ def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
         return
     remedy = next(
         (_said(changes) for changes, changed in _smaller(config) if needed(changed) <= usable),
-        "take a larger GPU" if quantized else "quantize the model or take a larger GPU",
+        "use a larger GPU" if quantized else "quantize the model or use a larger GPU",
     )
     if adapters > 1:
         remedy = f"lower batch.adapters_per_actor = {adapters}, or {remedy}"
@@ -54,7 +54,7 @@ def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
 
 
 def _smaller(config: TrainConfig) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
-    """Changes that need less and less, and the configuration with them."""
+    """Yield changes that need less and less memory, each with the changed configuration."""
     changes: dict[str, Any] = {}
     if not config.activation_checkpointing:
         changes["activation_checkpointing"] = True

@@ -1,4 +1,4 @@
-"""GPUs that people have or rent, by name."""
+"""List common GPUs and their memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 _MIB = 2**20
 CONTEXT = 600 * _MIB
-"""Bytes that CUDA, cuBLAS and bitsandbytes hold beside PyTorch's tensors; an assumption."""
+"""Assumed bytes that CUDA, cuBLAS and bitsandbytes allocate outside PyTorch."""
 GAPS = 0.05
-"""Share of the memory that PyTorch's allocator loses between tensors; an assumption."""
+"""Assumed share of memory that PyTorch's allocator loses to fragmentation."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU.
+    """GPU model.
 
     Attributes:
-        name: as sellers call it.
-        memory: bytes that its driver reports.
+        name: Product name.
+        memory: Memory in bytes as reported by the driver.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Gpu:
 
     @property
     def usable(self) -> int:
-        """Bytes for tensors."""
+        """Bytes available for tensors."""
         return int((self.memory - CONTEXT) * (1 - GAPS))
 
     def processes(self, needed: float) -> int:
-        """How many processes that need so many bytes of tensors it holds beside each other."""
+        """Return the number of processes with this many bytes of tensors that fit side by side."""
         return int(self.memory // (needed / (1 - GAPS) + CONTEXT))
 
 
@@ -51,9 +51,9 @@ GPUS = tuple(
         ("H200", 143771),
     )
 )
-"""From the smallest to the largest."""
+"""GPUs in ascending order of memory."""
 
 
 def fitting(needed: float) -> Iterator[Gpu]:
-    """GPUs that hold so many bytes of tensors, the smallest first."""
+    """Iterate over the GPUs that hold this many bytes of tensors, smallest first."""
     return (gpu for gpu in GPUS if gpu.usable >= needed)

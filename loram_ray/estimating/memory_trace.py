@@ -1,12 +1,12 @@
-"""Peak memory of a training step, by carrying it out on tensors that have shapes and no values.
+"""Measure the peak memory of a training step by tracing it with fake tensors.
 
-The model, PEFT's adapter, the loss and the backward pass are those that `train` runs; a linear in
-NF4 is one that makes its weight whole whenever it is asked, as bitsandbytes does. AdamW is fused,
-and makes no tensor of its own but its moments.
+The model, PEFT's adapter, the loss and the backward pass are those of `train`. An NF4 linear
+dequantises its weight on every use, as in bitsandbytes. AdamW is fused and allocates only its
+moments.
 
-Layers that are alike are not all rehearsed: a step is carried out with two of each run of them, and
-once more with three of each. What is there at the largest moment in such layers, or outside of all,
-grows by the same for every further one.
+Identical layers are not all traced. A step is traced with two layers of each run of identical
+layers, then with three. The peak in such layers, or outside all of them, grows by the same amount
+with every further layer.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _KINDS = ("activations", "logits", "workspace")
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a GPU at the largest moment of training.
+    """Bytes of a GPU at the peak of training.
 
     Attributes:
-        weights: of the frozen model.
-        adapter: of the LoRA.
+        weights: Weights of the frozen model.
+        adapter: Weights of the LoRA adapter.
         optimiser: AdamW's two moments.
-        gradients: of the adapter.
-        activations: what the backward pass needs, and what is being computed.
-        logits: over the vocabulary, and their gradient.
-        workspace: weights that are made whole from NF4.
+        gradients: Gradients of the adapter.
+        activations: Activations saved for the backward pass, and temporaries.
+        logits: Logits over the vocabulary, and their gradient.
+        workspace: Weights dequantised from NF4.
     """
 
     weights: int
@@ -66,18 +66,18 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total bytes."""
         return sum(asdict(self).values())
 
     def of_several(self, adapters: int) -> int:
-        """Bytes of several such trainings in one forward, on one copy of the weights.
+        """Return the bytes for training several adapters in one forward pass on one model copy.
 
-        The logits are there for one after another. Gradients wait for their optimiser's turn.
+        Logits exist for one adapter at a time; gradients are kept until their optimizer steps.
         """
         return self.total if adapters == 1 else self._once + adapters * self._each
 
     def most(self, usable: float) -> int:
-        """How many such trainings fit in one forward."""
+        """Return the maximum number of adapters that fit in one forward pass."""
         if self.total > usable:
             return 0
         return max(1, int((usable - self._once) // max(self._each, 1)))
@@ -98,17 +98,17 @@ def training_memory(
     quantized: bool,
     every_layer: bool = False,
 ) -> TrainingMemory:
-    """Rehearse one micro-batch of ``max_length`` tokens, each with a label, under a padding mask.
+    """Trace one micro-batch of ``max_length`` labelled tokens with a padding mask.
 
     Args:
-        model_config: ``config.json`` of the model that is trained on.
-        family: the base's.
-        train: the stage's configuration; its paths are not read.
-        quantized: whether the model's linears are in NF4.
-        every_layer: rehearse all layers, even where many are alike.
+        model_config: ``config.json`` of the model to train on.
+        family: Architecture of the base.
+        train: Configuration of the stage; its paths are not read.
+        quantized: Whether the model's linears are in NF4.
+        every_layer: Trace all layers, even if many are identical.
 
     Raises:
-        ValueError: targets that the model lacks.
+        ValueError: If the model lacks a target module.
     """
     dtype = DTYPES[train.precision]
     model = empty_model(model_config, dtype=dtype)
@@ -117,7 +117,7 @@ def training_memory(
     tracker = _Tracker(model.config.vocab_size)
     if quantized:
         _quantize(model, tracker, dtype)
-    with warnings.catch_warnings():  # PEFT asks for a property of transformers by its former name
+    with warnings.catch_warnings():  # PEFT uses a deprecated property of Transformers
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(model, lora_config(train.lora, family)).train()
     set_dtype(adapted, train.lora)
@@ -149,19 +149,20 @@ def training_memory(
 
 
 def without_nf4(memory: TrainingMemory, weights: int) -> TrainingMemory:
-    """The same training on weights that are there whole.
+    """Return the memory of the same training on unquantised weights.
 
-    Too little by at most the workspace in NF4, where another moment of the step is the largest.
+    The result is too low by at most the NF4 workspace, if the peak then falls elsewhere in the
+    step.
 
     Args:
-        memory: of training in NF4.
-        weights: bytes of the whole weights.
+        memory: Memory of training in NF4.
+        weights: Bytes of the unquantised weights.
     """
     return replace(memory, weights=weights, workspace=0)
 
 
 def _imagine(model: nn.Module) -> None:
-    """Put tensors on a CPU that are not there in place of those on the meta device."""
+    """Replace meta tensors by fake CPU tensors."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -177,7 +178,7 @@ def _imagine(model: nn.Module) -> None:
 
 
 def _step(model: PreTrainedModel, batch: int, length: int) -> None:
-    """Forward and backward as `LoraTrainer` does; the mask is used, its values being unknown."""
+    """Run the forward and backward pass of `LoraTrainer`; the padding mask is applied."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
     mask = torch.ones_like(ids)
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
@@ -194,9 +195,9 @@ def _step(model: PreTrainedModel, batch: int, length: int) -> None:
 def _extrapolated(
     step: Callable[[Sequence[int]], dict[int | None, Counter[str]]], counts: Sequence[int]
 ) -> dict[int | None, Counter[str]]:
-    """The peaks of a step with so many layers of each run, from steps with two and three of them.
+    """Return the peaks for the given layer counts, extrapolated from two and three layers per run.
 
-    Of one alone nothing can be said: the first layer of all makes no gradient of its inputs.
+    One layer is not enough: the very first layer computes no gradient of its inputs.
     """
     few = [min(count, 2) for count in counts]
     longer = [run for run, count in enumerate(counts) if count > 2]
@@ -213,15 +214,15 @@ def _extrapolated(
 
 
 class _Layers:
-    """The decoder layers of a model; the tracker is told in which of their runs a step is.
+    """Decoder layers of a model; reports to the tracker which run of layers is active.
 
     Args:
-        model: with its adapter.
-        family: of the model.
-        tracker: to tell.
+        model: Model with its adapter.
+        family: Architecture of the model.
+        tracker: Tracker to report to.
 
     Attributes:
-        runs: indices of layers that follow each other and are alike.
+        runs: Indices of consecutive identical layers.
     """
 
     def __init__(self, model: PreTrainedModel, family: Architecture, tracker: _Tracker) -> None:
@@ -242,7 +243,7 @@ class _Layers:
 
     @contextmanager
     def only(self, counts: Sequence[int]) -> Iterator[None]:
-        """The model has so many layers of each run."""
+        """Keep only the given number of layers of each run inside the context."""
         kept = [
             index for run, count in zip(self.runs, counts, strict=True) for index in run[:count]
         ]
@@ -260,7 +261,7 @@ class _Layers:
 
 
 def _tell(layer: nn.Module, tracker: _Tracker, run: int) -> None:
-    """Tell the tracker when a layer begins and ends, and when its backward pass begins."""
+    """Register hooks that report the start and end of a layer and of its backward pass."""
 
     def inside(*_: Any) -> None:
         tracker.phase = run
@@ -276,11 +277,11 @@ def _tell(layer: nn.Module, tracker: _Tracker, run: int) -> None:
 
 
 class _Tracker(TorchDispatchMode):
-    """Follows the storages that operations make.
+    """Track the storages that operations allocate.
 
     Attributes:
-        phase: number of the run of layers that computes, None outside of them.
-        peaks: bytes of each kind at the largest moment of each phase.
+        phase: Index of the active run of layers; None outside of them.
+        peaks: Bytes of each kind at the peak of each phase.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -291,7 +292,7 @@ class _Tracker(TorchDispatchMode):
         self.anew()
 
     def anew(self) -> _Tracker:
-        """Forget what was there before."""
+        """Reset all counts."""
         self._step += 1
         self._now: Counter[str] = Counter()
         self._alive: set[int] = set()
@@ -301,7 +302,7 @@ class _Tracker(TorchDispatchMode):
 
     @contextmanager
     def naming(self, kind: str) -> Iterator[None]:
-        """What is made inside is of that kind."""
+        """Count allocations inside the context as this kind."""
         self._kind = kind
         try:
             yield
@@ -347,9 +348,10 @@ class _Tracker(TorchDispatchMode):
 
 
 class _Nf4Linear(nn.Linear):
-    """A linear whose weight is made when it is needed; ``tracker`` is told.
+    """Linear layer that allocates its weight on use, recorded by ``tracker``.
 
-    It computes in one dtype and returns the one that it is given (bitsandbytes: ``Linear4bit``).
+    It computes in ``compute_dtype`` and returns the dtype of its input (bitsandbytes:
+    ``Linear4bit``).
     """
 
     tracker: _Tracker
@@ -374,7 +376,7 @@ class _Product(torch.autograd.Function):
 
 
 def _whole(linear: _Nf4Linear) -> torch.Tensor:
-    """A weight to compute with; the float32 scales that it is made with are gone after that."""
+    """Allocate a dequantised weight; the float32 scales are freed afterwards."""
     shape = linear.out_features, linear.in_features
     with linear.tracker.naming("workspace"):
         scales = torch.empty(shape[0] * shape[1] // _BLOCK)

@@ -1,4 +1,4 @@
-"""Bytes of an optimiser's state."""
+"""Size of the optimizer state."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 import torch
 
 _MOMENTS = 2
-_BLOCK = 256  # elements that share a scale (bitsandbytes' BlockwiseState)
-_SMALLEST = 4096  # elements; bitsandbytes keeps less in float32
+_BLOCK = 256  # elements per scale (bitsandbytes' BlockwiseState)
+_SMALLEST = 4096  # elements; bitsandbytes keeps smaller tensors in float32
 
 
 def moments_bytes(parameters: Iterable[torch.Tensor], optimiser: str) -> int:
-    """Bytes of AdamW's two moments; where they are paged, all of them, as if none was on the host.
+    """Return the bytes of AdamW's two moments; paged moments count as if all were on the GPU.
 
     Args:
-        parameters: those that are trained.
-        optimiser: a name that ``train.optimiser.name`` takes.
+        parameters: Trainable parameters.
+        optimiser: Value of ``train.optimiser.name``.
     """
     return sum(_MOMENTS * _moment(parameter, optimiser) for parameter in parameters)
 

@@ -1,6 +1,6 @@
-"""Sizes of a base and of what pruning leaves of it, from its ``config.json`` alone.
+"""Derive the shapes of a base and of its pruned model from ``config.json`` alone.
 
-The models are built on the meta device by the classes that train them: no weight exists.
+Models are built on the meta device by the classes that train them; no weights are allocated.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from loram_ray.pruning.selection import keep_units, layer_range, layer_ratios
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """A decoder layer.
+    """Sizes of a decoder layer.
 
     Attributes:
-        query: features of all query heads together.
-        key: features of all KV heads together.
-        heads: query heads.
-        neurons: of the MLP.
-        norms: features of all norms together.
+        query: Total features of the query heads.
+        key: Total features of the KV heads.
+        heads: Number of query heads.
+        neurons: Number of neurons in the MLP.
+        norms: Total features of the norms.
     """
 
     query: int
@@ -48,18 +48,18 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A causal LM.
+    """Sizes of a causal LM.
 
     Attributes:
-        parameters: all of them, tied ones once.
-        trained: those that alignment trains.
-        layer_weights: weights of the layers' linears.
-        head_weights: weights of the output head, tied or not.
-        head_trained: whether alignment trains them.
-        largest: parameters of the largest module that has any of its own.
-        hidden: hidden size.
-        vocabulary: words.
-        layers: of the decoder.
+        parameters: Number of parameters; tied ones count once.
+        trained: Number of parameters that alignment trains.
+        layer_weights: Number of weights in the layers' linears.
+        head_weights: Number of weights in the output head, tied or not.
+        head_trained: Whether alignment trains the output head.
+        largest: Largest number of parameters that a module holds directly.
+        hidden: Hidden size.
+        vocabulary: Vocabulary size.
+        layers: Sizes of the decoder layers.
     """
 
     parameters: int
@@ -76,19 +76,19 @@ class ModelShapes:
 def shapes_of(
     base_config: dict[str, Any], prune: PruneConfig, frozen: Collection[str]
 ) -> tuple[ModelShapes, ModelShapes]:
-    """Sizes of the pruned model, as alignment trains it, and of its base.
+    """Return the sizes of the pruned model, as alignment trains it, and of its base.
 
-    Which units a criterion keeps changes no size, so they are drawn at random; an ``allocation``
-    that is global is taken as uniform, which has about as many parameters.
+    The choice of units does not affect sizes, so they are drawn at random. A global ``allocation``
+    is treated as uniform, which leaves about as many parameters.
 
     Args:
-        base_config: the base's ``config.json``.
-        prune: how it is pruned.
-        frozen: what alignment leaves as it is.
+        base_config: ``config.json`` of the base.
+        prune: Pruning configuration.
+        frozen: Parts that alignment does not train.
 
     Raises:
-        LoramError: a family that is not supported, a mixture of experts, or layers or a ratio that
-            the model does not have.
+        LoramError: If the family is not supported, the model is a mixture of experts, or the layers
+            or ratio do not suit it.
     """
     require_dense(architecture_of(base_config.get("model_type")), base_config)
     base = empty_model(base_config)
@@ -99,27 +99,27 @@ def shapes_of(
 
 
 def require_dense(family: Architecture, base_config: dict[str, Any]) -> None:
-    """Refuse a mixture of experts, whose activations depend on values.
+    """Refuse a mixture of experts, whose activations depend on the data.
 
     Raises:
-        LoramError: it is one.
+        LoramError: If the model is a mixture of experts.
     """
     if family.geometry(base_config).num_experts:
         raise LoramError(
-            f"prune.base must be a dense model for an estimate, got {family.model_type}: how many "
-            "experts a token takes is not modelled; choose a dense family"
+            f"prune.base must be a dense model for an estimate, got {family.model_type}: routing "
+            "to experts is not modelled; choose a dense family"
         )
 
 
 def config_after(
     base_config: dict[str, Any], prune: PruneConfig, base: nn.Module
 ) -> dict[str, Any]:
-    """``config.json`` of the pruned model; masked weights have the base's shapes.
+    """Return ``config.json`` of the pruned model; masked weights keep the base's shapes.
 
     Args:
-        base_config: the base's ``config.json``.
-        prune: how it is pruned.
-        base: a model of that configuration, on any device.
+        base_config: ``config.json`` of the base.
+        prune: Pruning configuration.
+        base: Model of that configuration, on any device.
     """
     if prune.pattern != STRUCTURED:
         return base_config
@@ -130,10 +130,10 @@ def config_after(
 
 
 def model_shapes(model: Any) -> ModelShapes:
-    """Read the sizes of a causal LM of a supported, dense family, trained where it takes gradients.
+    """Return the sizes of a dense causal LM; parameters that require gradients count as trained.
 
     Args:
-        model: on any device.
+        model: Model on any device.
     """
     family = architecture_of(stock_model_type(model.config.model_type))
     head: nn.Linear = model.get_output_embeddings()
@@ -182,7 +182,7 @@ def _random_plan(family: Architecture, geometry: Geometry, prune: PruneConfig) -
 def empty_model(
     config: dict[str, Any], device: str = "meta", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal LM of a ``config.json``, stock or pruned; on the meta device, without weights."""
+    """Build a causal LM from a stock or pruned ``config.json``, by default on the meta device."""
     register()
     settings = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
     with torch.device(device):

@@ -1,4 +1,4 @@
-"""Parameters and bytes of a base, of what pruning leaves, and of that in NF4."""
+"""Count parameters and bytes of a base and of its pruned model, also in NF4."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from loram_ray.artifacts.tensorfile import TensorSpec
 
 _BF16 = 2
 NF4_BY_NAME = 4
-"""How often NF4 goes into bf16, if nothing but its codes were stored, and of all parameters."""
+"""Size ratio of bf16 to NF4 if every parameter were stored as a code, without scales."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's size.
+    """Size of a model.
 
     Attributes:
-        parameters: all of them, tied ones once.
-        bf16: bytes in bfloat16.
-        nf4_nominal: bytes at four bits a parameter, embeddings included, as the paper counts.
-        nf4_stored: bytes of the tensors that `quantize` writes: codes, scales, and what is not
-            quantised (embeddings, ``lm_head``, norms) in bfloat16. The mean of a weight's scales is
-            text, whose length is taken as that of a usual one.
-        nf4_loaded: bytes of the same tensors on a GPU, without the text.
+        parameters: Number of parameters; tied ones count once.
+        bf16: Bytes in bfloat16.
+        nf4_nominal: Bytes at four bits per parameter, embeddings included, as the paper counts.
+        nf4_stored: Bytes of the tensors that `quantize` writes: codes, scales, and unquantised
+            weights (embeddings, ``lm_head``, norms) in bfloat16. The mean of a weight's scales is
+            stored as text, for which a typical length is assumed.
+        nf4_loaded: Bytes of the same tensors on a GPU, without the text.
     """
 
     parameters: int
@@ -36,7 +36,7 @@ class Sizes:
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """Count a model on any device, whatever dtype it has there."""
+    """Return the sizes of a model, regardless of its device and dtype."""
     from loram_ray.models.nf4 import linears_of
 
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""A forecast as tables for a terminal."""
+"""Format a forecast as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _TRAINING = {
     "optimiser": "AdamW's moments",
     "gradients": "gradients of the LoRA",
     "activations": "activations",
-    "logits": "logits of a chunk",
-    "workspace": "weights made whole",
+    "logits": "logits of one chunk",
+    "workspace": "dequantised weights",
 }
 
 
 def tables(found: Forecast) -> Iterator[Table | str]:
-    """What to print, in order."""
+    """Yield the tables and lines to print."""
     yield _sizes(found)
     yield _training(found)
     yield (
-        f"A GPU's memory less {CONTEXT / _GB:.1f} GB for CUDA and {GAPS:.0%} for gaps must hold "
-        "the peak."
+        f"The peak must fit a GPU's memory less {CONTEXT / _GB:.1f} GB for CUDA and {GAPS:.0%} for "
+        "fragmentation."
     )
     if found.alignment is not None:
         yield _alignment(found.alignment)
@@ -59,9 +59,9 @@ def _training(found: Forecast) -> Table:
     train = found.train
     table = Table(
         title=f"Training a LoRA of rank {train.lora.r} on the pruned model: "
-        f"{train.micro_batch_size} x {train.max_length} tokens at a time"
+        f"{train.micro_batch_size} x {train.max_length} tokens per micro-batch"
     )
-    table.add_column("GB of a GPU")
+    table.add_column("GB per GPU")
     for column in ("in NF4", f"in {train.precision}"):
         table.add_column(column, justify="right")
     columns = (found.nf4, found.whole)
@@ -88,9 +88,9 @@ def _alignment(row: Estimate) -> Table:
     assumed = Cluster(row.gpus)
     table = Table(
         title=f"Alignment on {row.gpus} GPUs, at {assumed.mfu:.0%} of an H100's peak",
-        caption="jobs/estimate_alignment.py says it in parts, and for other clusters",
+        caption="see jobs/estimate_alignment.py for details and for other clusters",
     )
-    for column in ("GB of a GPU", "a step", "steps", "hours", "GPU hours", "cost"):
+    for column in ("GB per GPU", "per step", "steps", "hours", "GPU hours", "cost"):
         table.add_column(column, justify="right")
     table.add_row(
         f"{row.memory.peak / _GB:.1f}" + ("" if row.fits else " (does not fit)"),
@@ -98,6 +98,6 @@ def _alignment(row: Estimate) -> Table:
         f"{row.steps:,}",
         f"{row.hours:.2f}",
         f"{row.hours * row.gpus:.1f}",
-        f"{row.cost:,.2f} at {assumed.price:g} an hour",
+        f"{row.cost:,.2f} at {assumed.price:g} per hour",
     )
     return table

@@ -258,7 +258,7 @@ def test_what_a_gpu_cannot_hold_is_refused_with_what_it_can(tmp_path: Path) -> N
     assert refusal(needed(**short)).endswith(
         "; set train.activation_checkpointing=true, train.micro_batch_size=1, train.max_length=256"
     )
-    assert refusal(1e6).endswith("; quantize the model or take a larger GPU")
+    assert refusal(1e6).endswith("; quantize the model or use a larger GPU")
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
@@ -337,7 +337,7 @@ def test_mixtures_of_experts_are_refused_in_one_line(tmp_path: Path, family: str
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     file = CONFIGS / "llama-2-13b.yaml"
-    with pytest.raises(lr.LoramError, match=r"prune.base \S+ is no directory here and its config"):
+    with pytest.raises(lr.LoramError, match=r"prune.base \S+ is not a local directory and its config"):
         base_config("nobody/no-such-model")
     with pytest.raises(lr.LoramError, match="prune must be a section of the config"):
         forecast(None, ("base=meta-llama/Llama-2-7b-hf", "output=out"))
