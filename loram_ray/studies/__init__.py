@@ -1,1 +1,1 @@
-"""Many stages as one job: batches of tasks, sweeps and comparisons."""
+"""Run many stages as one job: batches of tasks, sweeps and comparisons."""

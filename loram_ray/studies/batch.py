@@ -1,4 +1,4 @@
-"""The batch: tasks on actors that keep the model, and the table of what became of them."""
+"""Run a batch: train tasks on actors that keep the model, and write a table of results."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "e
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch made.
+    """Result of a batch.
 
     Attributes:
-        output: its directory.
-        rows: one for each task, in the order in which they begin.
+        output: Output directory.
+        rows: One row per task, in the order in which tasks start.
     """
 
     output: Path
@@ -51,20 +51,20 @@ class BatchResult:
 
     @property
     def failed(self) -> int:
-        """Tasks that failed."""
+        """Number of failed tasks."""
         return sum(row["state"] == "failed" for row in self.rows)
 
 
 def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResult:
-    """Train an adapter for each task on one model, several at a time, and recover it.
+    """Train an adapter for each task on one model, several at a time, and recover each.
 
-    An actor loads the model once and takes task after task. A task that fails, or whose actor dies
-    too often, is told with its reason and harms no other. A second call runs what is not complete,
-    from its last checkpoint.
+    Each actor loads the model once and trains task after task. A task that fails, or whose actor
+    dies too often, is reported with its reason and does not affect the others. A second call
+    resumes incomplete tasks from their last checkpoints.
 
     Raises:
-        LoramError: no task, settings that train does not take, not a model, or a cluster that
-            cannot place the actors. What a task raises is in its row.
+        LoramError: If there are no tasks, training settings are invalid, the model is not a model,
+            or the cluster cannot place the actors. Errors of a task are reported in its row.
     """
     tasks = {task.name: task for task in tasks_of(config)}
     identity = BaseModel(config.model, "batch.model").identify()
@@ -101,10 +101,10 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
 
 
 class TaskActor:
-    """Keeps a model and trains on it, task after task, or several at a time.
+    """Keep a model loaded and train on it, one task after another or several at a time.
 
     Args:
-        adapters: tasks at a time.
+        adapters: Number of tasks trained at a time.
     """
 
     def __init__(self, adapters: int) -> None:
@@ -114,7 +114,7 @@ class TaskActor:
         self._loading = threading.Lock()
 
     def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
-        """Train one task; the model is loaded if another or none is there."""
+        """Train one task, loading its model if a different one or none is loaded."""
         from loram_ray.finetuning.frozen import FrozenModel
         from loram_ray.finetuning.lockstep import Together
         from loram_ray.finetuning.trainer import train_adapter
@@ -133,7 +133,7 @@ class TaskActor:
 
 
 class _Progress:
-    """What is shown: how many tasks have ended, and how far those are that run."""
+    """Show the number of finished tasks and the progress of the running ones."""
 
     def __init__(self, reporter: Reporter, tasks: dict[str, Task]) -> None:
         self._reporter, self._tasks = reporter, tasks

@@ -1,4 +1,4 @@
-"""Means over seeds, and which claims of the paper the numbers bear out; pure numbers."""
+"""Average scores over seeds, and test which claims of the paper they support."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CLAIMS_FILE = "claims.json"
-# Of Student's t, two-sided 95%, for 1 degree of freedom and on.
+# Two-sided 95% quantiles of Student's t, from 1 degree of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
       2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 _NORMAL = 1.96
@@ -16,13 +16,13 @@ _NORMAL = 1.96
 
 @dataclass(frozen=True)
 class Claim:
-    """One system is better than another.
+    """Claim that one system is better than another.
 
     Attributes:
-        better: the system that should be.
-        worse: the other.
-        says: the claim in words.
-        paper: whether it is the paper's.
+        better: System claimed to be better.
+        worse: System it is compared with.
+        says: Wording of the claim.
+        paper: Whether the claim is the paper's.
     """
 
     better: str
@@ -55,10 +55,10 @@ CLAIMS = (
 
 
 def claims_about(alignments: Iterable[str]) -> list[Claim]:
-    """`CLAIMS`, and those about alignments of a comparison's own.
+    """Return `CLAIMS` and the claims about additional alignments.
 
     Args:
-        alignments: their systems' names.
+        alignments: Names of the additional alignments' systems.
     """
     claims = list(CLAIMS)
     for name in alignments:
@@ -71,21 +71,21 @@ def claims_about(alignments: Iterable[str]) -> list[Claim]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the standard deviation of a sample; None of one value."""
+    """Return the mean and the sample standard deviation, which is None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), deviation
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers say of a claim.
+    """Result of testing a claim.
 
     Attributes:
-        claim: which.
-        seen: ``seen``, ``not seen``, ``within noise``, or ``one pair`` where noise is not known.
-        difference: mean over tasks of their pairs' mean difference in goodness.
-        interval: half of the 95% interval of that mean, None of one pair.
-        pairs: that were compared.
+        claim: Claim tested.
+        seen: ``seen``, ``not seen``, ``within noise``, or ``one pair`` if the noise is unknown.
+        difference: Mean difference in goodness, averaged over tasks.
+        interval: Half-width of the 95% interval of that mean; None for a single pair.
+        pairs: Number of pairs compared.
     """
 
     claim: Claim
@@ -100,17 +100,17 @@ def verdict(
     better: Mapping[tuple[str, int], float],
     worse: Mapping[tuple[str, int], float],
 ) -> Verdict:
-    """Compare two systems, pair by pair.
+    """Compare two systems pair by pair.
 
-    A claim is seen where the 95% interval of the mean difference (Student's t) is above zero, not
-    seen where it is below, and within noise where it holds zero. Tasks count alike, and each is
-    compared within itself: noise is what seeds do to the difference on one task (pooled over
-    tasks), not that one task shows more of it than another. Of one seed, it is taken from tasks.
+    A claim is seen if the 95% interval of the mean difference (Student's t) lies above zero, not
+    seen if it lies below, and within noise if it contains zero. Tasks have equal weight. Noise is
+    the effect of seeds on the difference within a task, pooled over tasks; differences between
+    tasks do not count as noise. With a single seed, noise is estimated from the tasks.
 
     Args:
-        claim: which.
-        better: goodness of the one by task and seed.
-        worse: goodness of the other, by the same.
+        claim: Claim to test.
+        better: Goodness of the supposedly better system, by task and seed.
+        worse: Goodness of the other system, by task and seed.
     """
     of_task: dict[str, list[float]] = {}
     for task, seed in better.keys() & worse.keys():

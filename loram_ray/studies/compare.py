@@ -1,4 +1,4 @@
-"""The comparison run: its steps in the order that they need, and the table of all systems."""
+"""Run a comparison: its steps in dependency order, and the table of all systems."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _Group = tuple[str, str | None, float | None, str]
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison found.
+    """Result of a comparison.
 
     Attributes:
-        output: its directory.
-        rows: one for each system, method, ratio and task: mean and deviation over seeds.
-        claims: by method and ratio, what the numbers say.
-        failed: why steps failed, by name.
+        output: Output directory.
+        rows: One row per system, method, ratio and task, with mean and deviation over seeds.
+        claims: Verdict on each claim, by method and ratio.
+        failed: Reasons of failed steps, by name.
     """
 
     output: Path
@@ -67,15 +67,15 @@ class ComparisonResult:
 
 @accepts_a_run
 def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> ComparisonResult:
-    """Compare LoRAM's variants with the base, with LoRA on it and with the pruned model.
+    """Compare LoRAM's variants with the base, LoRA on the base, and the pruned model.
 
-    Stages that systems share run once. What is complete is skipped, so that a comparison of many
-    hours can be done in pieces; what fails is told, and only what needs it is left out. The output
-    gets ``results.json`` and ``results.parquet``, ``claims.json`` and ``comparison.md``, and
-    ``scores.json`` with each score of its own, for a comparison of other seeds (``others``).
+    Shared stages run once. Complete stages are skipped, so a long comparison can run in parts. A
+    failed step is reported, and only the steps that need it are left out. The output contains
+    ``results.json``, ``results.parquet``, ``claims.json`` and ``comparison.md``, and
+    ``scores.json`` with each individual score, for comparisons with other seeds (``others``).
 
     Raises:
-        LoramError: a section is missing or does not fit, or nothing at all could be scored.
+        LoramError: If a section is missing or invalid, or nothing could be scored.
     """
     planned = comparison_of(config)
     others = read_scores(config.others, config.metric, planned.cells)
@@ -108,20 +108,20 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
 def run_steps(
     steps: Mapping[str, Step], do: Callable[[Step], StageResult], at_a_time: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Run steps, each after those it needs; one that fails harms only those that need it.
+    """Run steps in dependency order; a failure affects only the steps that depend on it.
 
-    An interrupt does not wait for those that run: they go on in daemon threads, until the process
-    ends, and from where they were at the next call.
+    An interrupt does not wait for running steps: they continue in daemon threads until the process
+    ends, and resume at the next call.
 
     Args:
-        steps: by name.
-        do: runs one.
-        at_a_time: that run beside each other.
+        steps: Steps by name.
+        do: Function that runs a step.
+        at_a_time: Maximum number of concurrent steps.
 
     Returns:
-        What the manifest of each says, and why others failed, by name.
+        The manifest details of completed steps, and the reasons of failed ones, by name.
     """
-    # Threads that import transformers' lazy package at once can be given it half made.
+    # Concurrent first imports from Transformers' lazy package can see it half initialised.
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401
 
     done: dict[str, dict[str, Any]] = {}
@@ -149,11 +149,11 @@ def run_steps(
                 running.add(name)
                 threading.Thread(target=run, args=(name,), daemon=True).start()
         with suppress(Empty):
-            name, result, seconds = ended.get(timeout=0.5)  # so that an interrupt is heard
+            name, result, seconds = ended.get(timeout=0.5)  # wake up for interrupts
             running.remove(name)
             _keep(name, result, seconds, done, failed)
             say("compare", f"{len(done) + len(failed)}/{len(steps)} {name}: "
-                f"{failed.get(name) or done[name]['said']}")  # fmt: skip
+                f"{failed.get(name) or done[name]['status']}")  # fmt: skip
     return done, failed
 
 
@@ -169,8 +169,8 @@ def _keep(
     except (LoramError, OSError) as error:
         failed[name] = str(error)
         return
-    said = "complete before" if result.skipped else f"{seconds:.0f} s"
-    done[name] = {**result.manifest.details, "said": said}
+    status = "already complete" if result.skipped else f"{seconds:.0f} s"
+    done[name] = {**result.manifest.details, "status": status}
 
 
 def _require_metric(
@@ -185,11 +185,11 @@ def _require_metric(
 
 
 def rows_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
-    """One row for each system, method, ratio and task, over its seeds.
+    """Return one row per system, method, ratio and task, over seeds.
 
     Args:
-        scores: of the base, where gain kept is to be told, among them.
-        metric: that they are of.
+        scores: Scores; the share of gain kept needs those of the base and of full LoRA.
+        metric: Metric of the scores.
     """
     base = {score.task: score.value for score in scores if score.system == "base"}
     full = {(score.task, score.seed): score.value for score in scores if score.system == "full"}
@@ -228,7 +228,7 @@ def rows_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
 
 
 def _not_done(cell: Cell, planned: Comparison, failed: Mapping[str, str]) -> dict[str, Any]:
-    """The row of a score that there is not, with what went wrong first."""
+    """Return the row of a missing score, with the root cause."""
     name, reason = cell.evaluation, failed[cell.evaluation]
     while lost := [need for need in planned.steps[name].needs if need in failed]:
         name, reason = lost[0], failed[lost[0]]
@@ -245,7 +245,7 @@ def _not_done(cell: Cell, planned: Comparison, failed: Mapping[str, str]) -> dic
 
 
 def claims_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
-    """What the numbers say of each claim, for each method and ratio, over tasks and seeds."""
+    """Return the verdict on each claim for each method and ratio, over tasks and seeds."""
     seeds = sorted({score.seed for score in scores if score.seed is not None})
     pruned: list[tuple[str | None, float | None]] = sorted(
         {(score.method, score.ratio) for score in scores if score.method is not None}
@@ -258,19 +258,19 @@ def claims_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
                 value = goodness(metric, score.value)
                 for seed in [score.seed] if score.seed is not None else seeds:
                     of_system.setdefault(score.system, {})[score.task, seed] = value
-        for said in _verdicts(of_system):
+        for tested in _verdicts(of_system):
             found.append(
                 {
-                    "claim": said.claim.says,
-                    "better": said.claim.better,
-                    "worse": said.claim.worse,
-                    "paper": said.claim.paper,
+                    "claim": tested.claim.says,
+                    "better": tested.claim.better,
+                    "worse": tested.claim.worse,
+                    "paper": tested.claim.paper,
                     "method": method,
                     "ratio": ratio,
-                    "seen": said.seen,
-                    "difference": said.difference,
-                    "interval": said.interval,
-                    "pairs": said.pairs,
+                    "seen": tested.seen,
+                    "difference": tested.difference,
+                    "interval": tested.interval,
+                    "pairs": tested.pairs,
                 }
             )
     return found

@@ -1,4 +1,4 @@
-"""A comparison as Markdown, and as rows of cells for whoever shows it."""
+"""Format a comparison as Markdown and as table cells."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COLUMNS = ("system", "method", "ratio", "task", "score", "gain kept", "seeds", "
 
 
 def name_of(system: str) -> str:
-    """A system in words."""
+    """Return the display name of a system."""
     name, _, more = system.partition(" ")
     return f"{NAMES.get(name) or f'LoRAM, alignment {name}'} {more}".strip()
 
 
 def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text, for `COLUMNS`."""
+    """Return a row as text, for `COLUMNS`."""
     return (
         name_of(row["system"]),
         row["method"] or "",
@@ -43,7 +43,7 @@ def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def cells_of_claim(claim: dict[str, Any]) -> tuple[str, ...]:
-    """A claim as text, for `CLAIM_COLUMNS`."""
+    """Return a claim as text, for `CLAIM_COLUMNS`."""
     return (
         claim["claim"],
         "the paper's" if claim["paper"] else "ours",
@@ -56,7 +56,7 @@ def cells_of_claim(claim: dict[str, Any]) -> tuple[str, ...]:
 
 
 def difference_of(claim: dict[str, Any]) -> str:
-    """A claim's difference with its interval."""
+    """Return a claim's difference with its interval."""
     return _with_deviation(claim["difference"], claim["interval"], "+.4f")
 
 
@@ -69,12 +69,12 @@ def _with_deviation(mean: float | None, deviation: float | None, form: str) -> s
 def as_markdown(
     rows: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]], metric: str
 ) -> str:
-    """The page of a comparison.
+    """Return the Markdown page of a comparison.
 
     Args:
-        rows: of `compare`.
-        claims: of `compare`.
-        metric: by which was compared.
+        rows: Rows of `compare`.
+        claims: Claims of `compare`.
+        metric: Metric of the comparison.
     """
     unit = "log-perplexity" if metric.endswith("perplexity") else metric
     parts = [
@@ -85,9 +85,9 @@ def as_markdown(
         markdown_table(COLUMNS, [cells_of(row) for row in rows]),
         "\n## Claims\n",
         f"The better system's advantage in {unit}, over pairs of task and seed: mean ± half of its "
-        "95% interval (Student's t). Noise is what seeds change within a task; of one seed, what "
-        "tasks differ by. *Seen*: the interval is above zero; *not seen*: below; *within noise*: "
-        "it holds zero; *one pair*: of noise nothing is known.\n",
+        "95% interval (Student's t). Noise is the variation between seeds within a task, or "
+        "between tasks if there is one seed. *Seen*: the interval is above zero; *not seen*: "
+        "below; *within noise*: it contains zero; *one pair*: the noise is unknown.\n",
         markdown_table(CLAIM_COLUMNS, map(cells_of_claim, claims), bold="what is seen"),
     ]
     return "\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Scores of a comparison, one by one, in a file that other seeds' comparisons can be read with."""
+"""Store the individual scores of a comparison, to be combined with those of other seeds."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from loram_ray.studies.systems import Cell
 from loram_ray.utils.parsing import read_json
 
 SCORES_FILE = "scores.json"
-# Between two machines, sums in another order change a score by far less; other data by far more.
+# Summation order on another machine changes a score by far less, different data by far more.
 _SAME = 1e-3
 
 
 class Score(BaseModel):
-    """What one system scored on one task with one seed.
+    """Score of one system on one task with one seed.
 
     Attributes:
-        system: of the systems, perhaps with ``+ correction``.
-        method: of pruning, with its pattern; None where nothing is pruned.
-        ratio: of pruning.
-        task: name.
-        seed: of it; None where there is no randomness.
-        value: the score, of the comparison's metric.
-        model_parameters: of the model that is trained on, or scored where none is.
-        model_bytes: of the same.
-        train_seconds: of the training, if any.
+        system: Name of the system, with ``+ correction`` if corrected.
+        method: Pruning method with its pattern; None if nothing is pruned.
+        ratio: Pruning ratio.
+        task: Name of the task.
+        seed: Random seed; None if there is no randomness.
+        value: Value of the comparison's metric.
+        model_parameters: Parameters of the model trained on, or of the model scored if none is
+            trained.
+        model_bytes: Bytes of that model.
+        train_seconds: Duration of the training, if any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +49,7 @@ class Score(BaseModel):
 
     @property
     def of(self) -> tuple[Any, ...]:
-        """What there is one score of."""
+        """Key that identifies the score."""
         return self.system, self.method, self.ratio, self.task, self.seed
 
     def __str__(self) -> str:
@@ -67,12 +68,12 @@ class _File(BaseModel):
 def scores_of(
     cells: Sequence[Cell], done: Mapping[str, dict[str, Any]], metric: str
 ) -> list[Score]:
-    """The scores of cells.
+    """Return the scores of the given cells.
 
     Args:
-        cells: that were scored.
-        done: what each step's manifest says.
-        metric: to compare by.
+        cells: Cells that were scored.
+        done: Manifest details of each completed step.
+        metric: Metric of the comparison.
     """
     scores = []
     for cell in cells:
@@ -100,16 +101,15 @@ def write_scores(path: Path, scores: Sequence[Score], metric: str) -> None:
 
 
 def read_scores(paths: Sequence[Path], metric: str, cells: Sequence[Cell]) -> list[Score]:
-    """Read the scores of other seeds' comparisons.
+    """Read the scores of comparisons with other seeds.
 
     Args:
-        paths: of files that `write_scores` made.
-        metric: that they must be of.
-        cells: of this comparison, none of which they may have.
+        paths: Files written by `write_scores`.
+        metric: Metric that the scores must have.
+        cells: Cells of this comparison, which the files must not repeat.
 
     Raises:
-        LoramError: a file cannot be read, is of another metric, or has a score of this comparison's
-            or of another file's.
+        LoramError: If a file cannot be read, has another metric, or repeats a score.
     """
     read: list[Score] = []
     taken = {(c.system, c.method, c.ratio, c.task, c.seed) for c in cells if c.seed is not None}
@@ -117,7 +117,7 @@ def read_scores(paths: Sequence[Path], metric: str, cells: Sequence[Cell]) -> li
         for score in _read(path, metric):
             if score.of in taken:
                 raise LoramError(
-                    f"compare.others must have other seeds, {path} has {score} again; leave out "
+                    f"compare.others must have other seeds, {path} repeats {score}; leave out "
                     "the file or the seed"
                 )
             if score.seed is not None:
@@ -127,14 +127,14 @@ def read_scores(paths: Sequence[Path], metric: str, cells: Sequence[Cell]) -> li
 
 
 def with_others(scores: Sequence[Score], others: Sequence[Score]) -> list[Score]:
-    """Add the scores of other seeds' comparisons, of the same base and tasks.
+    """Add the scores of comparisons with other seeds, on the same base and tasks.
 
     Args:
-        scores: of this comparison.
-        others: that `read_scores` read.
+        scores: Scores of this comparison.
+        others: Scores returned by `read_scores`.
 
     Raises:
-        LoramError: where there is no randomness, they score otherwise: base or tasks are others.
+        LoramError: If scores without randomness differ, which means another base or other tasks.
     """
     found = {score.of: score for score in scores}
     for score in others:

@@ -1,4 +1,4 @@
-"""The sweep: trials under Ray Tune, the best of them recovered, and the table of all."""
+"""Run a sweep: trials under Ray Tune, recovery of the best one, and a table of all trials."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _OF_THE_TRIAL = {"model", "output", "data", "cpus", "gpus", "max_failures", "pre
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to try, and how it is made if it is not there: pruned, perhaps aligned."""
+    """Model to try, with the stages that make it if needed: pruning and optional alignment."""
 
     directory: Path
     prune: PruneConfig | None = None
@@ -61,16 +61,16 @@ class _Model:
 
 @accepts_a_run
 def sweep(config: SweepConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Try settings of a training, stop the bad ones early, keep the best adapter.
+    """Try training settings, stop bad trials early, and keep the best adapter.
 
-    Trials are compared by the loss of held-out examples: those of one model with each other, on
-    that model, as they train (ASHA); the best of each of several models on the base, recovered. The
-    output holds the adapter, its settings as ``best.yaml``, and what became of each trial as
-    ``results.json`` and ``results.parquet``. A second call of what was interrupted goes on.
+    Trials are compared by their loss on held-out examples: trials on the same model during training
+    (ASHA), and the best trials of several models after recovery, on the base. The output contains
+    the adapter, its settings in ``best.yaml``, and the results of all trials in ``results.json``
+    and ``results.parquet``. A second call resumes an interrupted sweep.
 
     Raises:
-        LoramError: settings that train does not take, a cluster that cannot
-            place a trial, or no trial that succeeded.
+        LoramError: If the ``sweep`` section is missing, training settings are invalid, the cluster
+            cannot place a trial, or no trial succeeds.
     """
     ray = ray_config or RayConfig()
     models = _models_of(config)
@@ -112,7 +112,7 @@ def _models_of(config: SweepConfig) -> dict[str, _Model]:
             names = [f"{number}-{name}" for number, name in enumerate(names)]
         return {n: _Model(directory) for n, directory in zip(names, directories, strict=True)}
     if config.prune is None:
-        raise LoramError("sweep.ratios needs the section prune, which says how; add 'prune:'")
+        raise LoramError("sweep.ratios needs the section prune; add 'prune:'")
     found = {}
     for ratio in config.ratios:
         name = f"ratio={ratio:g}"
@@ -132,19 +132,19 @@ def _models_of(config: SweepConfig) -> dict[str, _Model]:
 
 
 def _name_of(directory: Path) -> str:
-    """The name of a directory, also of ``.`` and ``..``."""
+    """Return the name of a directory, also for ``.`` and ``..``."""
     return directory.name if is_plain(directory.name) else directory.resolve().name
 
 
 def _identified(models: Mapping[str, _Model]) -> dict[str, tuple[str, str]]:
-    """Each model's digest and its base's fingerprint, which is the same for all."""
+    """Return each model's digest and its base's fingerprint, which must be the same for all."""
     found = {}
     for name, model in models.items():
         found[name] = BaseModel(model.directory, "sweep.model").identify()
     bases = {fingerprint for _, fingerprint in found.values()}
     if len(bases) > 1:
         raise LoramError(
-            f"sweep.models must be of one base, got models of {len(bases)}; sweep each alone"
+            f"sweep.models must share one base, got {len(bases)} bases; sweep each separately"
         )
     return found
 
@@ -155,7 +155,7 @@ def _write(
     trials: Sequence[Trial],
     identities: Mapping[str, tuple[str, str]],
 ) -> None:
-    from loram_ray.studies.tuning import try_all  # it imports Ray, which wants to be set up before
+    from loram_ray.studies.tuning import try_all  # imports Ray, which must be set up first
 
     gpus = gpus_per_worker(config.gpus)
     require_resources(min(config.actors, len(trials)), config.cpus, gpus, "sweep.actors")
@@ -192,7 +192,7 @@ def _best(
     config: SweepConfig,
     identities: Mapping[str, tuple[str, str]],
 ) -> dict[str, Any]:
-    """The row of the best trial; the adapters of all finalists are made, and judged."""
+    """Return the row of the best trial, after finishing and judging the finalists' adapters."""
     whole = sorted(
         (row for row in rows if row["state"] == "done"), key=lambda row: row["eval_loss"]
     )
@@ -215,14 +215,14 @@ def _best(
 
 
 def _final(folder: Path) -> Path:
-    """Where the adapters of finalists are made."""
+    """Return the directory of the finalists' adapters."""
     return folder.with_name("finalists")
 
 
 def _write_settings(output: Path, trial: Trial, config: SweepConfig) -> None:
-    """What ``loram train`` makes the same adapter of."""
+    """Write the settings with which ``loram train`` reproduces the adapter."""
     settings = trial.train.model_dump(mode="json", exclude=_OF_THE_TRIAL, exclude_unset=True)
-    # Threads too: with others a product is summed in another order.
+    # Include cpus: the number of threads changes the order of summation.
     whole = {"model": str(trial.train.model), "data": config.data, "cpus": config.cpus}
     section = {**whole, **settings}
     (output / BEST_FILE).write_text(yaml.safe_dump({"train": section}))
@@ -267,7 +267,7 @@ def _columns(trials: Sequence[Trial]) -> dict[str, pa.DataType]:
 def _finish(
     trial: Trial, folder: Path, final: Path, config: SweepConfig, identity: tuple[str, str]
 ) -> None:
-    """Make a trial's adapter the output of the stages train and recover."""
+    """Turn a trial's adapter into the outputs of the stages train and recover."""
 
     def training(_: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         shutil.copytree(folder / ADAPTER, output, dirs_exist_ok=True)
@@ -281,7 +281,7 @@ def _finish(
 
 
 def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:
-    """The loss of the held-out examples on the base with a recovered adapter."""
+    """Return the loss of a recovered adapter on the base, over the held-out examples."""
     assert config.base is not None
     base = BaseModel.open(config.base, "sweep.base").directory.resolve()
     work = final.resolve().parent
@@ -294,7 +294,7 @@ def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:
 
 
 def _held_out_loss(config: TrainConfig, base: Path, adapter: Path, work: Path) -> float:
-    """In the actor, which alone imports what it needs."""
+    """Compute the loss inside an actor, which alone imports the dependencies."""
     from loram_ray.finetuning.held_out import held_out_loss
 
     return held_out_loss(config, base, adapter, work)

@@ -1,4 +1,4 @@
-"""What a comparison does: stages that share what they can, and the scores that come of them."""
+"""Plan a comparison: stages that share as much as possible, and the scores they produce."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _ON_WHOLE_MODELS = {"base", "full", "sibling"}
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a comparison.
+    """Stage of a comparison.
 
     Attributes:
-        name: path of its output, below the comparison's.
-        config: of the stage.
-        needs: names of the steps whose outputs it reads.
+        name: Path of its output below the comparison's.
+        config: Configuration of the stage.
+        needs: Names of the steps whose outputs it reads.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Pruning:
-    """How a base is pruned in a comparison.
+    """Pruning setting of a comparison.
 
     Attributes:
-        method: criterion.
-        ratio: share pruned.
-        pattern: n:m, of which the ratio follows; None where only the ratio is given.
+        method: Pruning criterion.
+        ratio: Share pruned.
+        pattern: N:M pattern that determines the ratio; None if only the ratio is given.
     """
 
     method: str
@@ -59,32 +59,32 @@ class Pruning:
 
     @property
     def share(self) -> str:
-        """As it was given."""
+        """Ratio or pattern as configured."""
         return self.pattern or f"{self.ratio:g}"
 
     @property
     def label(self) -> str:
-        """In tables, beside the ratio."""
+        """Label in tables, shown beside the ratio."""
         return self.method if self.pattern is None else f"{self.method} {self.pattern}"
 
     @property
     def name(self) -> str:
-        """In names of directories."""
+        """Name for directories."""
         return f"{self.method}-{self.share.replace(':', 'of')}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One score of one system.
+    """Score to compute for one system.
 
     Attributes:
-        system: of the systems, perhaps with ``+ correction``.
-        task: name.
-        seed: of it; None where there is no randomness.
-        evaluation: name of the step that scores it.
-        method: of pruning, with its pattern; None where nothing is pruned.
-        ratio: of pruning.
-        training: name of the step that trains its adapter, if any.
+        system: Name of the system, with ``+ correction`` if corrected.
+        task: Name of the task.
+        seed: Random seed; None if there is no randomness.
+        evaluation: Name of the step that computes the score.
+        method: Pruning method with its pattern; None if nothing is pruned.
+        ratio: Pruning ratio.
+        training: Name of the step that trains the adapter, if any.
     """
 
     system: str
@@ -98,18 +98,18 @@ class Cell:
 
 @dataclass
 class Comparison:
-    """All steps and all cells.
+    """Steps and cells of a comparison.
 
     Attributes:
-        steps: by name, each after those that it needs.
-        cells: what is scored.
+        steps: Steps by name, each after those it needs.
+        cells: Scores to compute.
     """
 
     steps: dict[str, Step] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
 
     def add(self, name: str, config: Section, *needs: str) -> str:
-        """Add a step; its name."""
+        """Add a step and return its name."""
         self.steps[name] = Step(name, config, needs)
         return name
 
@@ -118,7 +118,7 @@ def comparison_of(config: CompareConfig) -> Comparison:
     """Plan a comparison.
 
     Raises:
-        LoramError: a section is missing, or does not take the comparison's values.
+        LoramError: If a section is missing, or does not accept the comparison's values.
     """
     return _Planner(config).planned()
 
@@ -127,19 +127,19 @@ class _Planner:
     def __init__(self, config: CompareConfig) -> None:
         self._config = config
         self._root = config.output
-        self._first: dict[str, str] = {}  # the alignment that prepares what others share
+        self._first: dict[str, str] = {}  # first alignment to prepare each shared result
         self._planned = Comparison()
         self._systems: tuple[str, ...] = config.systems or tuple(self._possible())
         if unknown := set(self._systems) - set(self._possible()):
             raise LoramError(
-                f"compare.systems must be made by the sections that there are, got "
+                f"compare.systems needs a section for each of its systems, got "
                 f"{', '.join(sorted(unknown))} without {self._missing(unknown)}; add it"
             )
 
     def _possible(self) -> Iterator[str]:
         yield "base"
         if self._config.train is None:
-            raise LoramError("compare needs the section train, which says how; add 'train:'")
+            raise LoramError("compare needs the section train; add 'train:'")
         yield "full"
         if self._config.sibling is not None:
             yield "sibling"
@@ -159,7 +159,7 @@ class _Planner:
             if "base" in self._systems:
                 scored = self._scored(f"base/{task}", task, self._config.base)
                 self._planned.cells.append(Cell("base", task, None, scored))
-        for seed in self._config.seeds:  # outermost: cut short, it has whole comparisons
+        for seed in self._config.seeds:  # outermost, so that a partial run has whole comparisons
             for task in self._config.tasks:
                 self._on_a_whole_model("full", self._config.base, task, seed)
                 if self._config.sibling is not None:
@@ -234,11 +234,11 @@ class _Planner:
                     cell(f"{system} + correction", task, scored, trained)
 
     def _of_small(self, models: dict[str, str]) -> str:
-        """What small is trained on: the paper's aligned model, where there is one."""
+        """Return the system whose model ``small`` uses: the paper's alignment if present."""
         return "causal" if "causal" in models else next(iter(models))
 
     def _models(self, pruning: Pruning, seed: int) -> dict[str, str]:
-        """Names of the steps that make the models LoRAs are trained on, by system."""
+        """Return the names of the steps that make the models to train on, by system."""
         prefix = f"models/{pruning.name}-{seed}"
         assert self._config.prune is not None
         base = self._config.base
@@ -267,7 +267,7 @@ class _Planner:
         return models
 
     def _of_qloram(self) -> str:
-        """What is quantised: the best aligned of those that are compared."""
+        """Return the system whose model is quantised: the best alignment among those compared."""
         if self._config.align is None:
             return "unaligned"
         return "causal" if set(ALIGNMENTS) & set(self._systems) == {"causal"} else "distilled"
@@ -280,7 +280,7 @@ class _Planner:
         config = validate(AlignConfig, settings, f"compare, system {system}")
         shared = ["corpus"]
         if config.objective == "distillation" and config.distillation.targets == "cached":
-            # those of other alignments may be alike, those of its own are
+            # other alignments may share targets, runs of this one always do
             shared += [f"targets of seed {seed}", f"targets of {system}, seed {seed}"]
         first = {self._first.setdefault(what, name) for what in shared} - {name}
         return self._planned.add(name, config, pruned, *sorted(first))
@@ -295,7 +295,7 @@ class _Planner:
     def _recovered(
         self, folder: str, trained: str, task: str, masked: bool, corrected_by: str | None = None
     ) -> str:
-        """Recover an adapter, and merge it where it is exact as a delta alone; score it."""
+        """Recover an adapter, merge it if only its delta is exact, and score it."""
         settings: dict[str, Any] = {"form": "delta"} if masked else {"correction": False}
         if corrected_by is not None:
             settings = {"correction": True, "model": self._root / corrected_by}

@@ -1,4 +1,4 @@
-"""From a batch's configuration to its tasks: globs, grids, names."""
+"""Expand a batch's configuration into tasks: globs, grids and names."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from loram_ray.utils.names import fault_of_output, first_clash
 
 @dataclass(frozen=True)
 class Task:
-    """A training, and the recovery that follows it.
+    """Training task with the recovery that follows it.
 
     Attributes:
-        name: of its directory.
-        train: its training.
-        recover: its recovery; None where the adapter stays as it is.
-        priority: a task of a higher one begins first.
+        name: Name of its directory.
+        train: Training configuration.
+        recover: Recovery configuration; None if the adapter needs no recovery.
+        priority: Priority; tasks with a higher one start first.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Task:
 
     @property
     def adapter(self) -> Path:
-        """Directory of what the task makes."""
+        """Directory of the resulting adapter."""
         return self.train.output if self.recover is None else self.recover.output
 
 
 def tasks_of(config: BatchConfig) -> list[Task]:
-    """The tasks of a batch, those that begin first in front.
+    """Return the tasks of a batch in the order in which they start.
 
     Raises:
-        LoramError: none, names that are no folder's or not distinct, or settings that train does
-            not take.
+        LoramError: If there are no tasks, names are invalid or not distinct, or training settings
+            are invalid.
     """
     found = [
         task for number, one in enumerate(config.tasks) for task in _expand(config, number, one)
@@ -61,20 +61,20 @@ def tasks_of(config: BatchConfig) -> list[Task]:
         raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
     if (clash := first_clash(task.name for task in found)) is not None:
         one, other = clash
-        said = f"two are {one}" if one == other else f"{one} and {other} differ by case alone"
-        raise LoramError(f"batch.tasks must have names of their own, {said}; give them a name")
+        said = f"two are {one}" if one == other else f"{one} and {other} differ only in case"
+        raise LoramError(f"batch.tasks must have distinct names, {said}; set their names")
     _require_one_model(config, found)
     return sorted(found, key=lambda task: -task.priority)
 
 
 def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
-    """Tasks that share a copy of the model want it loaded alike."""
+    """Require tasks that share a copy of the model to load it with equal settings."""
     kinds = {(task.train.precision, task.train.attention) for task in tasks}
     if config.adapters_per_actor > 1 and len(kinds) > 1:
         raise LoramError(
             "batch.adapters_per_actor above 1 needs tasks of one precision and attention, got "
             f"{', '.join(f'{precision} with {attention}' for precision, attention in kinds)}; "
-            "set them in batch.train or make it 1"
+            "set them in batch.train or set it to 1"
         )
 
 
@@ -92,7 +92,7 @@ def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task
             name = named(name, settings)
             if (fault := fault_of_output(name, (RESULTS_FILE, TABLE_FILE))) is not None:
                 raise LoramError(
-                    f"{key}.name must be {fault}, got {name!r:.80} for {file}; give the task a name"
+                    f"{key}.name must be {fault}, got {name!r:.80} for {file}; set the task's name"
                 )
             yield _task(config, task, name, file, settings, key)
 

@@ -1,4 +1,4 @@
-"""A trial in Ray Tune's hands: it trains until an evaluation, and waits for leave to go on."""
+"""Run a trial under Ray Tune: train until an evaluation, then wait for permission to continue."""
 
 from __future__ import annotations
 
@@ -23,55 +23,55 @@ from loram_ray.studies.trials import ADAPTER, SUMMARY_FILE, WORK
 if TYPE_CHECKING:
     from loram_ray.finetuning.frozen import FrozenModel
 
-Tell = Callable[[int, float], None]
-"""Told a step and the held-out loss after it."""
+Report = Callable[[int, float], None]
+"""Callback that receives a step and the held-out loss after it."""
 
 
 class Stopped(Exception):
-    """Nobody wants to know how the trial goes on."""
+    """The scheduler stopped the trial."""
 
 
 class TrialActor(tune.Trainable):
-    """Trial after trial on one copy of the model."""
+    """Run trials one after another on one copy of the model."""
 
     def setup(self, config: dict[str, Any], trials: Mapping[str, tuple[TrainConfig, Path]]) -> None:
-        """Begin.
+        """Start the first trial.
 
         Args:
-            config: the ``trial``'s name.
-            trials: for each name its training, with absolute paths, and a directory for it, which
-                has what an earlier attempt left.
+            config: Tune configuration with the name of the ``trial``.
+            trials: Training configuration, with absolute paths, and directory of each trial by
+                name; the directory may hold files of an earlier attempt.
         """
         self._trials = trials
         self._frozen: FrozenModel | None = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Another trial in this process."""
+        """Switch to another trial in the same process."""
         self.cleanup()
         train, folder = self._trials[new_config["trial"]]
         torch.set_num_threads(train.cpus or 1)
-        self._talk = _Talk(lambda tell: self._try(train, folder, tell))
+        self._work = _SteppedWork(lambda report: self._try(train, folder, report))
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train until the next evaluation, or the end."""
-        return self._talk.next()
+        """Train until the next evaluation or the end."""
+        return self._work.next()
 
     def cleanup(self) -> None:
-        """End the training where it is; what it has saved stays."""
-        if hasattr(self, "_talk"):
-            self._talk.stop()
+        """Stop the training; saved files remain."""
+        if hasattr(self, "_work"):
+            self._work.stop()
 
-    def _try(self, train: TrainConfig, folder: Path, tell: Tell) -> None:
-        """Tell each evaluation once, be it of now or of an earlier attempt."""
-        told = 0
+    def _try(self, train: TrainConfig, folder: Path, report: Report) -> None:
+        """Report each evaluation once, including those of earlier attempts."""
+        reported = 0
 
         def once(step: int, loss: float) -> None:
-            nonlocal told
-            if step > told:
-                told = step
-                tell(step, loss)
+            nonlocal reported
+            if step > reported:
+                reported = step
+                report(step, loss)
 
         if not (folder / SUMMARY_FILE).exists():
             if self._frozen is None or not self._frozen.serves(train):
@@ -85,21 +85,21 @@ class TrialActor(tune.Trainable):
             once(step, loss)
 
 
-def _train(train: TrainConfig, folder: Path, frozen: FrozenModel, tell: Tell) -> None:
-    """Train from the last checkpoint in a trial's directory; its summary says that it is whole."""
+def _train(train: TrainConfig, folder: Path, frozen: FrozenModel, report: Report) -> None:
+    """Train from the last checkpoint in a trial's directory; the summary file marks it complete."""
     from loram_ray.finetuning.trainer import train_adapter
 
     work, adapter = folder / WORK, folder / ADAPTER
     work.mkdir(parents=True, exist_ok=True)
     adapter.mkdir(exist_ok=True)
     for step, loss in _evaluations(work / METRICS_FILE):
-        tell(step, loss)
+        report(step, loss)
 
-    def heard(step: int, loss: float) -> None:
-        if step < train.steps:  # what has learnt to the end is saved before it can be stopped
-            tell(step, loss)
+    def on_evaluation(step: int, loss: float) -> None:
+        if step < train.steps:  # the last step is saved before the trial can be stopped
+            report(step, loss)
 
-    summary = train_adapter(train, work, adapter, frozen, heard=heard)
+    summary = train_adapter(train, work, adapter, frozen, heard=on_evaluation)
     shutil.copyfile(work / METRICS_FILE, folder / METRICS_FILE)
     write_json(folder / SUMMARY_FILE, asdict(summary))
 
@@ -108,45 +108,45 @@ def _evaluations(path: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["eval_loss"]) for row in read_metrics(path) if "eval_loss" in row]
 
 
-class _Talk:
-    """Work in a thread that says something now and then, and each time waits to be asked on."""
+class _SteppedWork:
+    """Run work in a thread that reports results and waits for permission after each."""
 
-    def __init__(self, work: Callable[[Tell], None]) -> None:
+    def __init__(self, work: Callable[[Report], None]) -> None:
         self._work = work
-        self._said: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._asked = threading.Semaphore(0)
+        self._reports: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._permits = threading.Semaphore(0)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def next(self) -> dict[str, Any]:
-        """What is said next; ``done`` is in the last."""
-        self._asked.release()
-        return self._said.get()
+        """Resume the work and return its next report; the last one contains ``done``."""
+        self._permits.release()
+        return self._reports.get()
 
     def stop(self) -> None:
-        """End the work at the next thing it says."""
+        """Stop the work at its next report."""
         self._stopping = True
-        self._asked.release()
+        self._permits.release()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._wait()
-            self._work(self._tell)
+            self._work(self._report)
         except Stopped:
             return
         except Exception as error:
             kind = "" if isinstance(error, LoramError) else f"{type(error).__name__}: "
-            self._said.put({"done": True, "reason": f"{kind}{error}"})
+            self._reports.put({"done": True, "reason": f"{kind}{error}"})
         else:
-            self._said.put({"done": True, "reason": ""})
+            self._reports.put({"done": True, "reason": ""})
 
-    def _tell(self, step: int, loss: float) -> None:
-        self._said.put({"step": step, "eval_loss": loss})
+    def _report(self, step: int, loss: float) -> None:
+        self._reports.put({"step": step, "eval_loss": loss})
         self._wait()
 
     def _wait(self) -> None:
-        self._asked.acquire()
+        self._permits.acquire()
         if self._stopping:
             raise Stopped

@@ -1,4 +1,4 @@
-"""From a sweep's configuration to its trials: every combination, or draws."""
+"""Expand a sweep's configuration into trials: all combinations, or random draws."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from loram_ray.errors import LoramError
 from loram_ray.utils.names import fault_of_output, first_clash
 
 ADAPTER, WORK, SUMMARY_FILE = "adapter", "work", "summary.json"
-"""In a trial's directory; it is complete when the last of them is there."""
+"""Entries of a trial's directory; the last one marks it complete."""
 
 _DIGITS = 3
 _DRAWS_EACH = 100
-"""Draws after which no combination is left that is not there already."""
+"""Draws per trial before the search for new combinations ends."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A training to try.
+    """Training to try.
 
     Attributes:
-        name: of its directory.
-        model: name of its model, empty where there is but one.
-        values: those that are tried, by dotted key.
-        train: the training, without an output.
+        name: Name of its directory.
+        model: Name of its model; empty if there is only one.
+        values: Tried values by dotted key.
+        train: Training configuration.
     """
 
     name: str
@@ -49,15 +49,15 @@ class Trial:
 
 
 def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
-    """The trials of a sweep, the same for the same configuration.
+    """Return the trials of a sweep; equal configurations give equal trials.
 
     Args:
-        config: of the sweep.
-        models: directories of the models to try, by name.
+        config: Configuration of the sweep.
+        models: Directories of the models to try, by name.
 
     Raises:
-        LoramError: settings that train does not take, no held-out examples, or names that are no
-            folder's or not distinct.
+        LoramError: If training settings are invalid, no examples are held out, or names are invalid
+            or not distinct.
     """
     found = [
         _trial(config, model, directory, values)
@@ -65,19 +65,19 @@ def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
     ]
     if not found[0].train.evaluates:
         raise LoramError(
-            "sweep.train must hold out examples, by whose loss trials are judged, got none; add "
+            "sweep.train must hold out examples to compare trials by their loss, got none; add "
             "eval_share, e.g. 0.1, or eval_data"
         )
     for trial in found:
         if (fault := fault_of_output(trial.name)) is not None:
             raise LoramError(
-                f"sweep must try values that give trials names which are {fault}, got "
+                f"sweep must try values whose trial names are {fault}, got "
                 f"{trial.name!r:.80}; rename the model or try other values"
             )
     if (clash := first_clash(trial.name for trial in found)) is not None:
         raise LoramError(
-            f"sweep must try values that give trials different names, got {clash[0]} and "
-            f"{clash[1]}; rename the files that they name"
+            f"sweep must try values with distinct trial names, got {clash[0]} and {clash[1]}; "
+            "rename the files that they name"
         )
     grace, steps = config.grace_steps or 1, found[0].train.steps
     if grace > steps:
@@ -111,9 +111,9 @@ def _combinations(
 
 
 def _draw(rule: RangeConfig, random: numpy.random.Generator) -> int | float:
-    """A number in a range; what is not whole is rounded, so that its name says all of it."""
+    """Draw a number from a range, rounded such that the trial's name shows it in full."""
     whole = isinstance(rule.low, int) and isinstance(rule.high, int)
-    least, greatest = rule.low, rule.high + whole  # each whole number has as long a stretch
+    least, greatest = rule.low, rule.high + whole  # integers have equal probability
     if rule.log:
         drawn = math.exp(random.uniform(math.log(least), math.log(greatest)))
     else:

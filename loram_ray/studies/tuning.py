@@ -1,4 +1,4 @@
-"""Ray Tune with ASHA over a sweep's trials, those of each model among themselves."""
+"""Run a sweep's trials under Ray Tune, with ASHA among the trials of each model."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _LOSS, _STEP = "eval_loss", "step"
 def try_all(
     config: SweepConfig, trials: Sequence[Trial], folder: Path, scratch: Path, gpus: float
 ) -> dict[str, str]:
-    """Run all trials, stopping those that are worse than others of their model were.
+    """Run all trials, stopping those that fall behind others on the same model.
 
     Args:
-        config: of the sweep.
-        trials: to run.
-        folder: gets a directory for each, or has what an earlier call left of it.
-        scratch: for Tune's own files.
-        gpus: of each trial.
+        config: Configuration of the sweep.
+        trials: Trials to run.
+        folder: Parent of the trials' directories, which may exist from an earlier call.
+        scratch: Directory for Tune's own files.
+        gpus: Number of GPUs per trial.
 
     Returns:
-        For each trial why it failed, or nothing.
+        The reason of failure of each trial, empty if it did not fail.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has it all
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints whatever one asks for
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has everything
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output ignores verbose=0
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep immediately
     shutil.rmtree(scratch, ignore_errors=True)
     given = {trial.name: (absolute(trial.train), folder / trial.name) for trial in trials}
     training = trials[0].train
@@ -65,7 +65,9 @@ def try_all(
             run_config=tune.RunConfig(
                 name=scratch.name,
                 storage_path=str(scratch.parent),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials do it
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_at_end=False
+                ),  # trials write their own
                 failure_config=tune.FailureConfig(max_failures=config.max_failures),
                 callbacks=[_Shown(reporter, training.steps, len({t.model for t in trials}) == 1)],
                 verbose=0,
@@ -88,11 +90,11 @@ def _name_of(trial: Any) -> str:
 
 
 class _AshaOfEach(FIFOScheduler):  # type: ignore[misc]
-    """ASHA among the trials of each model: losses on different models say nothing together.
+    """ASHA among the trials of each model; losses on different models are not comparable.
 
     Args:
-        models: of each trial.
-        settings: of ASHA.
+        models: Model of each trial.
+        settings: Settings of ASHA.
     """
 
     def __init__(self, models: Mapping[str, str], **settings: Any) -> None:
@@ -121,12 +123,12 @@ class _AshaOfEach(FIFOScheduler):  # type: ignore[misc]
 
 
 class _Shown(tune.Callback):  # type: ignore[misc]
-    """Shows how many trials have ended, how far those are that run, and of one model the best.
+    """Show the number of finished trials, the progress of running ones, and the best if comparable.
 
     Args:
-        reporter: where to show it.
-        steps: of a trial.
-        compares: whether the losses of all trials say something together.
+        reporter: Reporter of the progress line.
+        steps: Number of steps per trial.
+        compares: Whether the losses of all trials are comparable.
     """
 
     def __init__(self, reporter: Reporter, steps: int, compares: bool) -> None:

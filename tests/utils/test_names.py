@@ -101,7 +101,7 @@ def test_tasks_take_no_bad_name_from_their_files(file: str, tmp_path: Path) -> N
     if file.startswith("results"):
         assert [task.name for task in tasks_of(config)] == ["results"]
         return
-    with pytest.raises(LoramError, match=r"batch\.tasks\.0\.name must be .*; give the task a name"):
+    with pytest.raises(LoramError, match=r"batch\.tasks\.0\.name must be .*; set the task's name"):
         tasks_of(config)
 
 
@@ -117,7 +117,7 @@ def test_tasks_whose_folders_some_disks_hold_to_be_one_are_refused(
     data = str(tiny.write_jsonl(tmp_path / "data.jsonl", tiny.questions()))
     tasks = [{"name": name, "data": data} for name in ("task", other)]
     config = BatchConfig(model=tmp_path, output=tmp_path, tasks=tasks, train={"steps": 1})
-    with pytest.raises(LoramError, match=f"task and {other} differ by case alone"):
+    with pytest.raises(LoramError, match=f"task and {other} differ only in case"):
         tasks_of(config)
 
 
@@ -150,7 +150,7 @@ def test_trials_whose_names_become_equal_are_refused(tmp_path: Path) -> None:
         train={"steps": 1, "eval_share": 0.5},
         grid={"lora.targets": [["q_proj", "k_proj"], ["q_proj, k_proj"]]},
     )
-    with pytest.raises(LoramError, match="trials different names"):
+    with pytest.raises(LoramError, match="distinct trial names"):
         trials_of(config, {"": tmp_path})
 
 
@@ -164,7 +164,7 @@ def test_trials_of_models_without_a_name_are_refused(name: str, tmp_path: Path) 
         data="x",
         train={"steps": 1, "eval_share": 0.5},
     )
-    with pytest.raises(LoramError, match="sweep must try values that give trials names which are"):
+    with pytest.raises(LoramError, match="sweep must try values whose trial names are"):
         trials_of(config, {name: tmp_path})
 
 
