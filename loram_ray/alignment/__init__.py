@@ -1,1 +1,1 @@
-"""Alignment: continual pre-training of a pruned model on Ray Train and DeepSpeed."""
+"""Align a pruned model by continual pre-training on Ray Train and DeepSpeed."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, for what Ray Train writes of a run."""
+"""Replace files atomically, for the files that Ray Train writes for a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 def whole_files() -> pyarrow.fs.FileSystem:
-    """The local file system, on which a file that is written replaces the old one when it is whole.
+    """Return the local file system with atomic writes.
 
-    Ray Train rewrites its list of a run's checkpoints in place: on a full disk, or when it is
-    killed then, the list and with it all checkpoints would be lost.
+    A written file replaces the old one once it is complete. Ray Train rewrites its list of
+    checkpoints in place: if the disk fills up or the process is killed in the middle, the list
+    would be lost, and with it all checkpoints.
     """
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_WholeFiles()))
 
@@ -27,7 +28,7 @@ class _WholeFiles(LocalFileSystem):
 
 
 class _WholeFile:
-    """A file that is being written; one whose writing failed is removed when it is closed."""
+    """Partially written file, removed on closing if a write failed."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)

@@ -1,4 +1,4 @@
-"""A worker's micro-batches, step by step, on its device."""
+"""Yield a worker's micro-batches, step by step, on its device."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from loram_ray.models.tokenizer import Frame
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a worker reads besides the pruned model.
+    """Inputs of a worker besides the pruned model.
 
     Attributes:
-        corpus: prepared corpus.
-        targets: directory of the base's likeliest tokens over it, or None.
-        teacher: the base, whose distributions are computed live, or None.
-        frame: how documents begin and end.
-        isolated: whether documents do not see each other.
+        corpus: Directory of the prepared corpus.
+        targets: Directory of the base's cached top-k targets, or None.
+        teacher: Directory of the base for live distillation, or None.
+        frame: Token ids that begin and end a document.
+        isolated: Whether documents are isolated from each other.
     """
 
     corpus: Path
@@ -41,14 +41,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward takes, on the worker's device.
+    """Inputs of one forward pass, on the worker's device.
 
     Attributes:
-        input_ids: int64 ``[batch, seq]``.
-        labels: int64 ``[batch, seq]``; padding and openings carry none.
-        top: the base's likeliest tokens, where they were computed before.
-        positions: int64 ``[batch, seq]``, beginning anew where documents do not see each other.
-        row_ids: of the corpus.
+        input_ids: Token ids, int64 ``[batch, seq]``.
+        labels: Labels, int64 ``[batch, seq]``; `IGNORED` at padding and openings.
+        top: The base's cached top-k targets, if any.
+        positions: Position ids, int64 ``[batch, seq]``, restarting with each document if isolated.
+        row_ids: Row ids in the corpus.
     """
 
     input_ids: torch.Tensor
@@ -66,18 +66,18 @@ def steps(
     first: int,
     device: torch.device,
 ) -> Iterator[list[MicroBatch]]:
-    """Yield a worker's micro-batches of each step, equally many on every worker.
+    """Yield a worker's micro-batches for each step, the same number on every worker.
 
-    Where the global batch cannot be shared out evenly, the last workers have micro-batches without
-    labels, which add nothing to the loss.
+    If the global batch does not divide evenly, the last workers get micro-batches without labels,
+    which do not contribute to the loss.
 
     Args:
-        config: the stage's configuration.
-        inputs: what is read.
-        worker: the worker's number.
-        workers: how many there are.
-        first: steps already done.
-        device: where the batches go.
+        config: Configuration of the stage.
+        inputs: Inputs of the worker.
+        worker: Rank of the worker.
+        workers: Number of workers.
+        first: Number of steps already done.
+        device: Device of the batches.
     """
     share = Share(
         start=first * config.batch_size,
@@ -105,7 +105,7 @@ def steps(
 def to_device(
     batch: dict[str, np.ndarray], device: torch.device, frame: Frame, isolated: bool
 ) -> MicroBatch:
-    """Make a micro-batch of a batch of the stream; padding and openings carry no label."""
+    """Turn a streamed batch into a micro-batch; padding and openings have no label."""
     input_ids = torch.from_numpy(batch["input_ids"].astype(np.int64))
     places = torch.arange(input_ids.shape[1])
     padding = places >= torch.from_numpy(batch["length"].copy())[:, None]
@@ -113,7 +113,7 @@ def to_device(
     positions = None
     if isolated:
         positions = document_positions(input_ids, frame)
-        labels = labels.masked_fill(positions == 0, IGNORED)  # nothing before it says what it is
+        labels = labels.masked_fill(positions == 0, IGNORED)  # no context to predict it from
     top = None
     if "missing" in batch:
         parts = (torch.from_numpy(batch[name].copy()) for name in LISTS)
@@ -128,6 +128,6 @@ def to_device(
 
 
 def without_labels(shape: tuple[int, int], device: torch.device) -> MicroBatch:
-    """A micro-batch ``[batch, seq]`` that adds nothing to the loss."""
+    """Return a micro-batch ``[batch, seq]`` that does not contribute to the loss."""
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     return MicroBatch(input_ids, torch.full_like(input_ids, IGNORED), None, None, [])

@@ -1,4 +1,4 @@
-"""Checkpoints of alignment: written to the worker's own disk, copied to the run's meanwhile."""
+"""Write alignment checkpoints to the worker's local disk and copy them to storage later."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _ON_NVME = "offloaded_tensors"  # in DeepSpeed's checkpoints
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is.
+    """Progress of training.
 
     Attributes:
-        steps: optimiser steps done.
-        seconds: spent on them, over all attempts; what was lost with a worker is not counted.
+        steps: Number of completed optimizer steps.
+        seconds: Time spent on them over all attempts, without work lost to failures.
     """
 
     steps: int
@@ -38,30 +38,30 @@ class Progress:
 
 
 def staging_prefix(storage: Path) -> str:
-    """Begins the names of the folders that a run's workers write their parts to first."""
+    """Return the name prefix of a run's staging directories on its workers."""
     return f"{_STAGING}{hashlib.sha256(str(storage).encode()).hexdigest()[:16]}-"
 
 
 def remove_staging(storage: Path, staging: Path | None, seconds: float) -> None:
-    """Remove what workers that have been killed left on this machine.
+    """Remove the staging directories that killed workers left on this machine.
 
     Args:
-        storage: Ray Train's folder of the run.
-        staging: where their folders are; default: the system's directory for temporary files.
-        seconds: to wait for workers that are about to end.
+        storage: Ray Train's directory of the run.
+        staging: Parent of the staging directories; defaults to the system's temporary directory.
+        seconds: Time to wait for workers that are about to exit.
     """
     until = time.monotonic() + seconds
     parent = staging or temporary_directory()
     while remove_abandoned(staging_prefix(storage), parent) and time.monotonic() < until:
         time.sleep(0.1)
-    remove_abandoned(_STAGING, parent)  # also of other runs, whose drivers were killed
+    remove_abandoned(_STAGING, parent)  # also those of runs whose drivers were killed
 
 
 class FailedStep(LoramError):
-    """A step that cannot be done, for a reason that the user can mend.
+    """Step that failed for a reason the user can fix.
 
     Attributes:
-        good_until: the last step whose weights are not in doubt.
+        good_until: Last step whose weights are known to be good.
     """
 
     def __init__(self, message: str, good_until: int) -> None:
@@ -74,10 +74,10 @@ class FailedStep(LoramError):
 
 @contextmanager
 def naming_full_disks(step: int, where: Path) -> Iterator[None]:
-    """Tell a full disk from other errors.
+    """Turn an error caused by a full disk into a `FailedStep`.
 
     Raises:
-        FailedStep: there is no space left.
+        FailedStep: If no space is left.
     """
     try:
         yield
@@ -88,23 +88,24 @@ def naming_full_disks(step: int, where: Path) -> Iterator[None]:
 
 
 def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None, bool]:
-    """Return the run's last checkpoint, and whether it was made universal for these workers.
+    """Return the last checkpoint of the run, and whether it was converted for these workers.
 
     Raises:
-        LoramError: other workers wrote it, of an optimiser on NVMe, which DeepSpeed cannot convert.
+        LoramError: If a different number of workers wrote it with NVMe offload, which DeepSpeed
+            cannot convert.
     """
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None, False
-    found = Path(checkpoint.path)  # on storage that all workers share
+    found = Path(checkpoint.path)  # on storage shared by all workers
     if workers_of(found) == workers:
         return found, False
     if (found / TAG / _ON_NVME).is_dir():
         raise LoramError(
-            f"align.workers must be {workers_of(found)}, as when {found.name} was saved, where "
-            f"align.offload_optimiser is nvme, got {workers}; go on with as many"
+            f"align.workers must be {workers_of(found)}, as when {found.name} was saved with "
+            f"align.offload_optimiser = nvme, got {workers}; continue with the same number"
         )
     universal = work / "universal" / found.name
     if worker == 0:
@@ -114,27 +115,27 @@ def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None,
 
 
 def complete_checkpoints(storage: Path) -> dict[int, str]:
-    """The checkpoints of earlier attempts, by their steps."""
+    """Return the checkpoints of earlier attempts by step."""
     return {step_of(path): str(path) for path in storage.glob("step-*")}
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
+    """Return the step of a checkpoint directory."""
     return int(path.name.split("-")[1])
 
 
 class Checkpoints:
-    """Saves one worker's parts of a run's checkpoints.
+    """Save one worker's parts of a run's checkpoints.
 
-    Training stands still while DeepSpeed writes to the worker's own disk. The copy to the run's
-    storage goes on beside the next steps, and the next checkpoint waits for it, so that at most one
-    is waiting on that disk.
+    Training pauses while DeepSpeed writes to the worker's local disk. The copy to storage runs in
+    the background, and the next checkpoint waits for it, so the disk holds at most one pending
+    checkpoint.
 
     Args:
-        storage: Ray Train's folder of the run, on storage that all workers share.
-        worker: number of the worker.
-        resumed_at: steps of the checkpoint that was loaded; 0 without one.
-        staging: empty folder on the worker's own disk.
+        storage: Ray Train's directory of the run, on storage shared by all workers.
+        worker: Rank of the worker.
+        resumed_at: Step of the checkpoint that was loaded; 0 without one.
+        staging: Empty directory on the worker's local disk.
     """
 
     def __init__(self, storage: Path, worker: int, resumed_at: int, staging: Path) -> None:
@@ -147,13 +148,13 @@ class Checkpoints:
             self._remove_unfinished(resumed_at)
 
     def save(self, engine: Any, progress: Progress, loss: float) -> float:
-        """Save, after the copy of the checkpoint before; every worker must call it.
+        """Save after the previous checkpoint has been copied; every worker must call this.
 
         Returns:
-            Seconds in which training stood still.
+            Seconds for which training paused.
 
         Raises:
-            FailedStep: the disk is full.
+            FailedStep: If the disk is full.
         """
         import ray.train
 
@@ -172,23 +173,23 @@ class Checkpoints:
         ray.train.report(
             {"step": step, "loss": loss},
             checkpoint=ray.train.Checkpoint.from_directory(local),
-            checkpoint_dir_name=f"step-{step:08d}-{time.time_ns()}",  # the first worker's counts
+            checkpoint_dir_name=f"step-{step:08d}-{time.time_ns()}",  # the first worker's applies
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._copy,
         )
         return time.perf_counter() - started
 
     def take_copy_seconds(self) -> float:
-        """Seconds of copying that ended since this was asked before; training went on meanwhile."""
+        """Return the seconds of background copying finished since the last call."""
         seconds, self._copy_seconds = self._copy_seconds, 0.0
         return seconds
 
     def finish(self) -> None:
-        """Wait for the last copy; Ray Train removes what was copied."""
+        """Wait for the last copy; Ray Train removes the staged files."""
         self._copied.wait()
 
     def _copy(self, checkpoint: Any, name: str) -> Any:
-        """Copy to the run's storage; called by Ray Train in a thread."""
+        """Copy a checkpoint to storage; called by Ray Train in a thread."""
         import ray.train
 
         storage = ray.train.get_context().get_storage()
@@ -204,7 +205,7 @@ class Checkpoints:
             self._copied.set()
 
     def _remove_unfinished(self, resumed_at: int) -> None:
-        """Remove what an attempt that was killed had not finished copying."""
+        """Remove checkpoints that a killed attempt had not finished copying."""
         for path in self._storage.glob("step-*"):
             if step_of(path) > resumed_at:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""DeepSpeed's dictionary, and weights in and out of its partitions.
+"""Build DeepSpeed's configuration, and move weights into and out of its partitions.
 
-Nothing here holds a whole model where ZeRO-3 shares it out: tensors go one by one from safetensors
-into partitions, and one by one from partitions to safetensors.
+Under ZeRO-3 no function here holds a whole model: tensors move one at a time between safetensors
+and partitions.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 
 
 def deepspeed_config(config: AlignConfig, users: Mapping[str, Any], workers: int) -> dict[str, Any]:
-    """Build DeepSpeed's dictionary from the stage's settings; a pure function.
+    """Build DeepSpeed's configuration from the stage's settings.
 
     Args:
-        config: the stage's configuration.
-        users: a DeepSpeed dictionary of the user's own. Key by key, at any depth, what it says
-            wins, and ``"auto"`` leaves a key to the settings. Keys that the settings decide
-            (batches, clipping, precision) it may leave out, leave to them, or say the same.
-        workers: how many there are.
+        config: Configuration of the stage.
+        users: DeepSpeed configuration supplied by the user. Its values take precedence, key by key
+            and at any depth; ``"auto"`` leaves a key to the settings. Keys that the settings
+            determine (batch sizes, clipping, precision) must be omitted, be ``"auto"`` or agree
+            with them.
+        workers: Number of workers.
 
     Raises:
-        LoramError: it contradicts the settings, or asks for what the loop does itself.
+        LoramError: If it contradicts the settings or configures what the training loop handles.
     """
     return _joined(_own(config, workers), users, "")
 
@@ -56,14 +57,14 @@ def _own(config: AlignConfig, workers: int) -> dict[str, Any]:
             zero[key] = {"device": place, **folder}
     offloads = config.offload_optimiser != "none"
     return {
-        # with the micro-batches without labels of workers that have less to do
+        # including the micro-batches without labels
         "train_batch_size": workers * accumulation * config.micro_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimiser.max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_optimization": zero,
-        # torch's AdamW where DeepSpeed would compile its own for the CPU
+        # torch's AdamW, instead of DeepSpeed's compiled CPU optimizer
         **({"zero_force_ds_cpu_optimizer": False} if offloads else {}),
         "optimizer": {
             "type": "AdamW",
@@ -103,20 +104,20 @@ def _joined(own: dict[str, Any], users: Mapping[str, Any], prefix: str) -> dict[
         path = f"{prefix}{key}"
         if path in _REFUSED:
             raise LoramError(
-                f"align.deepspeed must not hold {path}: {_REFUSED[path]} decides; remove it"
+                f"align.deepspeed must not set {path}: use {_REFUSED[path]}; remove it"
             )
         if value == "auto":
             if key not in own:
                 raise LoramError(
-                    f"align.deepspeed has {path}: auto, and no setting decides it; give a value"
+                    f"align.deepspeed sets {path} to auto, which no setting determines; set a value"
                 )
         elif isinstance(value, Mapping):
             inner = joined.get(key)
             joined[key] = _joined(inner if isinstance(inner, dict) else {}, value, f"{path}.")
         elif path in _DECIDED and value != own.get(key, value):
             raise LoramError(
-                f"align.deepspeed has {path}: {value}, {_DECIDED[path]} says {own[key]}; "
-                "change one of the two or leave it out of the file"
+                f"align.deepspeed sets {path} to {value}, but {_DECIDED[path]} gives {own[key]}; "
+                "change one of the two or remove it from the file"
             )
         else:
             joined[key] = value
@@ -124,10 +125,10 @@ def _joined(own: dict[str, Any], users: Mapping[str, Any], prefix: str) -> dict[
 
 
 def read_users(path: Path | None) -> dict[str, Any]:
-    """Read a user's DeepSpeed JSON; empty without one.
+    """Read the user's DeepSpeed JSON file; return an empty dictionary without one.
 
     Raises:
-        LoramError: it is missing or holds no JSON object.
+        LoramError: If it is missing or does not hold a JSON object.
     """
     if path is None:
         return {}
@@ -135,11 +136,11 @@ def read_users(path: Path | None) -> dict[str, Any]:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed, without the CPU communication kernel that it would compile at start.
+    """Import DeepSpeed without compiling its CPU communication kernel.
 
-    On CPU DeepSpeed builds a shared-memory all-reduce with the machine's C++ compiler: a minute at
-    the first start, a race between workers, and a failure where there is no compiler. Declared
-    incompatible, DeepSpeed uses torch's gloo instead.
+    On CPU, DeepSpeed compiles a shared-memory all-reduce at startup, which takes a minute, races
+    between workers and fails without a compiler. Marking the kernel as incompatible makes DeepSpeed
+    use torch's gloo instead.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -153,15 +154,15 @@ def import_deepspeed() -> Any:
 
 @freed_memory_returned()
 def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str) -> PreTrainedModel:
-    """Build a model and read its weights tensor by tensor, into ZeRO-3 partitions where asked.
+    """Build a model and load its weights tensor by tensor, into ZeRO-3 partitions if configured.
 
     Args:
-        directory: pruned or aligned model.
-        ds_config: DeepSpeed's dictionary.
+        directory: Directory of a pruned or aligned model.
+        ds_config: DeepSpeed's configuration.
         precision: ``bf16`` or ``fp32``.
 
     Raises:
-        LoramError: the weights are not those of the model's configuration, or not finite.
+        LoramError: If the weights do not match the model's configuration or are not finite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -169,7 +170,7 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     with ModelCheckpoint(directory) as checkpoint, no_init_weights(), torch.no_grad():
         config = AutoConfig.from_pretrained(directory)
-        if checkpoint.has_own_head():  # as from_pretrained has it
+        if checkpoint.has_own_head():  # as in from_pretrained
             config.tie_word_embeddings = False
         with _partitioning(ds_config) if partitioned else nullcontext():
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
@@ -185,19 +186,19 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
 def export_partitioned(
     model: nn.Module, source: Path, target: Path, partitioned: bool, writes: bool
 ) -> dict[str, str]:
-    """Write a model's weights as safetensors, with the names, dtypes and order of ``source``.
+    """Write a model's weights as safetensors with the names, dtypes and order of ``source``.
 
-    Every worker must call this: partitions are gathered one parameter at a time.
+    Every worker must call this, since partitions are gathered one parameter at a time.
 
     Args:
-        model: the trained model, its parameters named as in ``source``.
-        source: directory of the weights that the model was loaded from.
-        target: directory to write into.
-        partitioned: True under ZeRO-3.
-        writes: True on the one worker that writes.
+        model: Trained model whose parameters are named as in ``source``.
+        source: Directory from which the model was loaded.
+        target: Directory to write to.
+        partitioned: Whether the model is partitioned (ZeRO-3).
+        writes: Whether this worker writes the files.
 
     Returns:
-        SHA-256 of each file, empty on the other workers.
+        SHA-256 of each file; empty on workers that do not write.
     """
     with ModelCheckpoint(source) as checkpoint:
         specs = {n: spec for n, spec in checkpoint.specs.items() if not is_recomputed(n)}
@@ -224,7 +225,7 @@ def _partitioning(ds_config: dict[str, Any]) -> Any:
 
 @contextmanager
 def _whole(parameters: list[Any], partitioned: bool, write: bool) -> Iterator[bool]:
-    """Have parameters whole inside the block; yields True where they may be written."""
+    """Gather parameters inside the context; yield whether they may be written."""
     if not partitioned:
         yield True
         return

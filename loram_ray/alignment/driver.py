@@ -1,4 +1,4 @@
-"""The driver's part of alignment: Ray Train from the first step to the last."""
+"""Drive alignment with Ray Train, from the first step to the last."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from loram_ray.runtime.interruption import handlers_kept
 from loram_ray.runtime.progress import METRICS_FILE, Reporter, follow, last_step
 from loram_ray.runtime.tracking import tracking
 
-_ABORTING = 5.0  # seconds that workers have to end
+_ABORTING = 5.0  # seconds for workers to exit
 
 
 def fit(loop: LoopSettings) -> None:
-    """Train until the last step, from the last checkpoint if there is one.
+    """Train to the last step, resuming from the last checkpoint if there is one.
 
-    Workers that die and nodes that go are replaced; metrics are shown and tracked meanwhile.
+    Failed workers and lost nodes are replaced; metrics are shown and tracked throughout.
 
     Raises:
-        LoramError: what the user can mend, which is not tried again.
-        ray.train.TrainingFailedError: workers died more often than is survived.
+        LoramError: For mistakes the user can fix, which are not retried.
+        ray.train.TrainingFailedError: If workers fail more often than allowed.
     """
     import ray
     import ray.train
@@ -44,7 +44,7 @@ def fit(loop: LoopSettings) -> None:
     from loram_ray.alignment.rendezvous import OneAddressConfig
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Leaves Ctrl-C to this process; Ray Train would take it until the process ends."""
+        """Leave Ctrl-C to this process; Ray Train would handle it until the process ends."""
 
         controller: Any = None
 
@@ -52,13 +52,13 @@ def fit(loop: LoopSettings) -> None:
             self.controller = controller
 
         def abort(self) -> None:
-            """Have the workers end; a Ray that this process did not start lives on."""
+            """Stop the workers without shutting down a Ray cluster started elsewhere."""
             if self.controller is not None:
                 with suppress(Exception):
                     ray.get(self.controller.abort.remote(), timeout=_ABORTING)
 
     class StopAtMistakes(ray.train.UserCallback):
-        """Ends a run at once where another attempt would fail for the same reason."""
+        """Stop a run immediately on errors that a retry cannot fix."""
 
         def __init__(self, complete: dict[int, str]) -> None:
             self._complete = complete
@@ -129,7 +129,7 @@ def fit(loop: LoopSettings) -> None:
 
 
 def _interfaces() -> dict[str, str]:
-    """Variables that keep the workers' own connections on loopback where Ray is."""
+    """Return variables that keep the workers' connections on loopback if Ray is on loopback."""
     import psutil
     import ray
 
@@ -152,7 +152,7 @@ def _last_good(complete: dict[int, str], until: int) -> str:
 
 
 def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:
-    """What to say if Ray Train itself, not a worker, found the run's disk full."""
+    """Return the error to raise if Ray Train itself ran out of disk space."""
     import ray.train
 
     failure = getattr(error, "controller_failure", None)
@@ -168,7 +168,7 @@ def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:
 
 
 def _mistake_in(failures: Iterable[Any]) -> LoramError | None:
-    """The first error among failures of workers that the user can mend."""
+    """Return the first worker failure that the user can fix."""
     for failure in failures:
         cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
         if isinstance(cause, LoramError):

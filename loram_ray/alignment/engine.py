@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around a pruned model, from its start or from a checkpoint."""
+"""Start DeepSpeed's engine on a pruned model, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ def start_engine(
     """Start DeepSpeed from a checkpoint, or from the pruned model.
 
     Args:
-        config: the stage's configuration.
-        users: the user's own DeepSpeed dictionary.
-        teacher: the base, where it runs beside the pruned model.
-        workers: how many there are.
-        checkpoint: see `checkpoints.last_checkpoint`.
-        universal: see `checkpoints.last_checkpoint`.
+        config: Configuration of the stage.
+        users: DeepSpeed configuration supplied by the user.
+        teacher: Directory of the base, if distillation is live.
+        workers: Number of workers.
+        checkpoint: Checkpoint returned by `checkpoints.last_checkpoint`.
+        universal: Whether the checkpoint is universal, as returned by
+            `checkpoints.last_checkpoint`.
 
     Returns:
-        The engine, its module an `AlignmentModel`, and how far it is.
+        The engine, whose module is an `AlignmentModel`, and its progress.
 
     Raises:
-        LoramError: a part of an optimiser on NVMe could not be brought back later.
+        LoramError: If a part of an optimizer on NVMe could not be restored later.
     """
     deepspeed = import_deepspeed()
-    deepspeed.init_distributed(dist_init_required=False)  # on the process group of Ray Train
+    deepspeed.init_distributed(dist_init_required=False)  # uses Ray Train's process group
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config, users, workers)
     require_async_io(ds_config)
@@ -62,7 +63,7 @@ def start_engine(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     base = None
-    if teacher is not None:  # under ZeRO-3 the base is partitioned, too
+    if teacher is not None:  # ZeRO-3 partitions the base, too
         base = load_partitioned(teacher, ds_config, config.precision)
         base.requires_grad_(False)
     engine, *_ = deepspeed.initialize(
@@ -94,7 +95,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: AlignConfig) -> Any:
 
 
 def freeze(model: Any, frozen: Collection[str]) -> None:
-    """Take parts of a causal LM out of training; see ``align.frozen``."""
+    """Freeze parts of a causal LM; see ``align.frozen``."""
     if "lm_head" in frozen:
         model.get_output_embeddings().requires_grad_(False)
     if "embeddings" in frozen:

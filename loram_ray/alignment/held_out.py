@@ -1,4 +1,4 @@
-"""Loss on each source's held-out documents during training, shared out over the workers."""
+"""Evaluate the loss on each source's held-out documents during training, on all workers."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def held_out_losses(
     workers: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean negative log-likelihood of each source's held-out tokens, in nats, on all workers.
+    """Return the mean negative log-likelihood of each source's held-out tokens, in nats.
 
-    All workers must call it: under ZeRO-3 they gather the weights together.
+    All workers must call this, since ZeRO-3 gathers the weights collectively.
 
     Args:
-        model: the causal LM.
-        config: the stage's configuration.
-        corpus: the prepared corpus.
-        frame: how documents begin and end.
-        isolated: whether documents do not see each other.
-        worker: this worker's number.
-        workers: how many there are.
-        device: where the model is.
+        model: Causal LM to evaluate.
+        config: Configuration of the stage.
+        corpus: Directory of the prepared corpus.
+        frame: Token ids that begin and end a document.
+        isolated: Whether documents are isolated from each other.
+        worker: Rank of the worker.
+        workers: Number of workers.
+        device: Device of the model.
     """
     found: dict[str, float] = {}
     model.eval()
@@ -67,7 +67,7 @@ def held_out_losses(
 
 
 def _read(source: SourceInfo, start: int, end: int) -> dict[str, np.ndarray]:
-    """Held-out rows ``[start, end)`` of a source, over its files."""
+    """Read held-out rows ``[start, end)`` of a source across its files."""
     parts: list[dict[str, np.ndarray]] = []
     before = 0
     for path in source.held_out_files:

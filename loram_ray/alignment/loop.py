@@ -1,4 +1,4 @@
-"""The training loop of one Ray Train worker."""
+"""Training loop of one Ray Train worker."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from loram_ray.runtime.scratch import scratch
 
 OUTCOME_FILE = "outcome.json"
 ROWS_FILE = "rows.jsonl"
-"""Row ids of each step, where they are asked for."""
+"""File with the row ids of each step, if enabled."""
 
 
 @dataclass(frozen=True)
 class Outcome(Progress):
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
-        hashes: SHA-256 of the files that were written, by name.
+        hashes: SHA-256 of the written files, by name.
     """
 
     hashes: dict[str, str]
@@ -52,14 +52,14 @@ class Outcome(Progress):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What a worker is told.
+    """Settings of a worker.
 
     Attributes:
-        config: the stage's configuration.
-        deepspeed: the user's own DeepSpeed dictionary.
-        inputs: what it reads.
-        work: directory shared by all workers for metrics, locks and checkpoints.
-        export: directory that the aligned weights are written into.
+        config: Configuration of the stage.
+        deepspeed: DeepSpeed configuration supplied by the user.
+        inputs: Inputs besides the pruned model.
+        work: Directory for metrics, locks and checkpoints, shared by all workers.
+        export: Directory for the aligned weights.
     """
 
     config: AlignConfig
@@ -70,15 +70,15 @@ class LoopSettings:
 
     @property
     def storage(self) -> Path:
-        """Ray Train's folder of the run, with its checkpoints; its name is shown by Ray."""
+        """Ray Train's directory of the run, with its checkpoints; Ray displays its name."""
         return self.work / f"align-{self.config.output.name}"
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Run one worker: load, resume, train, checkpoint, export.
+    """Run one worker: load, resume, train, save checkpoints and export.
 
     Raises:
-        FailedStep: the loss is not finite, or the disk is full.
+        FailedStep: If the loss is not finite, or the disk is full.
     """
     import ray.train
 
@@ -122,7 +122,7 @@ def _train(
     is_last = step >= config.total_steps or _time_is_up(config, progress, engine.device)
     log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
     rows = None
-    if rank == 0 and config.log_rows:  # as of a run that was never touched
+    if rank == 0 and config.log_rows:  # same content as an uninterrupted run
         rows = MetricsLog(loop.work / ROWS_FILE, step, count_restarts=False)
     notice, stood_still = PreemptionNotice(), 0.0
     module: AlignmentModel = engine.module
@@ -144,8 +144,8 @@ def _train(
             raise FailedStep(
                 f"align: the loss is {loss} at step {step}, rows "
                 f"{_rows_of_all(micro_batches, config, workers, engine.device)}; lower "
-                "align.optimiser.learning_rate or look at those rows",
-                good_until=step - 2,  # the weights of the step before made this loss
+                "align.optimiser.learning_rate or inspect those rows",
+                good_until=step - 2,  # the previous step's weights produced this loss
             )
         row_ids: list[int] = []
         if config.log_rows:
@@ -182,18 +182,18 @@ def _train(
 def _take_step(
     engine: Any, micro_batches: list[MicroBatch], workers: int
 ) -> tuple[torch.Tensor, float]:
-    """Update the weights once.
+    """Perform one optimizer step.
 
     Returns:
-        Means of the loss's parts over the batch's tokens on all workers, and the norm of all
-        gradients before they were clipped.
+        Means of the loss components over the batch's tokens on all workers, and the gradient norm
+        before clipping.
     """
     predicted = torch.stack([labelled(batch.labels).sum() for batch in micro_batches]).sum()
     tokens = _sum_over_workers(predicted).clamp(min=1)
     sums = torch.zeros(len(PARTS), device=engine.device)
     for batch in micro_batches:
         loss, parts = engine(batch.input_ids, batch.labels, batch.top, batch.positions)
-        # DeepSpeed takes the mean over micro-batches and workers; the loss is one over tokens.
+        # DeepSpeed averages over micro-batches and workers; the loss is a mean over tokens.
         share = len(micro_batches) * workers / tokens
         engine.backward(loss * share)
         norm = gradient_norm(engine) if batch is micro_batches[-1] else None
@@ -204,9 +204,9 @@ def _take_step(
 
 
 def gradient_norm(engine: Any) -> float | None:
-    """Norm of the gradients that the next step takes; None where DeepSpeed keeps it itself.
+    """Return the norm of the gradients of the next step; None if DeepSpeed computes it.
 
-    Without ZeRO it does not in fp32; every worker then has the same gradients.
+    Without ZeRO and in fp32 it does not; every worker then holds the same gradients.
     """
     if engine.zero_optimization() or hasattr(engine.optimizer, "_global_grad_norm"):
         return None
@@ -215,15 +215,15 @@ def gradient_norm(engine: Any) -> float | None:
 
 
 class PreemptionNotice:
-    """Tells once for each notice that nodes with workers will be taken away."""
+    """Detect new notices that nodes with workers will be preempted."""
 
     def __init__(self) -> None:
         self._known: frozenset[str] = frozenset()
 
     def has_come(self) -> bool:
-        """Whether nodes are named that were not before; every worker must ask, and hears the same.
+        """Whether new nodes are announced; every worker must ask, and gets the same answer.
 
-        The checkpoint of that moment is what the run goes on from, on other nodes.
+        The run resumes on other nodes from the checkpoint taken at that moment.
         """
         import ray.train
 
@@ -237,7 +237,7 @@ class PreemptionNotice:
 def _rows_of_all(
     micro_batches: list[MicroBatch], config: AlignConfig, workers: int, device: torch.device
 ) -> list[int]:
-    """Row ids of the step's batch over all workers, which must all call it."""
+    """Gather the row ids of the step's batch from all workers; a collective call."""
     mine = [row for batch in micro_batches for row in batch.row_ids]
     places = config.accumulation(workers) * config.micro_batch_size
     padded = torch.full((places,), -1, device=device)
@@ -264,7 +264,7 @@ def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[
 
 
 def _mfu_per_rate(config: AlignConfig, module: AlignmentModel, workers: int) -> float | None:
-    """Model FLOPs utilisation at one token a second; None where the devices' peak is not known."""
+    """Return the model FLOPs utilisation at one token per second; None if the peak is unknown."""
     peak = config.peak_tflops or peak_tflops()
     if peak is None:
         return None
@@ -279,7 +279,7 @@ def _speed(config: AlignConfig, seconds: float, mfu_per_rate: float | None) -> d
 
 
 def _time_is_up(config: AlignConfig, progress: Progress, device: torch.device) -> bool:
-    """Whether any worker's clock says so: they must all stop at the same step."""
+    """Whether the time limit is reached on any worker, so that all stop at the same step."""
     if config.max_hours is None:
         return False
     mine = progress.seconds >= 3600 * config.max_hours

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what training does of what its devices could."""
+"""Compute model FLOPs utilisation (MFU), the share of the devices' peak that training uses."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "V100": 125.0,
 }
-"""Dense bf16 (V100: fp16) peak of NVIDIA's data sheets, 10^12 operations a second."""
+"""Dense bf16 (V100: fp16) peaks from NVIDIA's data sheets, in TFLOPS."""
 
 
 def peak_tflops() -> float | None:
-    """Peak of this worker's device, 10^12 operations a second; None for the CPU and others."""
+    """Return the peak of this worker's device in TFLOPS; None for CPUs and unknown devices."""
     if not torch.cuda.is_available():
         return None
     return peak_of(torch.cuda.get_device_name())
 
 
 def peak_of(device: str) -> float | None:
-    """Peak of a device by its name, in which one of `PEAK_TFLOPS` stands as words of its own."""
+    """Return the peak of a device whose name contains a key of `PEAK_TFLOPS` as whole words."""
     found = (p for known, p in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", device))
     return next(found, None)
 
 
 def flops_per_token(linear_weights: int) -> float:
-    """Operations of a training step for each token.
+    """Return the operations of a training step per token.
 
-    Two for each weight of a linear forward and four backward (Kaplan et al., arXiv 2001.08361).
-    The products of attention itself are left out: at a few hundred tokens they are a few percent.
+    Each weight of a linear takes two forward and four backward (Kaplan et al., arXiv 2001.08361).
+    The attention products are ignored; they are a few percent at a few hundred tokens.
     """
     return 6.0 * linear_weights
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Weights of a model's linears, the output head among them; partitioned ones count whole."""
+    """Count the weights of a model's linears, including the output head and all partitions."""
     total = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves to do where the optimiser's state or the parameters are on NVMe."""
+"""Fill gaps in DeepSpeed's support for optimizer state and parameters on NVMe."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loram_ray.errors import LoramError
 
 
 def require_async_io(ds_config: Mapping[str, Any]) -> None:
-    """Refuse to offload to NVMe where DeepSpeed cannot build what reads and writes there.
+    """Refuse NVMe offload if DeepSpeed cannot build its asynchronous I/O.
 
     Raises:
-        LoramError: this machine lacks libaio, or a compiler.
+        LoramError: If the machine lacks libaio or a compiler.
     """
     zero = ds_config["zero_optimization"]
     for key, ours in (
@@ -35,15 +35,15 @@ def require_async_io(ds_config: Mapping[str, Any]) -> None:
 
 
 def size_swap_buffers(ds_config: dict[str, Any], models: Iterable[Path], workers: int) -> None:
-    """Make buffers of parameters on NVMe as large as the largest partition, in place.
+    """Set the size of parameter swap buffers to the largest partition, in place.
 
-    DeepSpeed's have 10^8 elements, whatever a model has: an eighth of a 70B model's embeddings does
-    not fit, and for a small model it is gigabytes. A user's own ``buffer_size`` stays.
+    DeepSpeed's default of 10^8 elements is too small for an eighth of a 70B model's embeddings, and
+    wastes gigabytes for small models. An explicit ``buffer_size`` is kept.
 
     Args:
-        ds_config: of `deepspeed_config`.
-        models: directories of the models that are partitioned.
-        workers: how many there are.
+        ds_config: Configuration returned by `deepspeed_config`.
+        models: Directories of the partitioned models.
+        workers: Number of workers.
     """
     parameters = ds_config["zero_optimization"].get("offload_param", {})
     if parameters.get("device") == "nvme" and "buffer_size" not in parameters:
@@ -55,38 +55,38 @@ def size_swap_buffers(ds_config: dict[str, Any], models: Iterable[Path], workers
 
 
 def require_all_swapped(engine: Any) -> None:
-    """Refuse an optimiser on NVMe of which a part is too small for DeepSpeed to swap.
+    """Refuse an optimizer on NVMe with parts too small for DeepSpeed to swap.
 
-    Such parts are not in its checkpoints, and a run could not go on from them.
+    Such parts are missing from its checkpoints, so a run could not resume from them.
 
     Raises:
-        LoramError: there is one.
+        LoramError: If there is such a part.
     """
     swapper = engine.optimizer.optimizer_swapper
     sizes = engine.optimizer.fp16_partitioned_groups_flat_numel
     if small := [size for size in sizes if not swapper.is_swappable_tensor(numel=size)]:
         raise LoramError(
-            "align.offload_optimiser = nvme needs at least a MiB of each worker's part of the "
-            f"optimiser, it has {min(small)} numbers of 4 bytes in one; use fewer workers, change "
-            "sub_group_size in align.deepspeed, or offload to cpu"
+            "align.offload_optimiser = nvme needs at least 1 MiB in each part of a worker's "
+            f"optimizer state, got a part of {min(small)} float32 values; use fewer workers, "
+            "change sub_group_size in align.deepspeed, or offload to cpu"
         )
 
 
 def load_swapped(engine: Any, checkpoint: Path, tag: str) -> dict[str, Any]:
-    """Load a checkpoint of an optimiser on NVMe, so that training goes on as if never cut.
+    """Load a checkpoint with optimizer state on NVMe so that training resumes exactly.
 
-    DeepSpeed copies the files that it swapped and no more. A fresh engine would not read the
-    moments among them, for it knows of none before its first step, which is therefore done here
-    without gradients, at a learning rate of zero; and it would begin AdamW's count of steps and the
-    learning rate anew.
+    DeepSpeed only copies its swap files. A fresh engine would ignore the moments in them, since it
+    knows of none before its first step; that step is therefore run here without gradients and at a
+    learning rate of zero. AdamW's step count and the learning rate, which would restart, are
+    restored.
 
     Args:
-        engine: whose optimiser is on NVMe.
-        checkpoint: directory of it.
-        tag: name of the state in it.
+        engine: Engine with its optimizer on NVMe.
+        checkpoint: Directory of the checkpoint.
+        tag: Name of the state in the checkpoint.
 
     Returns:
-        What was saved as the client's state, ``steps`` among it.
+        The saved client state, including ``steps``.
     """
     zero, optimiser = engine.optimizer, engine.optimizer.optimizer
     for group in optimiser.param_groups:

@@ -1,4 +1,4 @@
-"""What alignment minimises, as a module that DeepSpeed drives."""
+"""Define the alignment objective as a module for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PARTS = ("nll", "divergence", "hidden_error")
 
 
 class AlignmentModel(nn.Module):
-    """A pruned model and, where distillation is live, its base beside it.
+    """Combine a pruned model with its base, if distillation is live, and compute the loss.
 
-    The loss is, a predicted token, ``c * nll + (1 - c) * divergence + h * hidden_error``: ``c`` is
-    ``causal_lm_weight`` (1 for the causal-LM objective), ``h`` is ``hidden_weight``.
+    The loss per predicted token is ``c * nll + (1 - c) * divergence + h * hidden_error``, where
+    ``c`` is ``causal_lm_weight`` (1 for the causal-LM objective) and ``h`` is ``hidden_weight``.
 
     Args:
-        model: the pruned model, a causal LM of transformers.
-        config: the stage's configuration.
-        teacher: the base, frozen, where its distributions are computed live.
+        model: Pruned model, a causal LM of Transformers.
+        config: Configuration of the stage.
+        teacher: Frozen base for live distillation.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class AlignmentModel(nn.Module):
         """Sum the loss, and each of `PARTS`, over the predicted tokens of a micro-batch.
 
         Args:
-            input_ids: int64 ``[batch, seq]``.
-            labels: int64 ``[batch, seq]``.
-            top: the base's likeliest next tokens, ``[batch, seq, ...]``, where they were cached.
-            positions: int64 ``[batch, seq]``, those of `document_positions` where documents are not
-                to see each other.
+            input_ids: Token ids, int64 ``[batch, seq]``.
+            labels: Labels, int64 ``[batch, seq]``.
+            top: The base's cached top-k targets, ``[batch, seq, ...]``.
+            positions: Position ids, int64 ``[batch, seq]``, from `document_positions` if documents
+                are isolated.
 
         Returns:
-            The loss, a float32 scalar, and the parts, float32 ``[3]``, which have no gradient.
+            The loss, a float32 scalar, and its components, float32 ``[3]``, detached.
         """
         wanted = labelled(labels)
 
@@ -87,18 +87,18 @@ class AlignmentModel(nn.Module):
         return loss, torch.cat([chunked, hidden.detach()[None]])
 
     def loss(self, sums: torch.Tensor) -> torch.Tensor:
-        """Weigh sums, or means, of `PARTS` ``[3]``; float32 scalar."""
+        """Weight sums or means of `PARTS` ``[3]`` into a float32 scalar."""
         return sums @ sums.new_tensor(self.weights)
 
     def parts(self, means: torch.Tensor) -> dict[str, float]:
-        """Means of those of `PARTS` that are computed, for the log."""
+        """Return the means of the computed `PARTS` for the log."""
         computed = 1 if not self._distils else 3 if self._hidden_layers else 2
         return dict(zip(PARTS[:computed], means.tolist(), strict=False))
 
     def _states(
         self, model: Any, input_ids: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """States after the final norm, and outputs of the chosen layers."""
+        """Return the states after the final norm and the outputs of the selected layers."""
         decoder = model.get_decoder()
         output = decoder(
             input_ids=input_ids,
@@ -111,7 +111,7 @@ class AlignmentModel(nn.Module):
     def _chunk(
         self, states: torch.Tensor, labels: torch.Tensor, *target: torch.Tensor
     ) -> torch.Tensor:
-        """Negative log-likelihood and divergence of a chunk, summed."""
+        """Return the summed negative log-likelihood and divergence of a chunk."""
         logits = logits_of(self.model, states)
         learns_text = self.weights[0] > 0
         nll = functional.cross_entropy(

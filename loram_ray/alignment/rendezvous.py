@@ -1,6 +1,6 @@
-"""Where alignment's workers meet: at one address of a node, and not at all that it has.
+"""Bind the workers' process group to a single address of a node.
 
-Imports Ray Train, so import it where Ray is set up.
+Imports Ray Train, so import this module only after Ray is set up.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 class OneAddressConfig(TorchConfig):  # type: ignore[misc]
-    """Ray Train's process group, whose store listens at the first worker's address alone."""
+    """Ray Train process group whose store listens only on the first worker's address."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """What sets up the workers."""
+        """Backend that sets up the workers."""
         return _OneAddressBackend
 
 
@@ -31,9 +31,9 @@ class _OneAddressBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def listen_at_one_address() -> None:
-    """Have stores of process groups in this process listen at the address that they are given.
+    """Make process group stores in this process listen only on their given address.
 
-    torch's own listen at all addresses, and take everybody's requests.
+    Torch's own store listens on all addresses and accepts requests from anyone.
     """
     import_module("torch.distributed.rendezvous").TCPStore = _store  # type: ignore[attr-defined]
 

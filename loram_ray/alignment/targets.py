@@ -1,12 +1,12 @@
-"""The base's likeliest next tokens over a prepared corpus: a Parquet file for each block of it.
+"""Cache the base's top-k next-token distributions over a prepared corpus, one file per block.
 
-Ray Data computes them once, on actors that each hold the base, whole or a layer at a time, so that
-training never loads it. A row of a file belongs to the row of the block at the same place:
+Ray Data computes them once, on actors that hold the base whole or one layer at a time, so training
+never loads it. Rows correspond to the rows of the block:
 
     row_id     int64
-    token_ids  int32    [seq * k]  likeliest first
+    token_ids  int32    [seq * k]  most likely first
     log_probs  float16  [seq * k]  over the whole vocabulary, at the temperature
-    missing    float32  [seq]      probability of all the others together
+    missing    float32  [seq]      total probability of all other tokens
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ def prepare_targets(
     frame: Frame | None,
     output: Path,
 ) -> StageResult:
-    """Compute the base's likeliest tokens wherever training will look; reuse what is complete.
+    """Cache the base's top-k targets for all blocks that training reads, reusing a complete result.
 
     Ray must be initialised.
 
     Args:
-        config: the stage's configuration.
-        base: model directory.
-        fingerprint: its identity.
-        corpus: the prepared corpus.
-        frame: how documents begin and end, where they do not see each other.
-        output: directory to write; where alignments share it, other blocks or settings, which
-            another seed may ask for, have directories of their own beside it.
+        config: Configuration of the stage.
+        base: Directory of the base.
+        fingerprint: Fingerprint of the base.
+        corpus: Result of preparing the corpus.
+        frame: Token ids that begin and end a document; None unless documents are isolated.
+        output: Directory to write. If several alignments share it, each set of blocks and settings
+            gets a sibling directory of its own.
 
     Raises:
-        LoramError: the cluster can never place the actors, or the base cannot be read.
+        LoramError: If the cluster cannot place the actors, or the base cannot be read.
     """
     blocks = visited_blocks(config, corpus.output)
     distillation = config.distillation
@@ -96,7 +96,7 @@ def prepare_targets(
         _compute(teaching, config.target_workers, _groups(blocks, distillation.stream_rows))
         for block in blocks:
             name = target_file(block)
-            os.link(target.work / name, target.path / name)  # a cut run finds its blocks again
+            os.link(target.work / name, target.path / name)  # an interrupted run reuses its blocks
         target.details.update(_totals(target.work, blocks))
 
     return run_stage(
@@ -110,13 +110,13 @@ def prepare_targets(
 
 
 def visited_blocks(config: AlignConfig, corpus: Path) -> list[Block]:
-    """Blocks of the corpus that training reads, in the order of their row ids."""
+    """Return the blocks of the corpus that training reads, in the order of their row ids."""
     visited = open_order(corpus, config.seed).visited(config.total_steps * config.batch_size)
     return [block for block in list_blocks(corpus) if (block.path, block.group) in visited]
 
 
 def _groups(blocks: Sequence[Block], rows: int | None) -> Iterator[list[Block]]:
-    """Blocks that go through the base together: one, or enough for so many rows."""
+    """Yield groups of blocks with at least ``rows`` rows, or single blocks."""
     group: list[Block] = []
     for block in blocks:
         group.append(block)
@@ -128,10 +128,10 @@ def _groups(blocks: Sequence[Block], rows: int | None) -> Iterator[list[Block]]:
 
 
 def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) -> None:
-    """Have what an earlier attempt did not do done by Ray Data's actors."""
+    """Compute the groups that are not complete yet on Ray Data actors."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress goes to its log file
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is in its log file
     everything = list(groups)
     pending = [
         group
@@ -163,7 +163,7 @@ def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) ->
 
 @dataclass(frozen=True)
 class _Summary:
-    """What a block came to."""
+    """Statistics of a block."""
 
     tokens: int
     bytes: int
@@ -172,7 +172,7 @@ class _Summary:
 
 
 def _totals(work: Path, blocks: Sequence[Block]) -> dict[str, float]:
-    """What the blocks came to, for the manifest."""
+    """Sum the blocks' statistics for the manifest."""
     from loram_ray.utils.parsing.documents import read_as
 
     summaries = [read_as(work / _summary_file(block), _Summary) for block in blocks]
@@ -188,7 +188,7 @@ def _totals(work: Path, blocks: Sequence[Block]) -> dict[str, float]:
 
 
 class TargetWorker:
-    """A Ray Data actor: blocks of the corpus in, their files written."""
+    """Ray Data actor that writes the targets of blocks."""
 
     def __init__(self, teaching: Teaching) -> None:
         torch.set_num_threads(teaching.cpus)
@@ -199,7 +199,7 @@ class TargetWorker:
         return teacher_of(self._teaching)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Do one group of blocks, ``blocks`` being its JSON."""
+        """Process one group of blocks, given as JSON in ``blocks``."""
         blocks = [Block(**entry) for entry in json.loads(str(batch["blocks"][0]))]
         failure = failure_of(lambda: self._do(blocks))
         return {"rows": np.array([sum(block.rows for block in blocks)]), **failure}
@@ -226,16 +226,16 @@ class TargetWorker:
             )
             write_json(self._teaching.work / _summary_file(block), asdict(summary))
             started = time.perf_counter()
-        next(answers, None)  # lets a streamed teacher clear up
+        next(answers, None)  # lets a streamed teacher clean up
 
 
 def write_targets(path: Path, row_ids: pa.ChunkedArray, parts: Sequence[TopTokens]) -> None:
-    """Write a block's targets, whole or not at all.
+    """Write a block's targets atomically.
 
     Args:
-        path: the file.
-        row_ids: of the block.
-        parts: likeliest tokens ``[rows, seq, k]`` of its rows, in order.
+        path: File to write.
+        row_ids: Row ids of the block.
+        parts: Top-k tokens ``[rows, seq, k]`` of the block's rows, in order.
     """
 
     def column(values: list[np.ndarray]) -> pa.Array:
@@ -250,7 +250,7 @@ def write_targets(path: Path, row_ids: pa.ChunkedArray, parts: Sequence[TopToken
             "missing": column([top.missing.numpy() for top in parts]),
         }
     )
-    # Split by byte, the ids' upper bytes, nearly always zero, take no room.
+    # Split by byte: the ids' upper bytes are nearly always zero and compress away.
     split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in LISTS}
     partial = path.with_suffix(".tmp")
     pq.write_table(table, partial, compression="zstd", use_dictionary=False, column_encoding=split)
@@ -261,13 +261,13 @@ def read_targets(folder: Path, block: Block, rows: np.ndarray) -> dict[str, np.n
     """Read some rows of a block's targets.
 
     Args:
-        folder: written by `prepare_targets`.
-        block: the block.
-        rows: numbers of its rows, ``[n]``.
+        folder: Directory written by `prepare_targets`.
+        block: Block to read.
+        rows: Row indices in the block, ``[n]``.
 
     Returns:
-        ``token_ids`` int32 and ``log_probs`` float16 ``[n, seq, k]``, ``missing`` float32
-        ``[n, seq]``.
+        ``token_ids`` int32 and ``log_probs`` float16 ``[n, seq, k]``, ``missing`` float32 ``[n,
+        seq]``.
     """
     path = folder / target_file(block)
     table = open_parquet(path, str(path)).read(list(LISTS))
@@ -280,7 +280,7 @@ def read_targets(folder: Path, block: Block, rows: np.ndarray) -> dict[str, np.n
 
 
 def target_file(block: Block) -> str:
-    """Name of the file of a block's targets."""
+    """Return the file name of a block's targets."""
     return f"{Path(block.path).stem}-{block.group:06d}.parquet"
 
 

@@ -1,4 +1,4 @@
-"""The base as a teacher: its likeliest next tokens, from the whole model or layer by layer."""
+"""Compute the base's top-k next tokens, with the whole model or layer by layer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from loram_ray.runtime.memory import return_freed_memory
 
 @dataclass(frozen=True)
 class Teaching:
-    """What an actor is told.
+    """Settings of a teacher actor.
 
     Attributes:
-        base: model directory.
-        work: directory that files go to.
-        top_k: tokens kept at each position.
-        temperature: of the distributions.
-        precision: of the base's weights and activations.
-        batch_size: sequences in one forward.
-        cpus: threads.
-        streamed: whether the base runs a layer at a time, its hidden states on disk.
-        frame: how documents begin and end, where they do not see each other.
-        gpus: GPUs that the base is sharded over; with one or none it is not.
+        base: Directory of the base.
+        work: Directory for output files.
+        top_k: Number of tokens kept per position.
+        temperature: Temperature of the distributions.
+        precision: Precision of the base's weights and activations.
+        batch_size: Number of sequences per forward pass.
+        cpus: Number of threads.
+        streamed: Whether the base runs one layer at a time with hidden states on disk.
+        frame: Token ids that begin and end a document; None unless documents are isolated.
+        gpus: Number of GPUs to shard the base over; 0 and 1 do not shard it.
     """
 
     base: Path
@@ -51,7 +51,7 @@ class Teaching:
     frame: Frame | None = None
 
     def top(self, states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> TopTokens:
-        """Likeliest tokens ``[rows, seq, k]`` of states ``[rows, seq, hidden]``, on the CPU."""
+        """Return the top-k tokens ``[rows, seq, k]`` of states ``[rows, seq, hidden]``."""
         cpu = torch.device("cpu")
         parts = [
             TopTokens.of(head(part), self.top_k, self.temperature).to(cpu)
@@ -66,7 +66,7 @@ class Teaching:
 
 
 class WholeTeacher:
-    """The base, loaded whole; over several GPUs where the actor has them."""
+    """Base loaded as a whole, over several GPUs if the actor has them."""
 
     def __init__(self, teaching: Teaching, device: str) -> None:
         self._teaching = teaching
@@ -76,7 +76,7 @@ class WholeTeacher:
 
     @torch.inference_mode()
     def answer(self, batches: Sequence[torch.Tensor]) -> Iterator[TopTokens]:
-        """Yield the likeliest tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
+        """Yield the top-k tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
         decoder = self._model.get_decoder()
         for ids in batches:
             ids = ids.to(self._model.device)
@@ -87,7 +87,7 @@ class WholeTeacher:
 
 
 class StreamedTeacher:
-    """The base, one layer at a time; all batches pass a layer before the next is loaded."""
+    """Base loaded one layer at a time; all batches pass a layer before the next is loaded."""
 
     def __init__(self, teaching: Teaching, device: str) -> None:
         self._teaching, self._device = teaching, device
@@ -98,7 +98,7 @@ class StreamedTeacher:
 
     @torch.no_grad()
     def answer(self, batches: Sequence[torch.Tensor]) -> Iterator[TopTokens]:
-        """Yield the likeliest tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
+        """Yield the top-k tokens ``[rows, seq, k]`` of each batch of ids ``[rows, seq]``."""
         states = HiddenStates(self._folder)
         try:
             for number, hidden in enumerate(self._stream.embed(batches)):
@@ -122,7 +122,7 @@ class StreamedTeacher:
 
 
 def teacher_of(teaching: Teaching) -> WholeTeacher | StreamedTeacher:
-    """Load the base as it is asked for, on a GPU where there is one."""
+    """Load the base as configured, on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = StreamedTeacher if teaching.streamed else WholeTeacher
     return kind(teaching, device)

@@ -1,4 +1,4 @@
-"""A checkpoint of one number of workers, made loadable by another (DeepSpeed's universal form)."""
+"""Convert checkpoints for another number of workers (DeepSpeed's universal checkpoints)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _WORKERS_FILE = "workers.json"
 
 
 def note_workers(checkpoint: Path, workers: int) -> None:
-    """Write beside a checkpoint how many workers' parts it has."""
+    """Record the number of workers beside a checkpoint."""
     write_json(checkpoint / _WORKERS_FILE, workers)
 
 
 def workers_of(checkpoint: Path) -> int:
-    """How many workers' parts a checkpoint has."""
+    """Return the number of workers that wrote a checkpoint."""
     from loram_ray.utils.parsing.documents import read_as
 
     return read_as(checkpoint / _WORKERS_FILE, int, remedy=f"remove {checkpoint}")
 
 
 def make_universal(checkpoint: Path, tag: str, target: Path) -> None:
-    """Convert a checkpoint, whole or not at all; one that was converted before is kept.
+    """Convert a checkpoint atomically; an existing conversion is kept.
 
     Args:
-        checkpoint: directory with the parts of all its workers under ``tag``.
-        tag: name of the state in it, and in ``target``.
-        target: directory to write; load it with ``checkpoint.load_universal``.
+        checkpoint: Directory with the parts of all workers under ``tag``.
+        tag: Name of the state in the checkpoint, and in ``target``.
+        target: Directory to write; load it with ``checkpoint.load_universal``.
     """
     from deepspeed.checkpoint import ds_to_universal
 

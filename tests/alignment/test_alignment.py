@@ -374,13 +374,19 @@ def test_another_optimiser_keeps_nothing_of_torchs() -> None:
 @pytest.mark.parametrize(
     ("users", "message"),
     [
-        ({"train_batch_size": 9}, "has train_batch_size: 9, align.batch_size says 8"),
-        ({"bf16": {"enabled": True}}, "has bf16.enabled: True, align.precision says False"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: 3, align.zero_stage says"),
-        ({"optimizer": {"params": {"lr": 1}}}, "lr: 1, align.optimiser.learning_rate says"),
-        ({"scheduler": {"type": "WarmupLR"}}, "must not hold scheduler: align.optimiser.schedule"),
-        ({"fp16": {"enabled": True}}, "must not hold fp16"),
-        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm: auto, and no setting"),
+        ({"train_batch_size": 9}, "sets train_batch_size to 9, but align.batch_size gives 8"),
+        ({"bf16": {"enabled": True}}, "sets bf16.enabled to True, but align.precision gives False"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "zero_optimization.stage to 3, but align.zero_stage gives",
+        ),
+        ({"optimizer": {"params": {"lr": 1}}}, "lr to 1, but align.optimiser.learning_rate gives"),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            "must not set scheduler: use align.optimiser.schedule",
+        ),
+        ({"fp16": {"enabled": True}}, "must not set fp16"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm to auto, which no setting"),
     ],
 )
 def test_a_users_deepspeed_json_that_contradicts_is_refused(
@@ -507,7 +513,7 @@ def test_other_workers_cannot_go_on_with_an_optimiser_on_nvme(
     note_workers(saved, 2)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: ray.train.Checkpoint(str(saved)))
     assert last_checkpoint(tmp_path, worker=0, workers=2) == (saved, False)
-    with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* is nvme, got 3"):
+    with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* = nvme, got 3"):
         last_checkpoint(tmp_path, worker=0, workers=3)
 
 
