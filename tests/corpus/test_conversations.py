@@ -313,7 +313,7 @@ def test_a_template_that_leaves_a_message_out_is_refused(role: str) -> None:
         "system": {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
         "tool": {"messages": TOOL_ROW["messages"]},
     }
-    assert f"does not read the {role}'s words" in reason(deaf, rows[role])
+    assert f"does not read the {role}'s content" in reason(deaf, rows[role])
 
 
 def test_ordinary_columns_and_empty_ones_are_passed_over() -> None:

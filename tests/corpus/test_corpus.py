@@ -221,7 +221,7 @@ def test_parquet_rows_without_text_are_bad(tmp_path: Path) -> None:
     assert places == [f"{path}:group 0 row 2", f"{path}:group 1 row 1"]
     [bad] = read_all(units_of(path, field="body"))[:1]
     assert isinstance(bad, BadRow)
-    assert "column 'body' is not there" in bad.reason
+    assert "column 'body' is missing" in bad.reason
 
 
 def test_a_file_that_only_says_it_is_parquet_is_refused(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_columns_of_other_kinds_and_broken_text_are_bad_rows(tmp_path: Path, kin
         assert [text for text in found if isinstance(text, str)] == ["a", "b"][: 3 - len(bad)]
     [absent] = read_all(tmp_path / f"text.{kind}", field="body")
     assert isinstance(absent, BadRow)
-    assert "column 'body' is not there" in absent.reason
+    assert "column 'body' is missing" in absent.reason
 
 
 @pytest.mark.parametrize("coding", ["gz", "zst"])
