@@ -1,7 +1,7 @@
-"""Which linears of a decoder layer are pruned together, per model family.
+"""Describe which linears of a decoder layer are pruned together, for each model family.
 
-This is the only place that knows module names. Another family joins by adding one `Architecture`
-to `ARCHITECTURES` and the two classes it names to `configuration_pruned` and `modeling_pruned`;
+This is the only module that knows module names. To add a family, add one `Architecture` to
+`ARCHITECTURES` and the two classes it names to `configuration_pruned` and `modeling_pruned`;
 nothing else changes.
 """
 
@@ -20,19 +20,19 @@ _EXPERT = "{expert}"
 
 
 class Unit(StrEnum):
-    """What one kept index stands for along a pruned dimension."""
+    """Unit that one kept index selects along a pruned dimension."""
 
     QUERY_GROUP = "query_group"
-    """The ``g = num_heads / num_kv_heads`` query heads of one KV head: ``g * head_dim`` indices."""
+    """The ``g = num_heads / num_kv_heads`` query heads of a KV head: ``g * head_dim`` features."""
     KV_HEAD = "kv_head"
-    """One key or value head: ``head_dim`` indices."""
+    """One key or value head: ``head_dim`` features."""
     NEURON = "neuron"
-    """One intermediate neuron of the MLP: one index."""
+    """One intermediate neuron of the MLP: one feature."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a decoder that pruning needs."""
+    """Sizes of a decoder that pruning needs."""
 
     num_layers: int
     hidden_size: int
@@ -41,15 +41,15 @@ class Geometry:
     num_kv_heads: int
     head_dim: int
     num_experts: int = 0
-    """Experts per layer of a mixture of experts, `intermediate_size` each; 0 is a dense MLP."""
+    """Experts per layer of a mixture of experts, of `intermediate_size` each; 0 for a dense MLP."""
 
     @property
     def group_size(self) -> int:
-        """Query heads per KV head."""
+        """Number of query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
     def width(self, unit: Unit) -> int:
-        """Consecutive indices that one unit covers."""
+        """Return the number of consecutive features that one unit covers."""
         return {
             Unit.QUERY_GROUP: self.group_size * self.head_dim,
             Unit.KV_HEAD: self.head_dim,
@@ -57,19 +57,19 @@ class Geometry:
         }[unit]
 
     def count(self, unit: Unit) -> int:
-        """Units of this kind in one layer."""
+        """Return the number of units of this kind in one layer."""
         return self.intermediate_size if unit is Unit.NEURON else self.num_kv_heads
 
 
 @dataclass(frozen=True)
 class CoupledLinear:
-    """A linear of a decoder layer with one pruned dimension.
+    """Linear of a decoder layer with one pruned dimension.
 
     Attributes:
-        name: path of the module inside the decoder layer, as on disk; ``{expert}`` stands for the
-            number of an expert.
-        axis: pruned dimension of its weight ``[out, in]``: 0 for rows, 1 for columns.
-        sections: the units along that dimension, in order; a fused projection has several.
+        name: Path of the module inside the decoder layer, as on disk; ``{expert}`` stands for an
+            expert's index.
+        axis: Pruned dimension of its weight ``[out, in]``: 0 for rows, 1 for columns.
+        sections: Units along that dimension, in order; a fused projection has several.
     """
 
     name: str
@@ -78,37 +78,37 @@ class CoupledLinear:
 
     @property
     def per_expert(self) -> bool:
-        """Whether each expert has one, with kept neurons of its own."""
+        """Whether each expert has its own copy, with its own kept neurons."""
         return _EXPERT in self.name
 
     def name_of(self, expert: int | None) -> str:
-        """Path inside the decoder layer, of one expert where each has one."""
+        """Return the path inside the decoder layer, for one expert if it is per expert."""
         return self.name.replace(_EXPERT, str(expert))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What pruning knows of a model family.
+    """Description of a model family for pruning.
 
     Attributes:
-        model_type: the ``model_type`` of the family's stock configuration.
-        pruned_config: name of the family's configuration class in `configuration_pruned`.
-        pruned_model: name of the family's model class in `modeling_pruned`.
-        layers: path of the list of decoder layers in the causal-LM model.
-        linears: the coupled linears of a decoder layer.
-        norms: weights ``[features]`` of a decoder layer that run over a pruned dimension, described
-            as if they were linears with pruned rows.
-        intermediate_size: key of the (expert's) intermediate size in the stock configuration.
-        output_head: path of the linear from hidden states to the vocabulary.
-        embeddings: path of the input embedding, whose weight a tied `output_head` shares.
-        final_norm: path of the norm between the last layer and `output_head`.
-        hidden_norms: norms of a decoder layer over the hidden size.
-        head_norms: norms of a decoder layer over one head, which all heads share.
-        biases: linears of a decoder layer with a bias, and the key of the stock configuration that
-            says whether they have one; None is always.
-        router: the linear of a mixture's layer that chooses experts.
-        defaults: what the stock configuration takes for keys that a ``config.json`` leaves out.
-        renamed: parts of parameters' names in the stock model, and what they are on disk.
+        model_type: ``model_type`` of the family's stock configuration.
+        pruned_config: Name of the family's configuration class in `configuration_pruned`.
+        pruned_model: Name of the family's model class in `modeling_pruned`.
+        layers: Path of the list of decoder layers in the causal LM.
+        linears: Coupled linears of a decoder layer.
+        norms: Norm weights ``[features]`` of a decoder layer along a pruned dimension, described
+            like linears with pruned rows.
+        intermediate_size: Key of the (expert's) intermediate size in the stock configuration.
+        output_head: Path of the linear from hidden states to the vocabulary.
+        embeddings: Path of the input embedding, whose weight a tied `output_head` shares.
+        final_norm: Path of the norm between the last layer and `output_head`.
+        hidden_norms: Norms of a decoder layer over the hidden size.
+        head_norms: Norms of a decoder layer over one head, shared by all heads.
+        biases: Linears of a decoder layer with a bias, and the key of the stock configuration that
+            enables it; None means always.
+        router: Linear that routes tokens to experts in a mixture of experts.
+        defaults: Defaults of the stock configuration for keys missing from ``config.json``.
+        renamed: Parts of parameter names in the stock model, and their form on disk.
     """
 
     model_type: str
@@ -129,10 +129,10 @@ class Architecture:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def geometry(self, config: dict[str, Any]) -> Geometry:
-        """Read the sizes from a stock configuration's dictionary (``config.json``).
+        """Read the sizes from a stock configuration (``config.json``).
 
         Raises:
-            LoramError: a size is missing, or no size.
+            LoramError: If a size is missing or invalid.
         """
         config = {**dict(self.defaults), **config}
         heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
@@ -155,7 +155,7 @@ class Architecture:
     def _num_experts(self, config: dict[str, Any]) -> int:
         if self.router is None:
             return 0
-        # transformers writes the first, the models' publishers wrote either.
+        # Transformers writes the former; published models use either.
         key = "num_local_experts" if "num_local_experts" in config else "num_experts"
         return _size(config, key)
 
@@ -166,7 +166,7 @@ class Architecture:
     def modules(
         self, layer: int, geometry: Geometry
     ) -> list[tuple[str, CoupledLinear, int | None]]:
-        """Full path of each coupled linear of a layer, and its expert or None, as on disk."""
+        """Return the path on disk and the expert, or None, of each coupled linear of a layer."""
         found: list[tuple[str, CoupledLinear, int | None]] = []
         for linear in self.linears:
             experts = range(geometry.num_experts) if linear.per_expert else (None,)
@@ -176,10 +176,10 @@ class Architecture:
         return found
 
     def locate(self, module: str) -> tuple[int, CoupledLinear, int | None] | None:
-        """Return layer, coupled linear or norm, and expert or None, of a module's full path.
+        """Return layer, coupled linear or norm, and expert or None of a module's full path.
 
-        None is returned for a module that is not coupled. The path may be the stock model's or the
-        one on disk.
+        The path may be the stock model's or the one on disk. Returns None for a module that is not
+        coupled.
         """
         path = self.name_on_disk(module)
         match = re.fullmatch(re.escape(self.layers) + r"\.(\d+)\.(.+)", path)
@@ -192,15 +192,15 @@ class Architecture:
         return None
 
     def name_on_disk(self, name: str) -> str:
-        """Name on disk of a module or parameter of the stock model."""
+        """Return the name on disk of a module or parameter of the stock model."""
         for running, stored in self.renamed:
             name = name.replace(running, stored)
         return name
 
     def weight_name(self, module: str, stored: Collection[str]) -> str | None:
-        """Name of the stored weight of a module; a tied output head has the embedding's.
+        """Return the name of a module's stored weight; a tied output head uses the embedding's.
 
-        None is returned where neither is stored.
+        Returns None if neither is stored.
         """
         for name in (module, self.embeddings if module == self.output_head else module):
             if f"{name}.weight" in stored:
@@ -208,12 +208,12 @@ class Architecture:
         return None
 
     def target_names(self) -> tuple[str, ...]:
-        """Short names of the coupled linears, as PEFT's ``target_modules`` takes them."""
+        """Return the short names of the coupled linears, as in PEFT's ``target_modules``."""
         return tuple(linear.name.rsplit(".", 1)[-1] for linear in self.linears)
 
 
 def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A size of a configuration; null and a missing key are the default, if there is one."""
+    """Return a size from a configuration; null and missing keys give the default, if any."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
@@ -228,7 +228,7 @@ def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
 
 @functools.cache
 def _pattern(name: str) -> re.Pattern[str]:
-    """A pattern of a coupled module's path; the expert's number is its group."""
+    """Return a pattern for a coupled module's path, with the expert's index as a group."""
     return re.compile(re.escape(name).replace(re.escape(_EXPERT), r"(\d+)"))
 
 
@@ -363,10 +363,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 
 def architecture_of(model_type: str | None) -> Architecture:
-    """Return the family's description.
+    """Return the description of a family.
 
     Raises:
-        LoramError: the family is not supported; the message lists those that are.
+        LoramError: If the family is not supported; the message lists the supported ones.
     """
     for architecture in ARCHITECTURES:
         if architecture.model_type == model_type:

@@ -1,21 +1,20 @@
-"""Running programs that nobody has read: each in processes of its own that can harm nothing.
+"""Run untrusted programs, each in confined processes of its own.
 
-What a program may do is limited by the kernel, from inside its process (see `sandbox_child`); here
-it is started with an empty environment in an empty directory, watched, and ended. No privilege,
-container or other program is needed; Linux 5.13 or newer is.
+The kernel restricts a program from inside its process (see `sandbox_child`). This module starts it
+in an empty directory with an empty environment, monitors it and ends it. No privileges, containers
+or other programs are needed, only Linux 5.13 or newer.
 
-A program and its tests run in two processes (see `sandboxed`). The tests call the program as they
-would call a function: values are copied into its process, and its answers are copied back as plain
-data. The verdict is written by the tests' process, of which the program's process has no memory, no
-file descriptor and no secret. A program therefore passes by giving the right answers, and by
-nothing else: neither by an early exit, nor by what it does to the interpreter, to ``check`` or to
-``==``.
+A program and its tests run in two processes (see `sandboxed`). The tests call the program like a
+function: values are copied into its process, and answers are copied back as plain data. The tests'
+process writes the verdict; the program's process shares no memory, file descriptor or secret with
+it. A program therefore passes only by giving the right answers, not by exiting early and not by
+manipulating the interpreter, ``check`` or ``==``.
 
-What remains: answers learnt by heart; tests that accept anything (a bare ``except``, a comparison
-with an argument that the program may change); and objects of a class that only the program defines,
-which are compared with each other, though never with plain data, by its own methods. A program
-without tests (``tests=None``) passes by coming to its end, which only its own process can say: a
-program that finds the objects of `sandboxed` in its process can say so too early.
+Known limits: memorised answers; tests that accept anything (a bare ``except``, a comparison with an
+argument that the program may change); and objects of classes that only the program defines, which
+are compared with each other, though never with plain data, by their own methods. A program without
+tests (``tests=None``) passes by reaching its end, which only its own process can report: a program
+that tampers with the objects of `sandboxed` in its process can report it too early.
 """
 
 from __future__ import annotations
@@ -57,13 +56,14 @@ _READABLE = (
 
 @dataclass(frozen=True)
 class Tests:
-    """What a program is tested by.
+    """Tests of a program.
 
     Attributes:
-        prompt: how the program begins, as the benchmark gives it; what it defines in full (imports,
-            helper functions, classes) is defined for the tests as well, out of the program's reach.
-        source: of the tests, their call included, as in ``def check(candidate): ...``.
-        entry_point: expression for what they call; its names are taken from the program.
+        prompt: Beginning of the program, as given by the benchmark. Its complete definitions
+            (imports, helper functions, classes) are also defined for the tests, out of the
+            program's reach.
+        source: Source of the tests, including their call, such as ``def check(candidate): ...``.
+        entry_point: Expression for the object under test; its names are taken from the program.
     """
 
     prompt: str
@@ -74,14 +74,16 @@ class Tests:
 def run_program(source: str, limits: Limits = _USUAL, tests: Tests | None = None) -> Verdict:
     """Run a Python program in a sandbox, and its tests in another process.
 
-    It passes if it comes to the end of its source without an exception, and its tests do as well;
-    leaving early, even with exit code 0, is not enough. It ends when its tests do, with all of its
-    threads.
+    A program passes if it reaches the end of its source without an exception, and its tests do as
+    well; exiting early, even with exit code 0, does not pass. It is stopped with all its threads
+    when its tests end.
 
     Args:
-        source: of the program; the standard library is there, and nothing is on standard input.
-        limits: what each of the two processes may use.
-        tests: to test it by; without, its coming to its end is taken on its own word.
+        source: Source of the program; it may import the standard library, and its standard input is
+            empty.
+        limits: Limits of each of the two processes.
+        tests: Tests of the program; without tests, the program itself reports that it reached its
+            end.
     """
     started = time.monotonic()
     job = {"program": source, "tests": tests and dataclasses.asdict(tests)}
@@ -104,16 +106,17 @@ def run_program(source: str, limits: Limits = _USUAL, tests: Tests | None = None
 
 @functools.cache
 def require_sandbox() -> None:
-    """Refuse a machine that cannot confine a program; also clear up after killed evaluations.
+    """Refuse a machine that cannot confine programs, and clean up after killed evaluations.
 
     Raises:
-        LoramError: it is no Linux of 5.13 or newer on x86-64 or AArch64, or Landlock is off.
+        LoramError: If the machine does not run Linux 5.13 or newer on x86-64 or AArch64, or
+            Landlock is off.
     """
     _remove_abandoned()
     verdict = run_program("pass", Limits(seconds=60.0))
     if not verdict.passed:
         raise LoramError(
-            "programs of a benchmark of kind code are run only where the kernel can confine them: "
+            "a benchmark of kind code needs a kernel that can confine its programs: "
             f"Linux 5.13 or newer with Landlock and seccomp, got {platform.system()} "
             f"{platform.release()} ({verdict.reason:.200}); run it on such a machine or leave the "
             "benchmark out"
@@ -129,7 +132,7 @@ def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 @contextlib.contextmanager
 def _new_folder() -> Iterator[tuple[str, int]]:
-    """An empty directory, locked as long as it is used: its path and a file descriptor of it."""
+    """Yield the path and file descriptor of an empty directory, locked while in use."""
     path = tempfile.mkdtemp(prefix=_PREFIX)
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -137,14 +140,14 @@ def _new_folder() -> Iterator[tuple[str, int]]:
         yield path, folder
     finally:
         os.close(folder)
-        with contextlib.suppress(OSError):  # what may be left harms no evaluation
+        with contextlib.suppress(OSError):  # leftovers do no harm
             _remove(path)
 
 
 def _remove_abandoned() -> None:
-    """Remove the directories of evaluations of this user that were killed."""
+    """Remove the directories of this user's killed evaluations."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # it is another's, used, or gone
+        with contextlib.suppress(OSError):  # belongs to another user, in use, or gone
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 status = os.fstat(folder)
@@ -156,9 +159,9 @@ def _remove_abandoned() -> None:
 
 
 def _remove(folder: str) -> None:
-    """Remove a folder however deep it is, where walks that recurse or join paths would not end.
+    """Remove a directory of any depth, for which recursion or joined paths would fail.
 
-    What is in a folder inside is moved up into ``folder`` until there is none inside.
+    The entries of subdirectories are moved up into ``folder`` until no subdirectory is left.
     """
     os.chmod(folder, 0o700)
     mark, moved = secrets.token_hex(8), 0
@@ -170,7 +173,7 @@ def _remove(folder: str) -> None:
             os.chmod(entry.path, 0o700)
             for inner in list(os.scandir(entry.path)):
                 if inner.is_dir(follow_symlinks=False):
-                    os.chmod(inner.path, 0o700)  # moving a folder writes to it
+                    os.chmod(inner.path, 0o700)  # moving a directory writes to it
                 os.rename(inner.path, os.path.join(folder, f"{mark}-{moved}"))
                 moved += 1
             os.rmdir(entry.path)

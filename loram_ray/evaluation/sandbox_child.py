@@ -1,18 +1,18 @@
-"""A process that confines itself for good, then runs a program and its tests: inside `sandbox`.
+"""Confine this process irrevocably, then run a program and its tests: the inside of `sandbox`.
 
-It is started by its path, as ``python -I -S -B sandbox_child.py SETTINGS``, with the job on its
-standard input, and imports nothing of this package but `sandboxed`: what is imported here is what
-the program finds in its process. It forks twice. The program runs in one child and its tests in
-the other, and only the latter can write the verdict; this process waits for both. Everything below
-is forbidden by the kernel, not by Python:
+It is started by path, as ``python -I -S -B sandbox_child.py SETTINGS``, with the job on standard
+input. It imports nothing of this package but `sandboxed`, since the program can reach everything
+imported here. It forks twice: the program runs in one child and its tests in the other, and only
+the latter can write the verdict; this process waits for both. The kernel, not Python, enforces the
+following:
 
-- Landlock (Linux 5.13): files outside of the working directory and of what is readable cannot be
-  opened, and none but those in the working directory be written, made, renamed or removed.
-- seccomp: no socket, no other process, no signal, no change of modes or owners, no limit raised;
-  nothing by which files would be hidden from `usage`.
-- Death signals: a child ends with its parent, and this process with the one that evaluates.
-- Capabilities are given up, so that root is bound by limits and modes as well.
-- rlimits: memory, processor time, size of a file, open files, no core file.
+- Landlock (Linux 5.13): files outside the working directory and the readable paths cannot be
+  opened, and only files in the working directory can be written, created, renamed or removed.
+- seccomp: no sockets, no other processes, no signals, no changes of modes or owners, no raised
+  limits, and no way to hide files from `usage`.
+- Death signals: a child ends with its parent, and this process with the evaluating process.
+- Capabilities are dropped, so limits and modes apply to root as well.
+- rlimits: memory, processor time, file size, open files, no core files.
 """
 
 import contextlib
@@ -29,25 +29,25 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _SECCOMP = 1, 38, 22  # of prctl, from linux/prctl.h
-_NAMES_ONLY = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA: all a program needs
+_DEATH_SIGNAL, _NO_NEW_PRIVILEGES, _SECCOMP = 1, 38, 22  # prctl options (linux/prctl.h)
+_NAMES_ONLY = (15, 16, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA
 _FILTER_MODE = 2
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all machines
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures
 _CAPABILITIES_VERSION = 0x20080522
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000  # of seccomp's answers
+_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000  # seccomp return values
 _EPERM, _ENOSYS, _EOPNOTSUPP = 1, 38, 95
-_THREAD = 0x00010F00  # clone's flags: a thread with the memory, files and signals of its process
-_TMPFILE = 0x00400000  # open's flag
+_THREAD = 0x00010F00  # clone flags of a thread
+_TMPFILE = 0x00400000  # open flag
 _OWNERS = 0o700
-_M_ARENA_MAX = -8  # of mallopt, from malloc.h
+_M_ARENA_MAX = -8  # mallopt parameter (malloc.h)
 
-# Landlock's rights, by the version of the kernel's interface that brought them.
+# Landlock access rights by the ABI version that introduced them.
 _EXECUTE, _WRITE, _READ, _LIST = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _OF_FILES = _EXECUTE | _WRITE | _READ | 1 << 14 | 1 << 15
 _READABLE = _EXECUTE | _READ | _LIST
 
-# Calls that are refused, by their numbers on x86-64 and on AArch64 (the kernel's tables).
+# Refused system calls, with their numbers on x86-64 and AArch64.
 _REFUSED = {
     "x86_64": {
         "socket": 41, "socketpair": 53, "connect": 42, "bind": 49, "listen": 50, "accept": 43,
@@ -101,21 +101,21 @@ _REFUSED = {
     },
 }  # fmt: skip
 _CLONE = {"x86_64": 56, "aarch64": 220}
-_LIMITS = {"x86_64": 302, "aarch64": 261}  # prlimit64, which may be asked but not told
+_LIMITS = {"x86_64": 302, "aarch64": 261}  # prlimit64, which may read limits but not set them
 _FCNTL = {"x86_64": 72, "aarch64": 25}
 _SIGNALLING = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX
 _CLONE3, _OPENAT2, _CLOSE_RANGE = 435, 437, 436
 _FALLOCATE = {"x86_64": 285, "aarch64": 47}
 _PRCTL = {"x86_64": 157, "aarch64": 167}
-_OPENS = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}  # open, openat: where their flags are
-_MKDIRS = {"x86_64": {83: 1, 258: 2}, "aarch64": {34: 2}}  # mkdir, mkdirat: where their modes are
+_OPENS = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}  # open, openat: index of the flags
+_MKDIRS = {"x86_64": {83: 1, 258: 2}, "aarch64": {34: 2}}  # mkdir, mkdirat: index of the mode
 _UMASK = {"x86_64": 95, "aarch64": 166}
 _KIND = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
 
 
 def _argument(number: int) -> int:
-    """Where the lower half of a call's argument is in struct seccomp_data."""
+    """Return the offset of the lower half of a call's argument in struct seccomp_data."""
     return 16 + 8 * number
 
 
@@ -132,20 +132,20 @@ def _give_up_capabilities() -> None:
 
 
 def _confine_files(readable: list[str]) -> None:
-    """Landlock: what is readable, and the working directory for anything."""
+    """Restrict file access with Landlock to readable paths and the working directory."""
     version = _checked(_LIBC.syscall(_CREATE_RULESET, None, 0, 1), "Landlock")
     handled = _RIGHTS[max(known for known in _RIGHTS if known <= version)]
     attribute = struct.pack("=Q", handled)
     if version >= 4:
         attribute += struct.pack("=Q", 3)  # TCP: bind and connect
     if version >= 6:
-        attribute += struct.pack("=Q", 3)  # abstract sockets and signals of others
+        attribute += struct.pack("=Q", 3)  # abstract sockets and signals to other processes
     rules = _checked(_LIBC.syscall(_CREATE_RULESET, attribute, len(attribute), 0), "Landlock")
     for path, rights in [(path, _READABLE) for path in readable] + [(".", handled)]:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            continue  # what is not there needs no right
+            continue  # a missing path needs no rule
         allowed = handled & (rights if os.path.isdir(path) else rights & _OF_FILES)
         if path.startswith("/dev/"):
             allowed |= handled & _WRITE
@@ -157,11 +157,11 @@ def _confine_files(readable: list[str]) -> None:
 
 
 def _confine_calls() -> None:
-    """Seccomp: a filter in BPF that looks at each call's number, and at the flags of a few."""
+    """Install a seccomp BPF filter on call numbers, and on the flags of a few calls."""
     machine = os.uname().machine
     code: list[bytes] = []
 
-    def load(place: int) -> None:  # a word of struct seccomp_data
+    def load(place: int) -> None:  # loads a word of struct seccomp_data
         code.append(struct.pack("=HBBI", 0x20, 0, 0, place))
 
     def answer(value: int) -> None:
@@ -174,11 +174,11 @@ def _confine_calls() -> None:
     code.append(struct.pack("=HBBI", 0x15, 1, 0, _KIND[machine]))
     answer(_KILL)
     load(0)
-    code.append(struct.pack("=HBBI", 0x35, 0, 1, _X32))  # at least: the other numbers of x86-64
+    code.append(struct.pack("=HBBI", 0x35, 0, 1, _X32))  # x32 calls of x86-64
     answer(_KILL)
 
     def when_masked(number: int, argument: int, mask: int, value: int, otherwise: int) -> None:
-        """Allow a call whose argument, masked, has a value."""
+        """Allow a call only if its masked argument has a given value."""
         unless_equal_skip(number, 5)
         load(_argument(argument))
         code.append(struct.pack("=HBBI", 0x54, 0, 0, mask))
@@ -187,7 +187,7 @@ def _confine_calls() -> None:
         answer(otherwise)
 
     def when_among(number: int, argument: int, values: tuple[int, ...], others: bool) -> None:
-        """Allow a call whose argument is among some values, or is among others."""
+        """Allow, or with ``others`` refuse, a call whose argument is among some values."""
         unless_equal_skip(number, 2 * len(values) + 2)
         load(_argument(argument))
         for value in values:
@@ -202,13 +202,13 @@ def _confine_calls() -> None:
         _CLONE3,
         _OPENAT2,
         _CLOSE_RANGE,
-    ):  # their flags cannot be seen, or are not needed
+    ):  # not needed, or with flags that the filter cannot read
         unless_equal_skip(number, 1)
         answer(_ERRNO | _ENOSYS)
-    unless_equal_skip(_FALLOCATE[machine], 1)  # it passes the limit of a file's size
+    unless_equal_skip(_FALLOCATE[machine], 1)  # it bypasses the file size limit
     answer(_ERRNO | _EOPNOTSUPP)
     unless_equal_skip(_LIMITS[machine], 6)
-    load(_argument(2))  # new limits, if any: an address of two words
+    load(_argument(2))  # address of the new limits, two words
     unless_equal_skip(0, 3)
     load(_argument(2) + 4)
     unless_equal_skip(0, 1)
@@ -229,7 +229,7 @@ def _confine_calls() -> None:
 
 
 def _limit(limits: dict[str, int]) -> None:
-    """Set rlimits; threads are counted by `usage`, as RLIMIT_NPROC counts all of a user's."""
+    """Set rlimits; `usage` counts threads, since RLIMIT_NPROC counts all processes of a user."""
     for name in ("CORE", "MEMLOCK", "MSGQUEUE"):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}", resource.RLIMIT_CORE), (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (limits["memory"],) * 2)
@@ -237,20 +237,20 @@ def _limit(limits: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file"],) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits["files"],) * 2)
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        _LIBC.setenv(name.encode(), b"1", 1)  # NumPy would start a thread for each core
-    if hasattr(_LIBC, "mallopt"):  # else each thread reserves 64 MB of addresses
+        _LIBC.setenv(name.encode(), b"1", 1)  # or NumPy starts a thread per core
+    if hasattr(_LIBC, "mallopt"):  # or each thread reserves 64 MB of address space
         _LIBC.mallopt(_M_ARENA_MAX, 1)
 
 
 def _end_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that happens."""
+    """Make the kernel kill this process when its parent ends."""
     _checked(_LIBC.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "death signal")
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _fork(role: Callable[..., NoReturn], *arguments: int, keeps_input: bool = False) -> int:
-    """Run a role in a child, confined, with the given file descriptors and no others."""
+    """Run a role in a confined child that keeps only the given file descriptors."""
     parent = os.getpid()
     child = os.fork()
     if child:
@@ -273,7 +273,7 @@ def _fork(role: Callable[..., NoReturn], *arguments: int, keeps_input: bool = Fa
 def _main() -> None:
     settings = json.loads(sys.argv[1])
     _end_with(settings["parent"])
-    sys.path.append(settings["inside"])  # last, so that it hides nothing of the standard library
+    sys.path.append(settings["inside"])  # last, so that it shadows no standard module
     from sandboxed.roles import run_program, run_tests  # type: ignore[import-not-found]
     from sandboxed.scratch import mount_scratch  # type: ignore[import-not-found]
 
@@ -283,7 +283,7 @@ def _main() -> None:
     site.setquit()
     scratch = settings["scratch"]
     is_mounted = bool(scratch) and mount_scratch(*scratch)
-    _end_with(settings["parent"])  # again, as new credentials forget it
+    _end_with(settings["parent"])  # again, since new credentials reset it
     _checked(_LIBC.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no_new_privs")
     _limit(settings)
     _give_up_capabilities()
@@ -313,7 +313,10 @@ def _main() -> None:
     os.write(verdict, (json.dumps(line) + "\n").encode())
     _, status = os.waitpid(tests, 0)
     children.remove(tests)
-    ended, patience = 0, 50 if os.waitstatus_to_exitcode(status) else 1  # it saw the program end
+    ended, patience = (
+        0,
+        50 if os.waitstatus_to_exitcode(status) else 1,
+    )  # nonzero: the program ended first
     while not ended and patience:
         ended, status = os.waitpid(program, os.WNOHANG)
         patience -= 1

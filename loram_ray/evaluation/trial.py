@@ -1,4 +1,4 @@
-"""A program that is being run, as seen from outside: its output, its verdict and its limits."""
+"""Monitor a running program from outside: its output, its verdict and its limits."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MOST_OUTPUT, _TAIL = 2**20, 2000
 _MOST_THREADS = 64
 _FULL = "No space left on device"
 _LONGEST_VERDICT = 2**16
-_LEFT = "it left before its end"
+_LEFT = "it exited before its end"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
-        seconds: of the wall clock.
-        memory_mb: of address space, the interpreter's own (about 20) included.
-        files_mb: of files that it may keep in its directory, with or without a name.
+        seconds: Wall-clock time.
+        memory_mb: Address space, including about 20 MB for the interpreter.
+        files_mb: Files kept in its directory, named or not.
     """
 
     seconds: float = 10.0
@@ -40,12 +40,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """Result of a program.
 
     Attributes:
-        passed: it came to its end, and its tests to theirs.
-        reason: why not: what was raised, or which limit was met.
-        seconds: of the wall clock.
+        passed: Whether the program and its tests reached their ends.
+        reason: Exception raised or limit exceeded, if it did not pass.
+        seconds: Wall-clock time.
     """
 
     passed: bool
@@ -54,15 +54,16 @@ class Verdict:
 
 
 class Trial:
-    """Watches a program.
+    """Run and monitor a program.
 
     Args:
-        process: `sandbox_child`, which waits for the program and its tests; the job is its input.
-        verdicts: lines of JSON: ``program`` and ``tests``, the ids of their processes; ``passed``
-            and ``reason``; and ``signal``, if the program ended before its tests.
-        folder: file descriptor of its directory.
-        limits: what it may use.
-        space: what its files may use.
+        process: `sandbox_child` process, which waits for the program and its tests and reads the
+            job.
+        verdicts: JSON lines with the process ids ``program`` and ``tests``, with ``passed`` and
+            ``reason``, and with ``signal`` if the program ended before its tests.
+        folder: File descriptor of its directory.
+        limits: Resource limits.
+        space: Limits on its files.
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class Trial:
         self._status: dict[str, Any] = {}
 
     def run(self, job: bytes, until: float) -> Verdict:
-        """Hand the job over and wait for the verdict.
+        """Send the job and wait for the verdict.
 
         Args:
-            job: what `sandboxed.roles.run_tests` reads.
-            until: when the time is up, on the monotonic clock.
+            job: Job for `sandboxed.roles.run_tests`.
+            until: Deadline on the monotonic clock.
         """
         started = time.monotonic()
         met: str | None = None
@@ -110,7 +111,7 @@ class Trial:
         """Wait for the end.
 
         Raises:
-            UsageError: a limit is met.
+            UsageError: If a limit is exceeded.
         """
         output, inputs = self._process.stdout, self._process.stdin
         assert output is not None and inputs is not None
@@ -124,7 +125,7 @@ class Trial:
                     if not self._take(key.fd, key.fd == output.fileno()):
                         selector.unregister(key.fd)
                 if self._amount > _MOST_OUTPUT:
-                    raise UsageError(f"it said more than {_MOST_OUTPUT:,} bytes")
+                    raise UsageError(f"it printed more than {_MOST_OUTPUT:,} bytes")
                 now = time.monotonic()
                 if now > until:
                     raise UsageError(f"it took longer than {self._limits.seconds:g} s")
@@ -132,13 +133,13 @@ class Trial:
                 if now > look or ends:
                     self._look()
                     look = time.monotonic() + LOOK_EVERY_SECONDS
-                if ends:  # it was kept until its files were measured
+                if ends:  # it was kept alive until its files were measured
                     with contextlib.suppress(BrokenPipeError):
                         inputs.close()
                     until = now + _END_SECONDS
 
     def _take(self, descriptor: int, is_output: bool) -> bool:
-        """Read what there is; whether there may be more."""
+        """Read the available data; return whether there may be more."""
         try:
             piece = os.read(descriptor, _LONGEST_VERDICT)
         except BlockingIOError:
@@ -150,8 +151,8 @@ class Trial:
         *lines, self._line = (self._line + piece).split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
-                told = json.loads(line)
-                self._status = {**told, **self._status} if isinstance(told, dict) else self._status
+                news = json.loads(line)
+                self._status = {**news, **self._status} if isinstance(news, dict) else self._status
         return bool(piece) and len(self._line) < _LONGEST_VERDICT
 
     def _look(self) -> None:
@@ -167,13 +168,13 @@ class Trial:
                 raise UsageError
         except UsageError as error:
             raise UsageError(
-                f"its files were more than {limits.files_mb} MB or {self._space.files}"
+                f"its files exceeded {limits.files_mb} MB or {self._space.files} files"
             ) from error
         if any(threads(pid) > _MOST_THREADS for pid in pids):
             raise UsageError(f"it started more than {_MOST_THREADS} threads")
 
     def _stop(self) -> None:
-        """End the program, its tests and the process that waits for them."""
+        """Stop the program, its tests and the process that waits for them."""
         self._process.terminate()
         try:
             self._process.wait(_END_SECONDS)
@@ -189,7 +190,7 @@ class Trial:
         reason = str(self._status.get("reason", ""))
         signal_number = self._status.get("signal")
         if signal_number and reason in ("", _LEFT):
-            return f"it was ended by signal {signal_number}"
+            return f"it was killed by signal {signal_number}"
         lines = self._output.decode("utf-8", "replace").strip().splitlines()
         if reason or self._status.get("program"):
             return reason or _LEFT

@@ -1,4 +1,4 @@
-"""What a running program uses: files below its directory, files that have no name, threads."""
+"""Measure the resource usage of a running program: named and unnamed files, and threads."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _PAGE = os.sysconf("SC_PAGESIZE")
-_NO_FILES = ("/dev/zero", "/memfd:", "/SYSV", "/[aio]", "[")  # mapped memory that looks like one
+_NO_FILES = ("/dev/zero", "/memfd:", "/SYSV", "/[aio]", "[")  # memory mappings that look like files
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a program's files may use.
+    """Limits on a program's files.
 
     Attributes:
-        data_bytes: of all of them together.
-        source_bytes: of the program's own source, which lies in its directory.
-        files: with directories.
+        data_bytes: Total size of its files.
+        source_bytes: Size of the program's own source, which lies in its directory.
+        files: Number of files and directories.
     """
 
     data_bytes: int
@@ -28,37 +28,37 @@ class Space:
 
     @property
     def most_bytes(self) -> int:
-        """With the source."""
+        """Total size including the source."""
         return self.data_bytes + self.source_bytes
 
     @property
     def most_files(self) -> int:
-        """With the source."""
+        """Number of files including the source."""
         return self.files + 1
 
     @property
     def scratch_bytes(self) -> int:
-        """Of a file system that gives each file whole pages."""
+        """Size of a file system that allocates whole pages to each file."""
         return self.most_bytes + self.most_files * _PAGE
 
 
 class UsageError(Exception):
-    """It uses too much, or hides what it uses."""
+    """A program exceeds its limits or hides its usage."""
 
 
 def check_files(folder: int, processes: Iterable[int], space: Space) -> None:
     """Refuse too many or too large files.
 
-    A file counts once however many names it has, and as long as something keeps it: a name, an open
-    file descriptor, or a mapping.
+    A file counts once regardless of its number of names, and for as long as a name, an open file
+    descriptor or a mapping keeps it alive.
 
     Args:
-        folder: file descriptor of the directory.
-        processes: that may keep files without a name.
-        space: what they may use.
+        folder: File descriptor of the directory.
+        processes: Process ids that may hold unnamed files.
+        space: Limits on the files.
 
     Raises:
-        UsageError: there is more, or a directory cannot be read.
+        UsageError: If a limit is exceeded, or a directory cannot be read.
     """
     sizes: dict[tuple[int, int], int] = {}
     for entries, status in enumerate(_named_files(folder), start=1):
@@ -76,7 +76,7 @@ def check_files(folder: int, processes: Iterable[int], space: Space) -> None:
 
 
 def threads(process: int) -> int:
-    """How many threads a process has; 0 if it is gone."""
+    """Return the number of threads of a process, or 0 if it is gone."""
     try:
         return os.stat(f"/proc/{process}/task").st_nlink - 2
     except OSError:
@@ -84,7 +84,7 @@ def threads(process: int) -> int:
 
 
 def _named_files(folder: int) -> Iterator[os.stat_result]:
-    """Walk a directory by file descriptors, as its paths may be longer than a path can be."""
+    """Walk a directory by file descriptors, since its paths may exceed the maximum length."""
 
     def unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError):
@@ -97,9 +97,9 @@ def _named_files(folder: int) -> Iterator[os.stat_result]:
 
 
 def _open_files(process: int) -> Iterator[os.stat_result]:
-    """Files without a name that a process has open."""
+    """Yield the unnamed files that a process has open."""
     place = f"/proc/{process}/fd"
-    with contextlib.suppress(OSError):  # it is gone
+    with contextlib.suppress(OSError):  # the process is gone
         for name in os.listdir(place):
             with contextlib.suppress(OSError):
                 status = os.stat(f"{place}/{name}")
@@ -108,7 +108,7 @@ def _open_files(process: int) -> Iterator[os.stat_result]:
 
 
 def _mapped_files(process: int) -> set[int]:
-    """Inodes of files without a name that a process has mapped."""
+    """Return the inodes of unnamed files that a process has mapped."""
     found = set()
     with contextlib.suppress(OSError), open(f"/proc/{process}/maps", errors="replace") as lines:
         for line in lines:

@@ -72,9 +72,9 @@ def test_a_harmless_program_passes(source: str) -> None:
     [
         ("assert 1 == 2, 'one is not two'", "AssertionError: one is not two"),
         ("def f(:", "SyntaxError: invalid syntax"),
-        ("import sys; sys.exit(0)", "it left before its end"),
-        ("import os; os._exit(0)", "it left before its end"),
-        ("import ctypes; ctypes.string_at(0)", "it was ended by signal 11"),
+        ("import sys; sys.exit(0)", "it exited before its end"),
+        ("import os; os._exit(0)", "it exited before its end"),
+        ("import ctypes; ctypes.string_at(0)", "it was killed by signal 11"),
         ("input()", "EOFError: EOF when reading a line"),
         ("(" * 5000 + ")" * 5000, "SyntaxError"),
     ],
@@ -101,12 +101,12 @@ def test_a_program_that_fails_says_why(source: str, reason: str) -> None:
         ("f = open('a', 'wb')\nwhile True: f.write(bytes(10**6))", "File too large"),
         (
             "i = 0\nwhile True:\n  open(str(i), 'wb').write(bytes(10**6)); i += 1",
-            "its files were more than 4 MB",
+            "its files exceeded 4 MB",
         ),
         ("i = 0\nwhile True:\n  open(str(i), 'w').close(); i += 1", "or 200"),
         ("import os\nwhile True: os.mkdir('d'); os.chdir('d')", "or 200"),
         ("f = [open('/dev/null') for _ in range(1000)]", "Too many open files"),
-        ("while True: print('x' * 1000)", "it said more than 1,048,576 bytes"),
+        ("while True: print('x' * 1000)", "it printed more than 1,048,576 bytes"),
     ],
 )
 def test_a_greedy_program_meets_its_limit(source: str, reason: str) -> None:
@@ -357,7 +357,7 @@ def test_a_mounted_file_system_holds_no_more_than_the_limit() -> None:
         "assert 3.9e6 < size < 6e6, size"
     )
     verdict = run_program(source, LATER)
-    if "Too many" in verdict.reason or "files were more" in verdict.reason:
+    if "Too many" in verdict.reason or "files exceeded" in verdict.reason:
         pytest.skip("this user may not mount a file system")
     assert verdict.passed, verdict.reason
     assert Path("/proc/self/mountinfo").read_text() == mounts

@@ -81,11 +81,11 @@ def frame(value):
 """
 
 FORGERIES = [
-    forged("exits at once", "import os; os._exit(0)", reason="left before its end"),
-    forged("raises SystemExit", "raise SystemExit(0)", reason="left before its end"),
+    forged("exits at once", "import os; os._exit(0)", reason="exited before its end"),
+    forged("raises SystemExit", "raise SystemExit(0)", reason="exited before its end"),
     forged("exits when called", "def f(x):\n    import os; os._exit(0)", reason="left before"),
     forged("leaves when called", "def f(x):\n    raise SystemExit(0)", reason="left before"),
-    forged("aborts when called", "def f(x):\n    import os; os.abort()", reason="ended by signal"),
+    forged("aborts when called", "def f(x):\n    import os; os.abort()", reason="killed by signal"),
     forged(
         "answers what equals everything",
         "class E:\n    def __eq__(self, other): return True\ndef f(x): return E()",
@@ -241,7 +241,7 @@ FORGERIES = [
         reason="Zero",
     ),
     forged(
-        "closes every descriptor", "import os\nos.closerange(0, 64)", reason="left before its end"
+        "closes every descriptor", "import os\nos.closerange(0, 64)", reason="exited before its end"
     ),
     forged("forks", "import os\nif os.fork() == 0: print('passed')", reason="PermissionError"),
     forged("kills its parent", "import os\nos.kill(os.getppid(), 9)", reason="PermissionError"),
@@ -277,7 +277,7 @@ GREEDY = [
         _HIDES + "for _ in range(8):\n    f = open('a', 'wb'); os.unlink('a')\n"
         "    f.write(bytes(3 * 10**6)); f.flush(); kept.append(f)",
         False,
-        "files were more",
+        "files exceeded",
     ),
     alone(
         "makes files without a name",
@@ -290,7 +290,7 @@ GREEDY = [
         _HIDES + "for _ in range(8):\n    f = open('a', 'w+b'); os.unlink('a')\n"
         "    f.write(bytes(3 * 10**6)); f.flush(); kept.append(mmap.mmap(f.fileno(), 4096)); f.close()",
         False,
-        "files were more",
+        "files exceeded",
     ),
     alone(
         "makes an unreadable folder", "import os\nos.mkdir('d', 0o300)", False, "PermissionError"
@@ -300,7 +300,7 @@ GREEDY = [
         "fills folders deeper than a path is long",
         _HIDES + _LONG_PATH + "for i in range(8): open(str(i), 'wb').write(bytes(3 * 10**6))",
         False,
-        "files were more",
+        "files exceeded",
     ),
     alone(
         "reserves space beyond a file's end",
@@ -317,7 +317,7 @@ GREEDY = [
         False,
         "more than 64 threads",
     ),
-    alone("prints without end", "while True: print('x' * 1000)", False, "said more than"),
+    alone("prints without end", "while True: print('x' * 1000)", False, "printed more than"),
     alone(
         "takes all memory", "x = []\nwhile True: x.append(bytearray(10**6))", False, "MemoryError"
     ),

@@ -1,5 +1,5 @@
-"""What runs inside the sandbox: a program in one process, and its tests in another.
+"""Code that runs inside the sandbox: a program in one process, and its tests in another.
 
-`sandbox_child` imports this as a package of its own, so nothing here imports another part of
+`sandbox_child` imports this as a top-level package, so nothing here may import other parts of
 loram_ray.
 """

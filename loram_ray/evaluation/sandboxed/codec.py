@@ -1,9 +1,9 @@
-"""Python values as JSON, between two processes of which one is not trusted.
+"""Encode Python values as JSON between two processes, one of which is not trusted.
 
-Plain data travels by value: the receiver rebuilds it from types of its own, so no code and no
-overridden ``__eq__`` comes with it. Everything else stays where it is, and the receiver gets a
-handle. Containers are listed in a flat table and refer to each other by position; this keeps
-aliases and cycles, and needs no recursion however deep they are.
+Plain data travels by value: the receiver rebuilds it from its own types, so neither code nor an
+overridden ``__eq__`` comes with it. Other objects stay where they are, and the receiver gets a
+handle. Containers are stored in a flat table and refer to each other by position, which preserves
+aliases and cycles and needs no recursion at any depth.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-_LARGEST_INT = 2**63  # larger ones are sent in hexadecimal, which is read in linear time
+_LARGEST_INT = 2**63  # larger ones are sent in hexadecimal, parsed in linear time
 _MISSING = object()
 _ITEMS = {"list": list, "set": set, "deque": deque, "tuple": tuple, "frozenset": frozenset}
 _PAIRS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": defaultdict}
-_ORDER = ("object", "list", "deque", "bytearray", "set", *_PAIRS)  # hashed ones are filled last
+_ORDER = (
+    "object",
+    "list",
+    "deque",
+    "bytearray",
+    "set",
+    *_PAIRS,
+)  # hashed containers are filled last
 _SINGLETONS = {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}
 _CLASSES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 _NAMES = {kind: name for name, kind in _CLASSES.items()}
 
-# Values of the standard library that are made from plain arguments.
+# Standard library types that are rebuilt from plain arguments.
 _ARGUMENTS: dict[tuple[str, str], Callable[[Any], tuple[Any, ...]]] = {
     ("decimal", "Decimal"): lambda v: (str(v),),
     ("fractions", "Fraction"): lambda v: (v.numerator, v.denominator),
@@ -40,7 +47,7 @@ _ARGUMENTS: dict[tuple[str, str], Callable[[Any], tuple[Any, ...]]] = {
     ("pathlib", "PurePosixPath"): lambda v: (str(v),),
 }  # fmt: skip
 
-# The plain value inside an instance of a subclass.
+# Functions that extract the plain value from an instance of a subclass.
 _PLAIN: dict[type, Callable[[Any], Any]] = {
     int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__,
     bytes: lambda v: b"".join([v]), tuple: lambda v: tuple.__getitem__(v, slice(None)),
@@ -48,21 +55,22 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     set: lambda v: set(set.__iter__(v)), frozenset: lambda v: frozenset(frozenset.__iter__(v)),
 }  # fmt: skip
 
-Slot = Any  # JSON: an atom as it is, [position in the table], or {"int": hexadecimal}
+Slot = Any  # JSON: an atom, [position in the table], or {"int": hexadecimal}
 
 
 def plain_base(value: Any) -> type | None:
-    """The builtin type of data that a value's class derives from, if any."""
+    """Return the builtin data type that a value's class derives from, or None."""
     return next((base for base in _PLAIN if issubclass(type(value), base)), None)
 
 
 class Codec:
-    """Encodes and decodes; a subclass says what becomes of objects that are not plain data.
+    """Encode and decode values; subclasses define how other objects travel.
 
     Attributes:
-        namespace: the globals of what runs in this process.
-        shared: names of classes that both processes define; their instances travel by value.
-        trusted: whether the other process is; if so, functions of modules are looked up by name.
+        namespace: Globals of the code that runs in this process.
+        shared: Names of classes that both processes define; their instances travel by value.
+        trusted: Whether the other process is trusted; if so, functions of modules are looked up by
+            name.
     """
 
     def __init__(self, namespace: dict[str, Any], trusted: bool) -> None:
@@ -70,23 +78,23 @@ class Codec:
         self.shared: frozenset[str] = frozenset()
 
     def number_of(self, value: Any) -> int | None:
-        """The handle's number, if the value stands for an object of the other process."""
+        """Return the handle's number if the value stands for an object of the other process."""
         raise NotImplementedError
 
     def export(self, value: Any) -> int:
-        """A number by which the other process can refer to an object of this one."""
+        """Return a number by which the other process can refer to an object of this one."""
         raise NotImplementedError
 
     def exported(self, number: int) -> Any:
-        """The object of this process that has a number."""
+        """Return the object of this process with the given number."""
         raise NotImplementedError
 
     def remote(self, number: int, base: Any) -> Any:
-        """What stands here for an object of the other process.
+        """Return a stand-in for an object of the other process.
 
         Args:
-            number: of the object.
-            base: the plain value inside it, if its class derives from a type of data.
+            number: Number of the object.
+            base: Plain value inside the object, if its class derives from a data type.
         """
         raise NotImplementedError
 
@@ -95,12 +103,12 @@ class Codec:
     def encode(
         self, roots: Iterable[Any], known: Sequence[Any] = ()
     ) -> tuple[list[Slot], list[Any], list[Any]]:
-        """Values as JSON.
+        """Encode values as JSON.
 
         Args:
-            roots: to encode.
-            known: objects that came in a table of the other process; they keep their positions,
-                and their present contents are sent back.
+            roots: Values to encode.
+            known: Objects from a table of the other process; they keep their positions, and their
+                current contents are sent back.
 
         Returns:
             A slot for each root, the table, and the objects of its rows.
@@ -185,18 +193,18 @@ class Codec:
     def decode(
         self, slots: Iterable[Slot], table: Sequence[Any], known: Sequence[Any] = ()
     ) -> tuple[list[Any], list[Any]]:
-        """What `encode` was given.
+        """Decode the result of `encode`.
 
         Args:
-            slots: of the roots.
-            table: rows; those of ``known`` come first.
-            known: objects of this process that the table describes anew: they get the contents.
+            slots: Slots of the roots.
+            table: Rows of the table; those of ``known`` come first.
+            known: Objects of this process that the table updates in place.
 
         Returns:
             The roots, and the objects of the table's rows.
 
         Raises:
-            Exception: of any kind, if the message does not come from `encode`.
+            Exception: Of any kind, if the message does not come from `encode`.
         """
         objects = [*known, *[self._shell(row) for row in table[len(known) :]]]
 
@@ -216,7 +224,7 @@ class Codec:
         return [value(slot) for slot in slots], objects
 
     def _shell(self, row: list[Any]) -> Any:
-        """An empty container, which others may refer to before it is filled."""
+        """Return an empty container, to which others can refer before it is filled."""
         name = row[0]
         if name == "deque":
             return deque(maxlen=row[2])
@@ -268,7 +276,7 @@ class Codec:
         if name == "object":
             if kind.__name__ == row[1] and self.namespace.get(row[1]) is kind:
                 for key, item in row[2]:
-                    if not callable(getattr(kind, key, None)):  # methods stay the receiver's
+                    if not callable(getattr(kind, key, None)):  # keep the receiver's methods
                         object.__setattr__(target, key, value(item))
         elif kind.__name__ != name:
             return

@@ -1,8 +1,8 @@
-"""Calls between the tests' process and the program's: requests and replies over two pipes.
+"""Exchange calls between the tests' and the program's process: requests and replies over two pipes.
 
-Both sides are a `Peer`. The program's side does what it is asked. The tests' side has the program
-as an object (`Remote`), and lets the program call back nothing but functions, containers and
-public attributes of objects that the tests passed to it.
+Both sides are a `Peer`. The program's side executes every request. The tests' side sees the program
+as an object (`Remote`), and allows it to call back only functions, containers and public attributes
+of objects that the tests passed to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from .codec import Codec, has_base, plain_base
 
 _LARGEST_MESSAGE = 2**26
-# The program may replace those of the modules.
+# Keep references, since the program may replace the modules' functions.
 _read, _write, _random = os.read, os.write, os.urandom
 _loads, _dumps = json.loads, json.dumps
 
@@ -54,11 +54,11 @@ CALLBACKS = {name: OPERATIONS[name] for name in ("call", "getattr", "setattr", *
 
 
 class BrokenExchangeError(Exception):
-    """The other process is gone, or wrote something that is no message."""
+    """The other process is gone, or wrote an invalid message."""
 
 
 class Channel:
-    """JSON messages over two pipes, each behind its length."""
+    """Transfer length-prefixed JSON messages over two pipes."""
 
     def __init__(self, reading: int, writing: int) -> None:
         self._reading, self._writing = reading, writing
@@ -67,7 +67,7 @@ class Channel:
         """Write a message.
 
         Raises:
-            BrokenExchangeError: the other process is gone.
+            BrokenExchangeError: If the other process is gone.
         """
         data = _dumps(message, separators=(",", ":")).encode("ascii")
         data = struct.pack("=Q", len(data)) + data
@@ -75,28 +75,28 @@ class Channel:
             while data:
                 data = data[_write(self._writing, data) :]
         except OSError as error:
-            raise BrokenExchangeError("it left before its end") from error
+            raise BrokenExchangeError("it exited before its end") from error
 
     def receive(self) -> Any:
         """Wait for a message.
 
         Raises:
-            BrokenExchangeError: the other process is gone, or it is no message.
+            BrokenExchangeError: If the other process is gone, or the message is invalid.
         """
         (length,) = struct.unpack("=Q", self._exactly(8))
         if length > _LARGEST_MESSAGE:
-            raise BrokenExchangeError("it gave an answer that is too large")
+            raise BrokenExchangeError("its answer is too large")
         try:
             return _loads(self._exactly(length))
         except (ValueError, RecursionError) as error:
-            raise BrokenExchangeError("it wrote where its answers are expected") from error
+            raise BrokenExchangeError("it wrote an invalid message") from error
 
     def _exactly(self, length: int) -> bytes:
         pieces, missing = [], length
         while missing:
             piece = _read(self._reading, min(missing, 2**20))
             if not piece:
-                raise BrokenExchangeError("it left before its end")
+                raise BrokenExchangeError("it exited before its end")
             pieces.append(piece)
             missing -= len(piece)
         return b"".join(pieces)
@@ -106,12 +106,12 @@ class Peer(Codec):
     """One side of the exchange.
 
     Args:
-        channel: to the other process.
-        namespace: the globals of what runs in this process.
-        operations: what the other process may ask for.
-        trusted: whether the other process is trusted; what is not may use the objects it was given,
-            and no others.
-        broken: called, and does not return, when the exchange cannot go on.
+        channel: Channel to the other process.
+        namespace: Globals of the code that runs in this process.
+        operations: Operations that the other process may request.
+        trusted: Whether the other process is trusted; an untrusted one may only use objects it was
+            given.
+        broken: Function to call if the exchange cannot continue; it must not return.
     """
 
     def __init__(
@@ -134,24 +134,24 @@ class Peer(Codec):
     # ---- objects
 
     def number_of(self, value: Any) -> int | None:
-        """The handle's number, if the value stands for an object of the other process."""
+        """Return the handle's number if the value stands for an object of the other process."""
         if type(value) is Remote:
             return _of(value)[1]
         return type(value)._number if isinstance(value, _WithBase) else None
 
     def export(self, value: Any) -> int:
-        """A number by which the other process can refer to an object of this one."""
+        """Return a number by which the other process can refer to an object of this one."""
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._exports)
             self._exports.append(value)
         return self._numbers[id(value)]
 
     def exported(self, number: int) -> Any:
-        """The object of this process that has a number."""
+        """Return the object of this process with the given number."""
         return self._exports[number]
 
     def remote(self, number: int, base: Any) -> Any:
-        """What stands here for an object of the other process."""
+        """Return a stand-in for an object of the other process."""
         if number not in self._remotes:
             self._remotes[number] = Remote(self, number)
         if not has_base(base):
@@ -161,10 +161,10 @@ class Peer(Codec):
     # ---- requests
 
     def request(self, operation: str, *arguments: Any, **named: Any) -> Any:
-        """Have the other process do something.
+        """Execute an operation in the other process.
 
         Raises:
-            BaseException: what it raised there, as the nearest class that is known here.
+            BaseException: The exception raised there, as the nearest class known here.
         """
         with self._lock:
             try:
@@ -185,8 +185,8 @@ class Peer(Codec):
                     raised = self._exception(names, values)
             except BrokenExchangeError as error:
                 self._broken(str(error))
-            except Exception:  # whatever a message that is none leads to
-                self._broken("it wrote where its answers are expected")
+            except Exception:  # an invalid message may raise anything
+                self._broken("it wrote an invalid message")
         raise raised
 
     def _exception(self, names: list[str], values: list[Any]) -> BaseException:
@@ -201,10 +201,10 @@ class Peer(Codec):
         return Exception(*values)
 
     def serve(self, message: Any) -> None:
-        """Do what the other process asks for, and send what came of it.
+        """Execute a request of the other process and send the result.
 
         Raises:
-            BrokenExchangeError: the other process is gone.
+            BrokenExchangeError: If the other process is gone.
         """
         _, nonce, operation, slots, names, table, captured = message
         values, objects = self.decode(slots, table)
@@ -224,16 +224,16 @@ class Peer(Codec):
         self._channel.send(reply)
 
     def serve_for_ever(self) -> None:
-        """Do what the other process asks for until it is gone."""
+        """Execute requests until the other process is gone."""
         with self._lock, contextlib.suppress(BrokenExchangeError):
             while True:
                 self.serve(self._channel.receive())
 
     def _allow(self, operation: str, arguments: list[Any]) -> None:
-        """Let a program that is not trusted use only what it was given.
+        """Restrict an untrusted program to the objects it was given.
 
         Raises:
-            AttributeError: it asks for anything else.
+            AttributeError: If it requests anything else.
         """
         target, rest = arguments[0], arguments[1:]
         allowed = operation in self.operations and id(target) in self._numbers
@@ -246,7 +246,7 @@ class Peer(Codec):
             allowed = type(name) is str and not name.startswith("_")
             allowed = allowed and self.namespace.get(kind.__name__) is kind
         if not allowed:
-            raise AttributeError("the tests gave no such thing")
+            raise AttributeError("the tests did not provide this")
 
 
 def _of(remote: Any) -> tuple[Peer, int]:
@@ -262,7 +262,7 @@ def _forward(operation: str) -> Callable[..., Any]:
 
 
 def _between(operation: str) -> Callable[..., Any]:
-    """An operation with another object of the program; data is not shown to it."""
+    """Return an operator method for two objects of the program; plain data is not passed to it."""
 
     def method(self: Any, other: Any) -> Any:
         if type(other) is not Remote:
@@ -273,10 +273,10 @@ def _between(operation: str) -> Callable[..., Any]:
 
 
 class Remote:
-    """Stands for an object of the other process.
+    """Stand-in for an object of the other process.
 
-    It is equal to no plain data, and no data is handed to its operators: an object whose ``__eq__``
-    or ``__sub__`` always suits would otherwise pass any test.
+    It never equals plain data, and its operators receive none: otherwise an object whose ``__eq__``
+    or ``__sub__`` always suits would pass any test.
     """
 
     __slots__ = ("_where",)
@@ -308,15 +308,16 @@ class Remote:
 
 
 class _WithBase:
-    """A mark of the classes that `_with_base` makes."""
+    """Marker base of the classes that `_with_base` creates."""
 
     _number: int
 
 
 def _with_base(remote: Remote, number: int, base: Any) -> Any:
-    """Plain data that has the attributes of an object of the other process.
+    """Return plain data with the attributes of an object of the other process.
 
-    It compares and calculates as the plain data does; a named tuple's fields are asked for.
+    Comparison and arithmetic are those of the plain data; attributes, such as a named tuple's
+    fields, are requested.
     """
     kind = plain_base(base)
     assert kind is not None

@@ -1,4 +1,4 @@
-"""The two processes of a trial: one runs the program, the other tests it and gives the verdict."""
+"""Roles of the two processes of a trial: one runs the program, the other tests it and decides."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 from .exchange import CALLBACKS, OPERATIONS, Channel, Peer
 
 _read, _write, _exit = os.read, os.write, os._exit
-_LEFT = "it left before its end"
+_LEFT = "it exited before its end"
 
 
 def run_program(reading: int, writing: int) -> NoReturn:
-    """Run a program and do what its tests ask for; ends when they are done.
+    """Run a program and serve its tests until they end.
 
     Args:
-        reading: file descriptor of the tests' requests.
-        writing: file descriptor of the replies.
+        reading: File descriptor of the tests' requests.
+        writing: File descriptor of the replies.
     """
     module = _main_module()
     operations = dict(OPERATIONS)
@@ -39,15 +39,15 @@ def run_program(reading: int, writing: int) -> NoReturn:
 
 
 def _load(source: str, namespace: dict[str, Any]) -> str | None:
-    """Run a program to its end; why it did not come there, if so."""
+    """Run a program to its end; return the reason if it does not get there."""
     path = os.path.abspath("program.py")
     with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(source)
     namespace["__file__"] = path
     sys.argv = [path]
-    spare = bytearray(2**20)  # to say that there is no memory left
+    spare = bytearray(2**20)  # freed to report an exhausted memory
     try:
-        exec(compile(source, path, "exec"), namespace)  # what all this is for
+        exec(compile(source, path, "exec"), namespace)  # runs the untrusted program
     except SystemExit:
         return _LEFT
     except BaseException as error:
@@ -63,15 +63,15 @@ def _named(name: str, namespace: dict[str, Any]) -> Any:
 
 
 def run_tests(reading: int, writing: int, verdict: int) -> NoReturn:
-    """Have a program run, test it, write the verdict, and stay until the input ends.
+    """Run a program and test it, write the verdict, and wait until the input ends.
 
-    The job is read from file descriptor 0, as JSON in a line: ``program``, and ``tests``, which is
+    The job is read from file descriptor 0 as one line of JSON: ``program``, and ``tests``, which is
     null or has ``prompt``, ``source`` and ``entry_point``.
 
     Args:
-        reading: file descriptor of the program's replies.
-        writing: file descriptor of the requests.
-        verdict: file descriptor to which the verdict is written, as JSON in a line.
+        reading: File descriptor of the program's replies.
+        writing: File descriptor of the requests.
+        verdict: File descriptor for the verdict, written as one line of JSON.
     """
     job = json.loads(_line(0))
     module = _main_module()
@@ -79,7 +79,7 @@ def run_tests(reading: int, writing: int, verdict: int) -> NoReturn:
     def end(reason: str | None, code: int = 0) -> NoReturn:
         line = json.dumps({"passed": reason is None, "reason": reason or ""}) + "\n"
         _write(verdict, line.encode("ascii"))
-        while _read(0, 1):  # the program's files are measured before it ends
+        while _read(0, 1):  # keeps the program alive until its files are measured
             pass
         _exit(code)
 
@@ -112,7 +112,7 @@ def _tested(peer: Peer, program: str, tests: dict[str, str] | None) -> str | Non
         return failed
     for name in names:
         namespace[name] = peer.request("get", name)
-    namespace.pop("check", None)  # it is the tests' own
+    namespace.pop("check", None)  # the tests define it
     exec(compile(tests["source"], "tests.py", "exec"), namespace)
     return None
 
@@ -122,7 +122,7 @@ def _text(reason: object) -> str | None:
 
 
 def _parsed_prompt(prompt: str) -> tuple[ast.Module, bool]:
-    """A prompt up to where it breaks off, and whether that is its end."""
+    """Parse the longest valid part of a prompt; return it and whether it is the whole prompt."""
     lines = prompt.splitlines(keepends=True)
     for count in range(len(lines), 0, -1):
         try:
@@ -133,7 +133,7 @@ def _parsed_prompt(prompt: str) -> tuple[ast.Module, bool]:
 
 
 def _is_complete(node: ast.AST) -> bool:
-    """Whether a definition has more than a docstring at its end."""
+    """Whether a definition ends with more than a docstring."""
     while isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         node = node.body[-1]
     return not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))

@@ -1,7 +1,7 @@
-"""A file system of limited size for the working directory, where this user may mount one.
+"""Mount a file system of limited size on the working directory, if this user may.
 
-Root may where it has CAP_SYS_ADMIN, others where they may create user namespaces. Containers often
-allow neither; then the directory stays as it is, and what lies in it is only measured (`usage`).
+Root needs CAP_SYS_ADMIN, other users need user namespaces. Containers often allow neither; the
+directory then stays as it is, and `usage` measures its contents instead.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import ctypes
 import os
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000  # of unshare, from linux/sched.h
-_NO_SUID, _NO_DEVICES, _RECURSIVE, _PRIVATE = 1 << 1, 1 << 2, 1 << 14, 1 << 18  # of mount
-_SET_DUMPABLE = 4  # of prctl
+_NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000  # unshare flags (linux/sched.h)
+_NO_SUID, _NO_DEVICES, _RECURSIVE, _PRIVATE = 1 << 1, 1 << 2, 1 << 14, 1 << 18  # mount flags
+_SET_DUMPABLE = 4  # prctl option
 
 
 def mount_scratch(most_bytes: int, most_files: int) -> bool:
-    """Put a tmpfs on the working directory, seen by this process and its children only.
+    """Mount a tmpfs on the working directory, visible only to this process and its children.
 
     Args:
-        most_bytes: that it holds.
-        most_files: that it holds, with directories.
+        most_bytes: Capacity in bytes.
+        most_files: Maximum number of files and directories.
 
     Returns:
-        Whether it was allowed.
+        Whether the mount was permitted.
     """
     user, group = os.getuid(), os.getgid()
     if _LIBC.unshare(_NEW_MOUNTS):
@@ -35,7 +35,7 @@ def mount_scratch(most_bytes: int, most_files: int) -> bool:
             _write("/proc/self/gid_map", f"{group} {group} 1")
         except OSError:
             return False
-        _LIBC.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # its user may still see what it has open
+        _LIBC.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # lets its user inspect its open files
     folder = os.getcwd()
     options = f"size={most_bytes},nr_inodes={most_files + 1},mode=0700".encode()
     flags = _NO_SUID | _NO_DEVICES
