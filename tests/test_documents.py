@@ -27,7 +27,17 @@ import yaml
 
 from helpers import hub, tiny
 from loram_ray.cli.main import app
-from loram_ray.config import STAGES, RunConfig, Section, load_run, validate
+from loram_ray.config import (
+    STAGES,
+    RunConfig,
+    Section,
+    kind_of,
+    load_run,
+    section_types,
+    validate,
+)
+from loram_ray.config.criteria import CRITERIA
+from loram_ray.config.evaluate import Benchmark
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
@@ -294,6 +304,23 @@ def test_links_of_the_documents_lead_to_files() -> None:
             made = {"reference/configuration.md"}  # by docs/hooks.py
             place = os.path.relpath(path.parent / link, REPOSITORY / "docs")
             assert place in made, f"{path.name}: {link}"
+
+
+def test_reference_pages_list_what_the_package_has() -> None:
+    reference = REPOSITORY / "docs" / "reference"
+    rows = re.findall(r"^\| `(\w+)`.*?\| (.*?) \|", (reference / "criteria.md").read_text(), re.M)
+    patterns = {
+        name: ", ".join(
+            [*(["structured"] if c.units else []), *(["unstructured, n:m"] if c.weights else [])]
+        )
+        for name, c in CRITERIA.items()
+    }
+    assert {name: patterns for name, patterns in rows if name in CRITERIA} == patterns
+    kinds = {kind_of(section) for section in section_types(Benchmark)}
+    page = (reference / "evaluation.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) - {"kind"} == kinds
+    named = set(re.findall(r"`loram (\w+)`", (reference / "command-line.md").read_text()))
+    assert set(typer.main.get_command(app).commands) <= named
 
 
 def test_contributing_names_every_room_and_files_that_exist() -> None:
