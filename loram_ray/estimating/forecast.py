@@ -16,8 +16,9 @@ from loram_ray.estimating.base_configs import base_config
 from loram_ray.estimating.gpus import GPUS, fitting
 from loram_ray.estimating.memory_trace import TrainingMemory, training_memory, without_nf4
 from loram_ray.estimating.shapes import config_after, empty_model, require_dense, shapes_of
-from loram_ray.estimating.sizes import NF4_BY_NAME, Sizes, sizes_of
+from loram_ray.estimating.sizes import Sizes, sizes_of
 from loram_ray.models.loading import DTYPES
+from loram_ray.models.quantisation import NF4
 
 _UNREAD = "train.data=unread"
 _AS_THE_PAPER = (
@@ -55,7 +56,7 @@ class Forecast:
         fewer = self.base.parameters / self.pruned.parameters
         return {
             "bf16": fewer,
-            "nf4_nominal": NF4_BY_NAME * fewer,
+            "nf4_nominal": NF4.times_fewer() * fewer,
             "nf4_stored": self.base.bf16 / self.pruned.nf4_stored,
         }
 

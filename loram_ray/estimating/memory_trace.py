@@ -37,8 +37,8 @@ from loram_ray.estimating.sizes import sizes_of
 from loram_ray.finetuning.adapters import lora_config, save_memory, set_dtype
 from loram_ray.losses import logits_of, output_head, sum_in_chunks
 from loram_ray.models.loading import DTYPES
+from loram_ray.models.quantisation import NF4
 
-_BLOCK = 64
 _KINDS = ("activations", "logits", "workspace")
 
 
@@ -379,7 +379,7 @@ def _whole(linear: _Nf4Linear) -> torch.Tensor:
     """Allocate a dequantised weight; the float32 scales are freed afterwards."""
     shape = linear.out_features, linear.in_features
     with linear.tracker.naming("workspace"):
-        scales = torch.empty(shape[0] * shape[1] // _BLOCK)
+        scales = torch.empty(shape[0] * shape[1] // NF4.block)
         weight = torch.empty(shape, dtype=linear.compute_dtype)
         del scales
     return weight

@@ -8,10 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from loram_ray.artifacts.tensorfile import TensorSpec
+from loram_ray.models.quantisation import NF4
 
 _BF16 = 2
-NF4_BY_NAME = 4
-"""Size ratio of bf16 to NF4 if every parameter were stored as a code, without scales."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         stored += sum(parts.values()) - _BF16 * weight.numel()
         loaded += sum(n for part, n in parts.items() if "quant_state" not in part)
         loaded -= _BF16 * weight.numel()
-    return Sizes(count, _BF16 * count, _BF16 * count / NF4_BY_NAME, stored, loaded)
+    return Sizes(count, _BF16 * count, _BF16 * count / NF4.times_fewer(8 * _BF16), stored, loaded)
 
 
 def _nf4_parts(shape: tuple[int, ...]) -> dict[str, int]:

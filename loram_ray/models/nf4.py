@@ -20,10 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loram_ray.artifacts.tensorfile import TensorSpec
+from loram_ray.models.quantisation import NF4
 
-TYPE = "nf4"
-BLOCK = 64
-BLOCK_OF_SCALES = 256
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 2**21  # elements, whole blocks
 _CODES, _CODES_OF_SCALES = 16, 256
@@ -33,9 +31,9 @@ def quantization_config() -> BitsAndBytesConfig:
     """Configuration for transformers of what is written here, with bfloat16 products."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=TYPE,
+        bnb_4bit_quant_type=NF4.name,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, NF4.compute),
     )
 
 
@@ -65,8 +63,8 @@ def linears_of(model: PreTrainedModel) -> list[str]:
 def scales(weight: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block of a weight, float32 ``[ceil(elements / 64)]``."""
     flat = weight.detach().reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK))
-    return padded.view(-1, BLOCK).abs().amax(-1).float()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % NF4.block))
+    return padded.view(-1, NF4.block).abs().amax(-1).float()
 
 
 def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, TensorSpec]:
@@ -79,16 +77,16 @@ def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, Tens
         weight: ``[out, in]``.
         mean_scale: of `scales`.
     """
-    blocks = -(-math.prod(weight.shape) // BLOCK)
+    blocks = -(-math.prod(weight.shape) // NF4.block)
     state = _state(
         weight,
         codes=torch.empty(_CODES),
         scale_codes=torch.empty(blocks, dtype=torch.uint8),
         mean_scale=mean_scale,
         nested=bnb.QuantState(
-            absmax=torch.empty(-(-blocks // BLOCK_OF_SCALES)),
+            absmax=torch.empty(-(-blocks // NF4.block_of_scales)),
             code=torch.empty(_CODES_OF_SCALES),
-            blocksize=BLOCK_OF_SCALES,
+            blocksize=NF4.block_of_scales,
             dtype=torch.float32,
         ),
     )
@@ -105,13 +103,13 @@ def quantize_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     packed, found = [], []
     codes = torch.empty(0)
     for piece in weight.detach().reshape(-1).split(_PIECE):
-        part, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type=TYPE)
+        part, state = bnb.quantize_4bit(piece, blocksize=NF4.block, quant_type=NF4.name)
         packed.append(part)
         found.append(state.absmax)
         codes = state.code
     scale = torch.cat(found)
     mean_scale = scale.mean()
-    scale_codes, nested = bnb.quantize_blockwise(scale - mean_scale, blocksize=BLOCK_OF_SCALES)
+    scale_codes, nested = bnb.quantize_blockwise(scale - mean_scale, blocksize=NF4.block_of_scales)
     spec = TensorSpec(tuple(weight.shape), weight.dtype)
     state = _state(spec, codes, scale_codes, mean_scale, nested)
     parts = {f".{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
@@ -145,7 +143,7 @@ def mend_on_cpu(model: PreTrainedModel) -> list[str]:
         if not isinstance(module, Linear4bit) or module.weight.device.type != "cpu":
             continue
         module.support_avx512bf16_for_cpu = False
-        if module.in_features % BLOCK:
+        if module.in_features % NF4.block:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _whole(module, model.dtype))
             held.append(name)
@@ -196,8 +194,8 @@ def _state(
         absmax=scale_codes,
         shape=torch.Size(weight.shape),
         code=codes,
-        blocksize=BLOCK,
-        quant_type=TYPE,
+        blocksize=NF4.block,
+        quant_type=NF4.name,
         dtype=weight.dtype,
         offset=mean_scale,
         state2=nested,

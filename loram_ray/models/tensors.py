@@ -6,7 +6,6 @@ needs transformers, whose modelling code takes seconds to import.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 from loram_ray.architectures import Architecture, Geometry, architecture_of
 from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.errors import LoramError
+from loram_ray.models.quantisation import READABLE
 
-_NF4_BLOCK, _NF4_BLOCK_OF_SCALES = 64, 256
-_QUANTISED = ".quant_state.bitsandbytes__"
 _MOST_BLOCKS_OF_A_TENSOR = 100
 """Layers times experts for each stored tensor, at most; in real models each has several tensors."""
 _RECOMPUTED = ".rotary_emb.inv_freq"
@@ -249,9 +247,8 @@ class _Quantisation:
         Raises:
             LoramError: it is quantised and should not be, or the other way around.
         """
-        states = [f"{name}{_QUANTISED}{kind}" for kind in ("nf4", "fp4")]
-        state = next((state for state in states if state in stored), None)
-        if state is None:
+        form = next((form for form in READABLE if form.state_of(name) in stored), None)
+        if form is None:
             is_linear = name.startswith(self._layers) and len(shape) == 2
             is_linear &= name.split(".")[-2] in self._modules
             if self._is_on and is_linear and not self._some_whole and name in stored:
@@ -266,15 +263,4 @@ class _Quantisation:
                 f"{self._directory} holds {name} quantised, its config.json has no "
                 "quantization_config; restore config.json or quantise the model again"
             )
-        elements = math.prod(shape)
-        blocks = -(-elements // _NF4_BLOCK)
-        parts: dict[str, tuple[int, ...] | None] = {
-            name: (-(-elements // 2), 1),
-            f"{name}.absmax": (blocks,),
-            f"{name}.quant_map": (16,),
-            state: None,
-        }
-        if self._is_double:
-            parts[f"{name}.nested_absmax"] = (-(-blocks // _NF4_BLOCK_OF_SCALES),)
-            parts[f"{name}.nested_quant_map"] = (256,)
-        return parts
+        return form.stored_shapes(name, shape, self._is_double)

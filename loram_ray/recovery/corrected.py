@@ -15,6 +15,7 @@ from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
+from loram_ray.models.quantisation import NF4
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.correction import limited, orthonormal, projected
 from loram_ray.recovery.scatter import squared_norm
@@ -171,9 +172,9 @@ class Correction:
 
     def _dequantized(self, name: str) -> torch.Tensor | None:
         """A weight that is stored in NF4, as training computes with it; None where it is not."""
-        from loram_ray.models.nf4 import TYPE, dequantize_weight
+        from loram_ray.models.nf4 import dequantize_weight
 
-        if f"{name}.quant_state.bitsandbytes__{TYPE}" not in self._model_specs:
+        if NF4.state_of(name) not in self._model_specs:
             return None
         parts = (stem for stem in self._model_specs if stem == name or stem.startswith(f"{name}."))
         return dequantize_weight({p.removeprefix(name): self._model.read(p) for p in parts})

@@ -14,6 +14,7 @@ from loram_ray.config.publish import is_repo
 from loram_ray.corpus.sources import SourceInfo
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.uncertainty import perplexity_of
+from loram_ray.models.quantisation import NF4
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import HELD_OUT
 from loram_ray.runtime.results import markdown_table
@@ -92,15 +93,15 @@ def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
         details: of the quantised model's manifest.
     """
     head, body = _split_head(card)
-    head["tags"] = [*head.get("tags", []), "nf4", "bitsandbytes"]
+    head["tags"] = [*head.get("tags", []), *NF4.tags]
     if "base_model" in head:
         head["base_model_relation"] = "quantized"
     saved = details["bytes_before"] / details["bytes"]
     section = (
         "## Quantisation\n\n"
         f"{details['quantized_tensors']:,} linears ({details['quantized_parameters']:,} of "
-        f"{details['parameters']:,} parameters) are in NF4 with double quantisation, blocks of 64, "
-        "products in bfloat16; embeddings, output head and norms are as they were. "
+        f"{details['parameters']:,} parameters) are in {NF4.description}; "
+        "embeddings, output head and norms are as they were. "
         f"{details['bytes']:,} bytes are stored, {details['bytes_before']:,} before ({saved:.2f} "
         "times fewer). transformers loads it as it is, with bitsandbytes installed.\n\n"
     )

@@ -25,12 +25,11 @@ from loram_ray.config import QuantizeConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
 from loram_ray.models.files import write_model_files
+from loram_ray.models.quantisation import NF4
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import Reporter
 from loram_ray.stages.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
 from loram_ray.utils.parsing import read_text
-
-_FORM = {"type": "nf4", "blocksize": 64, "double": True, "compute": "bfloat16"}
 
 
 def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> StageResult:
@@ -57,7 +56,7 @@ def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> Sta
         return run_stage(
             config.output,
             "quantize",
-            settings={**_FORM, "max_shard_bytes": config.max_shard_bytes},
+            settings={**NF4.settings, "max_shard_bytes": config.max_shard_bytes},
             parents={"model": manifest.digest},
             base_fingerprint=manifest.base_fingerprint,
             write=lambda target: _write(target, config, model, plan, manifest),
@@ -122,7 +121,7 @@ def _write(
         {key: source.details[key] for key in SIZES},
         bytes=sum(spec.nbytes for spec in specs.values()),
         bytes_before=checkpoint.nbytes,
-        nominal_bytes=kept + quantized // 2,
+        nominal_bytes=kept + quantized * NF4.bits // 8,
         quantized_tensors=len(outline.parts),
         quantized_parameters=quantized,
     )

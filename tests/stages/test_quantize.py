@@ -33,6 +33,7 @@ from loram_ray.config import load_run
 from loram_ray.masks import MASKS_FILE
 from loram_ray.models import nf4
 from loram_ray.models.loading import load_model
+from loram_ray.models.quantisation import NF4 as FORM
 from loram_ray.plan import PruningPlan
 
 IDS = adapters.token_ids(tiny.VOCABULARY)
@@ -515,3 +516,19 @@ def test_an_adapter_trained_on_it_is_recovered_and_merged(
     ).manifest.details
     assert scores["answer_perplexity"] > 1
     assert scores["model_parameters"] == whole
+
+
+def test_the_form_s_settings_identify_directories_written_before() -> None:
+    assert FORM.settings == {
+        "type": "nf4", "blocksize": 64, "double": True, "compute": "bfloat16"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (64, 192), (3, 5)])
+def test_the_form_s_shapes_are_those_that_are_stored(shape: tuple[int, int]) -> None:
+    spec = TensorSpec(shape, torch.bfloat16)
+    stored = nf4.stored_specs(spec, torch.tensor(0.03))
+    expected = FORM.stored_shapes("w", shape, double=True)
+    assert {f"w{part}" for part in stored} == set(expected)
+    for part, written in stored.items():
+        assert expected[f"w{part}"] in (None, written.shape)
