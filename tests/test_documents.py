@@ -25,6 +25,7 @@ import pytest
 import typer
 import yaml
 
+import loram_ray
 from helpers import hub, tiny
 from loram_ray.cli.main import app
 from loram_ray.config import (
@@ -319,6 +320,10 @@ def test_reference_pages_list_what_the_package_has() -> None:
     kinds = {kind_of(section) for section in section_types(Benchmark)}
     page = (reference / "evaluation.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) - {"kind"} == kinds
+    documented = re.findall(
+        r"^::: loram_ray\.[\w.]+\.(\w+)$", (reference / "api.md").read_text(), re.M
+    )
+    assert set(loram_ray.__all__) <= set(documented)
     named = set(re.findall(r"`loram (\w+)`", (reference / "command-line.md").read_text()))
     assert set(typer.main.get_command(app).commands) <= named
 
