@@ -108,6 +108,11 @@ def test_folders_of_tests_are_named_as_rooms() -> None:
     assert rooms <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 
 
+def test_no_file_of_tests_is_long() -> None:
+    lines = {path: path.read_text().count("\n") for path in TESTS.rglob("*.py")}
+    assert {path.name: count for path, count in lines.items() if count > 600} == {}
+
+
 def test_no_test_imports_another() -> None:
     """What tests share is in tests/helpers."""
     found = {path.stem: path for path in TESTS.rglob("test_*.py")}

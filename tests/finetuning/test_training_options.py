@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,299 +13,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo import utils as dynamo
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from typer.testing import CliRunner
 
 import loram_ray as lr
-from helpers import families, tiny
+from helpers import tiny
 from helpers.scored import score
-from helpers.training import LR, STEPS, config, run_directly, started, wait_for_steps
+from helpers.training import (
+    LR,
+    STEPS,
+    adapter,
+    config,
+    losses,
+    run_directly,
+)
 from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, TEMPLATE_FILE
 from loram_ray.cli.main import app
 from loram_ray.config import validate
-from loram_ray.corpus.batches import first_fit_decreasing, packed, padded
+from loram_ray.corpus.batches import padded
 from loram_ray.corpus.examples import ExampleTable
 from loram_ray.finetuning.eva import explain_inputs
 from loram_ray.finetuning.examples import tables
 from loram_ray.finetuning.frozen import FrozenModel
 from loram_ray.finetuning.trainer import train_adapter
-from loram_ray.losses import IGNORED, summed_loss
+from loram_ray.losses import IGNORED
 from loram_ray.models.tokenizer import load_tokenizer
-from loram_ray.runtime.progress import METRICS_FILE
 from loram_ray.stages.train import train_by
-
-
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Examples of very different lengths."""
-    rows = [
-        {"prompt": "say " + "la " * (i * 7 % 23), "completion": "so " * (1 + i * 5 % 11)}
-        for i in range(40)
-    ]
-    return tiny.write_jsonl(tmp_path_factory.mktemp("uneven") / "data.jsonl", rows)
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / ADAPTER_FILE)
-
-
-def lines(folder: Path, key: str) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (folder / "work" / METRICS_FILE).read_text().splitlines()]
-    return [(row["step"], row[key]) for row in rows if key in row]
-
-
-def losses(folder: Path) -> list[float]:
-    return [loss for _, loss in lines(folder, "loss")]
-
-
-# Packing
-
-
-def random_rows(lengths: list[int], vocabulary: int = 200) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(len(lengths))
-    rows = []
-    for length in lengths:
-        ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [IGNORED] * (length // 3) + ids[length // 3 :]})
-    return rows
-
-
-@pytest.mark.parametrize("in_one", [False, True])
-@pytest.mark.parametrize("lengths", [[9, 3, 3, 2, 7], [4], [5, 5, 5], [1, 12, 1]])
-def test_packed_sequences_hold_every_example_once(lengths: list[int], in_one: bool) -> None:
-    rows = random_rows(lengths)
-    batch = packed(rows, padding=0, in_one=in_one)
-    assert batch["input_ids"].shape[1] == (sum(lengths) if in_one else max(lengths))
-    found = []
-    for ids, positions, labels in zip(
-        batch["input_ids"].tolist(),
-        batch["positions"].tolist(),
-        batch["labels"].tolist(),
-        strict=True,
-    ):
-        starts = [i for i, position in enumerate(positions) if position == 0]
-        for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            assert positions[begin:end] == list(range(end - begin))
-            found.append((ids[begin:end], labels[begin:end]))
-    expected = [(r["input_ids"], [IGNORED, *r["labels"][1:]]) for r in rows]
-    filled = [(ids, labels) for ids, labels in found if set(ids) != {0}]
-    assert sorted(filled) == sorted(expected)
-    assert all(set(labels) == {IGNORED} for ids, labels in found if set(ids) == {0})
-
-
-def test_bins_are_few() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        lengths = torch.randint(1, 101, (40,), generator=generator).tolist()
-        bins = first_fit_decreasing(lengths, 100)
-        assert sorted(i for chosen in bins for i in chosen) == list(range(40))
-        assert all(sum(lengths[i] for i in chosen) <= 100 for chosen in bins)
-        assert len(bins) <= 11 / 9 * math.ceil(sum(lengths) / 100) + 1  # its guarantee
-
-
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_the_loss_of_packed_examples_is_that_of_padded_ones(family: str) -> None:
-    rows = random_rows([17, 5, 9, 2, 30, 11])
-    found = []
-    for batch in (padded(rows, 0), packed(rows, 0), packed(rows, 0, in_one=True)):
-        model = families.build(family).train()
-        total, count = summed_loss(model, **{"attention_mask": None, **batch})
-        total.backward()
-        gradient = model.get_input_embeddings().weight.grad
-        found.append((total.detach(), count, gradient[1:]))  # of padding there may be rounding
-    for total, count, gradient in found[1:]:
-        assert count == found[0][1]
-        torch.testing.assert_close(total, found[0][0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(gradient, found[0][2], rtol=1e-3, atol=1e-4)
-
-
-def test_a_training_on_packed_examples_is_that_on_padded_ones(
-    pruned: Path, uneven: Path, tmp_path: Path
-) -> None:
-    changes = {"max_length": 128, "batch_size": 8, "micro_batch_size": 8}
-    padding, packing = (
-        run_directly(
-            config(pruned, uneven, tmp_path, packing=choice, **changes), tmp_path / str(choice)
-        )
-        for choice in (False, True)
-    )
-    assert losses(packing) == pytest.approx(losses(padding), rel=1e-4)
-    for name, tensor in adapter(padding).items():
-        torch.testing.assert_close(adapter(packing)[name], tensor, rtol=1e-2, atol=1e-4)
-
-
-def test_a_step_is_the_same_however_uneven_answers_are_shared_out(
-    pruned: Path, tmp_path: Path
-) -> None:
-    """Each label weighs the same in an accumulated batch, as in one forward over all of it."""
-    rows = [{"prompt": "a", "completion": "x" * n} for n in (1, 40, 3, 90, 7, 20, 2, 60)]
-    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
-    found = []
-    for size, packing in ((8, False), (8, True), (1, False), (1, True)):
-        changes = {"batch_size": 8, "micro_batch_size": size, "packing": packing, "steps": 1}
-        folder = run_directly(
-            config(pruned, data, tmp_path, **changes), tmp_path / f"{size}-{packing}"
-        )
-        found.append([lines(folder, key)[0][1] for key in ("loss", "grad_norm")])
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-4)
-
-
-# Held-out examples
-
-
-def test_the_held_out_loss_is_that_of_plain_transformers(
-    pruned: Path, data: Path, tmp_path: Path
-) -> None:
-    rows = [{"prompt": f"{a}*{a}=", "completion": str(a * a)} for a in range(7)]
-    judged = tiny.write_jsonl(tmp_path / "judged.jsonl", rows)
-    settings = config(
-        pruned, data, tmp_path, eval_data=str(judged), eval_every=STEPS, micro_batch_size=2
-    )
-    folder = run_directly(settings, tmp_path / "run")
-    [(step, found)] = lines(folder, "eval_loss")
-    assert step == STEPS
-
-    tokenizer = load_tokenizer(pruned)
-    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(model, str(folder / "adapter")).eval()
-    total = count = 0.0
-    for row in rows:
-        prompt = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer(prompt + row["completion"] + "<|im_end|>\n")["input_ids"]
-        begin = len(tokenizer(prompt)["input_ids"])
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0]
-        total += float(
-            functional.cross_entropy(
-                logits[begin - 1 : -1], torch.tensor(ids[begin:]), reduction="sum"
-            )
-        )
-        count += len(ids) - begin
-    assert found == pytest.approx(total / count, rel=1e-4)
-
-
-def test_the_best_checkpoint_is_kept_and_patience_ends_the_training(
-    pruned: Path, data: Path, tmp_path: Path
-) -> None:
-    """What is judged by contradicts what is learnt, so that its loss soon rises."""
-    wrong = [{"prompt": f"{a}+{a}=", "completion": "none"} for a in range(4)]
-    judged = tiny.write_jsonl(tmp_path / "judged.jsonl", wrong)
-    settings = config(
-        pruned,
-        data,
-        tmp_path,
-        steps=60,
-        eval_data=str(judged),
-        eval_every=3,
-        patience=2,
-        optimiser={"learning_rate": 2e-2, "warmup_steps": 0},
-    )
-    (tmp_path / "work").mkdir()
-    (tmp_path / "adapter").mkdir()
-    summary = train_adapter(settings, tmp_path / "work", tmp_path / "adapter")
-    judgements = lines(tmp_path, "eval_loss")
-    assert [step for step, _ in judgements] == [3 * (i + 1) for i in range(len(judgements))]
-    best = min(judgements, key=lambda row: row[1])
-    assert (summary.best_step, summary.eval_loss) == best
-    assert summary.steps == judgements[-1][0] == best[0] + 2 * 3
-    assert summary.steps < 60
-    checkpoint = tmp_path / "work" / "checkpoints" / f"checkpoint-{best[0]}" / ADAPTER_FILE
-    kept, last = load_file(checkpoint), adapter(tmp_path)
-    assert kept.keys() == last.keys()
-    assert all(torch.equal(kept[name], tensor) for name, tensor in last.items())
-    later = load_file(
-        tmp_path / "work" / "checkpoints" / f"checkpoint-{summary.steps}" / ADAPTER_FILE
-    )
-    assert any(not torch.equal(later[name], tensor) for name, tensor in kept.items())
-
-
-@pytest.mark.slow
-def test_a_killed_training_with_evaluation_ends_bit_equal(
-    pruned: Path, data: Path, tmp_path: Path
-) -> None:
-    """Patience has waited for part of its time when the process is killed."""
-    wrong = tiny.write_jsonl(tmp_path / "judged.jsonl", [{"prompt": "1+1=", "completion": "none"}])
-    settings = config(
-        pruned,
-        data,
-        tmp_path,
-        steps=40,
-        eval_data=str(wrong),
-        eval_every=2,
-        patience=4,
-        lora={"r": 4, "dropout": 0.1},
-        optimiser={"learning_rate": 1e-2, "warmup_steps": 0},
-    )
-    untouched = run_directly(settings, tmp_path / "untouched")
-    folder = tmp_path / "killed"
-    (folder / "work").mkdir(parents=True)
-    (folder / "adapter").mkdir()
-    process = started(settings, folder)
-    best = min(lines(untouched, "eval_loss"), key=lambda row: row[1])[0]
-    wait_for_steps(folder / "work" / METRICS_FILE, (best + 4) * 3 // 2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list((folder / "adapter").iterdir())
-    train_adapter(settings, folder / "work", folder / "adapter")
-    for key in ("loss", "eval_loss"):
-        assert lines(folder, key) == lines(untouched, key)
-    assert all(torch.equal(adapter(folder)[n], t) for n, t in adapter(untouched).items())
-
-
-def test_a_share_held_out_is_judged_by_and_not_learnt_from(
-    pruned: Path, data: Path, tmp_path: Path
-) -> None:
-    settings = config(pruned, data, tmp_path, eval_share=0.3, eval_every=3)
-    folder = run_directly(settings, tmp_path / "run")
-    learnt, judged = (
-        ExampleTable(folder / "work" / name) for name in ("examples.arrow", "held_out.arrow")
-    )
-    assert len(learnt) + len(judged) == 40
-    assert 4 <= len(judged) <= 20
-    rows = [{tuple(table[i]["input_ids"]) for i in range(len(table))} for table in (learnt, judged)]
-    assert not rows[0] & rows[1]  # equal rows, of which there are some, are on the same side
-    assert [step for step, _ in lines(folder, "eval_loss")] == [3, 6]
-
-
-def test_a_share_that_leaves_nothing_is_refused(pruned: Path, tmp_path: Path) -> None:
-    one = tiny.write_jsonl(tmp_path / "one.jsonl", tiny.questions(1))
-    settings = config(pruned, one, tmp_path, eval_share=0.5)
-    with pytest.raises(lr.LoramError, match=r"train.eval_share must leave examples on both sides"):
-        run_directly(settings, tmp_path / "run")
-
-
-def test_evaluations_leave_the_training_as_it_is(pruned: Path, data: Path, tmp_path: Path) -> None:
-    lora = {"r": 4, "dropout": 0.1}
-    without = run_directly(config(pruned, data, tmp_path, lora=lora), tmp_path / "without")
-    judged = config(pruned, data, tmp_path, lora=lora, eval_data=str(data), eval_every=1)
-    assert losses(run_directly(judged, tmp_path / "with")) == losses(without)
-
-
-@pytest.mark.slow
-def test_evaluations_leave_the_training_of_nf4_as_it_is(
-    pruned: Path, data: Path, tmp_path: Path
-) -> None:
-    """On CPUs with AVX512 for bfloat16, bitsandbytes repacks weights at the first evaluation."""
-    quantized = tmp_path / "quantized"
-    lr.quantize(lr.QuantizeConfig(model=pruned, output=quantized))
-    without = run_directly(config(quantized, data, tmp_path), tmp_path / "without")
-    judged = config(quantized, data, tmp_path, eval_data=str(data), eval_every=1)
-    found = run_directly(judged, tmp_path / "with")
-    assert losses(found) == losses(without)
-    last = load_file(found / "work" / "checkpoints" / f"checkpoint-{STEPS}" / ADAPTER_FILE)
-    for name, tensor in adapter(without).items():
-        assert torch.equal(last[name], tensor)
-        if "lora_B" in name:
-            assert tensor.abs().max() > 0, name
-
-    orthogonal = config(quantized, data, tmp_path, lora={"r": 4, "init": "orthogonal"})
-    with pytest.raises(
-        lr.LoramError, match=r"train.lora.init must be default, gaussian or eva on a"
-    ):
-        run_directly(orthogonal, tmp_path / "orthogonal")
-
 
 # Optimisers and precision
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 import loram_ray as lr
@@ -85,3 +86,16 @@ def difference(found: Path, expected: Path) -> float:
     assert left.keys() == right.keys()
     learnt = sum(float(right[name].square().sum()) for name in right if "lora_B" in name)
     return (sum(float((left[n] - right[n]).square().sum()) for n in right) / learnt) ** 0.5
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / ADAPTER_FILE)
+
+
+def lines(folder: Path, key: str) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (folder / "work" / METRICS_FILE).read_text().splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def losses(folder: Path) -> list[float]:
+    return [loss for _, loss in lines(folder, "loss")]
