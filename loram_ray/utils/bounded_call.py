@@ -1,7 +1,7 @@
-"""A call in Python that is ended where it computes for too long, in any thread.
+"""Limit the CPU time of a Python call, in any thread.
 
-Signals reach a process's first thread only. Here another thread looks at the CPU time of those that
-make such a call, and raises an exception in one that has used its share.
+Signals reach a process's main thread only. Instead, a watcher thread checks the CPU time of the
+threads that make such calls, and raises an exception in those that exceed their limit.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import TypeVar
 T = TypeVar("T")
 _INTERVAL = 0.1
 _limits: dict[int, tuple[int, float]] = {}
-"""By thread: its CPU clock, and the time on it at which it is ended."""
+"""CPU clock and time limit on it, by thread."""
 _watcher: threading.Thread | None = None
 
 
 class TooLong(Exception):
-    """A call used more CPU time than it may."""
+    """Raised when a call exceeds its CPU time limit."""
 
 
 class _Ended(BaseException):
-    """Raised in a thread from outside; no handler of the call's own catches it."""
+    """Raised in a thread by the watcher; not an `Exception`, so the call does not handle it."""
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """Call, and end the call where its thread computes for longer.
+    """Call a function and abort it if its thread uses too much CPU time.
 
-    Code in C is ended when it returns to Python.
+    C code is aborted when it returns to Python.
 
     Args:
-        seconds: of CPU time.
-        call: without arguments; not one that calls this function.
+        seconds: Limit of the CPU time in seconds.
+        call: Function without arguments, which must not call this function itself.
 
     Raises:
-        TooLong: it was ended.
+        TooLong: The call was aborted.
     """
     thread = threading.get_ident()
     _watch()
@@ -55,13 +55,13 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _await_the_end() -> None:
-    """Wait for an exception that the watcher has decided to raise."""
+    """Wait for an exception that the watcher is about to raise."""
     while True:
         time.sleep(0.001)
 
 
 def _watch() -> None:
-    """Have a watcher run in this process; a fork has none of its parent's threads."""
+    """Start the watcher unless it runs; a forked process does not inherit its parent's threads."""
     global _watcher
     if _watcher is None or not _watcher.is_alive():
         _watcher = threading.Thread(target=_end_the_slow, name="bounded-calls", daemon=True)

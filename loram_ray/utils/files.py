@@ -1,7 +1,7 @@
-"""Files opened and written so that nothing hangs and nothing else is overwritten.
+"""Open and write files without blocking and without following links.
 
-A FIFO in place of a file blocks whoever opens it, a symbolic link in place of a temporary file or a
-lock has its target truncated. What this package opens by name therefore goes through here.
+Opening a FIFO blocks the caller, and writing to a symbolic link in place of a temporary file or
+lock truncates its target. All files that this package opens by name therefore go through here.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
 )
 _OF_MODELS = (".json", ".jsonl", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt")
-"""Suffixes of the files of a model's directory."""
+"""Suffixes of the files in a model's directory."""
 
 
 def kind_of_file(mode: int) -> str:
-    """What a file of this ``st_mode`` is, in words."""
+    """Describe the file type of an ``st_mode``, e.g. ``a directory``."""
     return next((kind for test, kind in _KINDS if test(mode)), "a file")
 
 
 def open_descriptor(path: Path | str) -> int:
-    """Open a regular file for reading, without waiting for the other end of a FIFO.
+    """Open a regular file for reading; never block on a FIFO.
 
     Returns:
-        A file descriptor, which the caller closes.
+        File descriptor, which the caller must close.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        NotADirectoryError: a parent is no directory.
-        LoramError: it is not a regular file, or cannot be read.
+        FileNotFoundError: The file does not exist.
+        NotADirectoryError: A parent is not a directory.
+        LoramError: The file is not regular, or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -62,21 +62,21 @@ def open_descriptor(path: Path | str) -> int:
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
-    """Open a regular file for reading bytes; raises as `open_descriptor` does."""
+    """Open a regular file for reading bytes; raise as `open_descriptor` does."""
     return io.open(open_descriptor(path), "rb")  # noqa: UP020 - a descriptor, not a path
 
 
 def read_regular(path: Path | str) -> bytes:
-    """Return the bytes of a regular file; raises as `open_descriptor` does."""
+    """Return the bytes of a regular file; raise as `open_descriptor` does."""
     with open_regular(path) as file:
         return file.read()
 
 
 def read_regular_text(path: Path | str) -> str:
-    """Return the UTF-8 text of a regular file; raises as `open_descriptor` does.
+    """Return the UTF-8 text of a regular file; raise as `open_descriptor` does.
 
     Raises:
-        LoramError: also where the file is not UTF-8.
+        LoramError: The file is not UTF-8, not regular, or cannot be read.
     """
     try:
         return read_regular(path).decode()
@@ -85,17 +85,17 @@ def read_regular_text(path: Path | str) -> str:
 
 
 def require_regular_files(directory: Path | str) -> None:
-    """Refuse a directory of a model whose files would block or fail whoever reads them.
+    """Check that the files of a model's directory can be read without blocking.
 
-    Libraries open a model's files by name: weights, configurations, tokenizers, templates.
+    Libraries open a model's weights, configurations, tokenizers and templates by name.
 
     Raises:
-        LoramError: one of them is no regular file, a broken link, or not readable.
+        LoramError: A file is not regular, a broken link, or not readable.
     """
     try:
         with os.scandir(directory) as entries:
             names = [entry.name for entry in entries if Path(entry.name).suffix in _OF_MODELS]
-    except (FileNotFoundError, NotADirectoryError):  # said by who opens a file in it
+    except (FileNotFoundError, NotADirectoryError):  # reported when a file in it is opened
         return
     except OSError as error:
         raise LoramError(
@@ -118,16 +118,16 @@ def require_regular_files(directory: Path | str) -> None:
 
 
 def write_whole(path: Path, content: bytes | str, durably: bool = False) -> None:
-    """Write a file whole or not at all: to a new sibling, which is renamed.
+    """Write a file atomically, through a temporary file that is renamed.
 
     Args:
-        path: the file; a symbolic link or FIFO of this name is replaced, not followed.
-        content: bytes, or text that becomes UTF-8.
-        durably: have it reach the disk before it gets its name.
+        path: Path of the file. A symbolic link or FIFO at this path is replaced, not followed.
+        content: Bytes, or text to encode as UTF-8.
+        durably: Whether to sync the content to disk before the rename.
 
     Raises:
-        LoramError: the name is taken by a directory.
-        OSError: the directory cannot be written.
+        LoramError: The path is a directory.
+        OSError: The parent directory is not writable.
     """
     sibling = path.with_name(f".{path.name}.{os.getpid()}")
     sibling.unlink(missing_ok=True)
@@ -147,14 +147,14 @@ def write_whole(path: Path, content: bytes | str, durably: bool = False) -> None
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, which is made if it is missing; it is never followed or truncated.
+    """Open a lock file and create it if needed; never follow links or truncate.
 
     Returns:
-        A file descriptor, which the caller closes.
+        File descriptor, which the caller must close.
 
     Raises:
-        LoramError: something else has its name.
-        OSError: the directory cannot be written.
+        LoramError: The path is not a regular file.
+        OSError: The parent directory is not writable.
     """
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -176,10 +176,10 @@ def open_lock(path: Path) -> int:
 
 
 def require_directory(path: Path) -> None:
-    """Refuse anything but a directory, or nothing, at a path that is about to become one.
+    """Check that a path is a directory or does not exist.
 
     Raises:
-        LoramError: a file, or a symbolic link, has its name.
+        LoramError: The path is a file or a symbolic link.
     """
     try:
         mode = path.lstat().st_mode
@@ -190,14 +190,14 @@ def require_directory(path: Path) -> None:
 
 
 def make_directory(path: Path, key: str) -> None:
-    """Make a directory that results are written to, with its parents, unless it is there.
+    """Create an output directory and its parents, unless it exists.
 
     Args:
-        path: the directory.
-        key: configuration key or option it was given under, for messages.
+        path: Path of the directory.
+        key: Configuration key or option of the path, for messages.
 
     Raises:
-        LoramError: it cannot be made, or not written to.
+        LoramError: The directory cannot be created or is not writable.
     """
     reason = None
     try:

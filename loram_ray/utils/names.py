@@ -1,4 +1,4 @@
-"""Which names are plain: names of files and folders that stay where they are put."""
+"""Check names of files and directories, and derive safe ones from text."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import unicodedata
 from collections.abc import Iterable
 
 MOST_BYTES = 255
-"""Bytes of a file's name at most, on every file system in use."""
+"""Maximum length of a file name in bytes on common file systems."""
 MOST_BYTES_OF_OUTPUTS = 240
-"""Of a folder that is written: what is put before and behind its name needs the rest."""
+"""Maximum for output directories, which leaves room for prefixes and suffixes."""
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _NOT_IN_SLUGS = re.compile(r"[^A-Za-z0-9._=+-]+")
 _MOST_OF_A_SLUG = 80
 
 
 def is_control(character: str) -> bool:
-    """Whether a character moves the cursor, reorders text, or is no character at all."""
+    """Return whether a character is a control, bidirectional or surrogate character."""
     return (
         unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _BIDIRECTIONAL
     )
 
 
 def fault_of_name(name: object) -> str | None:
-    """Return what a plain file name must be and this one is not, or None.
+    """Return the rule that a file name breaks, in the form ``must be …``, or None.
 
-    A plain name is one part of a path: not empty, not ``.`` or ``..``, without slashes, backslashes
-    and control characters, and at most 255 bytes long.
+    A valid name is one component of a path: not empty, not ``.`` or ``..``, without slashes,
+    backslashes and control characters, and at most 255 bytes long.
     """
     if not isinstance(name, str):
         return "text"
@@ -45,21 +45,21 @@ def fault_of_name(name: object) -> str | None:
 
 
 def is_plain(name: object) -> bool:
-    """Whether a name is plain, see `fault_of_name`."""
+    """Return whether a file name is valid, see `fault_of_name`."""
     return fault_of_name(name) is None
 
 
 def is_inside(path: object) -> bool:
-    """Whether a relative path is made of plain names, so that it stays in its directory."""
+    """Return whether all components of a relative path are valid, so it stays in its directory."""
     return isinstance(path, str) and all(map(is_plain, path.split("/")))
 
 
 def fault_of_output(name: object, taken: Iterable[str] = ()) -> str | None:
-    """Return what the name of a folder that is written must be and this one is not, or None.
+    """Return the rule that the name of an output directory breaks, or None.
 
     Args:
-        name: the folder's name; plain, and neither hidden nor like an option.
-        taken: names of other files in the same place.
+        name: Name of the directory. It must be valid, not hidden, and not look like an option.
+        taken: Names of other files in the same directory.
     """
     fault = fault_of_name(name)
     if fault is not None:
@@ -70,17 +70,17 @@ def fault_of_output(name: object, taken: Iterable[str] = ()) -> str | None:
     if len(name.encode()) > MOST_BYTES_OF_OUTPUTS:
         return f"at most {MOST_BYTES_OF_OUTPUTS} bytes long"
     if folded(name) in map(folded, taken):
-        return f"another than {', '.join(taken)}"
+        return f"different from {', '.join(taken)}"
     return None
 
 
 def folded(name: str) -> str:
-    """The form in which names are equal that some file systems do not tell apart."""
+    """Normalise a name, so names that some file systems do not distinguish become equal."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def first_clash(names: Iterable[str]) -> tuple[str, str] | None:
-    """The first two names that are equal, or differ only by case or Unicode normalisation."""
+    """Return the first two names that differ at most by case or Unicode normalisation, or None."""
     seen: dict[str, str] = {}
     for name in names:
         key = folded(name)
@@ -91,7 +91,7 @@ def first_clash(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def slug(text: str) -> str:
-    """A file name made of any text: readable, plain, and another for another text."""
+    """Convert a text to a valid, readable file name that is unique to the text."""
     plain = _NOT_IN_SLUGS.sub("_", text).lstrip(".-")
     if plain == text and len(plain) <= _MOST_OF_A_SLUG and plain:
         return plain

@@ -1,4 +1,4 @@
-"""Regular expressions from outside, matched within a bounded time."""
+"""Match regular expressions from users within a time limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Self
 from loram_ray.errors import LoramError, shown
 
 SECONDS = 1
-"""CPU time in which all patterns must be matched; a match on paths takes microseconds."""
+"""CPU time limit in seconds for matching all patterns; matching paths takes microseconds."""
 _WALL_SECONDS = 60.0
 _LONGEST = 10_000
 _PLAIN = re.compile(r"[\w.\-^$]*")
@@ -21,7 +21,7 @@ _EXAMPLES = tuple(
     f"model.layers.{'1' * 20}.{name}"
     for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj", "a" * 40, "a_" * 20 + "!")
 )
-"""Paths like those of modules, some longer."""
+"""Typical module paths, and some longer ones."""
 # PEFT's rule: the first pattern that the end of a module's path matches.
 _PROGRAM = """
 import json, re, resource, sys
@@ -30,7 +30,7 @@ resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 compiled = [re.compile(rf"(.*\\.)?({pattern})$") for pattern in patterns]
 any([pattern.match(name) for pattern in compiled for name in names])
 """
-# Texts come with their lengths; a byte goes back. A process that computes for too long is ended.
+# Reads length-prefixed texts and answers with one byte each; a timer kills it if it takes too long.
 _SEARCH = """
 import re, signal, struct, sys
 pattern, seconds = re.compile(sys.argv[1]), float(sys.argv[2])
@@ -45,40 +45,40 @@ while head := sys.stdin.buffer.read(8):
 
 
 def matched(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mapping[str, str]:
-    """The first pattern that matches the end of each module's path, by PEFT's rule.
+    """Return the first pattern that matches the end of each module's path, as PEFT does.
 
     Args:
-        patterns: regular expressions, or module names.
-        modules: full paths of modules.
-        name: where the patterns stand, for messages.
+        patterns: Regular expressions or module names.
+        modules: Full paths of modules.
+        name: Configuration key of the patterns, for messages.
 
     Returns:
-        The pattern of each module that one of them matches.
+        The matching pattern by module, without modules that no pattern matches.
 
     Raises:
-        LoramError: a pattern is no regular expression, or takes too long.
+        LoramError: A pattern is not a valid regular expression, or takes too long.
     """
     fault = fault_of_patterns(patterns, modules)
     if fault is not None:
         raise LoramError(f"{name} must be {fault}")
     compiled = [(pattern, _compiled(pattern)) for pattern in patterns]
-    found = {}
+    matches = {}
     for module in modules:
         pattern = next((given for given, ready in compiled if ready.match(module)), None)
         if pattern is not None:
-            found[module] = pattern
-    return found
+            matches[module] = pattern
+    return matches
 
 
 def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str | None:
-    """Return what patterns must be and these are not, with the remedy, or None.
+    """Return the rule that patterns break, with the remedy, or None.
 
-    Python's expressions cannot be interrupted in every thread and may take longer than anyone
-    lives, so patterns that are more than names are tried in a process that can be ended.
+    Matching can take exponential time and cannot be interrupted in every thread. Patterns other
+    than plain names are therefore tried in a process that can be killed.
 
     Args:
-        patterns: regular expressions, or module names.
-        names: what they will be matched against, besides examples of modules' paths.
+        patterns: Regular expressions or module names.
+        names: Texts to match, besides examples of module paths.
     """
     for pattern in patterns:
         fault = fault_of_expression(pattern)
@@ -86,11 +86,11 @@ def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str
             return fault
     if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
         return None
-    asked = json.dumps([list(patterns), [*names, *_EXAMPLES], SECONDS])
+    request = json.dumps([list(patterns), [*names, *_EXAMPLES], SECONDS])
     command = [sys.executable, "-I", "-c", _PROGRAM]
     try:
         done = subprocess.run(
-            command, input=asked.encode(), capture_output=True, timeout=_WALL_SECONDS
+            command, input=request.encode(), capture_output=True, timeout=_WALL_SECONDS
         )
     except subprocess.TimeoutExpired:
         pass
@@ -104,7 +104,7 @@ def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str
 
 
 def fault_of_expression(pattern: str) -> str | None:
-    """Return what a pattern must be and this one is not, with the remedy, or None."""
+    """Return the rule that a regular expression breaks, with the remedy, or None."""
     if len(pattern) > _LONGEST:
         return f"at most {_LONGEST:,} characters long, got {len(pattern):,}; shorten it"
     try:
@@ -115,14 +115,14 @@ def fault_of_expression(pattern: str) -> str | None:
 
 
 class Search:
-    """A regular expression that is looked for in texts, in a process that can be ended.
+    """Search texts for a regular expression, in a process that can be killed.
 
     Use it as a context manager, which ends the process.
 
     Args:
-        pattern: a regular expression.
-        name: where it stands, for messages.
-        seconds: CPU time for a text, and as much again for each million characters.
+        pattern: Regular expression.
+        name: Configuration key of the pattern, for messages.
+        seconds: CPU time limit per text, plus the same again per million characters.
     """
 
     def __init__(self, pattern: str, name: str, seconds: float = SECONDS) -> None:
@@ -131,14 +131,14 @@ class Search:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def found(self, text: str, place: str) -> bool:
-        """Whether the pattern is found in a text.
+        """Return whether the pattern matches anywhere in a text.
 
         Args:
-            text: any.
-            place: where the text is from, for messages.
+            text: Text to search.
+            place: Origin of the text, for messages.
 
         Raises:
-            LoramError: it takes too long.
+            LoramError: The search takes too long.
         """
         process, data = self._process, text.encode("utf-8", "surrogatepass")
         assert process.stdin is not None and process.stdout is not None

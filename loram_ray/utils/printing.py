@@ -1,4 +1,4 @@
-"""Text made safe to show: no control characters on terminals, no markup, no HTML in Markdown."""
+"""Make text safe to print: escape control characters, markup and HTML in Markdown."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def plain(text: object, keep: str = "") -> str:
-    """Write out what is not to reach a terminal: control characters, lone surrogates.
+    """Escape control characters and lone surrogates, which must not reach a terminal.
 
     Args:
-        text: a name, a path, an answer of a model, another library's error.
-        keep: control characters that stay, e.g. line ends.
+        text: Untrusted text, such as a path, a model's answer or another library's error.
+        keep: Control characters to keep, e.g. line breaks.
     """
     shown = str(text)
     if shown.isascii() and shown.isprintable():
@@ -28,38 +28,38 @@ def plain(text: object, keep: str = "") -> str:
 
 
 def plain_lines(text: object) -> str:
-    """As `plain`, but lines and tabs stay."""
+    """Escape text as `plain` does, but keep line breaks and tabs."""
     return plain(str(text).replace("\r\n", "\n"), keep="\n\t")
 
 
 def without_colours(text: str) -> str:
-    """Text without the escape sequences that set colours."""
+    """Remove the escape sequences that set colours."""
     return _COLOURS.sub("", text)
 
 
 def _written_out(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as paths have them
+    if 0xDC80 <= code <= 0xDCFF:  # a non-UTF-8 byte of a path
         return f"\\x{code - 0xDC00:02x}"
     return repr(character)[1:-1]
 
 
 class PlainConsole(Console):
-    """A console that takes no text for markup or emoji, and shows no control characters of it."""
+    """Console without markup and emoji codes that escapes control characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Turn a string into text, also in cells and titles of tables."""
+        """Convert a string to text, also in cells and titles of tables."""
         return super().render_str(plain_lines(text), **options)
 
 
 def markdown(text: object) -> str:
-    """Text as one line of Markdown without tags, links, formulas and ends of cells."""
+    """Format text as one line of Markdown, with tags, links, formulas and cell ends escaped."""
     return _SPECIAL_IN_MARKDOWN.sub(r"\\\1", " ".join(plain_lines(text).split()))
 
 
 def show(text: object, end: str = "\n") -> None:
-    """Print on standard output what may hold names, paths and texts of others."""
+    """Print untrusted text, such as names and paths, on standard output."""
     print(plain_lines(text), end=end, flush=True)

@@ -332,7 +332,7 @@ def test_tokens_around_a_text_are_bos_and_eos_or_refused(
     ("template", "refusal"),
     [
         ([{"name": "my tools", "template": "{{ x }}"}], r"letters, digits and _ .* 'my tools'"),
-        ("a\ud800", r"tokenizer_config.json must hold Unicode text, got half a pair"),
+        ("a\ud800", r"tokenizer_config.json must hold Unicode text, got a lone surrogate"),
     ],
 )
 def test_a_chat_template_that_gguf_cannot_hold_is_one_line(

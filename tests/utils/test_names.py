@@ -106,7 +106,7 @@ def test_tasks_take_no_bad_name_from_their_files(file: str, tmp_path: Path) -> N
 
 
 def test_tasks_are_not_named_as_the_batchs_own_files(tmp_path: Path) -> None:
-    with pytest.raises(LoramError, match="another than results.json"):
+    with pytest.raises(LoramError, match="different from results.json"):
         tasks_of(batch(tmp_path, name="Results.json"))
 
 

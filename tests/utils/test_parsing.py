@@ -71,7 +71,7 @@ def test_what_is_no_json_document_is_refused(text: str, said: str) -> None:
         ("a: 1\n'a': 2", "got 'a' in lines 1 and 2"),
         ("1: a\n'1': b", "'1' in lines 1 and 2"),
         ("? [a]\n: b", "text as keys, got a list"),
-        ("a: &x [*x]", "must not hold itself"),
+        ("a: &x [*x]", "must not contain itself"),
         ("a: *nowhere", "not valid YAML"),
         (BOMB, "expand"),
         (MERGED, "expand"),

@@ -1,10 +1,10 @@
-"""Text, JSON and YAML from outside: one reader each, which bounds what it reads.
+"""Read untrusted text, JSON and YAML with bounds.
 
-Files that others wrote are read here and nowhere else. A reader opens regular files only, bounds
-size, depth and expansion before it spends time or memory, and refuses what a later step could not
-handle: duplicate keys, numbers that are not finite, text that is not Unicode. Every refusal is a
-`LoramError` of one line that names the file, the rule and the remedy. Values are checked by models
-of ``parsing.documents``, which needs pydantic.
+All files that others wrote are read here. A reader opens regular files only, limits size, depth and
+expansion before it spends time or memory, and rejects what later steps cannot handle: duplicate
+keys, non-finite numbers and invalid Unicode. Each error is a `LoramError` of one line that names
+the file, the rule and the remedy. Values are validated by the models in ``parsing.documents``,
+which needs pydantic.
 """
 
 from loram_ray.utils.parsing.json_text import parse_json, read_json

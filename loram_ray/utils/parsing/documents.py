@@ -1,4 +1,4 @@
-"""What is read of a JSON document, as models with types and bounds."""
+"""Validate JSON documents with typed and bounded models."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 class Document(BaseModel):
-    """What is read of a JSON document: values have the types that are written, others are ignored.
+    """Base class of models for JSON documents, with strict types.
 
-    A subclass declares the keys that are used, with their bounds.
+    A subclass declares the keys that are used, with their bounds; other keys are ignored.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, protected_namespaces=())
 
 
 def bounded(least: int, most: int, **more: Any) -> Any:
-    """A document's number with both bounds."""
+    """Declare a number with a lower and an upper bound."""
     return Field(ge=least, le=most, **more)
 
 
@@ -38,26 +38,26 @@ def read_document(
     remedy: str = "restore the file",
     constants: bool = False,
 ) -> M:
-    """Read a JSON file that a model describes.
+    """Read a JSON file and validate it with a model.
 
     Raises:
-        LoramError: as of `read_json`, or a value breaks a rule of the model.
+        LoramError: The file cannot be read, see `read_json`, or a value breaks a rule of the model.
     """
     data: object = read_json(path, key, remedy=remedy, constants=constants)
     return checked(model, data, named(path, key), remedy=remedy)
 
 
 def checked(model: type[M], data: Any, name: str, *, remedy: str = "restore the file") -> M:
-    """Return a document's values as its model, for JSON that was parsed.
+    """Validate parsed JSON with a model.
 
     Args:
-        model: the keys that are used, with their types and bounds.
-        data: what was parsed.
-        name: what it is, for messages.
-        remedy: what to do where a rule is broken, for messages.
+        model: Model with the keys that are used, their types and bounds.
+        data: Parsed JSON.
+        name: Name of the document, for messages.
+        remedy: Advice to the user, for messages.
 
     Raises:
-        LoramError: the first rule that is broken.
+        LoramError: A value breaks a rule; the message names the first one.
     """
     try:
         return model.model_validate(data)
@@ -68,20 +68,20 @@ def checked(model: type[M], data: Any, name: str, *, remedy: str = "restore the 
 def read_as(
     path: Path | str, kind: type[T], *, remedy: str = "remove it", constants: bool = False
 ) -> T:
-    """Read a JSON file that a run noted something in, as a dataclass or any other type.
+    """Read a JSON file of a run as a dataclass or any other type.
 
     Raises:
-        LoramError: as of `read_json`, or a value has another type.
+        LoramError: The file cannot be read, see `read_json`, or a value has another type.
     """
     data = read_json(path, kind=object, remedy=remedy, constants=constants)
     return as_type(kind, data, str(path), remedy=remedy)
 
 
 def as_type(kind: type[T], data: Any, name: str, *, remedy: str = "restore the file") -> T:
-    """Return JSON that was parsed as a type; see `read_as`.
+    """Convert parsed JSON to a type, see `read_as`.
 
     Raises:
-        LoramError: the first value that has another type.
+        LoramError: A value has another type; the message names the first one.
     """
     try:
         return TypeAdapter(kind).validate_python(data)
@@ -90,7 +90,7 @@ def as_type(kind: type[T], data: Any, name: str, *, remedy: str = "restore the f
 
 
 def _broken(error: ValidationError, name: str, remedy: str) -> LoramError:
-    """The error of the first rule that is broken."""
+    """Return the error for the first broken rule."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     where = f"{name}: {key}" if key else f"{name}:"
@@ -98,7 +98,7 @@ def _broken(error: ValidationError, name: str, remedy: str) -> LoramError:
 
 
 def broken_rule(error: Any) -> str:
-    """The rule that a pydantic error is about, and the value: ``must be …, got …``."""
+    """Format a pydantic error as its rule and the value: ``must be …, got …``."""
     if error["type"] == "missing":
         return "must be given"
     if error["type"] == "value_error":

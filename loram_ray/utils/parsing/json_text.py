@@ -1,4 +1,4 @@
-"""JSON from outside."""
+"""Read untrusted JSON."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def read_json(
     """Read a JSON file.
 
     Args:
-        path: the file.
-        key: configuration key or option it was given under, for messages.
-        kind: type of the whole document: `dict`, `list`, or `object` for any.
-        limit: most bytes that are read.
-        remedy: what to do where it cannot be read, for messages.
-        constants: also accept NaN and Infinity, which Python writes.
+        path: Path of the file.
+        key: Configuration key or option of the path, for messages.
+        kind: Type of the document: `dict`, `list`, or `object` for any.
+        limit: Maximum size in bytes.
+        remedy: Advice to the user if the file cannot be read, for messages.
+        constants: Whether to accept NaN and Infinity, which Python writes.
 
     Raises:
-        LoramError: as of `read_text`, or it is no such JSON.
+        LoramError: The file cannot be read, see `read_text`, or parsed, see `parse_json`.
     """
     data = read_bytes(path, key, limit=limit, remedy=remedy)
     return parse_json(data, named(path, key), kind=kind, remedy=remedy, constants=constants)
@@ -58,18 +58,18 @@ def parse_json(
     remedy: str = "restore the file",
     constants: bool = False,
 ) -> T:
-    """Parse JSON; see `read_json`.
+    """Parse JSON, see `read_json`.
 
     Args:
-        text: the JSON.
-        name: what it is, for messages.
-        kind: type of the whole document.
-        remedy: what to do where it is refused, for messages.
-        constants: also accept NaN and Infinity.
+        text: JSON text.
+        name: Name of the document, for messages.
+        kind: Type of the document.
+        remedy: Advice to the user if the text is rejected, for messages.
+        constants: Whether to accept NaN and Infinity.
 
     Raises:
-        LoramError: it is not JSON, nested deeply, has a key twice, a number that is not finite, or
-            text that is not Unicode.
+        LoramError: The text is not JSON of this type, is nested too deeply, or contains a duplicate
+            key, a non-finite number or invalid Unicode.
     """
     if isinstance(text, bytes):
         text = decode(text, name, remedy)
@@ -92,7 +92,9 @@ def parse_json(
     except RecursionError as error:
         raise too_deep(name, remedy) from error
     except UnicodeEncodeError as error:
-        raise LoramError(f"{name} must hold Unicode text, got half a pair; {remedy}") from error
+        raise LoramError(
+            f"{name} must hold Unicode text, got a lone surrogate; {remedy}"
+        ) from error
     except ValueError as error:
         raise LoramError(f"{name} is not valid JSON ({shown_reason(error)}); {remedy}") from error
     if not isinstance(value, kind):
@@ -102,7 +104,7 @@ def parse_json(
 
 
 class _Duplicate(ValueError):
-    """A key twice in one object."""
+    """Raised for a duplicate key in an object."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -110,10 +112,10 @@ class _Duplicate(ValueError):
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    distinct = dict(pairs)
+    if len(distinct) != len(pairs):
         raise _Duplicate(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
+    return distinct
 
 
 def _integer(digits: str) -> int:
@@ -130,11 +132,11 @@ def _finite(digits: str) -> float:
 
 
 def _no_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _require_shallow(value: Any, text: str) -> None:
-    """Raise RecursionError where lists and objects are nested too deeply."""
+    """Raise RecursionError if lists and objects are nested too deeply."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     level = [value]
@@ -150,7 +152,7 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|\n')
 
 
 def _json_lines(text: str, key: str) -> list[int]:
-    """Lines of the first two places at which an object of a JSON text has the same key."""
+    """Return the lines of the first two occurrences of a duplicate key in one object."""
     stack: list[dict[str, int]] = []
     line, pending = 1, ("", 0)
     for match in _JSON_TOKEN.finditer(text):

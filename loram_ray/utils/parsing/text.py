@@ -1,4 +1,4 @@
-"""Files of text: regular ones, of a bounded size, in UTF-8."""
+"""Read untrusted text files: regular, bounded and UTF-8."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from loram_ray.utils.files import open_regular
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
-"""Lists and dictionaries inside each other; pydantic and json recurse, Python's limit is 1000."""
+"""Maximum nesting of lists and dictionaries; pydantic and json recurse up to Python's limit."""
 MAX_DIGITS = 308
-"""Digits of an integer: more are no float, and Python refuses to convert over 4300."""
+"""Maximum digits of an integer; larger ones overflow a float."""
 
 
 def named(path: Path | str, key: str | None) -> str:
-    """A file as messages name it: the key it was given under, and its path."""
+    """Name a file in messages: by its configuration key, if any, and its path."""
     return str(path) if key is None else f"{key} {path}"
 
 
@@ -29,13 +29,13 @@ def read_bytes(
     """Read a regular file of a bounded size.
 
     Args:
-        path: the file.
-        key: configuration key or option it was given under, for messages.
-        limit: most bytes that are read.
-        remedy: what to do where it cannot be read, for messages.
+        path: Path of the file.
+        key: Configuration key or option of the path, for messages.
+        limit: Maximum size in bytes.
+        remedy: Advice to the user if the file cannot be read, for messages.
 
     Raises:
-        LoramError: it does not exist, cannot be read, is larger, or is no regular file.
+        LoramError: The file does not exist, cannot be read, is too large, or is not regular.
     """
     name = named(path, key)
     try:
@@ -59,19 +59,19 @@ def read_text(
     limit: int = MAX_BYTES,
     remedy: str = "check the file",
 ) -> str:
-    """Read a file of UTF-8 text, without the byte order mark it may begin with.
+    """Read a UTF-8 text file, without a byte order mark.
 
     Raises:
-        LoramError: as of `read_bytes`, or it is not UTF-8.
+        LoramError: The file cannot be read, see `read_bytes`, or is not UTF-8.
     """
     return decode(read_bytes(path, key, limit=limit, remedy=remedy), named(path, key), remedy)
 
 
 def decode(data: bytes, name: str, remedy: str) -> str:
-    """Decode UTF-8, without a byte order mark at the beginning.
+    """Decode UTF-8, without a byte order mark.
 
     Raises:
-        LoramError: it is not UTF-8; the message names the line.
+        LoramError: The data is not UTF-8; the message names the line.
     """
     try:
         return data.decode("utf-8-sig")
@@ -83,7 +83,7 @@ def decode(data: bytes, name: str, remedy: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: none of its characters is half a surrogate pair."""
+    """Return whether a text is valid Unicode, without lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -92,12 +92,12 @@ def is_unicode(text: str) -> bool:
 
 
 def shown_reason(error: BaseException, limit: int = 160) -> str:
-    """What a library's error says, on one line of a bounded length."""
+    """Format a library's error on one line, truncated to ``limit`` characters."""
     line = " ".join(str(error).split()) or type(error).__name__
     line = line.encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit else f"{line[:limit]}…"
 
 
 def too_deep(name: str, remedy: str) -> LoramError:
-    """The error of a document that is nested too deeply."""
+    """Return the error for a document that is nested too deeply."""
     return LoramError(f"{name} must be nested at most {MAX_DEPTH} deep, got more; {remedy}")

@@ -1,4 +1,4 @@
-"""YAML from outside."""
+"""Read untrusted YAML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loram_ray.utils.parsing.text import (
 
 MAX_YAML_BYTES = 2**20
 MAX_ALIASED = 100_000
-"""Nodes of a document that aliases may add to those written out."""
+"""Maximum number of nodes that aliases may add to a document."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
@@ -31,9 +31,9 @@ _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
 class _Loader(_PARSER):  # type: ignore[misc]
-    """YAML in which 4:8 is a pattern and 2024-01-01 is text.
+    """Loader that reads 4:8 and 2024-01-01 as text.
 
-    PyYAML counts to base sixty and makes dates, as YAML 1.1 did.
+    PyYAML follows YAML 1.1, which reads them as a base-60 number and a date.
     """
 
 
@@ -53,30 +53,32 @@ def read_yaml(path: Path | str, key: str | None = None, *, remedy: str = "check 
     """Read a YAML file.
 
     Args:
-        path: the file.
-        key: configuration key or option it was given under, for messages.
-        remedy: what to do where it cannot be read, for messages.
+        path: Path of the file.
+        key: Configuration key or option of the path, for messages.
+        remedy: Advice to the user if the file cannot be read, for messages.
 
     Returns:
-        Dictionaries with text as keys, lists, text, numbers, booleans and None; dates are text.
+        Dictionaries with string keys, lists, strings, numbers, booleans and None. Dates are
+        strings.
 
     Raises:
-        LoramError: as of `read_text`, or as of `parse_yaml`.
+        LoramError: The file cannot be read, see `read_text`, or parsed, see `parse_yaml`.
     """
     text = read_text(path, key, limit=MAX_YAML_BYTES, remedy=remedy)
     return parse_yaml(text, named(path, key))
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse one YAML document; see `read_yaml`.
+    """Parse one YAML document, see `read_yaml`.
 
     Args:
-        text: the YAML.
-        name: what it is, for messages.
+        text: YAML text.
+        name: Name of the document, for messages.
 
     Raises:
-        LoramError: it is not YAML, nested deeply, expands to much more than is written, has a key
-            twice or one that is not text, an absurd number, or a type that is not JSON's.
+        LoramError: The text is not YAML, is nested too deeply, expands too much by aliases, or
+            contains a duplicate key, a key that is not a string, a huge number, or a type that JSON
+            lacks.
     """
     if len(text) > MAX_YAML_BYTES:
         raise LoramError(f"{name} must have at most {MAX_YAML_BYTES:,} characters; shorten it")
@@ -93,13 +95,15 @@ def parse_yaml(text: str, name: str) -> Any:
             loader.dispose()
     except yaml.YAMLError as error:
         raise LoramError(f"{name} is not valid YAML: {_yaml_reason(error)}; fix it") from error
-    except (ValueError, KeyError) as error:  # of a tag such as !!int or !!bool
+    except (ValueError, KeyError) as error:  # from a tag such as !!int or !!bool
         reason = shown_reason(error)
-        raise LoramError(f"{name} is not valid YAML: a tag denies its value ({reason})") from error
+        raise LoramError(
+            f"{name} is not valid YAML: a tag does not match its value ({reason}); fix it"
+        ) from error
 
 
 def comment_in(text: str) -> str | None:
-    """The comment that YAML would cut off a text, from its ``#``, or None."""
+    """Return the comment that YAML would strip from a text, from its ``#`` on, or None."""
     outside, end = [], 0
     for event in _events(text):
         if isinstance(event, yaml.ScalarEvent):
@@ -113,20 +117,20 @@ def comment_in(text: str) -> str | None:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """The events of a text, one at a time: nothing recurses over them."""
+    """Yield the parser's events of a text, without recursion."""
     yield from yaml.parse(text, Loader=_PARSER)
 
 
 def _require_bounded(text: str, name: str) -> None:
-    """Refuse depth, cycles and what aliases add, before anything is composed."""
+    """Reject excessive nesting, cycles and alias expansion before composing nodes."""
     sizes: dict[Any, int] = {}
-    open_: list[tuple[str | None, int]] = []  # anchor and nodes before of each open collection
+    open_: list[tuple[str | None, int]] = []  # open collections: anchor and count of nodes before
     count = aliased = 0
     for event in _events(text):
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_):
                 raise LoramError(
-                    f"{name} must not hold itself, alias *{event.anchor:.40} in line "
+                    f"{name} must not contain itself, alias *{event.anchor:.40} in line "
                     f"{_line(event)} does; write it out"
                 )
             count += sizes.get(event.anchor, 0)
@@ -153,7 +157,7 @@ def _require_bounded(text: str, name: str) -> None:
 
 
 def _require_plain(root: Any, name: str) -> None:
-    """Refuse keys that come twice or are not text, and types and numbers that JSON lacks."""
+    """Reject duplicate and non-string keys, and types and numbers that JSON lacks."""
     for node in _nodes(root):
         where = f"{name}, line {_line(node)},"
         if node.tag not in _TAGS:
@@ -169,7 +173,7 @@ def _require_plain(root: Any, name: str) -> None:
 
 
 def _nodes(root: Any) -> Iterator[Any]:
-    """Every node once."""
+    """Yield every node once."""
     pending, seen = [root], set()
     while pending:
         node = pending.pop()
@@ -202,7 +206,7 @@ def _require_distinct_keys(node: Any, name: str) -> None:
 
 
 def _as_text(key: Any) -> Any:
-    """A key as the text that is written: 7 and yes name keys, too."""
+    """Convert a key to its literal text, so 7 and yes are valid keys."""
     if key.tag in (_MERGE, _TEXT):
         return key
     return yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark)
@@ -212,7 +216,7 @@ def _require_number(node: Any, where: str) -> None:
     text = node.value.replace("_", "").lower()
     if node.tag == _FLOAT:
         absurd = "inf" not in text and _overflows(text)
-    else:  # no key means more than 64 bits
+    else:  # no configuration key needs more than 64 bits
         absurd = len(text) > 66 or abs(_whole(text)) >= 2**64
     if absurd:
         raise LoramError(f"{where} must have numbers of a sensible size, got {shown(node.value)}")
@@ -237,7 +241,7 @@ def _line(node: Any) -> int:
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
-    """A YAML error on one line, without the excerpt, which may be long."""
+    """Format a YAML error on one line, without the excerpt."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None)
     if mark is None or problem is None:
