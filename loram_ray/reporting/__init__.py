@@ -1,1 +1,1 @@
-"""A run, a batch or a comparison as a page that people look at."""
+"""Reports on runs, batches, sweeps and comparisons."""

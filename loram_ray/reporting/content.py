@@ -1,4 +1,4 @@
-"""What a report says of what was found."""
+"""Build the content of a report from a directory's results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOT_SHOWN = ("plan",)
 
 
 def report_on(found: Found) -> Report:
-    """Make the sections that there is something to say in."""
+    """Build the sections that have content."""
     parts = [
         part
         for make in (
@@ -66,12 +66,12 @@ def _box(stage: Stage) -> Box:
 
 
 def _lineage(found: Found) -> Part | None:
-    """Settings and parents of each stage."""
+    """List the settings and inputs of each stage."""
     if not found.stages:
         return None
     digests = {stage.manifest.digest: stage.name for stage in found.stages}
     rows = []
-    part = Part("Configuration and lineage", "Inputs are named where they are in this directory.")
+    part = Part("Configuration and lineage", "Inputs are named if they are in this directory.")
     for stage in found.stages:
         parents = [
             f"{role}: {digests.get(digest, digest[:12])}"

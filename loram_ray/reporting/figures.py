@@ -1,4 +1,4 @@
-"""Plots: each as SVG that takes the page's colours, and as PNG."""
+"""Plots, each as SVG in the page's colours and as PNG."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from loram_ray.estimating.gpus import GPUS
 from loram_ray.utils.names import slug
 from loram_ray.utils.printing import plain
 
-_INK = "#13579b"  # stands for the page's own colour of text
-# Okabe and Ito's colours, which people with any colour vision tell apart.
+_INK = "#13579b"  # placeholder for the page's text colour
+# Okabe and Ito's colours, which are distinguishable with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
-_MARKERS = "osD^vPX*<"  # one more than colours, so that pairs do not come again soon
-_FAR = 1.5  # a perplexity so many times the base's is told beside the plot
+_MARKERS = "osD^vPX*<"  # one more than colours, so pairs repeat late
+_FAR = 1.5  # larger multiples of the base's perplexity are listed in the legend, not plotted
 _POINTS, _BINS = 400, 30
 _MOST_CURVES = 12
 _LONGEST_LABEL = 60
@@ -32,11 +32,11 @@ class Figure:
     """A plot.
 
     Attributes:
-        name: of its file, made of the one that was given.
-        title: what it shows.
-        says: how to read it, in a sentence.
-        svg: with the text's colour as ``currentColor``, without a background.
-        png: on white.
+        name: Name of the file, without suffix.
+        title: Title of the plot.
+        says: Caption of one sentence.
+        svg: SVG without a background, with text in ``currentColor``.
+        png: PNG with a white background.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Curve:
-    """Measurements by step."""
+    """Values of a metric by step."""
 
     name: str
     steps: Sequence[float]
@@ -56,13 +56,13 @@ class Curve:
 
 
 Draw = Callable[[Any], None]
-"""Draws on axes of matplotlib."""
+"""Function that draws on matplotlib axes."""
 
 
 def figure_of(
     name: str, title: str, says: str, draw: Draw, size: tuple[float, float] = (7.0, 3.4)
 ) -> Figure:
-    """Draw a plot twice.
+    """Draw a plot as SVG and PNG.
 
     Raises:
         LoramError: matplotlib is not installed.
@@ -89,7 +89,7 @@ def figure_of(
             "legend.frameon": False,
         }
         with rc_context(settings), warnings.catch_warnings():
-            # a character of a name that the font lacks: PNG has a box for it, SVG the text itself
+            # for characters that the font lacks, PNG shows a box and SVG the text itself
             warnings.filterwarnings("ignore", message=r"Glyph \d+")
             canvas = Canvas(figsize=size, layout="constrained")
             draw(canvas.add_subplot())
@@ -101,26 +101,26 @@ def figure_of(
     svg = drawn(_INK, "svg", transparent=True).decode()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     head, _, rest = svg.partition(">")
-    head = re.sub(r' (?:width|height)="[^"]*"', "", head)  # it is as wide as there is room
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)  # fill the available width
     svg = f"{head}>{rest}"
-    svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg)  # which several plots would share
+    svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg)  # ids would not be unique on the page
     return Figure(slug(name), title, says, svg, drawn("#000000", "png", dpi=150))
 
 
 def _label(text: str) -> str:
-    """Text in a plot: never a formula, never left out of a legend, on one line."""
+    """Format a label on one line, with formulas escaped and leading underscores legend-safe."""
     shown = plain(text)
     if len(shown) > _LONGEST_LABEL:
         shown = f"{shown[: _LONGEST_LABEL - 1]}…"
     return (f" {shown}" if shown.startswith("_") else shown).replace("$", r"\$")
 
 
-def curves(axes: Any, found: Sequence[Curve], label: str, log: bool = False) -> None:
-    """Lines by step; of very many, the middle half and the median instead."""
-    if len(found) > _MOST_CURVES:
-        _bands(axes, found)
+def curves(axes: Any, lines: Sequence[Curve], label: str, log: bool = False) -> None:
+    """Plot curves by step; for many curves, plot the median and the interquartile range."""
+    if len(lines) > _MOST_CURVES:
+        _bands(axes, lines)
     else:
-        for number, curve in enumerate(found):
+        for number, curve in enumerate(lines):
             steps, values = _thinned(curve)
             axes.plot(
                 steps,
@@ -140,7 +140,7 @@ def curves(axes: Any, found: Sequence[Curve], label: str, log: bool = False) -> 
 
 
 def _thinned(curve: Curve) -> tuple[Any, Any]:
-    """At most so many points, the mean of those around each."""
+    """Reduce a curve to at most `_POINTS` points by averaging neighbours."""
     steps, values = numpy.asarray(curve.steps, float), numpy.asarray(curve.values, float)
     if len(steps) <= _POINTS:
         return steps, values
@@ -151,15 +151,15 @@ def _thinned(curve: Curve) -> tuple[Any, Any]:
     )
 
 
-def _bands(axes: Any, found: Sequence[Curve]) -> None:
-    grid = numpy.unique(numpy.concatenate([numpy.asarray(c.steps, float) for c in found]))
+def _bands(axes: Any, lines: Sequence[Curve]) -> None:
+    grid = numpy.unique(numpy.concatenate([numpy.asarray(c.steps, float) for c in lines]))
     if len(grid) > _POINTS:
         grid = numpy.linspace(grid[0], grid[-1], _POINTS)
     rows = numpy.array(
-        [numpy.interp(grid, c.steps, c.values, left=math.nan, right=math.nan) for c in found]
+        [numpy.interp(grid, c.steps, c.values, left=math.nan, right=math.nan) for c in lines]
     )
     low, middle, high = numpy.nanquantile(rows, (0.25, 0.5, 0.75), axis=0)
-    label = f"median of {len(found):,}, and the middle half"
+    label = f"median of {len(lines):,} and interquartile range"
     if len(grid) < 3:
         reach = numpy.array([middle - low, high - middle])
         axes.errorbar(grid, middle, yerr=reach, fmt="o", color=COLOURS[0], capsize=3, label=label)
@@ -169,14 +169,14 @@ def _bands(axes: Any, found: Sequence[Curve]) -> None:
 
 
 def histogram(axes: Any, values: Sequence[float], label: str, unit: str) -> None:
-    """How often a value is."""
+    """Plot a histogram of values."""
     axes.hist(values, bins=min(_BINS, max(len(values) // 2, 5)), color=COLOURS[0])
     axes.set(xlabel=_label(label), ylabel=unit)
     axes.grid(alpha=0.25, axis="y")
 
 
 def memory(axes: Any, peaks: Sequence[tuple[str, float]]) -> None:
-    """Peak memory of stages, in GB, against that of GPUs."""
+    """Plot the peak memory of stages in GB, with the memory of GPUs as lines."""
     names = [_label(name) for name, _ in peaks]
     values = [gigabytes for _, gigabytes in peaks]
     axes.barh(range(len(peaks)), values, color=COLOURS[0], height=0.6)
@@ -193,7 +193,7 @@ def memory(axes: Any, peaks: Sequence[tuple[str, float]]) -> None:
 
 
 def heat(axes: Any, shares: Any, names: tuple[str, str]) -> None:
-    """Shares from 0 to 1: rows and columns of ``shares`` are what the names say."""
+    """Plot a heat map of shares from 0 to 1; ``names`` label the rows and columns."""
     image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=1,
                         interpolation="nearest", origin="lower")  # fmt: skip
     axes.set(ylabel=_label(names[0]), xlabel=_label(names[1]))
@@ -208,7 +208,7 @@ def bars(
     label: str,
     least: float = -math.inf,
 ) -> None:
-    """Values with their errors; bars end at ``least``, and each says its value."""
+    """Plot labelled bars with error bars; bars are clipped at ``least``."""
     values = [value for _, value, _ in rows]
     errors = [0.0 if error is None or value < least else error for _, value, error in rows]
     shown = [max(value, least) for value in values]
@@ -227,7 +227,7 @@ def bars(
 
 
 def dots(axes: Any, rows: Sequence[tuple[str, float, float | None]], label: str) -> None:
-    """Values with their errors, of which ratios count."""
+    """Plot values with error bars on a logarithmic axis."""
     errors = [0.0 if error is None else error for _, _, error in rows]
     axes.errorbar([value for _, value, _ in rows], range(len(rows)), xerr=errors, fmt="o",
                   color=COLOURS[0], ecolor=COLOURS[1], capsize=3)  # fmt: skip
@@ -240,13 +240,13 @@ def dots(axes: Any, rows: Sequence[tuple[str, float, float | None]], label: str)
 
 @dataclass(frozen=True)
 class Point:
-    """A system at a reduction.
+    """Score of a system at a parameter reduction.
 
     Attributes:
-        system: its name.
-        reduction: base parameters through those trained on.
-        value: its score.
-        error: standard deviation, if any.
+        system: Name of the system.
+        reduction: Parameters of the base divided by those of the model trained on.
+        value: Score of the system.
+        error: Standard deviation, if known.
     """
 
     system: str
@@ -256,16 +256,16 @@ class Point:
 
 
 def quality(axes: Any, points: Sequence[Point], label: str, is_perplexity: bool) -> None:
-    """Scores against how much smaller the model is that was trained on.
+    """Plot scores against the parameter reduction of the model trained on.
 
-    Perplexities far above the untouched base's would press all others together: they are told.
+    Perplexities far above the base's would compress the scale and are listed in the legend instead.
     """
-    of_whole = [point.value for point in points if point.reduction == 1]
-    most = _FAR * max(of_whole) if is_perplexity and of_whole else math.inf
+    unreduced = [point.value for point in points if point.reduction == 1]
+    limit = _FAR * max(unreduced) if is_perplexity and unreduced else math.inf
     for number, system in enumerate(dict.fromkeys(point.system for point in points)):
-        of_it = sorted((p for p in points if p.system == system), key=lambda p: p.reduction)
-        shown = [p for p in of_it if p.value <= most]
-        far = ", ".join(f"{p.value:,.4g}" for p in of_it if p.value > most)
+        own = sorted((p for p in points if p.system == system), key=lambda p: p.reduction)
+        shown = [p for p in own if p.value <= limit]
+        far = ", ".join(f"{p.value:,.4g}" for p in own if p.value > limit)
         axes.errorbar(
             [p.reduction for p in shown],
             [p.value for p in shown],

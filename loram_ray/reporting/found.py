@@ -1,4 +1,4 @@
-"""What a directory of results holds, finished or not."""
+"""Collect the results in a directory, finished or not."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from loram_ray.utils.names import is_plain
 
 _DEEPEST = 5
 _OF_MERGED_MODELS = ("evaluate", "export")
-"""Stages that take a merged model, too, which is a base in its own right."""
+"""Stages that also accept a merged model, whose fingerprint differs from the base's."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that is complete.
+    """A complete stage.
 
     Attributes:
-        name: its directory, below that of the report.
-        directory: where it is.
-        manifest: what it says of itself.
+        name: Path of the stage's directory, relative to the report's.
+        directory: Full path of the stage's directory.
+        manifest: Manifest of the stage.
     """
 
     name: str
@@ -39,22 +39,22 @@ class Stage:
 
     @property
     def bytes(self) -> int:
-        """Of its files."""
+        """Total size of the stage's files."""
         return sum(file["bytes"] for file in self.manifest.files.values())
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """Its steps, if it has any."""
+        """Metrics by step; empty for stages without steps."""
         return read_metrics(self.directory / METRICS_FILE)
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A stage that is not complete.
+    """An unfinished stage.
 
     Attributes:
-        name: of the directory that it will be.
-        metrics: its steps so far.
+        name: Path of the stage's future directory, relative to the report's.
+        metrics: Metrics of the steps so far.
     """
 
     name: str
@@ -63,16 +63,16 @@ class Begun:
 
 @dataclass
 class Found:
-    """Results of one kind, of one base.
+    """Results of one command on one base model.
 
     Attributes:
-        root: the directory.
-        kind: what made it.
-        stages: that are complete, oldest first.
-        begun: that are not.
-        rows: of ``results.json``; of a run those of its comparison.
-        claims: of a comparison.
-        finished: whether there is a ``results.json``.
+        root: Directory of the results.
+        kind: Kind of the command that wrote them.
+        stages: Complete stages, oldest first.
+        begun: Unfinished stages.
+        rows: Rows of ``results.json``.
+        claims: Claims of a comparison.
+        finished: Whether ``results.json`` exists.
     """
 
     root: Path
@@ -85,7 +85,7 @@ class Found:
 
     @cached_property
     def metrics_of_tasks(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        """Steps of a batch's tasks, by their names; of other kinds none."""
+        """Names and metrics of a batch's tasks; empty for other kinds."""
         return list(self._metrics_of_tasks()) if self.kind == "batch" else []
 
     def _metrics_of_tasks(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -101,13 +101,13 @@ class Found:
 
 
 def found_in(root: Path) -> Found:
-    """Look through a directory.
+    """Collect the results in a directory.
 
     Raises:
-        LoramError: there is nothing of this package's in it, or results of several bases.
+        LoramError: The directory has no results of this package, or those of several bases.
     """
     if not root.is_dir():
-        raise LoramError(f"DIRECTORY must be one that a command wrote, {root} is none; check it")
+        raise LoramError(f"DIRECTORY must be an existing directory, got {root}; check the path")
     rows, kind = _results(root / RESULTS_FILE)
     found = Found(root, kind or "run", rows=rows, finished=kind is not None)
     if (root / CLAIMS_FILE).exists():
@@ -129,10 +129,10 @@ def found_in(root: Path) -> Found:
         for stage in found.stages
         if stage.manifest.stage not in _OF_MERGED_MODELS
     } - {""}
-    if len(bases) > 1 and kind != "comparison":  # which may have a smaller sibling
+    if len(bases) > 1 and kind != "comparison":  # a comparison may include a smaller sibling
         raise LoramError(
             f"DIRECTORY must hold results of one base, {root} has those of {len(bases)}: "
-            f"{', '.join(sorted(base[:12] for base in bases))}; report on each alone"
+            f"{', '.join(sorted(base[:12] for base in bases))}; report on each separately"
         )
     return found
 
@@ -144,7 +144,7 @@ def _results(path: Path) -> tuple[list[dict[str, Any]], Kind | None]:
 
 
 def _directories(root: Path, deep: int) -> Iterator[tuple[Path, bool]]:
-    """Directories with a manifest, and those in which a stage that is not complete works."""
+    """Yield stage directories with False, and work directories of unfinished stages with True."""
     if (root / MANIFEST_FILE).exists():
         yield root, False
     if deep == 0:
@@ -164,6 +164,6 @@ def _directories(root: Path, deep: int) -> Iterator[tuple[Path, bool]]:
 
 
 def _without_work(name: str) -> str:
-    """``a/.b.work`` is where ``a/b`` is made."""
+    """Return the output directory of a work directory: ``a/b`` for ``a/.b.work``."""
     path = Path(name)
     return str(path.with_name(path.name.removeprefix(".").removesuffix(".work")))

@@ -1,4 +1,4 @@
-"""Sections on what was found: systems, claims, tasks, trials and scores."""
+"""Report sections on results: systems, claims, tasks, trials and scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from loram_ray.studies.comparison_table import (
 
 
 def systems(found: Found) -> Part | None:
-    """What a run or a comparison compares; None where there is nothing to say, as below."""
+    """Show the systems of a run or a comparison; None without content, as for all sections."""
     if found.kind == "run":
         return _rows_of_a_run(found)
     if found.kind != "comparison" or not found.rows:
@@ -40,16 +40,21 @@ def systems(found: Found) -> Part | None:
     )
     scored = [row for row in found.rows if row["mean"] is not None]
     metric = scored[0]["metric"]
-    whole = max((row["model_parameters"] for row in scored), default=0)
+    base_parameters = max((row["model_parameters"] for row in scored), default=0)
     methods = {row["method"] for row in scored} - {None}
-    told = methods if len(methods) > 1 else set()
+    shown_methods = methods if len(methods) > 1 else set()
     for task in dict.fromkeys(row["task"] for row in scored):
         points = [
-            Point(name_of(row["system"]) + (f", {row['method']}" if row["method"] in told else ""),
-                  whole / row["model_parameters"], row["mean"], row["deviation"])
+            Point(
+                name_of(row["system"])
+                + (f", {row['method']}" if row["method"] in shown_methods else ""),
+                base_parameters / row["model_parameters"],
+                row["mean"],
+                row["deviation"],
+            )
             for row in scored
             if row["task"] == task
-        ]  # fmt: skip
+        ]
         label, lower = metric.replace("_", " "), metric.endswith("perplexity")
         part.figures.append(
             figure_of(
@@ -112,10 +117,12 @@ def _rows_of_a_run(found: Found) -> Part | None:
 
 
 def claims(found: Found) -> Part | None:
-    """What became of a comparison's claims."""
+    """Show the outcome of a comparison's claims."""
     if not found.claims:
         return None
-    says = "The better system's advantage over pairs of task and seed, ± half of its 95% interval."
+    says = (
+        "Mean advantage of the better system over pairs of task and seed, ± half its 95% interval."
+    )
     return Part(
         "Claims",
         says,
@@ -124,21 +131,21 @@ def claims(found: Found) -> Part | None:
 
 
 def tasks(found: Found) -> Part | None:
-    """What became of a batch's tasks."""
+    """Show the outcomes of a batch's tasks."""
     if found.kind != "batch" or not found.rows:
         return None
     states = [row["state"] for row in found.rows]
     counted = ", ".join(f"{states.count(state):,} {state}" for state in dict.fromkeys(states))
     part = Part("Tasks", f"{len(states):,} tasks: {counted}.")
     for key, label in (("loss", "last training loss"), ("eval_loss", "held-out loss"),
-                       ("seconds", "seconds a task")):  # fmt: skip
+                       ("seconds", "seconds per task")):  # fmt: skip
         values = [row[key] for row in found.rows if row[key]]
         if len(values) > 1:
             draw = partial(histogram, values=values, label=label, unit="tasks")
             part.figures.append(
                 figure_of(f"tasks-{key}", label.capitalize(), f"Over {len(values):,} tasks.", draw)
             )
-    head = ("task", "state", "steps", "loss", "held-out loss", "seconds", "deaths", "why not")
+    head = ("task", "state", "steps", "loss", "held-out loss", "seconds", "deaths", "reason")
     part.tables.append(
         Table(
             head,
@@ -158,7 +165,7 @@ def tasks(found: Found) -> Part | None:
 
 
 def trials(found: Found) -> Part | None:
-    """What became of a sweep's trials."""
+    """Show the outcomes of a sweep's trials."""
     if found.kind != "sweep" or not found.rows:
         return None
     keys = list(found.rows[0]["values"])
@@ -183,7 +190,7 @@ def trials(found: Found) -> Part | None:
 
 
 def scores(found: Found) -> Part | None:
-    """Each score of evaluations, over those that have it."""
+    """Show each score of the evaluations that have it."""
     if found.kind == "comparison":
         return None
     scored = [stage for stage in found.stages if stage.manifest.stage == "evaluate"]
@@ -194,7 +201,7 @@ def scores(found: Found) -> Part | None:
             if isinstance(value, float) and key != "seconds" and not key.endswith("_stderr"):
                 error = details.get(f"{key}_stderr")
                 by_score.setdefault(key, []).append((stage.name, value, error))
-    for row in found.rows:  # which are shown as systems already
+    for row in found.rows:  # already shown as systems
         for key in row:
             by_score.pop(key, None)
     if not by_score:

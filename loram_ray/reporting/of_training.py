@@ -1,4 +1,4 @@
-"""Sections on how it was made: losses, throughput, memory, what pruning kept, faults."""
+"""Report sections on training: losses, throughput, memory, pruning and restarts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NEURON_BINS = 64
 
 
 def _measured(found: Found, key: str) -> dict[str, list[Curve]]:
-    """Curves of a measurement, by the kind of stage."""
+    """Collect the curves of a metric, by kind of stage."""
     curves_of: dict[str, list[Curve]] = {}
 
     def add(kind: str, name: str, lines: Sequence[dict[str, Any]]) -> None:
@@ -44,8 +44,8 @@ def _measured(found: Found, key: str) -> dict[str, list[Curve]]:
 
 
 def losses(found: Found) -> Part | None:
-    """Losses by step; None where there is nothing to say, as below."""
-    part = Part("Losses", "In nats a token.")
+    """Plot losses by step; None without content, as for all sections."""
+    part = Part("Losses", "In nats per token.")
     keys = {"loss": "training loss", "eval_loss": "held-out loss"}
     for stage in found.stages:
         if stage.manifest.stage == "align":
@@ -61,19 +61,19 @@ def losses(found: Found) -> Part | None:
                 figure_of(
                     f"{key}-{kind}",
                     f"{label.capitalize()}: {kind}",
-                    f"{len(some):,} of them." if len(some) > 1 else some[0].name,
-                    partial(curves, found=some, label=label),
+                    f"{len(some):,} curves." if len(some) > 1 else some[0].name,
+                    partial(curves, lines=some, label=label),
                 )
             )
     return part if part.figures else None
 
 
 def speed(found: Found) -> Part | None:
-    """Tokens and examples a second."""
+    """Plot tokens and examples per second."""
     part = Part("Throughput", "By step.")
     for key, label in (("tokens_per_s", "tokens/s"), ("examples_per_s", "examples/s")):
         for kind, some in _measured(found, key).items():
-            draw = partial(curves, found=some, label=label)
+            draw = partial(curves, lines=some, label=label)
             part.figures.append(
                 figure_of(f"{key}-{kind}", f"{label}: {kind}", "Higher is faster.", draw)
             )
@@ -81,7 +81,7 @@ def speed(found: Found) -> Part | None:
 
 
 def memory(found: Found) -> Part | None:
-    """Peak memory of trainings."""
+    """Plot the peak memory of trainings."""
     peaks = [
         (curve.name, max(curve.values))
         for some in _measured(found, "memory_gb").values()
@@ -93,8 +93,7 @@ def memory(found: Found) -> Part | None:
     figure = figure_of(
         "memory",
         "Peak memory",
-        "Of the GPU where there was one, of the process otherwise; the dashed lines are the next "
-        "larger GPUs.",
+        "Memory of the GPU, or of the process without one. Dashed lines are the next larger GPUs.",
         partial(memory_bars, peaks=shown),
         size=(7.0, 1.0 + 0.3 * len(shown)),
     )
@@ -103,8 +102,8 @@ def memory(found: Found) -> Part | None:
 
 
 def kept(found: Found) -> Part | None:
-    """Heat maps of what pruning kept: one for each plan."""
-    part = Part("What pruning kept", "Layers that were not pruned are whole.")
+    """Plot heat maps of the weights that pruning kept, for each plan."""
+    part = Part("What pruning kept", "Layers that were not pruned are complete.")
     seen = set()
     for stage in found.stages:
         plan = PruningPlan.load_if_any(stage.directory) if stage.manifest.stage == "prune" else None
@@ -127,7 +126,7 @@ def kept(found: Found) -> Part | None:
 
 
 def heats(plan: PruningPlan) -> Iterator[tuple[str, str, Draw]]:
-    """Name, title and drawing of each map of what a plan kept."""
+    """Yield name, title and drawing of each heat map of a plan."""
     geometry = plan.geometry
     if plan.masks is not None:
         kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in plan.masks.shapes))
@@ -152,8 +151,8 @@ def heats(plan: PruningPlan) -> Iterator[tuple[str, str, Draw]]:
         counted = torch.bincount(kept * bins // geometry.intermediate_size, minlength=bins)
         every = torch.arange(geometry.intermediate_size) * bins // geometry.intermediate_size
         experts = units.neurons.shape[0] if units.neurons.dim() == 2 else 1
-        whole = torch.bincount(every, minlength=bins) * experts
-        neurons[layer] = (counted / whole).numpy()
+        total = torch.bincount(every, minlength=bins) * experts
+        neurons[layer] = (counted / total).numpy()
     yield "heads", "KV heads", partial(heat, shares=heads, names=("layer", "KV head"))
     yield (
         "neurons",
@@ -163,12 +162,12 @@ def heats(plan: PruningPlan) -> Iterator[tuple[str, str, Draw]]:
 
 
 def faults(found: Found) -> Part | None:
-    """Restarts that trainings and tasks survived."""
+    """Show the restarts of trainings and tasks."""
     rows = [(stage.name, count) for stage in found.stages if (count := restarts_in(stage.metrics))]
     rows += [(row["name"], row["deaths"]) for row in found.rows if row.get("deaths")]
     if not rows:
         return None
     total = sum(count for _, count in rows)
-    says = f"{total:,} restarts, from the last checkpoint each."
+    says = f"{total:,} restarts, each from the last checkpoint."
     shown = [[name, str(count)] for name, count in rows]
     return Part("Faults survived", says, tables=[Table(("training", "restarts"), shown)])

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of sentences, plots and tables."""
+"""Elements of a report: sections, tables and the stage flow."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?( ?[%a-zA-Z]{0,3})( ± .*)?$")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; numbers are to stand on the right."""
+    """Table of text cells."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     @property
     def numbers(self) -> list[bool]:
-        """Which columns, after the first, are of numbers alone."""
+        """For each column, whether it is numeric and not the first; such columns align right."""
         return [
             place > 0 and any(column) and all(_NUMBER.match(cell) for cell in column if cell)
             for place, column in enumerate(
@@ -35,11 +35,11 @@ class Part:
     """A section of the page.
 
     Attributes:
-        title: of it.
-        says: sentences.
-        figures: plots.
-        tables: of text.
-        folded: named texts that are shown when asked for.
+        title: Title of the section.
+        says: Introductory text.
+        figures: Plots of the section.
+        tables: Tables of the section.
+        folded: Names and texts of collapsed blocks.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Box:
-    """A stage in the flow: its name, and what to say of it."""
+    """A stage in the flow, with a few lines about it."""
 
     name: str
     lines: Sequence[str]
@@ -60,14 +60,14 @@ class Box:
 
 @dataclass
 class Report:
-    """A page.
+    """Content of a report.
 
     Attributes:
-        title: of it.
-        state: complete, or what is missing.
-        facts: names and values.
-        flow: stages in the order in which they ended.
-        parts: sections.
+        title: Title of the page.
+        state: Whether the results are complete, and otherwise what is missing.
+        facts: Names and values of general facts.
+        flow: Stages, in the order in which they ended.
+        parts: Sections of the page.
     """
 
     title: str
@@ -78,14 +78,14 @@ class Report:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def text(value: Any) -> str:
-    """A value in a table; nothing for None."""
+    """Format a value for a table cell; None is empty."""
     if value is None:
         return ""
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

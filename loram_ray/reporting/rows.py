@@ -1,4 +1,4 @@
-"""Rows of ``results.json`` and ``claims.json``, checked before a report is made of them."""
+"""Read and validate the rows of ``results.json`` and ``claims.json`` for a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Number = float | int | None
 
 
 class _Row(BaseModel):
-    """Keys that a report uses, with their types; others stay as they are."""
+    """Keys that a report uses, with their types; other keys are kept unchecked."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -84,10 +84,10 @@ _ROWS: dict[Kind, type[_Row]] = {
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], Kind]:
-    """Read ``results.json``: its rows, and which command wrote it.
+    """Read the rows of ``results.json`` and determine which command wrote it.
 
     Raises:
-        LoramError: it cannot be read, or holds something else.
+        LoramError: The file cannot be read or is invalid.
     """
     written = _read(path)
     if isinstance(written, dict):
@@ -102,13 +102,13 @@ def read_claims(path: Path) -> list[dict[str, Any]]:
     """Read ``claims.json``.
 
     Raises:
-        LoramError: it cannot be read, or holds something else.
+        LoramError: The file cannot be read or is invalid.
     """
     return _checked(path, _read(path), _OfClaims)
 
 
 def _read(path: Path) -> Any:
-    # with the infinite losses of trainings that diverged
+    # constants, as diverged trainings have infinite losses
     return read_json(
         path, kind=object, remedy="run the command that wrote it again", constants=True
     )
@@ -120,13 +120,13 @@ def _checked(path: Path, rows: Any, kind: type[_Row]) -> list[dict[str, Any]]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise _refused(path, f"{where}: {first['msg']}") from error
+        raise _invalid(path, f"{where}: {first['msg']}") from error
     except RecursionError as error:
-        raise _refused(path, "it is nested too deeply") from error
+        raise _invalid(path, "it is nested too deeply") from error
     return list(rows)
 
 
-def _refused(path: Path, reason: str) -> LoramError:
+def _invalid(path: Path, reason: str) -> LoramError:
     return LoramError(
-        f"{path} must be what loram wrote, {reason:.200}; run the command that wrote it again"
+        f"{path} must be as written by loram, {reason:.200}; run the command that wrote it again"
     )

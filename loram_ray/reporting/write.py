@@ -1,4 +1,4 @@
-"""A report as one HTML page without network, as Markdown, and its plots as PNG."""
+"""Write a report as a self-contained HTML page, as Markdown, and its plots as PNG."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def report(directory: Path, output: Path | None = None) -> Path:
-    """Write a page on a run, a batch, a sweep or a comparison, complete or not.
+    """Write a report on a run, a batch, a sweep or a comparison, complete or not.
 
     Args:
-        directory: that such a command wrote, or writes.
-        output: directory for ``report.html``, ``report.md`` and PNG files; default: ``report`` in
-            the directory.
+        directory: Output directory of the command.
+        output: Directory for ``report.html``, ``report.md`` and PNG files. Default: ``report`` in
+            ``directory``.
 
     Returns:
-        The HTML file.
+        Path of the HTML file.
 
     Raises:
-        LoramError: there is nothing to report, results of several bases, or no matplotlib.
+        LoramError: The directory has no results or those of several bases, or matplotlib is not
+            installed.
     """
-    found = report_on(found_in(directory))
+    content = report_on(found_in(directory))
     output = output or directory / "report"
     make_directory(output, "--output")
-    for part in found.parts:
+    for part in content.parts:
         for figure in part.figures:
             write_whole(output / f"{figure.name}.png", figure.png)
-    write_whole(output / TEXT_FILE, as_markdown(found))
-    write_whole(output / PAGE_FILE, as_html(found))
+    write_whole(output / TEXT_FILE, as_markdown(content))
+    write_whole(output / PAGE_FILE, as_html(content))
     return output / PAGE_FILE
 
 
 def as_html(report: Report) -> str:
-    """The page; what results say is escaped."""
+    """Render the report as HTML, with text from results escaped."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
     )
@@ -52,17 +53,17 @@ def as_html(report: Report) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """What an expression in the page becomes; markup stays, text has no control characters."""
+    """Escape control characters in a template value; keep markup."""
     return plain_lines(value) if type(value) is str else value
 
 
 def as_markdown(report: Report) -> str:
-    """The page as Markdown, with its plots as PNG files beside it; what results say is escaped."""
+    """Render the report as Markdown that refers to the PNG files, with text escaped."""
     lines = [f"# {markdown(report.title)}", "", f"State: {markdown(report.state)}.", ""]
     lines += [f"- {markdown(name)}: {markdown(value)}" for name, value in report.facts]
     if report.flow:
         flow = [[box.name, " · ".join(box.lines)] for box in report.flow]
-        lines += ["", markdown_table(("stage", "what it made"), flow)]
+        lines += ["", markdown_table(("stage", "output"), flow)]
     for part in report.parts:
         lines += ["", f"## {markdown(part.title)}", ""]
         lines += [markdown(part.says), ""] if part.says else []
