@@ -219,7 +219,7 @@ EXEMPT = [
     r"95% interval",
     # versions
     r"\b(?:Python|Llama 2 and|Qwen2 and|bitsandbytes|Linux|KubeRay|YAML)\s\d\.\d+",
-    r"\bPython\s3\.11, 3\.12 and 3\.13",
+    r"\bPython\s3\.11, 3\.12 (?:and|or) 3\.13",
     r"arXiv 2502\.13533",
     # the paper's figures, and those of other people's software and machines
     r"3\.95x and, nominally, 15\.81x",
