@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.base import OptimiserConfig, Precision, Section
+from loram_ray.config.base import Free, Identified, OptimiserConfig, Precision, Section
 from loram_ray.config.corpus import CorpusConfig
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -16,53 +16,53 @@ Offload = Literal["none", "cpu", "nvme"]
 class DistillationConfig(Section):
     """Distillation of the base into the pruned model."""
 
-    targets: Literal["cached", "live"] = Field(
+    targets: Identified[Literal["cached", "live"]] = Field(
         "cached",
         description="Source of the targets. 'cached' computes the base's most likely tokens once "
         "and stores them beside the output; 'live' runs the base beside the pruned model during "
         "training.",
     )
-    top_k: int = Field(
+    top_k: Identified[int] = Field(
         64, ge=1, description="Number of tokens to store per position, for cached targets."
     )
-    temperature: float = Field(
+    temperature: Identified[float] = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
         description="Softmax temperature of the base's and the pruned model's distributions.",
     )
-    causal_lm_weight: float = Field(
+    causal_lm_weight: Identified[float] = Field(
         0.0,
         ge=0,
         le=1,
         description="Weight of the causal-LM loss, from 0 to 1; the distillation loss has the "
         "rest.",
     )
-    hidden_layers: tuple[int, ...] = Field(
+    hidden_layers: Identified[tuple[int, ...]] = Field(
         (),
         description="Indices of layers whose outputs must also match the base's, for live targets.",
     )
-    hidden_weight: float = Field(
+    hidden_weight: Identified[float] = Field(
         1.0,
         ge=0,
         allow_inf_nan=False,
         description="Weight of the relative squared error of the hidden_layers' outputs.",
     )
-    workers: int | None = Field(
+    workers: Free[int | None] = Field(
         None,
         ge=1,
         description="Number of Ray actors that compute cached targets. Default: as many as fit on "
         "the training workers' GPUs.",
     )
-    gpus_per_worker: int = Field(
+    gpus_per_worker: Free[int] = Field(
         1,
         ge=1,
         description="Number of GPUs that one actor distributes the base over, for cached targets.",
     )
-    batch_size: int = Field(
+    batch_size: Free[int] = Field(
         8, ge=1, description="Sequences per forward pass of the base, for cached targets."
     )
-    stream_rows: int | None = Field(
+    stream_rows: Free[int | None] = Field(
         None,
         ge=1,
         description="Run the base layer by layer over this many sequences at a time, with their "
@@ -88,127 +88,129 @@ class DistillationConfig(Section):
 class AlignConfig(Section):
     """Align a pruned model by continual pre-training on Ray Train and DeepSpeed."""
 
-    pruned: Path = Field(description="Directory of the pruned model, as written by prune.")
-    output: Path = Field(description="Directory to write the aligned model to.")
-    corpus: CorpusConfig
-    prepared: Path | None = Field(
+    pruned: Free[Path] = Field(description="Directory of the pruned model, as written by prune.")
+    output: Free[Path] = Field(description="Directory to write the aligned model to.")
+    corpus: Free[CorpusConfig]
+    prepared: Free[Path | None] = Field(
         None,
         description="Directory for the packed corpus and the base's targets, which alignments on "
         "the same corpus can share. Default: beside the output.",
     )
-    isolate_documents: bool = Field(
+    isolate_documents: Identified[bool] = Field(
         False, description="Mask attention between documents that are packed into one sequence."
     )
-    objective: Literal["causal_lm", "distillation"] = Field(
+    objective: Identified[Literal["causal_lm", "distillation"]] = Field(
         "distillation",
         description="Training objective. 'distillation' matches the base's predictions on the "
         "corpus; 'causal_lm' predicts the next token of the corpus, as in the paper.",
     )
-    base: str | None = Field(
+    base: Free[str | None] = Field(
         None,
         description="Base model that was pruned: a directory or a Hugging Face Hub id. Required "
         "for distillation.",
     )
-    distillation: DistillationConfig = DistillationConfig()
-    steps: int | None = Field(
+    distillation: Free[DistillationConfig] = DistillationConfig()
+    steps: Free[int | None] = Field(
         None,
         ge=1,
         description="Number of optimiser steps. Default: as many as tokens requires, or 1600.",
     )
-    tokens: int | None = Field(
+    tokens: Free[int | None] = Field(
         None,
         ge=1,
         description="Number of tokens to train on, instead of steps; rounded up to a full step.",
     )
-    max_hours: float | None = Field(
+    max_hours: Identified[float | None] = Field(
         None,
         gt=0,
         description="Time limit in hours. Training stops after the step that reaches it, and the "
         "model is written.",
     )
-    batch_size: int = Field(
+    batch_size: Identified[int] = Field(
         128, ge=1, description="Sequences per optimiser step, over all workers."
     )
-    micro_batch_size: int = Field(
+    micro_batch_size: Free[int] = Field(
         4, ge=1, description="Sequences per forward pass of one worker; must divide batch_size."
     )
-    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
-    workers: int = Field(
+    optimiser: Identified[OptimiserConfig] = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
+    workers: Free[int] = Field(
         1, ge=1, description="Number of Ray Train workers, with one GPU each if there are GPUs."
     )
-    min_workers: int | None = Field(
+    min_workers: Free[int | None] = Field(
         None,
         ge=1,
         description="Minimum number of workers to continue with while nodes are lost. Default: "
         "wait for all workers.",
     )
-    cpus_per_worker: int = Field(1, ge=1, description="Number of CPUs per worker.")
-    precision: Precision = Field("bf16", description="Data type of weights and activations.")
-    frozen: tuple[Literal["lm_head", "embeddings", "norms"], ...] = Field(
+    cpus_per_worker: Free[int] = Field(1, ge=1, description="Number of CPUs per worker.")
+    precision: Identified[Precision] = Field(
+        "bf16", description="Data type of weights and activations."
+    )
+    frozen: Identified[tuple[Literal["lm_head", "embeddings", "norms"], ...]] = Field(
         ("lm_head",),
         description="Parameters to freeze, and those tied to them. The paper freezes lm_head.",
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Free[bool] = Field(
         False,
         description="Store only the input of each layer for the backward pass. Saves memory for "
         "about a third more computation.",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage.")
-    offload_optimiser: Offload = Field(
+    zero_stage: Identified[Literal[0, 1, 2, 3]] = Field(1, description="DeepSpeed ZeRO stage.")
+    offload_optimiser: Free[Offload] = Field(
         "none", description="Device to offload optimiser states to; 'nvme' requires zero_stage 3."
     )
-    offload_parameters: Offload = Field(
+    offload_parameters: Free[Offload] = Field(
         "none", description="Device to offload partitioned weights to; requires zero_stage 3."
     )
-    offload_folder: Path | None = Field(
+    offload_folder: Free[Path | None] = Field(
         None, description="Directory on a fast disk for offloading to 'nvme'."
     )
-    deepspeed: Path | None = Field(
+    deepspeed: Free[Path | None] = Field(
         None,
         description="Path of your own DeepSpeed JSON configuration. Its keys take precedence, "
         "except for those set by other keys of this section, which it may omit or repeat.",
     )
-    evaluate_every: int | None = Field(
+    evaluate_every: Free[int | None] = Field(
         None,
         ge=1,
         description="Steps between evaluations on the sources' held-out documents, with one before "
         "the first step. Default: no evaluation.",
     )
-    evaluate_sequences: int = Field(
+    evaluate_sequences: Free[int] = Field(
         256, ge=1, description="Maximum number of held-out sequences to evaluate per source."
     )
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+    trackers: Free[tuple[Literal["tensorboard", "wandb", "mlflow"], ...]] = Field(
         (),
         description="Experiment trackers to log to, besides metrics.jsonl and Ray's metrics.",
     )
-    peak_tflops: float | None = Field(
+    peak_tflops: Free[float | None] = Field(
         None,
         gt=0,
         description="Peak TFLOPS of one worker's device, to compute MFU. Default: looked up for "
         "common GPUs.",
     )
-    log_rows: bool = Field(
+    log_rows: Free[bool] = Field(
         False, description="Write the row ids of each step's sequences to rows.jsonl."
     )
-    checkpoint_every: int = Field(
+    checkpoint_every: Free[int] = Field(
         100,
         ge=1,
         description="Steps between checkpoints. A preemption notice also triggers a checkpoint.",
     )
-    keep_checkpoints: int = Field(
+    keep_checkpoints: Free[int] = Field(
         2, ge=1, description="Number of checkpoints to keep during training."
     )
-    staging_folder: Path | None = Field(
+    staging_folder: Free[Path | None] = Field(
         None,
         description="Directory on each worker's local disk for checkpoints that are being copied "
         "to the output while training continues. Default: the system's temporary directory.",
     )
-    max_failures: int = Field(
+    max_failures: Free[int] = Field(
         3,
         ge=0,
         description="Number of worker failures to tolerate; preempted nodes are not counted.",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the data order.")
+    seed: Identified[int] = Field(0, ge=0, lt=2**32, description="Seed of the data order.")
 
     @property
     def total_steps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,10 +13,27 @@ from loram_ray.addresses import problem_with
 from loram_ray.utils.parsing import is_unicode
 
 Precision = Literal["bf16", "fp32"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class InIdentity:
+    """Marks whether a key is part of the identity of what a stage writes with its section."""
+
+    value: bool
+
+
+Identified = Annotated[_T, InIdentity(True)]
+"""Type of a key that another result follows from: the output with another value is another one."""
+Free = Annotated[_T, InIdentity(False)]
+"""Type of a key that may differ in a second call, or whose content a digest identifies instead."""
 
 
 class Section(BaseModel):
     """Immutable configuration section that rejects unknown keys."""
+
+    has_identity: ClassVar[bool] = True
+    """Whether its keys are marked as `Identified` or `Free`."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
@@ -46,6 +63,10 @@ class Section(BaseModel):
             _refuse_credentials(key, getattr(self, key))
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """Return the section without its free keys, and without those of sections in it."""
+        return self.model_dump(mode="json", exclude=_free_keys(self))
+
 
 @dataclass(frozen=True)
 class GeneratedText:
@@ -70,6 +91,8 @@ class KeysOf:
 class RayConfig(Section):
     """Connection to Ray."""
 
+    has_identity = False
+
     address: str = Field(
         "local",
         description="Address of the Ray cluster, as host:port or ray://host:port. 'local' starts "
@@ -91,13 +114,32 @@ class RayConfig(Section):
 class OptimiserConfig(Section):
     """AdamW optimiser and learning-rate schedule."""
 
-    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    warmup_steps: int = Field(0, ge=0, description="Number of linear warm-up steps.")
-    schedule: Literal["cosine", "constant"] = Field(
+    learning_rate: Identified[float] = Field(
+        5e-5, gt=0, allow_inf_nan=False, description="Peak learning rate."
+    )
+    warmup_steps: Identified[int] = Field(0, ge=0, description="Number of linear warm-up steps.")
+    schedule: Identified[Literal["cosine", "constant"]] = Field(
         "cosine", description="Learning-rate schedule after the warm-up."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm for clipping.")
+    weight_decay: Identified[float] = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: Identified[float] = Field(
+        1.0, gt=0, description="Maximum gradient norm for clipping."
+    )
+
+
+def _free_keys(value: Any) -> dict[Any, Any]:
+    """Return the free keys of the sections in a value, as pydantic's ``exclude`` takes them."""
+    found: dict[Any, Any] = {}
+    if isinstance(value, Section):
+        for key, field in type(value).model_fields.items():
+            if InIdentity(False) in field.metadata:
+                found[key] = True
+            elif inner := _free_keys(getattr(value, key)):
+                found[key] = inner
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        found = {key: inner for key, item in items if (inner := _free_keys(item))}
+    return found
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -17,6 +17,8 @@ OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failur
 class TaskConfig(Section):
     """One task, or several: one for each file of a glob and each combination of a grid."""
 
+    has_identity = False
+
     name: str | None = Field(
         None, description="of its directory; default: the data file's, with the grid's values"
     )
@@ -40,6 +42,8 @@ class TaskConfig(Section):
 
 class BatchConfig(Section):
     """batch: many tasks over one model become an adapter each."""
+
+    has_identity = False
 
     model: Path = Field(description="directory: pruned, aligned, quantised or base")
     output: Path = Field(description="directory to write, with one for each task")

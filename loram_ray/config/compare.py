@@ -24,6 +24,8 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
 class ComparedTask(Section):
     """A fine-tuning task: what is learnt from, and what is scored."""
 
+    has_identity = False
+
     data: str = Field(description="rows as train takes them")
     held_out: str = Field(description="rows that are not learnt from, for evaluate.data")
 
@@ -33,6 +35,8 @@ class CompareConfig(Section):
 
     The sections prune, align, train and evaluate of the run file say how each is made and scored.
     """
+
+    has_identity = False
 
     base: str = Field(description="base model: a directory of safetensors or a hub id")
     output: Path = Field(description="directory to write, with one for each stage")

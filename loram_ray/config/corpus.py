@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import Section
+from loram_ray.config.base import Free, Identified, Section
 from loram_ray.utils.names import is_control
 from loram_ray.utils.patterns import fault_of_expression
 
@@ -16,13 +16,13 @@ from loram_ray.utils.patterns import fault_of_expression
 class TextSource(Section):
     """Text files of one source."""
 
-    path: str = Field(
+    path: Free[str] = Field(
         min_length=1,
         description="Path of a file, a directory, a glob pattern or a dataset saved with "
         "save_to_disk: local, s3://, gs:// or hf://datasets/org/name. Formats: .jsonl and .txt "
         "(also .gz and .zst), .json.gz, .json.zst, .parquet and .arrow.",
     )
-    text_field: str = Field(
+    text_field: Free[str] = Field(
         "text", description="Name of the field that holds the document; not used for .txt."
     )
 
@@ -36,14 +36,16 @@ class TextSource(Section):
 class FilterConfig(Section):
     """Filters that select the documents of a source."""
 
-    min_characters: int = Field(0, ge=0, description="Minimum length of a document in characters.")
-    max_characters: int | None = Field(
+    min_characters: Identified[int] = Field(
+        0, ge=0, description="Minimum length of a document in characters."
+    )
+    max_characters: Identified[int | None] = Field(
         None, ge=1, description="Maximum length of a document in characters. Default: unlimited."
     )
-    keep: str | None = Field(
+    keep: Identified[str | None] = Field(
         None, description="Regular expression; documents that do not match are dropped."
     )
-    drop: str | None = Field(
+    drop: Identified[str | None] = Field(
         None, description="Regular expression; documents that match are dropped."
     )
 
@@ -73,22 +75,22 @@ class FilterConfig(Section):
 class SourceConfig(TextSource):
     """One source of a training corpus."""
 
-    name: str | None = Field(
+    name: Identified[str | None] = Field(
         None,
         min_length=1,
         description="Name of the source in logs and metrics. Default: derived from the path.",
     )
-    weight: float | None = Field(
+    weight: Identified[float | None] = Field(
         None,
         allow_inf_nan=False,
         description="Share of the training rows, relative to the other sources' weights (the "
         "paper: 0.5 web text, 0.25 code, 0.25 mathematics). Default: proportional to the sources' "
         "sizes.",
     )
-    filters: FilterConfig = Field(
+    filters: Identified[FilterConfig] = Field(
         default=FilterConfig(), description="Filters that select documents."
     )
-    held_out: float = Field(
+    held_out: Identified[float] = Field(
         0.0,
         ge=0,
         lt=1,
@@ -119,9 +121,11 @@ class SourceConfig(TextSource):
 class TextConfig(Section):
     """Text that is packed into sequences."""
 
-    sources: tuple[TextSource, ...] = Field(min_length=1, description="Sources of the text.")
-    sequence_length: int = Field(512, ge=8, description="Length of a packed sequence in tokens.")
-    max_bad_share: float = Field(
+    sources: Free[tuple[TextSource, ...]] = Field(min_length=1, description="Sources of the text.")
+    sequence_length: Identified[int] = Field(
+        512, ge=8, description="Length of a packed sequence in tokens."
+    )
+    max_bad_share: Identified[float] = Field(
         0.01,
         ge=0,
         le=1,
@@ -137,13 +141,17 @@ class TextConfig(Section):
 class CorpusConfig(TextConfig):
     """Training corpus of alignment."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Sources of the text.")
-    deduplicate: bool = Field(
+    sources: Free[tuple[SourceConfig, ...]] = Field(
+        min_length=1, description="Sources of the text."
+    )
+    deduplicate: Identified[bool] = Field(
         False,
         description="Keep only the first of identical documents across all sources. The sources "
         "are read twice.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the selection of held-out documents.")
+    seed: Identified[int] = Field(
+        0, ge=0, lt=2**63, description="Seed of the selection of held-out documents."
+    )
 
     @model_validator(mode="after")
     def _sources_fit_together(self) -> Self:

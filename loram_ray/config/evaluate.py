@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import GeneratedText, Precision, Section
+from loram_ray.config.base import Free, GeneratedText, Identified, Precision, Section
 from loram_ray.config.corpus import TextConfig
 
 _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
@@ -16,12 +16,12 @@ _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 class _Benchmark(Section):
     """Keys of all benchmarks."""
 
-    name: str = Field(
+    name: Identified[str] = Field(
         "",
         pattern=r"^[\w.+=-]*$",
         description="Name of the benchmark in scores. Default: the name of the data file.",
     )
-    limit: int | None = Field(
+    limit: Identified[int | None] = Field(
         None, ge=1, description="Use only the first items, up to this number. Default: all."
     )
 
@@ -29,19 +29,23 @@ class _Benchmark(Section):
 class _Prompted(_Benchmark):
     """Keys of benchmarks that prompt the model with rows of a file."""
 
-    data: str = Field(description="Rows with named columns: a file, a directory or a glob pattern.")
-    prompt: str = Field(
+    data: Free[str] = Field(
+        description="Rows with named columns: a file, a directory or a glob pattern."
+    )
+    prompt: Identified[str] = Field(
         "Question: {question}\nAnswer:",
         description="Template of the prompt; {NAME} is replaced by the row's column NAME.",
     )
-    chat: bool = Field(False, description="Send the prompt as a user message in the chat template.")
-    shots: int = Field(
+    chat: Identified[bool] = Field(
+        False, description="Send the prompt as a user message in the chat template."
+    )
+    shots: Identified[int] = Field(
         0, ge=0, description="Number of few-shot examples before each question, from shots_from."
     )
-    shots_from: str | None = Field(
+    shots_from: Free[str | None] = Field(
         None, description="Rows for few-shot examples, in the columns of data."
     )
-    shots_seed: int | None = Field(
+    shots_seed: Identified[int | None] = Field(
         None, ge=0, description="Seed to draw few-shot examples with. Default: use the first rows."
     )
 
@@ -58,11 +62,11 @@ class _Prompted(_Benchmark):
 class PerplexityBenchmark(_Benchmark):
     """Perplexity of answers or of plain text, e.g. of another domain."""
 
-    kind: Literal["perplexity"]
-    data: str | None = Field(
+    kind: Identified[Literal["perplexity"]]
+    data: Free[str | None] = Field(
         None, description="Rows in the formats of train.data, to measure the answers' perplexity."
     )
-    text: TextConfig | None = Field(
+    text: Free[TextConfig | None] = Field(
         None, description="Plain text, to measure the perplexity of all its tokens."
     )
 
@@ -76,30 +80,30 @@ class PerplexityBenchmark(_Benchmark):
 class ChoiceBenchmark(_Prompted):
     """Multiple choice by log-likelihood: ARC, HellaSwag, PIQA, OpenBookQA, MathQA, MMLU."""
 
-    kind: Literal["choice"]
-    choices: str = Field(
+    kind: Identified[Literal["choice"]]
+    choices: Identified[str] = Field(
         "choices",
         description="Column of the choices: a list of texts, or {text: [...], label: [...]}.",
     )
-    answer: str = Field(
+    answer: Identified[str] = Field(
         "answer",
         description="Column of the correct choice: its text, its label, or its index from 0.",
     )
-    delimiter: str = Field(" ", description="Text between the prompt and a choice.")
+    delimiter: Identified[str] = Field(" ", description="Text between the prompt and a choice.")
 
 
 class GenerationBenchmark(_Prompted):
     """Generated answers, scored by exact match and by their last number (GSM8K)."""
 
-    kind: Literal["generation"]
-    answer: str = Field("answer", description="Column of the reference answer.")
-    delimiter: str = Field(
+    kind: Identified[Literal["generation"]]
+    answer: Identified[str] = Field("answer", description="Column of the reference answer.")
+    delimiter: Identified[str] = Field(
         " ", description="Text between the prompt and the answer of a few-shot example."
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Identified[int] = Field(
         256, ge=1, description="Maximum length of a generated answer in tokens."
     )
-    stop: Annotated[tuple[str, ...], GeneratedText()] = Field(
+    stop: Identified[Annotated[tuple[str, ...], GeneratedText()]] = Field(
         ("Question:", "\n\n\n"), description="Strings that end an answer, unless chat is set."
     )
 
@@ -107,30 +111,32 @@ class GenerationBenchmark(_Prompted):
 class CodeBenchmark(_Benchmark):
     """Generated programs, scored by their tests in a sandbox (HumanEval, pass@k)."""
 
-    kind: Literal["code"]
-    data: str = Field(
+    kind: Identified[Literal["code"]]
+    data: Free[str] = Field(
         description="Problems in HumanEval's format, with columns prompt, test and entry_point."
     )
-    samples: int = Field(
+    samples: Identified[int] = Field(
         1, ge=1, description="Number of programs per problem; 1 is decoded greedily."
     )
-    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    pass_at: Identified[tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         (1,), min_length=1, description="Values of k for pass@k, each at most samples."
     )
-    temperature: float = Field(
+    temperature: Identified[float] = Field(
         0.8, gt=0, description="Sampling temperature, with more than one sample."
     )
-    top_p: float = Field(
+    top_p: Identified[float] = Field(
         0.95, gt=0, le=1, description="Cumulative probability of nucleus sampling."
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Identified[int] = Field(
         512, ge=1, description="Maximum length of a generated program in tokens."
     )
-    stop: Annotated[tuple[str, ...], GeneratedText()] = Field(
+    stop: Identified[Annotated[tuple[str, ...], GeneratedText()]] = Field(
         _HUMAN_EVAL_STOPS, description="Strings that end a program."
     )
-    seconds: float = Field(10.0, gt=0, description="Time limit of a program in seconds.")
-    memory_mb: int = Field(1024, ge=64, description="Memory limit of a program in MB.")
+    seconds: Identified[float] = Field(
+        10.0, gt=0, description="Time limit of a program in seconds."
+    )
+    memory_mb: Identified[int] = Field(1024, ge=64, description="Memory limit of a program in MB.")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> CodeBenchmark:
@@ -145,15 +151,19 @@ class CodeBenchmark(_Benchmark):
 class GymBenchmark(_Benchmark):
     """A generated reasoning-gym data set, scored by its own scorer."""
 
-    kind: Literal["reasoning_gym"]
-    dataset: str = Field(description="Name of the reasoning-gym data set, e.g. chain_sum.")
-    size: int = Field(100, ge=1, description="Number of questions to generate.")
-    seed: int = Field(0, ge=0, description="Seed of the generated questions.")
-    options: dict[str, Any] = Field({}, description="Options of the data set, e.g. min_terms.")
-    chat: bool = Field(
+    kind: Identified[Literal["reasoning_gym"]]
+    dataset: Identified[str] = Field(
+        description="Name of the reasoning-gym data set, e.g. chain_sum."
+    )
+    size: Identified[int] = Field(100, ge=1, description="Number of questions to generate.")
+    seed: Identified[int] = Field(0, ge=0, description="Seed of the generated questions.")
+    options: Identified[dict[str, Any]] = Field(
+        {}, description="Options of the data set, e.g. min_terms."
+    )
+    chat: Identified[bool] = Field(
         True, description="Send the question as a user message in the chat template."
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Identified[int] = Field(
         256, ge=1, description="Maximum length of a generated answer in tokens."
     )
 
@@ -167,16 +177,16 @@ Benchmark = Annotated[
 class HarnessConfig(Section):
     """Tasks of lm-eval (lm-evaluation-harness), run with this package's forward passes."""
 
-    tasks: tuple[str, ...] = Field(
+    tasks: Identified[tuple[str, ...]] = Field(
         min_length=1, description="Names of lm-eval tasks, e.g. gsm8k_cot."
     )
-    shots: int | None = Field(
+    shots: Identified[int | None] = Field(
         None, ge=0, description="Number of few-shot examples. Default: each task's own."
     )
-    limit: int | None = Field(
+    limit: Identified[int | None] = Field(
         None, ge=1, description="Use only the first items of each task. Default: all."
     )
-    include_path: Path | None = Field(
+    include_path: Free[Path | None] = Field(
         None, description="Directory with the YAML files of your own tasks."
     )
 
@@ -184,71 +194,73 @@ class HarnessConfig(Section):
 class EvaluateConfig(Section):
     """Evaluate the perplexity and benchmark scores of a model, with or without an adapter."""
 
-    model: str = Field(
+    model: Free[str] = Field(
         description="Base, pruned, aligned, quantised or merged model: a directory or a Hugging "
         "Face Hub id."
     )
-    output: Path = Field(description="Directory to write the scores to.")
-    adapter: Path | None = Field(
+    output: Free[Path] = Field(description="Directory to write the scores to.")
+    adapter: Free[Path | None] = Field(
         None, description="Directory of an adapter to load onto the model."
     )
-    data: str | None = Field(
+    data: Free[str | None] = Field(
         None, description="Rows in the formats of train.data, to measure the answers' perplexity."
     )
-    chat_template: Path | None = Field(
+    chat_template: Free[Path | None] = Field(
         None,
         description="Jinja file with a chat template. Default: the one that the adapter was "
         "trained with, or the model's.",
     )
-    text: TextConfig | None = Field(
+    text: Free[TextConfig | None] = Field(
         None, description="Plain text, to measure the perplexity of all its tokens."
     )
-    exact_match: bool = Field(
+    exact_match: Identified[bool] = Field(
         False, description="Also generate the answers of data and score their exact match."
     )
-    benchmarks: tuple[Benchmark, ...] = Field(
+    benchmarks: Identified[tuple[Benchmark, ...]] = Field(
         (),
         description="Benchmarks of kind perplexity, choice, generation, code or reasoning_gym.",
     )
-    lm_eval: HarnessConfig | None = Field(
+    lm_eval: Identified[HarnessConfig | None] = Field(
         None, description="Tasks of lm-eval, which must be installed."
     )
-    limit: int | None = Field(
+    limit: Identified[int | None] = Field(
         None, ge=1, description="Use only the first rows of data, up to this number. Default: all."
     )
-    max_length: int = Field(
+    max_length: Identified[int] = Field(
         512,
         ge=8,
         description="Maximum length of an example of data in tokens; longer ones are truncated on "
         "the right.",
     )
-    max_bad_share: float = Field(
+    max_bad_share: Identified[float] = Field(
         0.01,
         ge=0,
         le=1,
         description="Maximum share of unusable rows to skip, from 0 to 1; more is an error.",
     )
-    batch_size: int = Field(16, ge=1, description="Examples per forward pass.")
-    max_new_tokens: int = Field(
+    batch_size: Identified[int] = Field(16, ge=1, description="Examples per forward pass.")
+    max_new_tokens: Identified[int] = Field(
         64, ge=1, description="Maximum length of an answer generated for data, in tokens."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
-    precision: Precision = Field("bf16", description="Data type of weights and activations.")
-    actors: int = Field(
+    seed: Identified[int] = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
+    precision: Identified[Precision] = Field(
+        "bf16", description="Data type of weights and activations."
+    )
+    actors: Free[int] = Field(
         1,
         ge=1,
         description="Number of Ray actors, each with a copy of the model. Scores do not depend on "
         "it.",
     )
-    max_failures: int = Field(
+    max_failures: Free[int] = Field(
         3, ge=0, description="Number of actor failures to tolerate per batch of examples."
     )
-    cpus: int | None = Field(
+    cpus: Free[int | None] = Field(
         None,
         ge=1,
         description="Threads per actor. Default: the machine's CPUs divided among the actors.",
     )
-    gpus: float = Field(
+    gpus: Free[float] = Field(
         1.0,
         gt=0,
         le=1,

@@ -7,44 +7,44 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.base import Section
+from loram_ray.config.base import Free, Identified, Section
 
 
 class RecoverConfig(Section):
     """Recover an adapter of the base model from an adapter trained on a pruned model."""
 
-    adapter: Path = Field(description="Directory of the pruned adapter, as written by train.")
-    base: str = Field(
+    adapter: Free[Path] = Field(description="Directory of the pruned adapter, as written by train.")
+    base: Free[str] = Field(
         description="Base model that was pruned: a directory or a Hugging Face Hub id."
     )
-    output: Path = Field(description="Directory to write the recovered adapter to.")
-    form: Literal["adapter", "delta"] = Field(
+    output: Free[Path] = Field(description="Directory to write the recovered adapter to.")
+    form: Identified[Literal["adapter", "delta"]] = Field(
         "adapter",
         description="Form of the result after unstructured or n:m pruning. 'adapter' is a "
         "truncated SVD; 'delta' is exact and can only be merged.",
     )
-    svd_rank: int | None = Field(
+    svd_rank: Identified[int | None] = Field(
         None,
         ge=1,
         description="Rank of the truncated SVD, limited by a linear layer's smaller dimension. "
         "Default: the rank of the pruned adapter.",
     )
-    max_svd_error: float = Field(
+    max_svd_error: Free[float] = Field(
         0.1, ge=0, description="Relative error of the truncated SVD above which to warn."
     )
-    correction: bool | None = Field(
+    correction: Identified[bool | None] = Field(
         None,
         description="Correct the adapter for the changes that alignment and NF4 made to the "
         "weights it was trained on, as in EMLoC. Default: true if it was trained on an aligned or "
         "quantised model from structured pruning.",
     )
-    correction_lambda: float = Field(
+    correction_lambda: Identified[float] = Field(
         3.0,
         gt=0,
         description="Upper bound of the correction relative to the learnt update, per singular "
         "direction.",
     )
-    model: Path | None = Field(
+    model: Free[Path | None] = Field(
         None,
         description="Directory of the model that the adapter was trained on, for the correction. "
         "Default: the one recorded in the adapter.",
@@ -63,17 +63,17 @@ class RecoverConfig(Section):
 class MergeConfig(Section):
     """Merge a recovered adapter into the base model."""
 
-    base: str = Field(
+    base: Free[str] = Field(
         description="Full-precision base model: a directory or a Hugging Face Hub id."
     )
-    adapter: Path = Field(
+    adapter: Free[Path] = Field(
         description="Directory of a PEFT LoRA adapter or a delta for the base model."
     )
-    output: Path = Field(description="Directory to write the merged model to.")
-    max_shard_bytes: int = Field(
+    output: Free[Path] = Field(description="Directory to write the merged model to.")
+    max_shard_bytes: Identified[int] = Field(
         5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
     )
-    parity: bool = Field(
+    parity: Free[bool] = Field(
         True,
         description="Compare the merged model's logits with those of base and adapter, one layer "
         "in memory at a time, and fail if they differ.",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from loram_ray.config.base import Precision, Section
+from loram_ray.config.base import Free, Identified, Precision, Section
 from loram_ray.config.corpus import TextSource
 from loram_ray.config.criteria import CRITERIA, STRUCTURED, Criterion
 
@@ -30,100 +30,104 @@ def _names(last: str, **having: bool) -> str:
 class CalibrationConfig(Section):
     """Calibration data of a pruning criterion, and the workers that process it."""
 
-    sources: tuple[TextSource, ...] = Field(
+    sources: Free[tuple[TextSource, ...]] = Field(
         min_length=1, description="Sources of the calibration text."
     )
-    samples: int = Field(128, ge=1, description="Number of calibration sequences.")
-    sequence_length: int = Field(2048, ge=8, description="Length of a sequence in tokens.")
-    batch_size: int = Field(1, ge=1, description="Sequences per forward pass of one worker.")
-    shares: int = Field(
+    samples: Identified[int] = Field(128, ge=1, description="Number of calibration sequences.")
+    sequence_length: Identified[int] = Field(
+        2048, ge=8, description="Length of a sequence in tokens."
+    )
+    batch_size: Identified[int] = Field(
+        1, ge=1, description="Sequences per forward pass of one worker."
+    )
+    shares: Identified[int] = Field(
         8,
         ge=1,
         description="Number of parts that the sequences are split into. Workers process parts, "
         "and statistics are summed in the order of the parts.",
     )
-    workers: int = Field(
+    workers: Free[int] = Field(
         1, ge=1, description="Number of Ray actors, with one GPU each if there are GPUs."
     )
-    cpus_per_worker: int | None = Field(
+    cpus_per_worker: Free[int | None] = Field(
         None,
         ge=1,
         description="Threads per worker. Default: the machine's CPUs divided among the workers.",
     )
-    precision: Precision = Field(
+    precision: Identified[Precision] = Field(
         "fp32", description="Data type of weights and activations during calibration."
     )
-    max_failures: int = Field(3, ge=0, description="Number of worker failures to tolerate.")
+    max_failures: Free[int] = Field(3, ge=0, description="Number of worker failures to tolerate.")
 
 
 class PruneConfig(Section):
     """Prune a base model; write the pruned model and its pruning plan."""
 
-    base: str = Field(
+    base: Free[str] = Field(
         description="Base model: a directory with safetensors files or a Hugging Face Hub id."
     )
-    output: Path = Field(description="Directory to write the pruned model to.")
-    method: Method = Field(
+    output: Free[Path] = Field(description="Directory to write the pruned model to.")
+    method: Identified[Method] = Field(
         "random",
         description="Pruning criterion. random is LoRAM-Rand of the paper, taylor is LoRAM-Stru.",
     )
-    pattern: str = Field(
+    pattern: Identified[str] = Field(
         "",
         validate_default=True,
         description="Sparsity pattern: 'structured', 'unstructured', or 'n:m' for n zeros in each "
         f"group of m weights. Default: unstructured for {_names('and', units=False)}, otherwise "
         "structured.",
     )
-    ratio: float = Field(
+    ratio: Identified[float] = Field(
         0.65,
         ge=0,
         lt=1,
         description="Share of each pruned layer to remove, from 0 to below 1.",
     )
-    ratios: tuple[float, ...] | None = Field(
+    ratios: Identified[tuple[float, ...] | None] = Field(
         None, description="Pruning ratio of each pruned layer, in order, instead of ratio."
     )
-    allocation: Literal["uniform", "global"] = Field(
+    allocation: Identified[Literal["uniform", "global"]] = Field(
         "uniform",
         description="Distribution of the ratio over layers. 'uniform' prunes each layer by ratio; "
         "'global' ranks the units of all layers by standardised scores.",
     )
-    round_neurons_to: int = Field(
+    round_neurons_to: Identified[int] = Field(
         1,
         ge=1,
         description="Round the number of kept neurons to a multiple of this value (64 or 128 suits "
         "tensor cores).",
     )
-    taylor: Literal["first", "second", "mixed"] = Field(
+    taylor: Identified[Literal["first", "second", "mixed"]] = Field(
         "first", description="Order of the terms in the Taylor criterion."
     )
-    damping: float = Field(
+    damping: Identified[float] = Field(
         0.01,
         gt=0,
         description="Dampening of SparseGPT: share of the Hessian's mean diagonal that is added to "
         "the diagonal.",
     )
-    layers: tuple[int, int] | None = Field(
+    layers: Identified[tuple[int, int] | None] = Field(
         None,
         description="Range [first, end) of the layers to prune. Default: all but the first 4 and "
         "the last 2.",
     )
-    calibration: CalibrationConfig | None = Field(
+    calibration: Identified[CalibrationConfig | None] = Field(
         None,
         description=f"Calibration data, required by {_names('and', calibrates=True)}.",
     )
-    scores: Path | None = Field(
+    scores: Free[Path | None] = Field(
         None,
         description="Directory of an earlier pruned model whose scores are reused, instead of "
         "calibration.",
     )
-    seed: int = Field(
+    seed: Identified[int] = Field(
         0,
         ge=0,
         lt=2**32,
         description="Seed of random pruning and of the calibration samples.",
     )
-    max_shard_bytes: int = Field(
+    max_shard_bytes: Identified[int] = Field(
         5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
     )
 

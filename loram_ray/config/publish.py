@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from loram_ray.config.base import Section
+from loram_ray.config.base import Free, Identified, Section
 
 _REPO_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _NOT_IN_REPOS = re.compile(r"--|\.\.|\.git$")
@@ -25,14 +25,14 @@ def is_repo(name: str) -> bool:
 class QuantizeConfig(Section):
     """Quantise a pruned or aligned model to NF4, ready for users to download and load."""
 
-    model: Path = Field(
+    model: Free[Path] = Field(
         description="Directory of a structurally pruned model, as written by prune or align."
     )
-    output: Path = Field(description="Directory to write the quantised model to.")
-    base: str | None = Field(
+    output: Free[Path] = Field(description="Directory to write the quantised model to.")
+    base: Free[str | None] = Field(
         None, description="Base model; the model card names it if it is a Hugging Face Hub id."
     )
-    max_shard_bytes: int = Field(
+    max_shard_bytes: Identified[int] = Field(
         5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
     )
 
@@ -40,12 +40,14 @@ class QuantizeConfig(Section):
 class ExportConfig(Section):
     """Export a base or merged model to a GGUF file for llama.cpp."""
 
-    model: str = Field(description="Base or merged model: a directory or a Hugging Face Hub id.")
-    output: Path = Field(description="Directory to write the GGUF file to.")
-    type: Literal["f32", "bf16", "f16", "q8_0"] = Field(
+    model: Free[str] = Field(
+        description="Base or merged model: a directory or a Hugging Face Hub id."
+    )
+    output: Free[Path] = Field(description="Directory to write the GGUF file to.")
+    type: Identified[Literal["f32", "bf16", "f16", "q8_0"]] = Field(
         "bf16", description="GGUF data type of matrices; vectors are stored in float32."
     )
-    pre_tokenizer: str | None = Field(
+    pre_tokenizer: Identified[str | None] = Field(
         None,
         description="llama.cpp's name of the pre-tokenizer. Default: detected from the tokenizer.",
     )
@@ -56,6 +58,8 @@ class PublishConfig(Section):
 
     The token is taken from HF_TOKEN, or from the login of the hub's client.
     """
+
+    has_identity = False
 
     directory: Path = Field(
         description="Directory to upload, as written by prune, align, quantize or recover."

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.base import KeysOf, Section
+from loram_ray.config.base import Free, Identified, KeysOf, Section
 from loram_ray.config.batch import OF_THE_WHOLE
 
 _COMPARED_BY = {
@@ -24,9 +24,9 @@ _COMPARED_BY = {
 class RangeConfig(Section):
     """Numbers between two, both included: whole ones where both are."""
 
-    low: int | float = Field(description="the least")
-    high: int | float = Field(description="the greatest")
-    log: bool = Field(False, description="as often in each part of the same ratio")
+    low: Identified[int | float] = Field(description="the least")
+    high: Identified[int | float] = Field(description="the greatest")
+    log: Identified[bool] = Field(False, description="as often in each part of the same ratio")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> RangeConfig:
@@ -40,67 +40,69 @@ class RangeConfig(Section):
 class SweepConfig(Section):
     """sweep: settings of train are tried, bad ones not to their end; the best adapter is kept."""
 
-    model: Path = Field(description="directory: pruned, aligned, quantised or base")
-    models: tuple[Path, ...] = Field(
+    model: Free[Path] = Field(description="directory: pruned, aligned, quantised or base")
+    models: Free[tuple[Path, ...]] = Field(
         (), description="several models of one base to try, instead of model"
     )
-    ratios: tuple[float, ...] = Field(
+    ratios: Identified[tuple[float, ...]] = Field(
         (),
         description="values of prune.ratio to try: a model of each is made, as prune and align say",
     )
-    base: str | None = Field(
+    base: Free[str | None] = Field(
         None, description="what was pruned: the best adapter is recovered to it"
     )
-    correction: bool | None = Field(
+    correction: Identified[bool | None] = Field(
         None, description="of the recovered adapters, as recover.correction"
     )
-    output: Path = Field(description="directory to write")
-    data: str = Field(description="rows as train takes them")
-    train: Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)] = Field(
+    output: Free[Path] = Field(description="directory to write")
+    data: Free[str] = Field(description="rows as train takes them")
+    train: Identified[Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)]] = Field(
         {},
         description="keys of the train section that all trials share, over those of the file's; "
         "they must hold out examples",
     )
-    prune: Annotated[dict[str, Any] | None, KeysOf("prune")] = Field(
+    prune: Free[Annotated[dict[str, Any] | None, KeysOf("prune")]] = Field(
         None, description="keys of the prune section, for ratios; default: the file's section"
     )
-    align: Annotated[dict[str, Any] | None, KeysOf("align")] = Field(
+    align: Free[Annotated[dict[str, Any] | None, KeysOf("align")]] = Field(
         None, description="keys of the align section, for ratios; default: the file's section"
     )
-    models_dir: Path | None = Field(
+    models_dir: Free[Path | None] = Field(
         None, description="directory of the models of ratios; default: models beside the output"
     )
-    grid: dict[str, tuple[Any, ...]] = Field(
+    grid: Identified[dict[str, tuple[Any, ...]]] = Field(
         {}, description="dotted keys of the train section with values to try, e.g. lora.r"
     )
-    ranges: dict[str, RangeConfig] = Field(
+    ranges: Identified[dict[str, RangeConfig]] = Field(
         {}, description="dotted keys of the train section with ranges to draw from"
     )
-    trials: int | None = Field(
+    trials: Identified[int | None] = Field(
         None, ge=1, description="combinations to draw; default: each one of the grid"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of the draws")
-    grace_steps: int | None = Field(
+    seed: Identified[int] = Field(0, ge=0, lt=2**32, description="of the draws")
+    grace_steps: Identified[int | None] = Field(
         None,
         ge=1,
         description="steps that every trial does (ASHA); train.steps stops none early; default: "
         "until its first evaluation",
     )
-    reduction_factor: float = Field(
+    reduction_factor: Identified[float] = Field(
         3.0, gt=1, description="of the trials that have come so far, one in as many goes on (ASHA)"
     )
-    finalists: int = Field(
+    finalists: Identified[int] = Field(
         1,
         ge=1,
         description="best trials of each model that are recovered and judged on the base, unless "
         "there is but one",
     )
-    actors: int = Field(1, ge=1, description="trials at a time, each in a process with a model")
-    cpus: int = Field(1, ge=1, description="threads of an actor")
-    gpus: float = Field(
+    actors: Free[int] = Field(
+        1, ge=1, description="trials at a time, each in a process with a model"
+    )
+    cpus: Free[int] = Field(1, ge=1, description="threads of an actor")
+    gpus: Free[float] = Field(
         1.0, gt=0, le=1, description="share of a GPU of an actor, where there is one"
     )
-    max_failures: int = Field(
+    max_failures: Free[int] = Field(
         3, ge=0, description="deaths of its actor after which a trial is given up"
     )
 

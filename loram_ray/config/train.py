@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import OptimiserConfig, Precision, Section, over
+from loram_ray.config.base import Free, Identified, OptimiserConfig, Precision, Section, over
 from loram_ray.utils.patterns import fault_of_patterns
 
 _NOT_RECOVERED = {
@@ -44,47 +44,49 @@ MAX_RANK = 2**16
 class LoraConfig(Section):
     """LoRA adapter, with the PEFT options that recovery carries over exactly."""
 
-    r: int = Field(8, ge=1, le=MAX_RANK, description="Rank of the adapter.")
-    alpha: float = Field(
+    r: Identified[int] = Field(8, ge=1, le=MAX_RANK, description="Rank of the adapter.")
+    alpha: Identified[float] = Field(
         16,
         gt=0,
         allow_inf_nan=False,
         description="LoRA alpha. The update is scaled by alpha / r, or alpha / sqrt(r) with "
         "use_rslora.",
     )
-    dropout: float = Field(
+    dropout: Identified[float] = Field(
         0.05, ge=0, lt=1, description="Dropout probability of the adapter's input."
     )
-    targets: tuple[str, ...] | None = Field(
+    targets: Identified[tuple[str, ...] | None] = Field(
         None,
         description="Names of the modules to adapt, e.g. q_proj. Default: all linear layers of the "
         "family that can be pruned.",
     )
-    exclude: tuple[str, ...] = Field(
+    exclude: Identified[tuple[str, ...]] = Field(
         (), description="Names or full paths of modules to exclude from targets."
     )
-    layers: tuple[int, ...] | None = Field(
+    layers: Identified[tuple[int, ...] | None] = Field(
         None, description="Indices of the layers to adapt. Default: all layers."
     )
-    lm_head: bool = Field(False, description="Also adapt lm_head, as in the paper.")
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
+    lm_head: Identified[bool] = Field(False, description="Also adapt lm_head, as in the paper.")
+    rank_pattern: Identified[dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]]] = Field(
         {},
         description="Ranks that differ from r, by module name or regular expression.",
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        {},
-        description="Values that differ from alpha, by module name or regular expression.",
+    alpha_pattern: Identified[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = (
+        Field(
+            {},
+            description="Values that differ from alpha, by module name or regular expression.",
+        )
     )
-    use_rslora: bool = Field(
+    use_rslora: Identified[bool] = Field(
         False, description="Use rank-stabilised LoRA, which scales the update by alpha / sqrt(r)."
     )
-    init: Literal["default", "gaussian", "orthogonal", "eva"] = Field(
+    init: Identified[Literal["default", "gaussian", "orthogonal", "eva"]] = Field(
         "default",
         description="Initialisation of A and B, whose product starts at zero. 'default': "
         "Kaiming-uniform A; 'gaussian': normal A; 'orthogonal': A and B with orthogonal rows; "
         "'eva': A from the principal directions of the layer's inputs.",
     )
-    dtype: Precision = Field(
+    dtype: Identified[Precision] = Field(
         "fp32", description="Data type of the adapter's weights and optimiser states."
     )
 
@@ -145,12 +147,12 @@ class LoraConfig(Section):
 class AdapterOptimiserConfig(OptimiserConfig):
     """AdamW optimiser of an adapter."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+    name: Identified[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]] = Field(
         "adamw",
         description="Optimiser. The 8-bit and paged variants are bitsandbytes' and need a GPU: "
         "they store moments in 8 bits, or in memory that is paged to the host.",
     )
-    b_learning_rate_ratio: float = Field(
+    b_learning_rate_ratio: Identified[float] = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
@@ -193,96 +195,98 @@ def _described() -> str:
 class TrainConfig(Section):
     """Train a LoRA adapter on a frozen pruned, aligned, quantised or base model in a Ray actor."""
 
-    preset: Literal["paper", "modern"] | None = Field(
+    preset: Free[Literal["paper", "modern"] | None] = Field(
         None,
         description="Preset that changes the defaults of other keys; given keys take precedence. "
         f"{_described()}.",
     )
-    model: Path = Field(
+    model: Free[Path] = Field(
         description="Directory of the pruned, aligned, quantised or base model to train on."
     )
-    output: Path = Field(description="Directory to write the adapter to.")
-    data: str = Field(
+    output: Free[Path] = Field(description="Directory to write the adapter to.")
+    data: Free[str] = Field(
         description="Training data: a JSON Lines, JSON, CSV or Parquet file, or a saved or hub "
         "data set, with 'messages', 'prompt' and 'completion', 'instruction' and 'output', or "
         "'text'."
     )
-    chat_template: Path | None = Field(
+    chat_template: Free[Path | None] = Field(
         None, description="Jinja file with a chat template. Default: the tokenizer's."
     )
-    lora: LoraConfig = LoraConfig()
-    steps: int = Field(400, ge=1, description="Number of optimiser steps.")
-    batch_size: int = Field(16, ge=1, description="Examples per optimiser step.")
-    micro_batch_size: int = Field(
+    lora: Identified[LoraConfig] = LoraConfig()
+    steps: Identified[int] = Field(400, ge=1, description="Number of optimiser steps.")
+    batch_size: Identified[int] = Field(16, ge=1, description="Examples per optimiser step.")
+    micro_batch_size: Identified[int] = Field(
         4, ge=1, description="Examples per forward pass; must divide batch_size."
     )
-    max_length: int = Field(
+    max_length: Identified[int] = Field(
         512,
         ge=8,
         description="Maximum length of an example in tokens; longer ones are truncated on the "
         "right.",
     )
-    max_bad_share: float = Field(
+    max_bad_share: Identified[float] = Field(
         0.01,
         ge=0,
         le=1,
         description="Maximum share of unusable rows to skip, from 0 to 1; more is an error.",
     )
-    packing: bool = Field(
+    packing: Identified[bool] = Field(
         False,
         description="Pack the examples of a forward pass into one sequence instead of padding. "
         "Attention is masked between examples; the loss is the same.",
     )
-    eval_data: str | None = Field(
+    eval_data: Free[str | None] = Field(
         None,
         description="Held-out data in the formats of data. The checkpoint with the lowest loss on "
         "it is kept.",
     )
-    eval_share: float = Field(
+    eval_share: Identified[float] = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of the data to hold out, from 0 to below 1, instead of eval_data.",
     )
-    eval_every: int = Field(50, ge=1, description="Steps between evaluations.")
-    patience: int | None = Field(
+    eval_every: Free[int] = Field(50, ge=1, description="Steps between evaluations.")
+    patience: Free[int | None] = Field(
         None,
         ge=1,
         description="Stop early after this many evaluations without a lower held-out loss. "
         "Default: never.",
     )
-    optimiser: AdapterOptimiserConfig = AdapterOptimiserConfig(learning_rate=1e-4, warmup_steps=10)
-    precision: Precision = Field(
+    optimiser: Identified[AdapterOptimiserConfig] = AdapterOptimiserConfig(
+        learning_rate=1e-4, warmup_steps=10
+    )
+    precision: Identified[Precision] = Field(
         "bf16", description="Data type of the frozen weights and of activations."
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+    attention: Identified[Literal["sdpa", "eager", "flash_attention_2"] | None] = Field(
         None,
         description="Attention implementation of transformers; flash_attention_2 requires "
         "flash-attn. Default: sdpa if the family supports it.",
     )
-    compile: bool = Field(False, description="Compile each layer with torch.compile.")
-    activation_checkpointing: bool = Field(
+    compile: Identified[bool] = Field(False, description="Compile each layer with torch.compile.")
+    activation_checkpointing: Free[bool] = Field(
         False,
         description="Store only the input of each layer and recompute the rest in the backward "
         "pass.",
     )
-    checkpoint_every: int = Field(
+    checkpoint_every: Free[int] = Field(
         50,
         ge=1,
         description="Steps between checkpoints. With held-out data, each evaluation also writes "
         "one.",
     )
-    max_failures: int = Field(3, ge=0, description="Number of actor failures to tolerate.")
-    cpus: int | None = Field(
+    max_failures: Free[int] = Field(3, ge=0, description="Number of actor failures to tolerate.")
+    cpus: Free[int | None] = Field(
         None, ge=1, description="Number of threads. Default: the machine's CPUs."
     )
-    gpus: float = Field(
+    gpus: Free[float] = Field(
         1.0,
         gt=0,
         le=1,
         description="Share of a GPU to reserve, if there is one; others can use the rest.",
     )
-    seed: int = Field(
+    seed: Identified[int] = Field(
         0, ge=0, lt=2**32, description="Seed of initialisation, data order and dropout."
     )
 

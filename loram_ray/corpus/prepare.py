@@ -119,13 +119,13 @@ def digest_of_tokenizer(model: Path) -> str:
 def _settings(config: CorpusConfig) -> dict[str, Any]:
     sources = [
         {
-            **source.model_dump(mode="json", exclude={"path", "text_field"}),
+            **source.identity(),
             "name": name,
             "files": identify([source]),
         }
         for source, name in zip(config.sources, config.names(), strict=True)
     ]
-    return {**config.model_dump(mode="json"), "sources": sources}
+    return {**config.identity(), "sources": sources}
 
 
 def _refuse_other_tokenizer(output: Path, model: Path, tokenizer: str) -> None:

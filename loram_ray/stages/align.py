@@ -37,37 +37,6 @@ from loram_ray.runtime.tracking import require_trackers
 from loram_ray.stages.model_card import CARD_FILE, SIZES, model_card
 from loram_ray.utils.parsing.documents import read_as
 
-# Of what is left out here, some changes float rounding: an interrupted run goes on with it changed.
-_NOT_IN_IDENTITY = {
-    "pruned",
-    "output",
-    "base",
-    "corpus",
-    "prepared",
-    "distillation",
-    "steps",
-    "tokens",
-    "micro_batch_size",
-    "workers",
-    "min_workers",
-    "cpus_per_worker",
-    "activation_checkpointing",
-    "offload_optimiser",
-    "offload_parameters",
-    "offload_folder",
-    "deepspeed",
-    "evaluate_every",
-    "evaluate_sequences",
-    "trackers",
-    "peak_tflops",
-    "log_rows",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "staging_folder",
-    "max_failures",
-}
-_NOT_LEARNT_FROM = {"workers", "gpus_per_worker", "batch_size", "stream_rows"}
-
 
 def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Align a pruned model by continual pre-training, on the corpus or on its base (LoRAM, step 2).
@@ -148,12 +117,10 @@ def _prepared(config: AlignConfig, what: str) -> Path:
 
 def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
     """What determines the result besides the inputs."""
-    settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    settings = config.identity()
     settings |= {"steps": config.total_steps, "deepspeed": users, "order_window": WINDOW}
     if config.objective == "distillation":
-        settings["distillation"] = config.distillation.model_dump(
-            mode="json", exclude=_NOT_LEARNT_FROM
-        )
+        settings["distillation"] = config.distillation.identity()
     return settings
 
 

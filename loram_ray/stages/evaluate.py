@@ -47,18 +47,6 @@ from loram_ray.utils.parsing.documents import as_type, read_as
 SCORES_FILE, ITEMS = "scores.json", "items"
 _RECORD_FILE, _HARNESS_FILE = "batches.jsonl", "lm_eval.json"
 _HARNESS = "lm-eval"
-_NOT_IN_IDENTITY = {
-    "model",
-    "adapter",
-    "output",
-    "data",
-    "chat_template",
-    "text",
-    "actors",
-    "cpus",
-    "gpus",
-    "max_failures",
-}
 
 
 def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> StageResult:
@@ -95,13 +83,9 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
     """What makes an evaluation another; of data its content does, not where it is."""
-    settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    settings = config.identity()
     for benchmark, given in zip(config.benchmarks, settings["benchmarks"], strict=True):
         given["name"] = name_of(benchmark)
-        for place in ("data", "shots_from", "text"):
-            given.pop(place, None)
-    if settings["lm_eval"] is not None:
-        settings["lm_eval"].pop("include_path")
     return settings
 
 

@@ -36,13 +36,6 @@ from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.text import KEY
 from loram_ray.runtime.progress import Reporter
 
-_NOT_IN_IDENTITY: dict[str, Any] = {
-    "base": True,
-    "output": True,
-    "scores": True,
-    "calibration": {"sources", "workers", "cpus_per_worker", "max_failures"},
-}
-
 
 def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Prune a base model into a directory that holds the pruned model and its plan.
@@ -86,7 +79,7 @@ def _texts(config: PruneConfig) -> list[str]:
 
 def _settings(config: PruneConfig, family: Architecture) -> dict[str, Any]:
     """What determines the result, besides the inputs."""
-    settings = config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY)
+    settings = config.identity()
     if family.norms and config.pattern == STRUCTURED:
         settings["norm_mean"] = NORM_MEAN
     return settings if config.calibrates else {**settings, "calibration": None}

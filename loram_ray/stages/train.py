@@ -34,22 +34,6 @@ from loram_ray.runtime.cluster import (
 )
 from loram_ray.runtime.progress import METRICS_FILE, Reporter, follow
 
-_OF_EVALUATION = {"eval_every", "patience"}
-_NOT_IN_IDENTITY = {
-    "model",
-    "output",
-    "data",
-    "eval_data",
-    "chat_template",
-    "cpus",
-    "gpus",
-    "max_failures",
-    "checkpoint_every",
-    "activation_checkpointing",
-    "preset",  # what it says is in the other keys
-}
-
-
 Training = Callable[[TrainConfig, Path, Path], TrainingSummary]
 """Trains by a configuration with absolute paths, given a work directory and an output."""
 
@@ -106,17 +90,23 @@ def train_by(
     if config.chat_template is not None:
         template = read_template(config.chat_template, "train.chat_template")
         parents["chat_template"] = digest_of(template)
-    left_out = _NOT_IN_IDENTITY | (set() if config.evaluates else _OF_EVALUATION)
-    settings = config.model_dump(mode="json", exclude=left_out)
     return run_stage(
         config.output,
         "train",
-        settings={**settings, **settings_of_rows(config, parents)},
+        settings={**_settings(config), **settings_of_rows(config, parents)},
         parents=parents,
         base_fingerprint=base_fingerprint,
         write=lambda target: _write(target, config, training),
         reads=(config.model, config.data, config.eval_data),
     )
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What determines the adapter besides the inputs."""
+    settings = config.identity()
+    if config.evaluates:  # which checkpoint is kept follows from them
+        settings |= {"eval_every": config.eval_every, "patience": config.patience}
+    return settings
 
 
 def digest_of_rows(data: str, key: str) -> str:

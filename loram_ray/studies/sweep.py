@@ -43,10 +43,6 @@ from loram_ray.utils.names import folded, is_plain
 from loram_ray.utils.parsing.documents import read_as
 
 BEST_FILE = "best.yaml"
-_NOT_IN_IDENTITY = {
-    "model", "models", "base", "output", "data", "actors", "cpus", "gpus", "max_failures",
-    "prune", "align", "models_dir",
-}  # fmt: skip
 _OF_THE_TRIAL = {"model", "output", "data", "cpus", "gpus", "max_failures", "preset"}
 
 
@@ -94,7 +90,7 @@ def sweep(config: SweepConfig, ray_config: RayConfig | None = None) -> StageResu
             config.output,
             "sweep",
             settings={
-                **config.model_dump(mode="json", exclude=_NOT_IN_IDENTITY),
+                **config.identity(),
                 **settings_of_rows(trials[0].train, parents),
             },
             parents=parents,
