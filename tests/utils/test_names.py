@@ -135,11 +135,13 @@ def test_comparisons_refuse_tasks_and_systems_that_are_no_folders(
 def test_comparisons_refuse_names_that_differ_by_case_alone(tmp_path: Path) -> None:
     task = {"data": "a.jsonl", "held_out": "b.jsonl"}
     with pytest.raises(ValueError, match="differ by more than case"):
-        CompareConfig(output=tmp_path, tasks={"a": task, "A": task})
+        CompareConfig(base="base", output=tmp_path, tasks={"a": task, "A": task})
     for taken in ("Base", "QLoRAM", "Causal"):
         with pytest.raises(ValueError, match="must not be named as"):
-            CompareConfig(output=tmp_path, tasks={"a": task}, alignments={taken: {}})
-    assert CompareConfig(output=tmp_path, tasks={"a": task}, alignments={"causal": {}}).aligned
+            CompareConfig(base="base", output=tmp_path, tasks={"a": task}, alignments={taken: {}})
+    assert CompareConfig(
+        base="base", output=tmp_path, tasks={"a": task}, alignments={"causal": {}}
+    ).aligned
 
 
 def test_trials_whose_names_become_equal_are_refused(tmp_path: Path) -> None:
