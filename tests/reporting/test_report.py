@@ -249,7 +249,10 @@ def test_a_comparison_is_plotted_against_reduction(tmp_path: Path) -> None:
 
 
 def test_what_is_no_result_or_of_two_bases_is_refused(run: Path, tmp_path: Path) -> None:
-    for directory, message in ((tmp_path / "none", "is none"), (tmp_path, "has none")):
+    for directory, message in (
+        (tmp_path / "none", "be an existing directory"),
+        (tmp_path, "has none"),
+    ):
         with pytest.raises(LoramError, match=rf"DIRECTORY must .*{message}"):
             lr.report(directory)
     shutil.copytree(run, tmp_path / "mixed" / "one")
