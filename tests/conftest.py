@@ -24,6 +24,13 @@ from transformers import LlamaForCausalLM  # noqa: E402
 import loram_ray as lr  # noqa: E402
 from helpers import command, tiny  # noqa: E402
 
+LONGEST = ("test_documents.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, which would otherwise keep one worker busy at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
