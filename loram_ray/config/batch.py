@@ -1,4 +1,4 @@
-"""Settings of many fine-tuning tasks over one model."""
+"""Configuration of many fine-tuning tasks on one model."""
 
 from __future__ import annotations
 
@@ -11,26 +11,37 @@ from loram_ray.config.base import KeysOf, Section
 from loram_ray.utils.names import fault_of_output
 
 OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
-"""Keys of the train section that many trainings share."""
+"""Keys of the train section that are set for all trainings together."""
 
 
 class TaskConfig(Section):
-    """One task, or several: one for each file of a glob and each combination of a grid."""
+    """One task, or one for each file of a glob pattern and each combination of a grid."""
 
     has_identity = False
 
     name: str | None = Field(
-        None, description="of its directory; default: the data file's, with the grid's values"
+        None,
+        description="Name of the task's directory. Default: the name of the data file and the "
+        "grid's values.",
     )
-    data: str = Field(description="rows as train takes them: a file, or a glob of a file a task")
+    data: str = Field(
+        description="Training data in the formats of train.data: a file, or a glob pattern for "
+        "one task per file."
+    )
     train: Annotated[dict[str, Any], KeysOf("train")] = Field(
-        {}, description="keys of the train section, over batch.train"
+        {}, description="Keys of the train section for this task, which override batch.train."
     )
     grid: dict[str, tuple[Any, ...]] = Field(
-        {}, description="dotted keys of the train section with values to combine, e.g. lora.r"
+        {},
+        description="Dotted keys of the train section with values to combine, e.g. lora.r. Each "
+        "combination is a task.",
     )
-    seed: int | None = Field(None, ge=0, lt=2**32, description="of its training")
-    priority: int = Field(0, description="tasks of a higher one begin first")
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, description="Seed of the training. Default: the train section's."
+    )
+    priority: int = Field(
+        0, description="Priority of the task; tasks with a higher priority start first."
+    )
 
     @field_validator("name")
     @classmethod
@@ -41,36 +52,39 @@ class TaskConfig(Section):
 
 
 class BatchConfig(Section):
-    """batch: many tasks over one model become an adapter each."""
+    """batch: Train an adapter for each of many tasks on one model."""
 
     has_identity = False
 
-    model: Path = Field(description="directory: pruned, aligned, quantised or base")
-    output: Path = Field(description="directory to write, with one for each task")
+    model: Path = Field(
+        description="Directory of the pruned, aligned, quantised or base model to train on."
+    )
+    output: Path = Field(description="Directory to write to, with one subdirectory per task.")
     base: str | None = Field(
-        None, description="what was pruned: adapters trained on a pruned model are recovered to it"
+        None,
+        description="Base model that was pruned: a directory or a Hugging Face Hub id. If given, "
+        "adapters trained on the pruned model are recovered to it.",
     )
     correction: bool | None = Field(
-        None, description="of the recovered adapters, as recover.correction"
+        None, description="Whether to correct the recovered adapters, as recover.correction."
     )
-    tasks: tuple[TaskConfig, ...] = Field((), description="what to train")
+    tasks: tuple[TaskConfig, ...] = Field((), description="Tasks to train.")
     train: Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)] = Field(
-        {}, description="keys of the train section that all tasks share, over those of the file's"
+        {},
+        description="Keys of the train section for all tasks, which override the run file's "
+        "train section.",
     )
-    actors: int = Field(1, ge=1, description="processes that each keep a model and train on it")
+    actors: int = Field(1, ge=1, description="Number of Ray actors, each with a copy of the model.")
     adapters_per_actor: int = Field(
         1,
         ge=1,
-        description="tasks at a time in each actor, on one copy of the model and in one forward; "
-        "equal to those trained alone up to rounding; loram plan says how many fit",
+        description="Number of tasks that each actor trains at once, on one copy of the model "
+        "and in one forward pass. Results equal those of separate training up to rounding. loram "
+        "plan shows how many fit.",
     )
-    cpus: int = Field(1, ge=1, description="threads of an actor")
-    gpus: float = Field(
-        1.0, gt=0, le=1, description="share of a GPU of an actor, where there is one"
-    )
-    max_failures: int = Field(
-        3, ge=0, description="deaths of its actor after which a task is given up"
-    )
+    cpus: int = Field(1, ge=1, description="Number of threads per actor.")
+    gpus: float = Field(1.0, gt=0, le=1, description="Share of a GPU per actor, if there is one.")
+    max_failures: int = Field(3, ge=0, description="Number of actor failures to tolerate per task.")
 
     @model_validator(mode="after")
     def _no_paths_in_shared(self) -> BatchConfig:

@@ -1,4 +1,4 @@
-"""Settings of a comparison: which systems, over which methods, ratios, tasks and seeds."""
+"""Configuration of a comparison: systems, pruning methods, ratios, tasks and seeds."""
 
 from __future__ import annotations
 
@@ -18,78 +18,90 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "causal": {"objective": "causal_lm"},
     "distilled": {"objective": "distillation"},
 }
-"""Systems that are aligned, and what the align section is for each."""
+"""Aligned systems and the keys of the align section for each."""
 
 
 class ComparedTask(Section):
-    """A fine-tuning task: what is learnt from, and what is scored."""
+    """Fine-tuning task with training and held-out data."""
 
     has_identity = False
 
-    data: str = Field(description="rows as train takes them")
-    held_out: str = Field(description="rows that are not learnt from, for evaluate.data")
+    data: str = Field(description="Training data in the formats of train.data.")
+    held_out: str = Field(description="Held-out data in the same formats, used as evaluate.data.")
 
 
 class CompareConfig(Section):
-    """compare: LoRAM's variants against the base, LoRA on it, and the pruned model as it is.
+    """compare: Compare LoRAM's variants with LoRA on the base model and with the pruned model.
 
-    The sections prune, align, train and evaluate of the run file say how each is made and scored.
+    The run file's sections prune, align, train and evaluate define how each is made and scored.
     """
 
     has_identity = False
 
-    base: str = Field(description="base model: a directory of safetensors or a hub id")
-    output: Path = Field(description="directory to write, with one for each stage")
-    tasks: dict[str, ComparedTask] = Field(min_length=1, description="what is learnt, by names")
+    base: str = Field(
+        description="Base model: a directory with safetensors files or a Hugging Face Hub id."
+    )
+    output: Path = Field(description="Directory to write to, with one subdirectory per stage.")
+    tasks: dict[str, ComparedTask] = Field(
+        min_length=1, description="Tasks to train and evaluate, by name."
+    )
     systems: tuple[str, ...] = Field(
         (),
-        description="base: untouched; full: LoRA on it; sibling: LoRA on a smaller model; pruned: "
-        "as it is; small: trained and used on the pruned model; LoRAM: unaligned, causal (the "
-        "paper's alignment), distilled, qloram (in NF4, of the best aligned), and the names of "
-        "alignments; default: all that the other sections allow",
+        description="Systems to compare. base: untouched; full: LoRA on the base; sibling: LoRA "
+        "on a smaller model; pruned: without training; small: trained and used on the pruned "
+        "model; LoRAM: unaligned, causal (the paper's alignment), distilled, qloram (in NF4, of "
+        "the best aligned model), and the names in alignments. Default: all that the other "
+        "sections allow.",
     )
     methods: tuple[str, ...] | dict[str, tuple[float | Pattern, ...]] = Field(
         (),
-        description="of pruning: a list, each with all ratios, or each with its own, among them "
-        "n:m for masks, as in {random: [0.35, 0.65], wanda: [0.5, 4:8]}; default: prune.method",
+        description="Pruning methods: a list, each with all ratios, or a dictionary with the "
+        "ratios of each, where n:m stands for masks, e.g. {random: [0.35, 0.65], wanda: [0.5, "
+        "4:8]}. Default: prune.method.",
     )
-    ratios: tuple[float, ...] = Field((), description="of pruning; default: prune.ratio")
+    ratios: tuple[float, ...] = Field((), description="Pruning ratios. Default: prune.ratio.")
     seeds: tuple[int, ...] = Field(
-        (0,), min_length=1, description="each prunes, aligns and trains everything anew"
+        (0,),
+        min_length=1,
+        description="Seeds; pruning, alignment and training are repeated with each.",
     )
     correction: bool = Field(
-        False, description="also with the correction of recover, where there is one"
+        False,
+        description="Also evaluate adapters with the correction of recover, where it applies.",
     )
     prune: Annotated[dict[str, Any] | None, KeysOf("prune", _OF_THE_RUN)] = Field(
-        None, description="keys of the prune section; default: the file's section"
+        None, description="Keys of the prune section. Default: the run file's section."
     )
     align: Annotated[dict[str, Any] | None, KeysOf("align", _OF_THE_RUN)] = Field(
-        None, description="keys of the align section; default: the file's section"
+        None, description="Keys of the align section. Default: the run file's section."
     )
     train: Annotated[dict[str, Any] | None, KeysOf("train", _OF_THE_RUN)] = Field(
-        None, description="keys of the train section; default: the file's section"
+        None, description="Keys of the train section. Default: the run file's section."
     )
     recover: Annotated[dict[str, Any] | None, KeysOf("recover", _OF_THE_RUN)] = Field(
-        None, description="of the recover section only correction_lambda is read"
+        None,
+        description="Keys of the recover section, of which only correction_lambda is used. "
+        "Default: the run file's section.",
     )
     evaluate: Annotated[dict[str, Any] | None, KeysOf("evaluate", _OF_THE_RUN)] = Field(
-        None, description="keys of the evaluate section; default: the file's section"
+        None, description="Keys of the evaluate section. Default: the run file's section."
     )
     alignments: dict[Name, Annotated[dict[str, Any], KeysOf("align")]] = Field(
         {},
-        description="further systems, by name: keys of the align section, over align, as in "
-        "{live: {objective: distillation, distillation: {targets: live}}, longer: {steps: 90}}; "
-        "causal and distilled can be changed so, too",
+        description="Further aligned systems, by name: keys that override the align section, "
+        "e.g. {live: {objective: distillation, distillation: {targets: live}}, longer: {steps: "
+        "90}}. The names causal and distilled override those systems.",
     )
-    sibling: str | None = Field(None, description="a smaller model: a directory or a hub id")
-    metric: str = Field(
-        "answer_perplexity", description="score of evaluate by which systems are compared"
+    sibling: str | None = Field(
+        None,
+        description="Smaller model for the system sibling: a directory or a Hugging Face Hub id.",
     )
-    at_a_time: int = Field(1, ge=1, description="stages that run beside each other")
+    metric: str = Field("answer_perplexity", description="Score of evaluate to compare systems by.")
+    at_a_time: int = Field(1, ge=1, description="Number of stages to run concurrently.")
     others: tuple[Path, ...] = Field(
         (),
-        description="scores.json of this comparison with other seeds, of other machines perhaps; "
-        "means and claims are over all",
+        description="Paths of scores.json of this comparison with other seeds, e.g. from other "
+        "machines. Means and claims include them.",
     )
 
     @field_validator("methods", "ratios", "seeds", "systems")
@@ -146,7 +158,7 @@ class CompareConfig(Section):
     def _fits_together(self) -> CompareConfig:
         if isinstance(self.methods, dict) and self.ratios:
             raise ValueError(
-                f"ratios must be left out where methods have their own, got {list(self.ratios)}; "
+                f"ratios must not be given if methods have their own, got {list(self.ratios)}; "
                 "remove one of them"
             )
         known = (*_UNALIGNED, *self.aligned)

@@ -1,4 +1,4 @@
-"""Settings of a sweep: trials of a training's settings, of which the best is kept."""
+"""Configuration of a hyperparameter sweep."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _COMPARED_BY = {
 
 
 class RangeConfig(Section):
-    """Numbers between two, both included: whole ones where both are."""
+    """Range to draw numbers from; integers if both bounds are integers."""
 
-    low: Identified[int | float] = Field(description="the least")
-    high: Identified[int | float] = Field(description="the greatest")
-    log: Identified[bool] = Field(False, description="as often in each part of the same ratio")
+    low: Identified[int | float] = Field(description="Lower bound, inclusive.")
+    high: Identified[int | float] = Field(description="Upper bound, inclusive.")
+    log: Identified[bool] = Field(False, description="Draw on a logarithmic scale.")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> RangeConfig:
@@ -38,82 +38,96 @@ class RangeConfig(Section):
 
 
 class SweepConfig(Section):
-    """sweep: settings of train are tried, bad ones not to their end; the best adapter is kept."""
+    """sweep: Try training settings, stop poor trials early, and keep the best adapter."""
 
-    model: Free[Path] = Field(description="directory: pruned, aligned, quantised or base")
+    model: Free[Path] = Field(
+        description="Directory of the pruned, aligned, quantised or base model to train on."
+    )
     models: Free[tuple[Path, ...]] = Field(
-        (), description="several models of one base to try, instead of model"
+        (), description="Directories of several models of one base to try, instead of model."
     )
     ratios: Identified[tuple[float, ...]] = Field(
         (),
-        description="values of prune.ratio to try: a model of each is made, as prune and align say",
+        description="Values of prune.ratio to try. A model is pruned and aligned for each.",
     )
     base: Free[str | None] = Field(
-        None, description="what was pruned: the best adapter is recovered to it"
+        None,
+        description="Base model that was pruned: a directory or a Hugging Face Hub id. If given, "
+        "the best adapter is recovered to it.",
     )
     correction: Identified[bool | None] = Field(
-        None, description="of the recovered adapters, as recover.correction"
+        None, description="Whether to correct the recovered adapters, as recover.correction."
     )
-    output: Free[Path] = Field(description="directory to write")
-    data: Free[str] = Field(description="rows as train takes them")
+    output: Free[Path] = Field(description="Directory to write to.")
+    data: Free[str] = Field(description="Training data in the formats of train.data.")
     train: Identified[Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)]] = Field(
         {},
-        description="keys of the train section that all trials share, over those of the file's; "
-        "they must hold out examples",
+        description="Keys of the train section for all trials, which override the run file's train "
+        "section. They must hold out data.",
     )
     prune: Free[Annotated[dict[str, Any] | None, KeysOf("prune")]] = Field(
-        None, description="keys of the prune section, for ratios; default: the file's section"
+        None, description="Keys of the prune section, for ratios. Default: the run file's section."
     )
     align: Free[Annotated[dict[str, Any] | None, KeysOf("align")]] = Field(
-        None, description="keys of the align section, for ratios; default: the file's section"
+        None, description="Keys of the align section, for ratios. Default: the run file's section."
     )
     models_dir: Free[Path | None] = Field(
-        None, description="directory of the models of ratios; default: models beside the output"
+        None, description="Directory for the models of ratios. Default: models, beside the output."
     )
     grid: Identified[dict[str, tuple[Any, ...]]] = Field(
-        {}, description="dotted keys of the train section with values to try, e.g. lora.r"
+        {}, description="Dotted keys of the train section with values to try, e.g. lora.r."
     )
     ranges: Identified[dict[str, RangeConfig]] = Field(
-        {}, description="dotted keys of the train section with ranges to draw from"
+        {}, description="Dotted keys of the train section with ranges to draw values from."
     )
     trials: Identified[int | None] = Field(
-        None, ge=1, description="combinations to draw; default: each one of the grid"
+        None,
+        ge=1,
+        description="Number of combinations to draw. Default: all combinations of the grid.",
     )
-    seed: Identified[int] = Field(0, ge=0, lt=2**32, description="of the draws")
+    seed: Identified[int] = Field(0, ge=0, lt=2**32, description="Seed of the draws.")
     grace_steps: Identified[int | None] = Field(
         None,
         ge=1,
-        description="steps that every trial does (ASHA); train.steps stops none early; default: "
-        "until its first evaluation",
+        description="Minimum steps of each trial before early stopping (ASHA). With train.steps, "
+        "no trial is stopped early. Default: until the first evaluation.",
     )
     reduction_factor: Identified[float] = Field(
-        3.0, gt=1, description="of the trials that have come so far, one in as many goes on (ASHA)"
+        3.0,
+        gt=1,
+        description="Reduction factor of ASHA: the best one in this many trials continues at "
+        "each rung.",
     )
     finalists: Identified[int] = Field(
         1,
         ge=1,
-        description="best trials of each model that are recovered and judged on the base, unless "
-        "there is but one",
+        description="Number of best trials of each model that are recovered and evaluated on the "
+        "base, if there are several models or finalists.",
     )
     actors: Free[int] = Field(
-        1, ge=1, description="trials at a time, each in a process with a model"
+        1,
+        ge=1,
+        description="Number of trials to run concurrently, each in an actor with a copy of the "
+        "model.",
     )
-    cpus: Free[int] = Field(1, ge=1, description="threads of an actor")
+    cpus: Free[int] = Field(1, ge=1, description="Number of threads per actor.")
     gpus: Free[float] = Field(
-        1.0, gt=0, le=1, description="share of a GPU of an actor, where there is one"
+        1.0, gt=0, le=1, description="Share of a GPU per actor, if there is one."
     )
     max_failures: Free[int] = Field(
-        3, ge=0, description="deaths of its actor after which a trial is given up"
+        3, ge=0, description="Number of actor failures to tolerate per trial."
     )
 
     @model_validator(mode="after")
     def _varies_what_can_be_compared(self) -> SweepConfig:
         if self.models and self.ratios:
-            raise ValueError("ratios must be left out where models are given; leave out one")
+            raise ValueError("ratios and models exclude each other; remove one of them")
         if not (self.grid or self.ranges or self.ratios or len(self.models) > 1):
-            raise ValueError("grid, ranges, ratios or models must name what to try; add one")
+            raise ValueError("grid, ranges, ratios or models must be given; add values to try")
         if self.ranges and self.trials is None:
-            raise ValueError("trials must say how many to draw where there are ranges; add it")
+            raise ValueError(
+                "trials must be given with ranges, as the number of combinations to draw; add it"
+            )
         for key in self.train.keys() & OF_THE_WHOLE:
             raise ValueError(
                 f"train must leave {key} to the sweep, got {self.train[key]!r}; set it in sweep"
@@ -124,7 +138,9 @@ class SweepConfig(Section):
                     f"{where} must not have {key}: trials could not be compared; set it in train"
                 )
         for key in self.grid.keys() & self.ranges.keys():
-            raise ValueError(f"ranges must not have {key}, which grid has; leave it in one")
+            raise ValueError(
+                f"ranges must not have {key}, which is also in grid; remove it from one of them"
+            )
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid must have values for {key}, got none; add some")
@@ -135,7 +151,7 @@ class SweepConfig(Section):
         several = len(self.models) > 1 or len(self.ratios) > 1 or self.finalists > 1
         if several and self.base is None:
             raise ValueError(
-                "base must be given where several models or finalists are compared, which is done "
-                "on it; add it"
+                "base must be given to compare several models or finalists, which happens on it; "
+                "add it"
             )
         return self

@@ -270,7 +270,7 @@ def test_what_cannot_be_compared_is_one_line(
         ({"methods": {"random": []}}, "must have ratios for random, got none"),
         ({"methods": {"random": [0.5, 0.5]}}, "must have each value once, got 0.5 twice"),
         ({"methods": {"wanda": ["4-8"]}}, "methods"),
-        ({"methods": {"random": [0.5]}, "ratios": [0.3]}, "ratios must be left out where methods"),
+        ({"methods": {"random": [0.5]}, "ratios": [0.3]}, "ratios must not be given if methods"),
     ],
 )
 def test_bad_settings_are_refused(

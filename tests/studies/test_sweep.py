@@ -97,12 +97,12 @@ def test_draws_are_in_their_ranges_and_the_same_again(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": {}}, "grid, ranges, ratios or models must name what to try"),
+        ({"grid": {}}, "grid, ranges, ratios or models must be given"),
         ({"grid": {"lora.r": []}}, "grid must have values for lora.r"),
         ({"grid": {"steps": [1, 2]}}, "grid must not have steps: trials could not be compared"),
         ({"ranges": {"lora.r": {"low": 1, "high": 4}}, "trials": 2}, "ranges must not have lora.r"),
         ({"ranges": {"seed": {"low": 1, "high": 4}}, "trials": 2}, "ranges must not have seed"),
-        ({"ranges": {"lora.alpha": {"low": 1, "high": 4}}}, "trials must say how many to draw"),
+        ({"ranges": {"lora.alpha": {"low": 1, "high": 4}}}, "trials must be given with ranges"),
         (
             {"ranges": {"lora.alpha": {"low": 4, "high": 1}}, "trials": 2},
             "high must be above low = 4",
@@ -115,7 +115,7 @@ def test_draws_are_in_their_ranges_and_the_same_again(
         ({"train": TRAIN}, "sweep.train must hold out examples"),
         ({"grace_steps": 7}, "grace_steps must be at most train.steps = 6, got 7"),
         ({"grid": {"lora.rank": [2]}}, "lora.rank is not a known key"),
-        ({"ratios": [0.5, 0.6], "models": ["a", "b"]}, "ratios must be left out"),
+        ({"ratios": [0.5, 0.6], "models": ["a", "b"]}, "ratios and models exclude each other"),
         ({"ratios": [0.5]}, "sweep.ratios needs the section prune"),
         ({"finalists": 2, "base": None}, "base must be given"),
     ],
