@@ -14,6 +14,7 @@ import torch
 
 from loram_ray.artifacts.tensorfile import TensorFile, require_finite
 from loram_ray.errors import LoramError
+from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.parsing import read_json
 from loram_ray.utils.patterns import matched
 
@@ -23,25 +24,6 @@ TEMPLATE_FILE = "chat_template.jinja"
 _DEFAULT = 8  # r and lora_alpha of PEFT
 _PREFIX = "base_model.model."
 _KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-
-# Settings of PEFT under which the adapter is more than alpha/r * B A on single linears, and why
-# scattering A and B would then give another function on the base.
-_REFUSED: dict[str, str] = {
-    "use_dora": "DoRA's magnitudes belong to the pruned weights' norms",
-    "modules_to_save": "whole trained modules replace pruned ones",
-    "trainable_token_indices": "trained embedding rows are no low-rank product",
-    "layer_replication": "the base has no replicated layers",
-    "lora_bias": "a trained bias is no low-rank product",
-    "target_parameters": "bare parameters have no rows and columns in the plan",
-    "fan_in_fan_out": "its weights are stored transposed",
-    "megatron_config": "its weights are split",
-    "arrow_config": "a router chooses between adapters",
-    "alora_invocation_tokens": "it is active on some tokens only",
-    "kasa_config": "KaSA truncates the frozen weights",
-    "use_qalora": "QA-LoRA pools the inputs of A",
-    "use_bdlora": "BD-LoRA's matrices are block-diagonal",
-}
-_INITIALISATIONS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class Adapter:
@@ -223,19 +205,14 @@ def _refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
             f"{directory} must be a LoRA adapter, its peft_type is {config.get('peft_type')}; "
             "only LoRA can be recovered"
         )
-    for setting, why in _REFUSED.items():
-        if config.get(setting):
+    for setting, why in NOT_RECOVERED.items():
+        if is_chosen(config.get(setting)):
             raise LoramError(
                 f"{directory} was trained with {setting} = {config[setting]}, which cannot be "
                 f"recovered: {why}; train without it"
             )
-    if config.get("bias", "none") != "none":
-        raise LoramError(
-            f"{directory} was trained with bias = {config['bias']}, which cannot be recovered: "
-            "a trained bias is no low-rank product; train with bias = none"
-        )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_INITIALISATIONS_THAT_CHANGE_THE_BASE):
+    if changes_frozen_weights(start):
         raise LoramError(
             f"{directory} was trained with init_lora_weights = {start}, which changes the frozen "
             "weights; convert it to a plain LoRA with PEFT first"

@@ -30,8 +30,9 @@ from loram_ray.artifacts.manifest import (
     write_json,
 )
 from loram_ray.errors import LoramError
-from loram_ray.utils.files import open_lock, read_regular_text, require_directory, write_whole
+from loram_ray.utils.files import open_lock, require_directory, write_whole
 from loram_ray.utils.names import fault_of_name
+from loram_ray.utils.parsing import read_text
 
 _IDENTITY_NOTE = "identity"
 _NOT_WRITABLE = (
@@ -232,7 +233,7 @@ def _prepare(target: StageDirectory, identity: str) -> None:
     shutil.rmtree(target.path, ignore_errors=True)
     target.path.mkdir()
     note = target.work / _IDENTITY_NOTE
-    if not os.path.lexists(note) or read_regular_text(note) != identity:
+    if not os.path.lexists(note) or read_text(note) != identity:
         shutil.rmtree(target.work, ignore_errors=True)
         target.work.mkdir()
         write_whole(note, identity)

@@ -9,23 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Free, Identified, OptimiserConfig, Precision, Section, over
+from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.patterns import fault_of_patterns
-
-_NOT_RECOVERED = {
-    "use_dora": "DoRA's magnitudes belong to the pruned weights' norms",
-    "lora_bias": "a trained bias is no low-rank product",
-    "bias": "a trained bias is no low-rank product",
-    "modules_to_save": "whole trained modules would replace pruned ones",
-    "trainable_token_indices": "trained embedding rows are no low-rank product",
-    "layer_replication": "the base has no replicated layers",
-    "target_parameters": "bare parameters have no rows and columns in the plan",
-    "loftq_config": "LoftQ changes the frozen weights",
-    "corda_config": "CorDA changes the frozen weights",
-    "use_qalora": "QA-LoRA pools the inputs of A, which the base has more of",
-}
-"""PEFT options whose adapters cannot be recovered to the base's shapes, and the reasons."""
-
-_CHANGING_THE_WEIGHTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 _NAMES_IN_PEFT = {
     "lora_alpha": "alpha",
@@ -95,14 +80,14 @@ class LoraConfig(Section):
     def _say_what_cannot_be_recovered(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        for key, why in _NOT_RECOVERED.items():
-            if data.get(key) not in (None, False, "none"):
+        for key, why in NOT_RECOVERED.items():
+            if is_chosen(data.get(key)):
                 raise ValueError(f"{key} cannot be recovered: {why}; leave it out")
         for name, ours in _NAMES_IN_PEFT.items():
             if name in data:
                 raise ValueError(f"{name} is called {ours} here; rename the key")
         start = data.get("init")
-        if isinstance(start, str) and start.lower().startswith(_CHANGING_THE_WEIGHTS):
+        if changes_frozen_weights(start):
             raise ValueError(
                 f"init = {start} cannot be recovered: it changes the frozen weights, and what it "
                 "takes out of the pruned ones is not in the base's; take default, orthogonal or eva"

@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from loram_ray.utils.files import read_regular_text, write_whole
+from loram_ray.utils.files import read_regular, write_whole
+from loram_ray.utils.parsing.text import decode
 from loram_ray.utils.printing import PlainConsole, plain
 
 METRICS_FILE = "metrics.jsonl"
@@ -185,7 +186,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a JSON Lines file of objects; none if it does not exist."""
     try:
-        text = read_regular_text(path)
+        text = decode(read_regular(path), str(path), "delete the file")
     except (FileNotFoundError, NotADirectoryError):
         return []
     lines = []

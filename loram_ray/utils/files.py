@@ -72,18 +72,6 @@ def read_regular(path: Path | str) -> bytes:
         return file.read()
 
 
-def read_regular_text(path: Path | str) -> str:
-    """Return the UTF-8 text of a regular file; raise as `open_descriptor` does.
-
-    Raises:
-        LoramError: The file is not UTF-8, not regular, or cannot be read.
-    """
-    try:
-        return read_regular(path).decode()
-    except UnicodeDecodeError as error:
-        raise LoramError(f"{path} must be UTF-8 text ({error}); save it as UTF-8") from error
-
-
 def require_regular_files(directory: Path | str) -> None:
     """Check that the files of a model's directory can be read without blocking.
 
