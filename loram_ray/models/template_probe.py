@@ -7,15 +7,13 @@ bounds ``range`` and hides Python's internals, and bounds neither time nor memor
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
+
+from loram_ray.utils.trial_process import run_apart
 
 CPU_SECONDS = 2
 MAX_CHARACTERS = 2**20
 """Of a template, and of what it makes of a conversation of four messages."""
 _BYTES = 2**30
-_WALL_SECONDS = 60.0
 _PROGRAM = """
 import json, resource, sys
 template, seconds, nbytes, most = json.load(sys.stdin)
@@ -79,17 +77,9 @@ def fault_of_template(template: str) -> str | None:
     """
     if len(template) > MAX_CHARACTERS:
         return f"at most {MAX_CHARACTERS:,} characters long, got {len(template):,}"
-    asked = json.dumps([template, CPU_SECONDS, _BYTES, MAX_CHARACTERS])
-    command = [sys.executable, "-I", "-c", _PROGRAM]
-    slow = f"one that renders four messages within {CPU_SECONDS} s"
-    try:
-        done = subprocess.run(
-            command, input=asked.encode(), capture_output=True, timeout=_WALL_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return slow
-    if done.returncode < 0:
-        return slow
+    done = run_apart(_PROGRAM, [template, CPU_SECONDS, _BYTES, MAX_CHARACTERS])
+    if done is None or done.returncode < 0:
+        return f"one that renders four messages within {CPU_SECONDS} s"
     if done.returncode:  # memory that ran out where Python cannot raise
         return "one that needs less memory"
     return done.stdout.decode().strip() or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import subprocess
@@ -11,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 from loram_ray.errors import LoramError, shown
+from loram_ray.utils.trial_process import run_apart
 
 SECONDS = 1
 """CPU time limit in seconds for matching all patterns; matching paths takes microseconds."""
-_WALL_SECONDS = 60.0
 _LONGEST = 10_000
 _PLAIN = re.compile(r"[\w.\-^$]*")
 _EXAMPLES = tuple(
@@ -86,17 +85,9 @@ def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str
             return fault
     if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
         return None
-    request = json.dumps([list(patterns), [*names, *_EXAMPLES], SECONDS])
-    command = [sys.executable, "-I", "-c", _PROGRAM]
-    try:
-        done = subprocess.run(
-            command, input=request.encode(), capture_output=True, timeout=_WALL_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        pass
-    else:
-        if not done.returncode:
-            return None
+    done = run_apart(_PROGRAM, [list(patterns), [*names, *_EXAMPLES], SECONDS])
+    if done is not None and not done.returncode:
+        return None
     return (
         f"matched within {SECONDS} s, {shown(patterns[0])} takes longer; write patterns without "
         "nested repetitions"
