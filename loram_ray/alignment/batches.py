@@ -87,11 +87,11 @@ def steps(
         workers=workers,
         multiple=config.micro_batch_size,
     )
-    beside = partial(read_targets, inputs.targets) if inputs.targets is not None else None
+    extra_columns = partial(read_targets, inputs.targets) if inputs.targets is not None else None
     order = open_order(inputs.corpus, config.seed)
     batches: Iterator[dict[str, np.ndarray]] = iter(())
     if share.rows and share.start < share.end:
-        batches = stream(order, share, config.micro_batch_size, beside)
+        batches = stream(order, share, config.micro_batch_size, extra_columns)
     shape = (config.micro_batch_size, config.corpus.sequence_length)
     for _ in range(first, config.total_steps):
         found = [
@@ -99,7 +99,7 @@ def steps(
             for batch in islice(batches, share.rows // config.micro_batch_size)
         ]
         empty = config.accumulation(workers) - len(found)
-        yield found + [without_labels(shape, device)] * empty
+        yield found + [unlabelled_batch(shape, device)] * empty
 
 
 def to_device(
@@ -127,7 +127,7 @@ def to_device(
     )
 
 
-def without_labels(shape: tuple[int, int], device: torch.device) -> MicroBatch:
+def unlabelled_batch(shape: tuple[int, int], device: torch.device) -> MicroBatch:
     """Return a micro-batch ``[batch, seq]`` that does not contribute to the loss."""
     input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
     return MicroBatch(input_ids, torch.full_like(input_ids, IGNORED), None, None, [])

@@ -19,11 +19,11 @@ from loram_ray.corpus.read import BadRow, refuse_bad_rows
 from loram_ray.corpus.selection import below_share
 from loram_ray.corpus.templates import (
     TemplateFault,
+    continuation_ids,
     end_of_answer,
-    ids_behind,
     ids_of,
+    refuse_unread_parts,
     render,
-    require_read,
 )
 from loram_ray.errors import LoramError
 from loram_ray.losses import IGNORED
@@ -85,7 +85,7 @@ def tokenise_row(
         given = max(len(frame.opening), 1)  # the first token of a piece is never predicted
         return [Example(row.place, p, ((given, len(p)),)) for p in pieces if len(p) > given]
     try:
-        require_read(tokenizer, row)
+        refuse_unread_parts(tokenizer, row)
         found = _tokenise(tokenizer, row)
     except TemplateFault as error:
         return BadRow(row.place, str(error))
@@ -125,7 +125,7 @@ def _tokenise(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int
     return [
         ([*prompt, *answer], ((len(prompt), len(prompt) + len(answer)),))
         for prompt, (begin, end) in zip(prompts, places, strict=True)
-        for answer in [ids_behind(tokenizer, prompt, whole[begin:end])]
+        for answer in [continuation_ids(tokenizer, prompt, whole[begin:end])]
     ]
 
 
@@ -169,7 +169,7 @@ def _closed(tokenizer: Any, whole: str, begin: int) -> int:
     return found + len(mark)
 
 
-def each_row(
+def tokenised_rows(
     tokenizer: Any, data: str, max_length: int, key: str, limit: int | None = None
 ) -> Iterator[tuple[Conversation | Document, list[Example]] | BadRow]:
     """Yield each row with its examples, or the reason it cannot be used.
@@ -221,7 +221,7 @@ def load_examples(
     """
     bad: list[BadRow] = []
     good = 0
-    for found in each_row(tokenizer, data, max_length, key, limit):
+    for found in tokenised_rows(tokenizer, data, max_length, key, limit):
         if isinstance(found, BadRow):
             bad.append(found)
             continue
@@ -230,10 +230,10 @@ def load_examples(
         for example in examples:
             yield row, example
     refuse_bad_rows(bad, good + len(bad), max_bad_share, f"{key.partition('.')[0]}.max_bad_share")
-    require_some(good, data, key)
+    require_examples(good, data, key)
 
 
-def require_some(good: int, data: str, key: str) -> None:
+def require_examples(good: int, data: str, key: str) -> None:
     """Refuse data without usable examples.
 
     Raises:

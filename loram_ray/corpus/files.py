@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pyarrow import CompressedInputStream, NativeFile, fs
 
 from loram_ray.corpus.encoding import refuse_other_encodings
-from loram_ray.corpus.folders import refuse_several, saved_datasets
-from loram_ray.corpus.places import Place, folder_of, in_one_line, matching, saying_why, walk
+from loram_ray.corpus.folders import refuse_mixed_splits, saved_datasets
+from loram_ray.corpus.places import Place, folder_of, in_one_line, matching, one_line_errors, walk
 from loram_ray.errors import LoramError
 
 _LINES, _COLUMNS = (".jsonl", ".txt"), (".parquet", ".arrow")
@@ -35,11 +35,11 @@ class Kinds:
 
     Attributes:
         names: File name suffixes, without those of compression.
-        said: List of the formats for error messages.
+        description: List of the formats for error messages.
     """
 
     names: tuple[str, ...]
-    said: str
+    description: str
 
 
 TEXT = Kinds(
@@ -47,7 +47,7 @@ TEXT = Kinds(
     ".jsonl, .txt (both also .gz, .zst), .json.gz, .json.zst, .parquet, .arrow",
 )
 """Formats of corpus files."""
-EXAMPLES = Kinds(TEXT.names + _TABLES, f"{TEXT.said}, .json, .csv, .tsv")
+EXAMPLES = Kinds(TEXT.names + _TABLES, f"{TEXT.description}, .json, .csv, .tsv")
 """Formats of fine-tuning data."""
 
 
@@ -111,7 +111,7 @@ def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
         LoramError: If there are no files, or the format or file system is not supported.
     """
     place = Place(path)
-    with saying_why(f"{key} {path}"):
+    with one_line_errors(f"{key} {path}"):
         [found] = place.filesystem.get_file_info([place.inner])
         if found.type == fs.FileType.File:
             infos = [found]
@@ -119,17 +119,19 @@ def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
             infos = _in_directory(place, key, kinds)
         else:
             infos = matching(place)
-            refuse_several(place, folder_of(place), [info.path for info in infos], key)
+            refuse_mixed_splits(place, folder_of(place), [info.path for info in infos], key)
     files = []
     for info in sorted(infos, key=lambda info: info.path):
         name = place.name_of(info.path)
         form = form_of(name)
         if form is None or form.kind not in kinds.names:
-            raise LoramError(f"{key} must name files of {kinds.said}, got {name}; convert it")
+            raise LoramError(
+                f"{key} must name files of {kinds.description}, got {name}; convert it"
+            )
         files.append(DataFile(name, info.base_name, form, info.size, info.mtime_ns))
     if not files:
         remedy = "check it" if "://" in path else "check it (on the Hub: hf://datasets/org/name)"
-        raise LoramError(f"{key} must name files of {kinds.said}, {path} has none; {remedy}")
+        raise LoramError(f"{key} must name files of {kinds.description}, {path} has none; {remedy}")
     return files
 
 
@@ -213,5 +215,5 @@ def _in_directory(place: Place, key: str, kinds: Kinds) -> list[fs.FileInfo]:
         if is_read and not is_cache:
             kept.append(info)
     recorded = {path: dataset.split for dataset in saved.values() for path in dataset.files}
-    refuse_several(place, place.inner, [info.path for info in kept], key, recorded)
+    refuse_mixed_splits(place, place.inner, [info.path for info in kept], key, recorded)
     return kept

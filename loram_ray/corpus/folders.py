@@ -11,7 +11,7 @@ from typing import Any
 from pyarrow import fs
 
 from loram_ray.corpus.places import Place
-from loram_ray.corpus.splits import Declared, Several, declared_in, selecting, several_in
+from loram_ray.corpus.splits import Declared, Several, declared_in, mixed_splits, selecting
 from loram_ray.errors import LoramError
 from loram_ray.utils.parsing import parse_json
 
@@ -67,7 +67,7 @@ def saved_datasets(place: Place, paths: Collection[str], key: str) -> dict[str, 
     return saved
 
 
-def refuse_several(
+def refuse_mixed_splits(
     place: Place,
     folder: str,
     paths: Sequence[str],
@@ -92,7 +92,7 @@ def refuse_several(
     relative = {posixpath.relpath(path, top): path for path in paths}
     recorded = recorded or {}
     known = {name: split for name, path in relative.items() if (split := recorded.get(path))}
-    several = several_in(list(relative), declared, known)
+    several = mixed_splits(list(relative), declared, known)
     if several is None:
         return
     split, chosen = _suggested(several, key)

@@ -104,7 +104,7 @@ def _plain_parts(place: Place) -> int:
 
 
 @contextmanager
-def saying_why(what: str) -> Iterator[None]:
+def one_line_errors(what: str) -> Iterator[None]:
     """Turn the errors of a store into one-line errors.
 
     Raises:

@@ -41,7 +41,7 @@ from loram_ray.corpus.read import (
 )
 from loram_ray.corpus.selection import Selection
 from loram_ray.corpus.sources import Counts, SourceInfo, write_sources
-from loram_ray.corpus.spread import spread
+from loram_ray.corpus.spread import map_items
 from loram_ray.errors import LoramError
 from loram_ray.models.tokenizer import frame_of, load_tokenizer
 from loram_ray.utils.parsing import parse_json
@@ -147,7 +147,7 @@ def _key_of(config: CorpusConfig, number: int) -> str:
 
 def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: list[Unit]) -> None:
     parts = _compare_documents(target.work, config, units) if config.deduplicate else 0
-    spread(
+    map_items(
         "corpus",
         "unit",
         {target.work / _counts_file(unit.index): asdict(unit) for unit in units},
@@ -170,10 +170,10 @@ def _write(target: StageDirectory, config: CorpusConfig, model: Path, units: lis
 def _compare_documents(work: Path, config: CorpusConfig, units: list[Unit]) -> int:
     """Find the duplicates in the whole corpus; return the number of parts."""
     hashes = {hash_file_of(work, unit.index): asdict(unit) for unit in units}
-    spread("hash", "unit", hashes, _hash_item, (work, config))
+    map_items("hash", "unit", hashes, _hash_item, (work, config))
     parts = count_parts(work, len(units))
     found = {duplicates_file_of(work, part): {"part": part} for part in range(parts)}
-    spread("compare", "part", found, _compare_item, (parts, work, len(units)))
+    map_items("compare", "part", found, _compare_item, (parts, work, len(units)))
     return parts
 
 

@@ -104,11 +104,13 @@ def identify(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[list[
         files = list_files(source.path, f"{key}.{number}.path")
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             for file, identity in zip(files, pool.map(identify_file, files), strict=True):
-                found.append([file.name, file.size, source.text_field, identity + note_on(file)])
+                found.append(
+                    [file.name, file.size, source.text_field, identity + byte_order_mark_note(file)]
+                )
     return found
 
 
-def note_on(file: DataFile) -> str:
+def byte_order_mark_note(file: DataFile) -> str:
     """Return an identity suffix for text with a byte order mark, which older versions kept."""
     if file.form.kind != ".txt":
         return ""

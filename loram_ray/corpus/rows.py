@@ -11,7 +11,7 @@ from pyarrow.lib import ArrowException
 from loram_ray.corpus.columnar import arrow_batches, open_parquet
 from loram_ray.corpus.encoding import refuse_other_encodings
 from loram_ray.corpus.files import DataFile, hash_content, open_at, open_random, read_lines
-from loram_ray.corpus.read import BadRow, documents_of, note_on, parse_object
+from loram_ray.corpus.read import BadRow, byte_order_mark_note, documents_of, parse_object
 from loram_ray.corpus.separated import separated_rows
 from loram_ray.errors import LoramError
 from loram_ray.utils.parsing import parse_json
@@ -61,7 +61,7 @@ def identify_rows(file: DataFile) -> str:
     if file.form.kind in (".csv", ".tsv"):
         for _ in separated_rows(file):
             pass
-    return hash_content(file.path) + note_on(file)
+    return hash_content(file.path) + byte_order_mark_note(file)
 
 
 def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:

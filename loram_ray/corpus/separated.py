@@ -80,11 +80,11 @@ class _Records:
             yield line
 
     def _refuse(self, error: csv.Error) -> NoReturn:
-        said, last = str(error), self._first + len(self._taken) - 1
-        if "end of data" in said or "field limit" in said:
+        message, last = str(error), self._first + len(self._taken) - 1
+        if "end of data" in message or "field limit" in message:
             rule = "close the quote that opens a field"
-            got = "it is not closed" if "end" in said else f"it takes {_LONGEST_FIELD:,} bytes"
-        elif "new-line" in said:
+            got = "it is not closed" if "end" in message else f"it takes {_LONGEST_FIELD:,} bytes"
+        elif "new-line" in message:
             raise LoramError(
                 f"{self._path}:{self._first} must end in LF or CRLF, it holds a lone CR outside "
                 "quotes; convert the line ends, or write the field in quotes"

@@ -68,7 +68,7 @@ class Several:
     splits: Mapping[str, Sequence[str]]
 
 
-def several_in(
+def mixed_splits(
     paths: Sequence[str],
     declared: Sequence[Declared] = (),
     known: Mapping[str, str] | None = None,

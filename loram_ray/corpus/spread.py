@@ -14,7 +14,7 @@ from loram_ray.errors import LoramError
 from loram_ray.runtime.progress import Reporter
 
 
-def spread(
+def map_items(
     label: str,
     unit: str,
     items: dict[Path, dict[str, Any]],

@@ -14,7 +14,7 @@ from loram_ray.corpus.columnar import open_parquet
 from loram_ray.corpus.order import Block, Chunk, MixedSource, Order
 from loram_ray.corpus.sources import list_sources
 
-Beside = Callable[[Block, np.ndarray], dict[str, np.ndarray]]
+ExtraColumns = Callable[[Block, np.ndarray], dict[str, np.ndarray]]
 """Function that reads additional columns for some rows of a block."""
 
 
@@ -81,7 +81,7 @@ class Share:
 
 
 def read_chunk(
-    order: Order, chunk: Chunk, share: Share, beside: Beside | None = None
+    order: Order, chunk: Chunk, share: Share, extra_columns: ExtraColumns | None = None
 ) -> dict[str, np.ndarray]:
     """Read a worker's rows of one chunk, in order.
 
@@ -95,7 +95,7 @@ def read_chunk(
     for piece in order.pieces(chunk):
         mine = share.takes(piece.positions)
         if mine.any():
-            parts.append(_read(piece.block, piece.rows[mine], beside))
+            parts.append(_read(piece.block, piece.rows[mine], extra_columns))
             positions.append(piece.positions[mine])
     if not parts:
         return {}
@@ -108,11 +108,13 @@ def read_block(block: Block) -> pa.Table:
     return open_parquet(Path(block.path), block.path).read_row_group(block.group)
 
 
-def _read(block: Block, rows: np.ndarray, beside: Beside | None) -> dict[str, np.ndarray]:
+def _read(
+    block: Block, rows: np.ndarray, extra_columns: ExtraColumns | None
+) -> dict[str, np.ndarray]:
     table = read_block(block)
     return {
         **{name: column[rows] for name, column in columns_of(table).items()},
-        **(beside(block, rows) if beside is not None else {}),
+        **(extra_columns(block, rows) if extra_columns is not None else {}),
     }
 
 
@@ -132,7 +134,7 @@ def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def stream(
-    order: Order, share: Share, micro_batch_size: int, beside: Beside | None = None
+    order: Order, share: Share, micro_batch_size: int, extra_columns: ExtraColumns | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Stream a worker's share in micro-batches through Ray Data.
 
@@ -140,7 +142,7 @@ def stream(
         order: Order of the prepared corpus.
         share: Positions of the worker.
         micro_batch_size: Rows per yielded batch; must divide the worker's part of a global batch.
-        beside: Function that reads additional columns.
+        extra_columns: Function that reads additional columns.
 
     Yields:
         Batches in the form described in `read_chunk`.
@@ -156,7 +158,7 @@ def stream(
         if share.takes(order.positions(chunk)).any()
     ]
     dataset = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
-        _read_batch, fn_args=(order, share, beside), batch_size=1
+        _read_batch, fn_args=(order, share, extra_columns), batch_size=1
     )
     yield from dataset.iter_batches(
         batch_size=micro_batch_size, prefetch_batches=2, batch_format="numpy"
@@ -164,7 +166,7 @@ def stream(
 
 
 def _read_batch(
-    batch: dict[str, np.ndarray], order: Order, share: Share, beside: Beside | None
+    batch: dict[str, np.ndarray], order: Order, share: Share, extra_columns: ExtraColumns | None
 ) -> dict[str, np.ndarray]:
     before = tuple(int(count) for count in batch["before"][0])
-    return read_chunk(order, Chunk(int(batch["number"][0]), before), share, beside)
+    return read_chunk(order, Chunk(int(batch["number"][0]), before), share, extra_columns)

@@ -103,7 +103,7 @@ def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool)
     return text
 
 
-def require_read(tokenizer: Any, conversation: Conversation) -> None:
+def refuse_unread_parts(tokenizer: Any, conversation: Conversation) -> None:
     """Refuse a conversation of which the template would silently drop a part.
 
     Raises:
@@ -165,7 +165,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def ids_behind(tokenizer: Any, prompt: list[int], text: str) -> list[int]:
+def continuation_ids(tokenizer: Any, prompt: list[int], text: str) -> list[int]:
     """Return the token ids of a text that continues a prompt without merging with its last token.
 
     SentencePiece tokenizers prepend a space to their input. The text is therefore tokenised after

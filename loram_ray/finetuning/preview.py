@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from loram_ray.config import TrainConfig
-from loram_ray.corpus.examples import Example, each_row, require_some
+from loram_ray.corpus.examples import Example, require_examples, tokenised_rows
 from loram_ray.corpus.read import BadRow
 from loram_ray.losses import IGNORED
 from loram_ray.models.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
     """
     tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
     shown = 0
-    for found in each_row(tokenizer, config.data, config.max_length, "train.data"):
+    for found in tokenised_rows(tokenizer, config.data, config.max_length, "train.data"):
         if isinstance(found, BadRow):
             yield found
             continue
@@ -87,7 +87,7 @@ def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
                 return
             shown += 1
             yield Preview(example, [_text_of(tokenizer, token) for token in example.input_ids])
-    require_some(shown, config.data, "train.data")
+    require_examples(shown, config.data, "train.data")
 
 
 def _text_of(tokenizer: Any, token: int) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers import tiny, tokenizers_of
 from loram_ray.config import TrainConfig
 from loram_ray.corpus.conversations import Conversation, Document, conversations, parse_row
-from loram_ray.corpus.examples import Example, each_row, tokenise_row
+from loram_ray.corpus.examples import Example, tokenise_row, tokenised_rows
 from loram_ray.corpus.read import BadRow
 from loram_ray.corpus.templates import prompt_ids
 from loram_ray.finetuning.preview import preview
@@ -404,5 +404,5 @@ def test_a_named_template_for_tools_is_used(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = {"default": tiny.CHAT_TEMPLATE, "tool_use": TOOLS}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [TOOL_ROW, {"messages": MESSAGES}])
-    rows = list(each_row(tokenizer, str(path), 4000, "train.data"))
+    rows = list(tokenised_rows(tokenizer, str(path), 4000, "train.data"))
     assert not any(isinstance(row, BadRow) for row in rows)
