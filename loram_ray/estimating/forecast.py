@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loram_ray.alignment.deepspeed_config import read_users
+from loram_ray.alignment.deepspeed_config import read_user_config
 from loram_ray.architectures import architecture_of
 from loram_ray.config import AlignConfig, PruneConfig, TrainConfig, load_run, section_of
 from loram_ray.errors import LoramError
@@ -131,7 +131,7 @@ def forecast(
 
 def _alignment(shapes: dict[str, Any], prune: PruneConfig, align: AlignConfig) -> Estimate:
     pruned, base = shapes_of(shapes, prune, align.frozen)
-    return estimate(align, read_users(align.deepspeed), pruned, base, Cluster(align.workers))
+    return estimate(align, read_user_config(align.deepspeed), pruned, base, Cluster(align.workers))
 
 
 def _parts(memory: TrainingMemory) -> dict[str, int]:
@@ -149,4 +149,4 @@ def _actors(memory: TrainingMemory) -> dict[str, int]:
 
 def _adapters(memory: TrainingMemory) -> dict[str, int]:
     """Return the number of adapters that each GPU trains at a time on one copy of the model."""
-    return {gpu.name: memory.most(gpu.usable) for gpu in GPUS}
+    return {gpu.name: memory.max_adapters(gpu.usable) for gpu in GPUS}

@@ -36,13 +36,13 @@ def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
     usable = free * (1 - GAPS)
 
     def needed(config: TrainConfig) -> int:
-        return training_memory(settings, family, config, quantized).of_several(adapters)
+        return training_memory(settings, family, config, quantized).for_adapters(adapters)
 
     asked = needed(config)
     if asked <= usable:
         return
     remedy = next(
-        (_said(changes) for changes, changed in _smaller(config) if needed(changed) <= usable),
+        (_described(changes) for changes, changed in _smaller(config) if needed(changed) <= usable),
         "use a larger GPU" if quantized else "quantize the model or use a larger GPU",
     )
     if adapters > 1:
@@ -70,5 +70,5 @@ def _smaller(config: TrainConfig) -> Iterator[tuple[dict[str, Any], TrainConfig]
         yield changes, config.model_copy(update=changes)
 
 
-def _said(changes: dict[str, Any]) -> str:
+def _described(changes: dict[str, Any]) -> str:
     return "set " + ", ".join(f"train.{key}={str(value).lower()}" for key, value in changes.items())

@@ -69,26 +69,26 @@ class TrainingMemory:
         """Total bytes."""
         return sum(asdict(self).values())
 
-    def of_several(self, adapters: int) -> int:
+    def for_adapters(self, adapters: int) -> int:
         """Return the bytes for training several adapters in one forward pass on one model copy.
 
         Logits exist for one adapter at a time; gradients are kept until their optimizer steps.
         """
-        return self.total if adapters == 1 else self._once + adapters * self._each
+        return self.total if adapters == 1 else self._shared + adapters * self._per_adapter
 
-    def most(self, usable: float) -> int:
+    def max_adapters(self, usable: float) -> int:
         """Return the maximum number of adapters that fit in one forward pass."""
         if self.total > usable:
             return 0
-        return max(1, int((usable - self._once) // max(self._each, 1)))
+        return max(1, int((usable - self._shared) // max(self._per_adapter, 1)))
 
     @property
-    def _once(self) -> int:
+    def _shared(self) -> int:
         return self.weights + self.workspace + self.logits
 
     @property
-    def _each(self) -> int:
-        return self.total - self._once + self.gradients
+    def _per_adapter(self) -> int:
+        return self.total - self._shared + self.gradients
 
 
 def training_memory(
@@ -126,12 +126,12 @@ def training_memory(
 
     def step(counts: Sequence[int]) -> dict[int | None, Counter[str]]:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16")
-        with layers.only(counts), tracker.anew(), autocast:
+        with layers.only(counts), tracker.reset(), autocast:
             _step(model, train.micro_batch_size, train.max_length)
         return tracker.peaks
 
     with FakeTensorMode():
-        _imagine(adapted)
+        _replace_with_fakes(adapted)
         trained = [p for p in adapted.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -161,7 +161,7 @@ def without_nf4(memory: TrainingMemory, weights: int) -> TrainingMemory:
     return replace(memory, weights=weights, workspace=0)
 
 
-def _imagine(model: nn.Module) -> None:
+def _replace_with_fakes(model: nn.Module) -> None:
     """Replace meta tensors by fake CPU tensors."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -239,7 +239,7 @@ class _Layers:
         self.runs = [list(run) for _, run in groupby(indices, key=lambda index: alike[index])]
         for number, run in enumerate(self.runs):
             for index in run:
-                _tell(self._all[index], tracker, number)
+                _report_phase(self._all[index], tracker, number)
 
     @contextmanager
     def only(self, counts: Sequence[int]) -> Iterator[None]:
@@ -260,7 +260,7 @@ class _Layers:
             self._config.layer_types = [self._kinds[index] for index in kept]
 
 
-def _tell(layer: nn.Module, tracker: _Tracker, run: int) -> None:
+def _report_phase(layer: nn.Module, tracker: _Tracker, run: int) -> None:
     """Register hooks that report the start and end of a layer and of its backward pass."""
 
     def inside(*_: Any) -> None:
@@ -289,9 +289,9 @@ class _Tracker(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._kind: str | None = None
         self._step = 0
-        self.anew()
+        self.reset()
 
-    def anew(self) -> _Tracker:
+    def reset(self) -> _Tracker:
         """Reset all counts."""
         self._step += 1
         self._now: Counter[str] = Counter()
@@ -301,7 +301,7 @@ class _Tracker(TorchDispatchMode):
         return self
 
     @contextmanager
-    def naming(self, kind: str) -> Iterator[None]:
+    def counting_as(self, kind: str) -> Iterator[None]:
         """Count allocations inside the context as this kind."""
         self._kind = kind
         try:
@@ -378,7 +378,7 @@ class _Product(torch.autograd.Function):
 def _whole(linear: _Nf4Linear) -> torch.Tensor:
     """Allocate a dequantised weight; the float32 scales are freed afterwards."""
     shape = linear.out_features, linear.in_features
-    with linear.tracker.naming("workspace"):
+    with linear.tracker.counting_as("workspace"):
         scales = torch.empty(shape[0] * shape[1] // NF4.block)
         weight = torch.empty(shape, dtype=linear.compute_dtype)
         del scales

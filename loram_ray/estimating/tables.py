@@ -72,7 +72,7 @@ def _training(found: Forecast) -> Table:
     table.add_row("peak", *(f"{memory.total / _GB:.2f}" for memory in columns))
     table.add_row("smallest GPU", *(_smallest(memory) for memory in columns))
     for gpu in (gpu for gpu in GPUS if gpu.name in _OF_CLUSTERS):
-        counts = (str(memory.most(gpu.usable)) for memory in columns)
+        counts = (str(memory.max_adapters(gpu.usable)) for memory in columns)
         table.add_row(f"adapters at a time, {gpu.name}", *counts)
         counts = (str(gpu.processes(memory.total)) for memory in columns)
         table.add_row(f"actors of one adapter, {gpu.name}", *counts)
