@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from loram_ray.alignment.deepspeed_config import read_users
+from loram_ray.alignment.deepspeed_config import read_user_config
 from loram_ray.config.load import load_run, section_of
 from loram_ray.errors import LoramError
 from loram_ray.estimating.alignment import GB, GPU_MEMORY, Cluster, Estimate, estimate
@@ -168,7 +168,7 @@ def _estimates(arguments: argparse.Namespace) -> str:
         Cluster(gpus, arguments.mfu, arguments.bandwidth * GB, arguments.price)
         for gpus in arguments.gpus
     ]
-    users = read_users(align.deepspeed)
+    users = read_user_config(align.deepspeed)
     rows = [estimate(align, users, pruned, base, cluster) for cluster in clusters]
     if arguments.json:
         return json.dumps({"estimates": [asdict(row) for row in rows]}, indent=1) + "\n"

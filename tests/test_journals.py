@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loram_ray.alignment.universal_checkpoint import workers_of
+from loram_ray.alignment.universal_checkpoint import read_worker_count
 from loram_ray.corpus.sources import SOURCES_FILE, list_sources
 from loram_ray.errors import LoramError
 from loram_ray.pruning.calibration import _read_journal
@@ -22,7 +22,7 @@ from loram_ray.studies.scores import SCORES_FILE, read_scores
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "sources": (SOURCES_FILE, lambda path: list_sources(path.parent)),
-    "workers": ("workers.json", lambda path: workers_of(path.parent)),
+    "workers": ("workers.json", lambda path: read_worker_count(path.parent)),
     "tracked": ("note.json", last_tracked),
     "pruning": ("journal.json", lambda path: _read_journal(path.parent)),
     "harness": ("lm_eval.json", lambda path: _Harness(path, wanted=True)),

@@ -10,24 +10,24 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 
-def whole_files() -> pyarrow.fs.FileSystem:
+def atomic_local_filesystem() -> pyarrow.fs.FileSystem:
     """Return the local file system with atomic writes.
 
     A written file replaces the old one once it is complete. Ray Train rewrites its list of
     checkpoints in place: if the disk fills up or the process is killed in the middle, the list
     would be lost, and with it all checkpoints.
     """
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_WholeFiles()))
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_AtomicFileSystem()))
 
 
-class _WholeFiles(LocalFileSystem):
+class _AtomicFileSystem(LocalFileSystem):
     def _open(self, path: Any, mode: Any = "rb", *args: Any, **options: Any) -> Any:
         if mode != "wb":
             return super()._open(path, mode, *args, **options)
-        return _WholeFile(path)
+        return _AtomicFile(path)
 
 
-class _WholeFile:
+class _AtomicFile:
     """Partially written file, removed on closing if a write failed."""
 
     def __init__(self, path: str) -> None:

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
-from loram_ray.alignment.universal_checkpoint import make_universal, note_workers, workers_of
+from loram_ray.alignment.universal_checkpoint import (
+    make_universal,
+    read_worker_count,
+    write_worker_count,
+)
 from loram_ray.artifacts.disk import full_disk, is_full
 from loram_ray.errors import LoramError
 from loram_ray.runtime.scratch import remove_abandoned, temporary_directory
@@ -73,7 +77,7 @@ class FailedStep(LoramError):
 
 
 @contextmanager
-def naming_full_disks(step: int, where: Path) -> Iterator[None]:
+def reporting_full_disks(step: int, where: Path) -> Iterator[None]:
     """Turn an error caused by a full disk into a `FailedStep`.
 
     Raises:
@@ -100,12 +104,12 @@ def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None,
     if checkpoint is None:
         return None, False
     found = Path(checkpoint.path)  # on storage shared by all workers
-    if workers_of(found) == workers:
+    if read_worker_count(found) == workers:
         return found, False
     if (found / TAG / _ON_NVME).is_dir():
         raise LoramError(
-            f"align.workers must be {workers_of(found)}, as when {found.name} was saved with "
-            f"align.offload_optimiser = nvme, got {workers}; continue with the same number"
+            f"align.workers must be {read_worker_count(found)}, as when {found.name} was saved "
+            f"with align.offload_optimiser = nvme, got {workers}; continue with the same number"
         )
     universal = work / "universal" / found.name
     if worker == 0:
@@ -162,13 +166,13 @@ class Checkpoints:
         self._copied.wait()
         step = progress.steps
         local = self._staging / f"step-{step}"
-        with naming_full_disks(step, self._staging):
+        with reporting_full_disks(step, self._staging):
             local.mkdir(parents=True)
             engine.save_checkpoint(
                 str(local), tag=TAG, client_state=asdict(progress), exclude_frozen_parameters=True
             )
             if self._worker == 0:
-                note_workers(local, engine.world_size)
+                write_worker_count(local, engine.world_size)
         self._copied.clear()
         ray.train.report(
             {"step": step, "loss": loss},
@@ -179,7 +183,7 @@ class Checkpoints:
         )
         return time.perf_counter() - started
 
-    def take_copy_seconds(self) -> float:
+    def pop_copy_seconds(self) -> float:
         """Return the seconds of background copying finished since the last call."""
         seconds, self._copy_seconds = self._copy_seconds, 0.0
         return seconds
@@ -195,7 +199,7 @@ class Checkpoints:
         storage = ray.train.get_context().get_storage()
         started = time.perf_counter()
         try:
-            with naming_full_disks(step_of(Path(checkpoint.path)), self._storage):
+            with reporting_full_disks(step_of(Path(checkpoint.path)), self._storage):
                 return storage.persist_current_checkpoint(checkpoint, name)
         except FailedStep:
             shutil.rmtree(self._storage / name, ignore_errors=True)

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def deepspeed_config(config: AlignConfig, users: Mapping[str, Any], workers: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: AlignConfig, user_config: Mapping[str, Any], workers: int
+) -> dict[str, Any]:
     """Build DeepSpeed's configuration from the stage's settings.
 
     Args:
         config: Configuration of the stage.
-        users: DeepSpeed configuration supplied by the user. Its values take precedence, key by key
-            and at any depth; ``"auto"`` leaves a key to the settings. Keys that the settings
+        user_config: DeepSpeed configuration supplied by the user. Its values take precedence, key
+            by key and at any depth; ``"auto"`` leaves a key to the settings. Keys that the settings
             determine (batch sizes, clipping, precision) must be omitted, be ``"auto"`` or agree
             with them.
         workers: Number of workers.
@@ -42,7 +44,7 @@ def deepspeed_config(config: AlignConfig, users: Mapping[str, Any], workers: int
     Raises:
         LoramError: If it contradicts the settings or configures what the training loop handles.
     """
-    return _joined(_own(config, workers), users, "")
+    return _joined(_own(config, workers), user_config, "")
 
 
 def _own(config: AlignConfig, workers: int) -> dict[str, Any]:
@@ -96,11 +98,11 @@ _REFUSED = {
 }
 
 
-def _joined(own: dict[str, Any], users: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _joined(own: dict[str, Any], user_config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     joined = dict(own)
-    if prefix == "optimizer." and users.get("type", own["type"]) != own["type"]:
+    if prefix == "optimizer." and user_config.get("type", own["type"]) != own["type"]:
         joined["params"] = {k: v for k, v in own["params"].items() if k != "torch_adam"}
-    for key, value in users.items():
+    for key, value in user_config.items():
         path = f"{prefix}{key}"
         if path in _REFUSED:
             raise LoramError(
@@ -124,7 +126,7 @@ def _joined(own: dict[str, Any], users: Mapping[str, Any], prefix: str) -> dict[
     return joined
 
 
-def read_users(path: Path | None) -> dict[str, Any]:
+def read_user_config(path: Path | None) -> dict[str, Any]:
     """Read the user's DeepSpeed JSON file; return an empty dictionary without one.
 
     Raises:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from loram_ray.alignment.atomic_filesystem import whole_files
+from loram_ray.alignment.atomic_filesystem import atomic_local_filesystem
 from loram_ray.alignment.checkpoints import (
     FailedStep,
     complete_checkpoints,
@@ -89,7 +89,7 @@ def fit(loop: LoopSettings) -> None:
         run_config=ray.train.RunConfig(
             name=loop.storage.name,
             storage_path=str(loop.work),
-            storage_filesystem=whole_files(),
+            storage_filesystem=atomic_local_filesystem(),
             callbacks=[StopAtMistakes(complete_checkpoints(loop.storage))],
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
@@ -159,7 +159,7 @@ def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:
     if not isinstance(failure, OSError) or failure.errno not in FULL:
         return None
     try:
-        last = ray.train.Result.from_path(str(loop.storage), whole_files()).checkpoint
+        last = ray.train.Result.from_path(str(loop.storage), atomic_local_filesystem()).checkpoint
     except RuntimeError:  # Ray Train has no list of checkpoints yet
         last = None
     complete = {step_of(Path(last.path)): last.path} if last is not None else {}

@@ -26,7 +26,7 @@ from loram_ray.config import AlignConfig
 
 def start_engine(
     config: AlignConfig,
-    users: Mapping[str, Any],
+    user_config: Mapping[str, Any],
     teacher: Path | None,
     workers: int,
     checkpoint: Path | None,
@@ -36,7 +36,7 @@ def start_engine(
 
     Args:
         config: Configuration of the stage.
-        users: DeepSpeed configuration supplied by the user.
+        user_config: DeepSpeed configuration supplied by the user.
         teacher: Directory of the base, if distillation is live.
         workers: Number of workers.
         checkpoint: Checkpoint returned by `checkpoints.last_checkpoint`.
@@ -52,7 +52,7 @@ def start_engine(
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)  # uses Ray Train's process group
     torch.manual_seed(config.seed)
-    ds_config = deepspeed_config(config, users, workers)
+    ds_config = deepspeed_config(config, user_config, workers)
     require_async_io(ds_config)
     size_swap_buffers(ds_config, [config.pruned, *([teacher] if teacher else [])], workers)
     if universal:

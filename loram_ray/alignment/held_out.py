@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loram_ray.alignment.batches import to_device, without_labels
+from loram_ray.alignment.batches import to_device, unlabelled_batch
 from loram_ray.config import AlignConfig
 from loram_ray.corpus.columnar import open_parquet
 from loram_ray.corpus.sources import SourceInfo, list_sources
@@ -51,7 +51,9 @@ def held_out_losses(
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         share = config.micro_batch_size * workers
         for first in range(0, rows, share):
-            batch = without_labels((config.micro_batch_size, config.corpus.sequence_length), device)
+            batch = unlabelled_batch(
+                (config.micro_batch_size, config.corpus.sequence_length), device
+            )
             start = first + worker * config.micro_batch_size
             if start < rows:
                 end = min(start + config.micro_batch_size, rows)

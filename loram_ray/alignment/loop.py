@@ -18,7 +18,7 @@ from loram_ray.alignment.checkpoints import (
     FailedStep,
     Progress,
     last_checkpoint,
-    naming_full_disks,
+    reporting_full_disks,
     staging_prefix,
 )
 from loram_ray.alignment.deepspeed_config import export_partitioned
@@ -124,13 +124,13 @@ def _train(
     rows = None
     if rank == 0 and config.log_rows:  # same content as an uninterrupted run
         rows = MetricsLog(loop.work / ROWS_FILE, step, count_restarts=False)
-    notice, stood_still = PreemptionNotice(), 0.0
+    notice, paused = PreemptionNotice(), 0.0
     module: AlignmentModel = engine.module
     mfu_per_rate = _mfu_per_rate(config, module, workers)
     if config.evaluate_every and step == 0:
         before = _evaluate(engine, loop, rank, workers)
         if log is not None:
-            with naming_full_disks(step, loop.work):
+            with reporting_full_disks(step, loop.work):
                 log.write(step, **before)
     batches = steps(config, loop.inputs, rank, workers, step, engine.device)
     while not is_last:
@@ -156,7 +156,7 @@ def _train(
         evaluations: dict[str, float] = {}
         if config.evaluate_every and (step % config.evaluate_every == 0 or is_last):
             evaluations = _evaluate(engine, loop, rank, workers)
-        with naming_full_disks(step, loop.work):
+        with reporting_full_disks(step, loop.work):
             if rows is not None:
                 rows.write(step, row_ids=row_ids)
             if log is not None:
@@ -168,14 +168,14 @@ def _train(
                     grad_norm=norm,
                     memory_gb=peak_memory_gb(),
                     data_s=waited,
-                    checkpoint_s=stood_still,
-                    copy_s=checkpoints.take_copy_seconds(),
+                    checkpoint_s=paused,
+                    copy_s=checkpoints.pop_copy_seconds(),
                     **_speed(config, seconds, mfu_per_rate),
                     **evaluations,
                 )
-        stood_still = 0.0
-        if notice.has_come() or step % config.checkpoint_every == 0 or is_last:
-            stood_still = checkpoints.save(engine, progress, loss)
+        paused = 0.0
+        if notice.poll() or step % config.checkpoint_every == 0 or is_last:
+            paused = checkpoints.save(engine, progress, loss)
     return progress
 
 
@@ -220,7 +220,7 @@ class PreemptionNotice:
     def __init__(self) -> None:
         self._known: frozenset[str] = frozenset()
 
-    def has_come(self) -> bool:
+    def poll(self) -> bool:
         """Whether new nodes are announced; every worker must ask, and gets the same answer.
 
         The run resumes on other nodes from the checkpoint taken at that moment.

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from loram_ray.alignment.teacher import StreamedTeacher, Teaching, WholeTeacher, teacher_of
+from loram_ray.alignment.teacher import StreamedTeacher, TeacherSpec, WholeTeacher, teacher_of
 from loram_ray.artifacts.manifest import digest_of, write_json
 from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.config import AlignConfig
@@ -81,7 +81,7 @@ def prepare_targets(
         gpus = distillation.gpus_per_worker if gpus_per_worker() else 0
         cpus = config.cpus_per_worker
         require_resources(config.target_workers, cpus, gpus, "align.distillation.workers")
-        teaching = Teaching(
+        spec = TeacherSpec(
             base=base.resolve(),
             work=target.work.resolve(),
             top_k=distillation.top_k,
@@ -93,7 +93,7 @@ def prepare_targets(
             gpus=gpus,
             frame=frame,
         )
-        _compute(teaching, config.target_workers, _groups(blocks, distillation.stream_rows))
+        _compute(spec, config.target_workers, _groups(blocks, distillation.stream_rows))
         for block in blocks:
             name = target_file(block)
             os.link(target.work / name, target.path / name)  # an interrupted run reuses its blocks
@@ -127,7 +127,7 @@ def _groups(blocks: Sequence[Block], rows: int | None) -> Iterator[list[Block]]:
         yield group
 
 
-def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) -> None:
+def _compute(spec: TeacherSpec, workers: int, groups: Iterator[list[Block]]) -> None:
     """Compute the groups that are not complete yet on Ray Data actors."""
     import ray.data
 
@@ -136,7 +136,7 @@ def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) ->
     pending = [
         group
         for group in everything
-        if not all((teaching.work / _summary_file(block)).exists() for block in group)
+        if not all((spec.work / _summary_file(block)).exists() for block in group)
     ]
     total = sum(block.rows for group in everything for block in group)
     left = sum(block.rows for group in pending for block in group)
@@ -147,10 +147,10 @@ def _compute(teaching: Teaching, workers: int, groups: Iterator[list[Block]]) ->
         items = [{"blocks": json.dumps([asdict(b) for b in group])} for group in pending]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             TargetWorker,
-            fn_constructor_args=(teaching,),
+            fn_constructor_args=(spec,),
             batch_size=1,
-            num_cpus=teaching.cpus,
-            num_gpus=teaching.gpus,
+            num_cpus=spec.cpus,
+            num_gpus=spec.gpus,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         )
         done, started = total - left, time.perf_counter()
@@ -190,13 +190,13 @@ def _totals(work: Path, blocks: Sequence[Block]) -> dict[str, float]:
 class TargetWorker:
     """Ray Data actor that writes the targets of blocks."""
 
-    def __init__(self, teaching: Teaching) -> None:
-        torch.set_num_threads(teaching.cpus)
-        self._teaching = teaching
+    def __init__(self, spec: TeacherSpec) -> None:
+        torch.set_num_threads(spec.cpus)
+        self._spec = spec
 
     @cached_property
     def _teacher(self) -> WholeTeacher | StreamedTeacher:
-        return teacher_of(self._teaching)
+        return teacher_of(self._spec)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Process one group of blocks, given as JSON in ``blocks``."""
@@ -209,14 +209,14 @@ class TargetWorker:
         tables = [read_block(block) for block in blocks]
         batches = [
             torch.from_numpy(matrix_of(table["input_ids"]).astype(np.int64)).split(
-                self._teaching.batch_size
+                self._spec.batch_size
             )
             for table in tables
         ]
         answers = self._teacher.answer([batch for of_block in batches for batch in of_block])
         for block, table, of_block in zip(blocks, tables, batches, strict=True):
             found = [next(answers) for _ in of_block]
-            path = self._teaching.work / target_file(block)
+            path = self._spec.work / target_file(block)
             write_targets(path, table["row_id"], found)
             summary = _Summary(
                 tokens=sum(batch.numel() for batch in of_block),
@@ -224,7 +224,7 @@ class TargetWorker:
                 missing=sum(float(top.missing.sum()) for top in found),
                 seconds=time.perf_counter() - started,
             )
-            write_json(self._teaching.work / _summary_file(block), asdict(summary))
+            write_json(self._spec.work / _summary_file(block), asdict(summary))
             started = time.perf_counter()
         next(answers, None)  # lets a streamed teacher clean up
 

@@ -23,7 +23,7 @@ from loram_ray.runtime.memory import return_freed_memory
 
 
 @dataclass(frozen=True)
-class Teaching:
+class TeacherSpec:
     """Settings of a teacher actor.
 
     Attributes:
@@ -68,11 +68,11 @@ class Teaching:
 class WholeTeacher:
     """Base loaded as a whole, over several GPUs if the actor has them."""
 
-    def __init__(self, teaching: Teaching, device: str) -> None:
-        self._teaching = teaching
-        if teaching.gpus > 1:
+    def __init__(self, spec: TeacherSpec, device: str) -> None:
+        self._spec = spec
+        if spec.gpus > 1:
             device = "auto"
-        self._model: Any = load_model(teaching.base, teaching.precision, device).eval()
+        self._model: Any = load_model(spec.base, spec.precision, device).eval()
 
     @torch.inference_mode()
     def answer(self, batches: Sequence[torch.Tensor]) -> Iterator[TopTokens]:
@@ -80,21 +80,19 @@ class WholeTeacher:
         decoder = self._model.get_decoder()
         for ids in batches:
             ids = ids.to(self._model.device)
-            frame = self._teaching.frame
+            frame = self._spec.frame
             positions = None if frame is None else document_positions(ids, frame)
             states = decoder(input_ids=ids, position_ids=positions, use_cache=False)[0]
-            yield self._teaching.top(states, lambda part: logits_of(self._model, part))
+            yield self._spec.top(states, lambda part: logits_of(self._model, part))
 
 
 class StreamedTeacher:
     """Base loaded one layer at a time; all batches pass a layer before the next is loaded."""
 
-    def __init__(self, teaching: Teaching, device: str) -> None:
-        self._teaching, self._device = teaching, device
-        self._stream = LayerStream(
-            teaching.base, family_of(teaching.base), teaching.precision, device
-        )
-        self._folder = teaching.work / f"states-{os.getpid()}"
+    def __init__(self, spec: TeacherSpec, device: str) -> None:
+        self._spec, self._device = spec, device
+        self._stream = LayerStream(spec.base, family_of(spec.base), spec.precision, device)
+        self._folder = spec.work / f"states-{os.getpid()}"
 
     @torch.no_grad()
     def answer(self, batches: Sequence[torch.Tensor]) -> Iterator[TopTokens]:
@@ -116,13 +114,13 @@ class StreamedTeacher:
             with self._stream.head():
                 for number in range(len(batches)):
                     hidden = states.read("input", self._stream.num_layers, number)
-                    yield self._teaching.top(hidden.to(self._device), self._stream.logits)
+                    yield self._spec.top(hidden.to(self._device), self._stream.logits)
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def teacher_of(teaching: Teaching) -> WholeTeacher | StreamedTeacher:
+def teacher_of(spec: TeacherSpec) -> WholeTeacher | StreamedTeacher:
     """Load the base as configured, on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = StreamedTeacher if teaching.streamed else WholeTeacher
-    return kind(teaching, device)
+    kind = StreamedTeacher if spec.streamed else WholeTeacher
+    return kind(spec, device)

@@ -13,12 +13,12 @@ from loram_ray.artifacts.manifest import write_json
 _WORKERS_FILE = "workers.json"
 
 
-def note_workers(checkpoint: Path, workers: int) -> None:
+def write_worker_count(checkpoint: Path, workers: int) -> None:
     """Record the number of workers beside a checkpoint."""
     write_json(checkpoint / _WORKERS_FILE, workers)
 
 
-def workers_of(checkpoint: Path) -> int:
+def read_worker_count(checkpoint: Path) -> int:
     """Return the number of workers that wrote a checkpoint."""
     from loram_ray.utils.parsing.documents import read_as
 

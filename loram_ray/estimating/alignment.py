@@ -111,7 +111,7 @@ class Estimate:
 
 def estimate(
     config: AlignConfig,
-    users: Mapping[str, Any],
+    user_config: Mapping[str, Any],
     pruned: ModelShapes,
     base: ModelShapes,
     cluster: Cluster,
@@ -125,14 +125,14 @@ def estimate(
 
     Args:
         config: Configuration of the stage.
-        users: DeepSpeed configuration supplied by the user.
+        user_config: DeepSpeed configuration supplied by the user.
         pruned: Shapes of the pruned model as it is trained.
         base: Shapes of the base.
         cluster: Assumptions about the cluster.
     """
     gpus = cluster.gpus
     teacher = base if source_of(config) == "live" else None
-    zero = deepspeed_config(config, users, gpus)["zero_optimization"]
+    zero = deepspeed_config(config, user_config, gpus)["zero_optimization"]
     memory = memory_of(config, zero, pruned, teacher, gpus)
     work = work_of(config, pruned, teacher)
     peak = (config.peak_tflops or PEAK_TFLOPS["H100"]) * 1e12

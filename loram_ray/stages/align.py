@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_ray.alignment.batches import Inputs
-from loram_ray.alignment.deepspeed_config import deepspeed_config, read_users
+from loram_ray.alignment.deepspeed_config import deepspeed_config, read_user_config
 from loram_ray.alignment.driver import fit
 from loram_ray.alignment.loop import OUTCOME_FILE, ROWS_FILE, LoopSettings, Outcome
 from loram_ray.alignment.targets import prepare_targets
@@ -59,7 +59,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
         }
     )
     _require_sequence_fits(config)
-    users = read_users(config.deepspeed)
+    users = read_user_config(config.deepspeed)
     deepspeed_config(config, users, config.workers)  # says at once what does not fit
     require_trackers(config.trackers, "align.trackers")
     base = _base_of(config) if config.objective == "distillation" else None

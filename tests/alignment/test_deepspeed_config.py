@@ -21,7 +21,7 @@ from loram_ray.alignment.deepspeed_config import (
     load_partitioned,
 )
 from loram_ray.alignment.nvme import require_async_io, size_swap_buffers
-from loram_ray.alignment.universal_checkpoint import note_workers
+from loram_ray.alignment.universal_checkpoint import write_worker_count
 from loram_ray.models.loading import DTYPES
 
 
@@ -169,7 +169,7 @@ def test_other_workers_cannot_go_on_with_an_optimiser_on_nvme(
     """Only the folder that DeepSpeed's checkpoints then have says so."""
     saved = tmp_path / "step-00000002-1"
     (saved / "state" / "offloaded_tensors").mkdir(parents=True)
-    note_workers(saved, 2)
+    write_worker_count(saved, 2)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: ray.train.Checkpoint(str(saved)))
     assert last_checkpoint(tmp_path, worker=0, workers=2) == (saved, False)
     with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* = nvme, got 3"):

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny
-from loram_ray.alignment.atomic_filesystem import whole_files
+from loram_ray.alignment.atomic_filesystem import atomic_local_filesystem
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
     file = tmp_path / "list.json"
     file.write_bytes(b"old")
-    files = pickle.loads(pickle.dumps(whole_files()))
+    files = pickle.loads(pickle.dumps(atomic_local_filesystem()))
     with files.open_output_stream(str(file)) as stream:
         stream.write(b"new ")
         stream.flush()
@@ -32,7 +32,10 @@ def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
     with tiny.disk(small, "400k"):
         file = small / "list.json"
         file.write_bytes(b"old")
-        with pytest.raises(OSError) as error, whole_files().open_output_stream(str(file)) as stream:
+        with (
+            pytest.raises(OSError) as error,
+            atomic_local_filesystem().open_output_stream(str(file)) as stream,
+        ):
             for _ in range(100):
                 stream.write(bytes(10_000))
         assert error.value.errno == 28
@@ -40,7 +43,10 @@ def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
         assert file.read_bytes() == b"old"
         # a few bytes reach the disk only when they are closed
         (small / "filler").write_bytes(bytes(shutil.disk_usage(small).free))
-        with pytest.raises(OSError), whole_files().open_output_stream(str(file)) as stream:
+        with (
+            pytest.raises(OSError),
+            atomic_local_filesystem().open_output_stream(str(file)) as stream,
+        ):
             stream.write(b"few")
         assert file.read_bytes() == b"old"
         (small / "filler").unlink()
