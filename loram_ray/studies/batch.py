@@ -86,7 +86,7 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
             run_tasks(
                 schedule,
                 workers,
-                lambda number, name: _do(tasks[name], actors, number, identity, state),
+                lambda number, name: _run_task(tasks[name], actors, number, identity, state),
                 state.ended,
                 state.show,
                 each,
@@ -156,16 +156,16 @@ class _Progress:
         with self._lock:
             shown: dict[str, Any] = {"failed": self._failed} if self._failed else {}
             for name in sorted(self._running)[:_SHOWN]:
-                shown[name] = self._how_far(self._tasks[name].train)
+                shown[name] = self._progress_of(self._tasks[name].train)
             self._reporter.update(self._ended, shown)
 
-    def _how_far(self, config: TrainConfig) -> str:
+    def _progress_of(self, config: TrainConfig) -> str:
         line = last_line(StageDirectory(config.output).work / METRICS_FILE) or {"step": 0}
         loss = f" loss {line['loss']:.3f}" if "loss" in line else ""
         return f"{line['step']}/{config.steps}{loss}"
 
 
-def _do(
+def _run_task(
     task: Task, actors: Actors, number: int, identity: tuple[str, str], state: _Progress
 ) -> Outcome:
     """Train and recover one task; called again if its actor dies."""

@@ -54,8 +54,8 @@ class Score(BaseModel):
 
     def __str__(self) -> str:
         words = (self.system, self.method, self.ratio, f"on {self.task}")
-        said = " ".join(str(word) for word in words if word is not None)
-        return said if self.seed is None else f"{said}, seed {self.seed}"
+        text = " ".join(str(word) for word in words if word is not None)
+        return text if self.seed is None else f"{text}, seed {self.seed}"
 
 
 class _File(BaseModel):

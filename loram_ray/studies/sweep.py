@@ -151,13 +151,13 @@ def _write(
     trials: Sequence[Trial],
     identities: Mapping[str, tuple[str, str]],
 ) -> None:
-    from loram_ray.studies.tuning import try_all  # imports Ray, which must be set up first
+    from loram_ray.studies.tuning import run_trials  # imports Ray, which must be set up first
 
     gpus = gpus_per_worker(config.gpus)
     require_resources(min(config.actors, len(trials)), config.cpus, gpus, "sweep.actors")
     advise_precision(trials[0].train.precision, "sweep.train")
     folder = target.work.resolve() / "trials"
-    reasons = try_all(config, trials, folder, target.work.resolve() / "tune", gpus)
+    reasons = run_trials(config, trials, folder, target.work.resolve() / "tune", gpus)
     rows = [_row(trial, folder / trial.name, reasons[trial.name]) for trial in trials]
     best = _best(rows, {trial.name: trial for trial in trials}, folder, config, identities)
     best["best"] = True

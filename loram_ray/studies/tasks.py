@@ -61,8 +61,8 @@ def tasks_of(config: BatchConfig) -> list[Task]:
         raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
     if (clash := first_clash(task.name for task in found)) is not None:
         one, other = clash
-        said = f"two are {one}" if one == other else f"{one} and {other} differ only in case"
-        raise LoramError(f"batch.tasks must have distinct names, {said}; set their names")
+        clashing = f"two are {one}" if one == other else f"{one} and {other} differ only in case"
+        raise LoramError(f"batch.tasks must have distinct names, {clashing}; set their names")
     _require_one_model(config, found)
     return sorted(found, key=lambda task: -task.priority)
 

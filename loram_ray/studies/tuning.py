@@ -21,7 +21,7 @@ _TRIAL = "trial"
 _LOSS, _STEP = "eval_loss", "step"
 
 
-def try_all(
+def run_trials(
     config: SweepConfig, trials: Sequence[Trial], folder: Path, scratch: Path, gpus: float
 ) -> dict[str, str]:
     """Run all trials, stopping those that fall behind others on the same model.
@@ -42,7 +42,7 @@ def try_all(
     shutil.rmtree(scratch, ignore_errors=True)
     given = {trial.name: (absolute(trial.train), folder / trial.name) for trial in trials}
     training = trials[0].train
-    schedule = _AshaOfEach(
+    schedule = _AshaPerModel(
         {trial.name: trial.model for trial in trials},
         max_t=training.steps,
         grace_period=config.grace_steps or min(training.eval_every, training.steps),
@@ -69,7 +69,9 @@ def try_all(
                     checkpoint_at_end=False
                 ),  # trials write their own
                 failure_config=tune.FailureConfig(max_failures=config.max_failures),
-                callbacks=[_Shown(reporter, training.steps, len({t.model for t in trials}) == 1)],
+                callbacks=[
+                    _ProgressCallback(reporter, training.steps, len({t.model for t in trials}) == 1)
+                ],
                 verbose=0,
             ),
         ).fit()
@@ -78,8 +80,8 @@ def try_all(
         assert result.config is not None
         reason = (result.metrics or {}).get("reason", "")
         if result.error is not None:
-            said = " ".join(str(result.error).split())[:200]
-            reason = f"its worker died {config.max_failures + 1} times ({said})"
+            message = " ".join(str(result.error).split())[:200]
+            reason = f"its worker died {config.max_failures + 1} times ({message})"
         reasons[result.config[_TRIAL]] = reason
     return reasons
 
@@ -89,7 +91,7 @@ def _name_of(trial: Any) -> str:
     return name
 
 
-class _AshaOfEach(FIFOScheduler):  # type: ignore[misc]
+class _AshaPerModel(FIFOScheduler):  # type: ignore[misc]
     """ASHA among the trials of each model; losses on different models are not comparable.
 
     Args:
@@ -122,7 +124,7 @@ class _AshaOfEach(FIFOScheduler):  # type: ignore[misc]
         self._of(trial).on_trial_remove(tune_controller, trial)
 
 
-class _Shown(tune.Callback):  # type: ignore[misc]
+class _ProgressCallback(tune.Callback):  # type: ignore[misc]
     """Show the number of finished trials, the progress of running ones, and the best if comparable.
 
     Args:
