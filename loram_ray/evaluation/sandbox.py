@@ -189,7 +189,7 @@ def _command(limits: Limits, space: Space, verdict: int) -> list[str]:
         "files": _OPEN_FILES,
         "readable": [sys.base_prefix, sys.prefix, *packages, *_READABLE],
         "packages": packages,
-        "scratch": [space.scratch_bytes, space.most_files] if _MAY_MOUNT else [],
+        "scratch": [space.scratch_bytes, space.max_files] if _MAY_MOUNT else [],
         "inside": str(Path(__file__).parent),
         "parent": os.getpid(),
         "verdict": verdict,

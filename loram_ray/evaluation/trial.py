@@ -16,10 +16,10 @@ from loram_ray.evaluation.usage import Space, UsageError, check_files, threads
 
 LOOK_EVERY_SECONDS = 0.05
 _END_SECONDS = 5.0
-_MOST_OUTPUT, _TAIL = 2**20, 2000
-_MOST_THREADS = 64
+_MAX_OUTPUT, _TAIL = 2**20, 2000
+_MAX_THREADS = 64
 _FULL = "No space left on device"
-_LONGEST_VERDICT = 2**16
+_MAX_VERDICT = 2**16
 _LEFT = "it exited before its end"
 
 
@@ -90,7 +90,7 @@ class Trial:
         started = time.monotonic()
         met: str | None = None
         try:
-            self._hand_over(job)
+            self._send_job(job)
             self._watch(until)
         except UsageError as error:
             met = str(error)
@@ -101,7 +101,7 @@ class Trial:
             return Verdict(True, "", seconds)
         return Verdict(False, met or self._reason(), seconds)
 
-    def _hand_over(self, job: bytes) -> None:
+    def _send_job(self, job: bytes) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(job)
@@ -124,14 +124,14 @@ class Trial:
                 for key, _ in selector.select(LOOK_EVERY_SECONDS):
                     if not self._take(key.fd, key.fd == output.fileno()):
                         selector.unregister(key.fd)
-                if self._amount > _MOST_OUTPUT:
-                    raise UsageError(f"it printed more than {_MOST_OUTPUT:,} bytes")
+                if self._amount > _MAX_OUTPUT:
+                    raise UsageError(f"it printed more than {_MAX_OUTPUT:,} bytes")
                 now = time.monotonic()
                 if now > until:
                     raise UsageError(f"it took longer than {self._limits.seconds:g} s")
                 ends = "passed" in self._status and not inputs.closed
                 if now > look or ends:
-                    self._look()
+                    self._check_usage()
                     look = time.monotonic() + LOOK_EVERY_SECONDS
                 if ends:  # it was kept alive until its files were measured
                     with contextlib.suppress(BrokenPipeError):
@@ -141,7 +141,7 @@ class Trial:
     def _take(self, descriptor: int, is_output: bool) -> bool:
         """Read the available data; return whether there may be more."""
         try:
-            piece = os.read(descriptor, _LONGEST_VERDICT)
+            piece = os.read(descriptor, _MAX_VERDICT)
         except BlockingIOError:
             return True
         if is_output:
@@ -153,9 +153,9 @@ class Trial:
             with contextlib.suppress(ValueError, RecursionError):
                 news = json.loads(line)
                 self._status = {**news, **self._status} if isinstance(news, dict) else self._status
-        return bool(piece) and len(self._line) < _LONGEST_VERDICT
+        return bool(piece) and len(self._line) < _MAX_VERDICT
 
-    def _look(self) -> None:
+    def _check_usage(self) -> None:
         limits = self._limits
         pids = [
             pid for key in ("program", "tests") if isinstance(pid := self._status.get(key), int)
@@ -170,8 +170,8 @@ class Trial:
             raise UsageError(
                 f"its files exceeded {limits.files_mb} MB or {self._space.files} files"
             ) from error
-        if any(threads(pid) > _MOST_THREADS for pid in pids):
-            raise UsageError(f"it started more than {_MOST_THREADS} threads")
+        if any(threads(pid) > _MAX_THREADS for pid in pids):
+            raise UsageError(f"it started more than {_MAX_THREADS} threads")
 
     def _stop(self) -> None:
         """Stop the program, its tests and the process that waits for them."""

@@ -27,19 +27,19 @@ class Space:
     files: int = 200
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         """Total size including the source."""
         return self.data_bytes + self.source_bytes
 
     @property
-    def most_files(self) -> int:
+    def max_files(self) -> int:
         """Number of files including the source."""
         return self.files + 1
 
     @property
     def scratch_bytes(self) -> int:
         """Size of a file system that allocates whole pages to each file."""
-        return self.most_bytes + self.most_files * _PAGE
+        return self.max_bytes + self.max_files * _PAGE
 
 
 class UsageError(Exception):
@@ -63,15 +63,15 @@ def check_files(folder: int, processes: Iterable[int], space: Space) -> None:
     sizes: dict[tuple[int, int], int] = {}
     for entries, status in enumerate(_named_files(folder), start=1):
         sizes[status.st_dev, status.st_ino] = status.st_size
-        if entries > space.most_files or sum(sizes.values()) > space.most_bytes:
+        if entries > space.max_files or sum(sizes.values()) > space.max_bytes:
             raise UsageError
     for process in processes:
         for status in _open_files(process):
             sizes[status.st_dev, status.st_ino] = status.st_size
         known = {inode for _, inode in sizes}
         for inode in _mapped_files(process) - known:  # of unknown size
-            sizes[-1, inode] = space.most_bytes + 1
-    if sum(sizes.values()) > space.most_bytes:
+            sizes[-1, inode] = space.max_bytes + 1
+    if sum(sizes.values()) > space.max_bytes:
         raise UsageError
 
 

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from .codec import Codec, has_base, plain_base
 
-_LARGEST_MESSAGE = 2**26
+_MAX_MESSAGE = 2**26
 # Keep references, since the program may replace the modules' functions.
 _read, _write, _random = os.read, os.write, os.urandom
 _loads, _dumps = json.loads, json.dumps
@@ -84,7 +84,7 @@ class Channel:
             BrokenExchangeError: If the other process is gone, or the message is invalid.
         """
         (length,) = struct.unpack("=Q", self._exactly(8))
-        if length > _LARGEST_MESSAGE:
+        if length > _MAX_MESSAGE:
             raise BrokenExchangeError("its answer is too large")
         try:
             return _loads(self._exactly(length))
@@ -223,7 +223,7 @@ class Peer(Codec):
             reply = ["raised", nonce, output.getvalue(), mro, *self.encode(error.args, objects)[:2]]
         self._channel.send(reply)
 
-    def serve_for_ever(self) -> None:
+    def serve_forever(self) -> None:
         """Execute requests until the other process is gone."""
         with self._lock, contextlib.suppress(BrokenExchangeError):
             while True:

@@ -34,7 +34,7 @@ def run_program(reading: int, writing: int) -> NoReturn:
 
     operations["load"] = load
     operations["get"] = lambda name: _named(name, module.__dict__)
-    peer.serve_for_ever()
+    peer.serve_forever()
     _exit(0)
 
 

@@ -15,12 +15,12 @@ _NO_SUID, _NO_DEVICES, _RECURSIVE, _PRIVATE = 1 << 1, 1 << 2, 1 << 14, 1 << 18  
 _SET_DUMPABLE = 4  # prctl option
 
 
-def mount_scratch(most_bytes: int, most_files: int) -> bool:
+def mount_scratch(max_bytes: int, max_files: int) -> bool:
     """Mount a tmpfs on the working directory, visible only to this process and its children.
 
     Args:
-        most_bytes: Capacity in bytes.
-        most_files: Maximum number of files and directories.
+        max_bytes: Capacity in bytes.
+        max_files: Maximum number of files and directories.
 
     Returns:
         Whether the mount was permitted.
@@ -37,7 +37,7 @@ def mount_scratch(most_bytes: int, most_files: int) -> bool:
             return False
         _LIBC.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # lets its user inspect its open files
     folder = os.getcwd()
-    options = f"size={most_bytes},nr_inodes={most_files + 1},mode=0700".encode()
+    options = f"size={max_bytes},nr_inodes={max_files + 1},mode=0700".encode()
     flags = _NO_SUID | _NO_DEVICES
     if _LIBC.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None):
         return False
