@@ -83,8 +83,8 @@ def frame(value):
 FORGERIES = [
     forged("exits at once", "import os; os._exit(0)", reason="exited before its end"),
     forged("raises SystemExit", "raise SystemExit(0)", reason="exited before its end"),
-    forged("exits when called", "def f(x):\n    import os; os._exit(0)", reason="left before"),
-    forged("leaves when called", "def f(x):\n    raise SystemExit(0)", reason="left before"),
+    forged("exits when called", "def f(x):\n    import os; os._exit(0)", reason="exited before"),
+    forged("leaves when called", "def f(x):\n    raise SystemExit(0)", reason="exited before"),
     forged("aborts when called", "def f(x):\n    import os; os.abort()", reason="killed by signal"),
     forged(
         "answers what equals everything",
