@@ -213,7 +213,7 @@ def test_only_the_first_of_many_bad_rows_are_named(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("{\n" * 9 + f"{GOOD}\n")
-    with pytest.raises(LoramError, match=r"9 bad of 10: .*data.jsonl:5: .*; and 4 more; mend"):
+    with pytest.raises(LoramError, match=r"9 bad of 10: .*data.jsonl:5: .*; and 4 more; fix"):
         read(path, tokenizer, share=0.5)
 
 
@@ -292,7 +292,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "data.jsonl", [PAIR])
     tokenizer.chat_template = None
-    with pytest.raises(LoramError, match=r"train needs a chat template .* as train.chat_template"):
+    with pytest.raises(LoramError, match=r"train needs a chat template .* set train.chat_template"):
         read(path, tokenizer)
 
 
@@ -472,7 +472,7 @@ def test_a_template_that_renders_the_last_answer_otherwise_ends_the_others_at_th
 
 @pytest.mark.parametrize(
     ("roles", "wrong"),
-    [("uua", "message 2 is the user's"), ("aua", "message 1 is"), ("susa", "message 3 is")],
+    [("uua", "message 2 has the role user"), ("aua", "message 1 has"), ("susa", "message 3 has")],
 )
 def test_roles_out_of_order_are_told(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, roles: str, wrong: str
