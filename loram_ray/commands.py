@@ -26,6 +26,7 @@ class Command:
         uses_ray: Whether it starts or joins Ray.
         reads: Other sections of a run file that it reads.
         printer: Dotted path of the function that prints the result.
+        preview: Dotted path of what ``--preview N`` calls instead, if there is such an option.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Command:
     uses_ray: bool = False
     reads: tuple[str, ...] = ()
     printer: str = "cli.results.show_stage"
+    preview: str = ""
 
     @property
     def section_name(self) -> str:
@@ -67,7 +69,7 @@ COMMANDS = (
         section="config.prune.PruneConfig",
         function="stages.prune.prune",
         panel=PIPELINE,
-        example="--config jobs/configs/demo.yaml",
+        example="--base base --output pruned --ratio 0.5 --method magnitude",
         uses_ray=True,
     ),
     Command(
@@ -75,15 +77,16 @@ COMMANDS = (
         section="config.align.AlignConfig",
         function="stages.align.align",
         panel=PIPELINE,
-        example="--config jobs/configs/demo.yaml",
+        example="--config jobs/configs/demo.yaml --workers 1",
         uses_ray=True,
     ),
     Command(
         name="train",
         section="config.train.TrainConfig",
         function="stages.train.train",
+        preview="cli.preview.show_examples",
         panel=PIPELINE,
-        example="--config jobs/configs/demo.yaml",
+        example="--model pruned --data data.jsonl --output adapter_pruned --lora.r 16",
         uses_ray=True,
     ),
     Command(
@@ -91,21 +94,21 @@ COMMANDS = (
         section="config.finetune.RecoverConfig",
         function="stages.recover.recover",
         panel=PIPELINE,
-        example="--config jobs/configs/demo.yaml",
+        example="--adapter adapter_pruned --base base --output adapter",
     ),
     Command(
         name="merge",
         section="config.finetune.MergeConfig",
         function="stages.merge.merge",
         panel=PIPELINE,
-        example="--config jobs/configs/demo.yaml",
+        example="--base base --adapter adapter --output merged",
     ),
     Command(
         name="evaluate",
         section="config.evaluate.EvaluateConfig",
         function="stages.evaluate.evaluate",
         panel=PIPELINE,
-        example="--config jobs/configs/demo.yaml",
+        example="--model base --adapter adapter --data test.jsonl --output scores",
         uses_ray=True,
         printer="cli.results.show_scores",
     ),
@@ -144,21 +147,21 @@ COMMANDS = (
         section="config.publish.QuantizeConfig",
         function="stages.quantize.quantize",
         panel=SHARING,
-        example="--config jobs/configs/publisher.yaml",
+        example="--model aligned --output quantized",
     ),
     Command(
         name="export",
         section="config.publish.ExportConfig",
         function="stages.export.export",
         panel=SHARING,
-        example="--config jobs/configs/demo.yaml",
+        example="--model merged --output gguf --type q8_0",
     ),
     Command(
         name="publish",
         section="config.publish.PublishConfig",
         function="stages.publish.publish",
         panel=SHARING,
-        example="--config jobs/configs/publisher.yaml",
+        example="--directory quantized --repo my-organisation/my-model",
         printer="cli.results.show_publication",
     ),
 )

@@ -3,121 +3,212 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides
-from loram_ray.commands import COMMAND_OF, Command, imported
-from loram_ray.config import STAGES, RunConfig, kind_of, load_run, section_of, section_types
+from loram_ray.commands import COMMANDS, Command, imported
+from loram_ray.config import kind_of, load_command, section_types
+from loram_ray.config.flags import Flag, Kind, flags_for
+
+_GIVEN, _PREVIEW = "loram.given", "preview_"
+_WIDEST = 24
 
 
-def function_of(command: Command) -> Callable[..., None]:
-    """The function that typer makes a command of the command line of."""
-    match command.name:
-        case "train":
-            return _train_command
-        case "evaluate":
-            return _evaluate_command
+def add_commands(app: typer.Typer) -> None:
+    """Add every command of the table."""
+    for command in COMMANDS:
+        app.command(
+            command.name,
+            cls=type(command.section_name, (_Configured,), {"row": command}),
+            help=_help(command),
+            epilog=_epilog(command),
+            rich_help_panel=command.panel,
+            context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+        )(_function_of(command))
 
+
+def _function_of(command: Command) -> Callable[..., None]:
     def call(
+        context: typer.Context,
         config: Config = None,
         overrides: Overrides = None,
         as_json: AsJson = False,
         debug: Debug = False,
     ) -> None:
-        _run(command, load_run(config, overrides or ()), as_json)
+        given = context.meta[_GIVEN]
+        flags = [
+            (flag, _text(given[_parameter(flag.key)]))
+            for flag in flags_for(command)
+            if given[_parameter(flag.key)] is not None
+        ]
+        section, ray = load_command(command, config, overrides or (), flags)
+        if (examples := given.get(_PREVIEW)) is not None:
+            imported(command.preview)(section, examples, as_json)
+        else:
+            imported(command.printer)(command.name, command(section, ray), as_json)
 
     return call
 
 
-def _run(command: Command, run: RunConfig, as_json: bool) -> None:
-    section = run if command.name == "run" else section_of(run, command.name)
-    imported(command.printer)(command.name, command(section, run.ray), as_json)
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _train_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    examples: Annotated[
-        int | None,
+class _Configured(TyperCommand):
+    """A command with an option for each key of its section, made when it is called."""
+
+    row: Command
+
+    @cached_property
+    def _options(self) -> list[Any]:
+        options = [_option(flag) for flag in flags_for(self.row)]
+        if self.row.preview:
+            options.append(_preview_option())
+        return _made_by_typer(options)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options of the section, and those that all commands have."""
+        return [*self._options, *super().get_params(ctx)]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the function with the section's options beside its own."""
+        ctx.meta[_GIVEN] = {option.name: ctx.params.pop(option.name) for option in self._options}
+        return super().invoke(ctx)
+
+
+def _made_by_typer(options: list[inspect.Parameter]) -> list[Any]:
+    """The options that typer makes of a function's parameters."""
+
+    def function(**_: Any) -> None: ...
+
+    function.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return typer.main.get_command(app).params
+
+
+def _option(flag: Flag) -> inspect.Parameter:
+    switch = flag.kind is Kind.SWITCH
+    name = flag.option
+    if switch:
+        parents, dot, last = name.removeprefix("--").rpartition(".")
+        name = f"{name}/--{parents}{dot}no-{last}"
+    return _parameter_of(
+        flag.key,
+        bool if switch else Path if flag.kind is Kind.PATH else str,
         typer.Option(
-            "--preview",
-            min=1,
-            help="Show the tokens of so many examples, and which carry loss; do not train.",
+            name,
+            metavar=None if switch else _metavar(flag),
+            help=_sentence(flag),
+            hidden=flag.hidden,
+            show_default=False,
+            rich_help_panel=_panel(flag),
+            autocompletion=_completion(flag),
         ),
-    ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    run = load_run(config, overrides or ())
-    if examples is None:
-        _run(COMMAND_OF["train"], run, as_json)
-    else:
-        imported("cli.preview.show_examples")(section_of(run, "train"), examples, as_json)
-
-
-def _evaluate_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            "--lm-eval",
-            help="Tasks of lm-eval, separated by commas; pip install 'loram-ray[lm-eval]'.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    given = [*(overrides or ()), *([f"evaluate.lm_eval.tasks=[{tasks}]"] if tasks else ())]
-    _run(COMMAND_OF["evaluate"], load_run(config, given), as_json)
-
-
-def help_of(command: Command) -> str:
-    """What a command does, an example, and the keys of its section."""
-    if command.name == "run":
-        return _run_help()
-    stage, model = command.name, command.model
-    keys = "\n\n".join(_keys(model, f"{stage}."))
-    title = inspect.cleandoc(model.__doc__ or "").removeprefix(f"{stage}: ")
-    example = f"loram {stage} {command.example}"
-    if stage == "train":
-        example += f"\n\n{example} --preview 3"
-    intro = "Keys of the config's section (paths default to the run's):"
-    return f"{title}\n\n{example}\n\n{intro}\n\n{keys}"
-
-
-def _run_help() -> str:
-    shared = [line for line in _keys(RunConfig, "") if line.split()[0].split(".")[0] not in STAGES]
-    return "\n\n".join(
-        [
-            "All stages of one config, skipping what is complete and resuming what is not.",
-            "loram run --config jobs/configs/demo.yaml",
-            "Keys of the config, beside the sections of the stages (see loram STAGE --help):",
-            *shared,
-        ]
     )
 
 
-def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> list[str]:
+def _preview_option() -> inspect.Parameter:
+    help = "Show the tokens of the first examples and which carry loss, instead of training."
+    return _parameter_of(
+        _PREVIEW, int, typer.Option("--preview", min=1, metavar="INTEGER", help=help)
+    )
+
+
+def _parameter_of(key: str, kind: type, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        _parameter(key),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _parameter(key: str) -> str:
+    """The name of a key's parameter."""
+    return key.replace(".", "__")
+
+
+def _metavar(flag: Flag) -> str:
+    """What stands for a value: its choices, if they fit into a column."""
+    choices = f"[{'|'.join(flag.choices)}]"
+    return choices if flag.choices and len(choices) <= _WIDEST else flag.kind.value
+
+
+def _sentence(flag: Flag) -> str:
+    """What a key is for, and its default."""
+    words = [flag.help]
+    if flag.choices and _metavar(flag) == flag.kind.value:
+        words.append(f"[{'|'.join(flag.choices)}]")
+    if flag.required:
+        words.append("[required]")
+    elif flag.default is not None:
+        words.append(f"[default: {flag.default}]")
+    return escape(" ".join(words))
+
+
+def _panel(flag: Flag) -> str:
+    """The part of the help that an option is in: one for each section inside."""
+    head, dot, _ = flag.key.rpartition(".")
+    return f"Settings of {head}" if dot else "Settings"
+
+
+def _completion(flag: Flag) -> Callable[[str], list[str]] | None:
+    if not flag.choices:
+        return None
+    return lambda incomplete: [one for one in flag.choices if one.startswith(incomplete)]
+
+
+def _help(command: Command) -> str:
+    title = inspect.cleandoc(command.model.__doc__ or "").removeprefix(f"{command.name}: ")
+    example = f"Example: loram {command.name} {command.example}"
+    return escape(f"{title[0].upper()}{title[1:]}\n\n{example}")
+
+
+def _epilog(command: Command) -> str:
+    """Keys of what stands in lists and dictionaries, which no option is for."""
+    lines = [*_items(command.model, "")] if command.name != "run" else []
+    return escape("\n\n".join(["Keys of the items of lists:", *lines])) if lines else ""
+
+
+def _items(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        inside = section_types(field.annotation)
+        place = _place(field.annotation)
+        for inner in inside:
+            if not place:
+                yield from _items(inner, f"{key}.")
+                continue
+            if len(inside) > 1:
+                yield f"{key}{place} of kind {kind_of(inner)}: {inner.__doc__}"
+            yield from _keys(inner, f"{key}{place}.")
+
+
+def _place(annotation: Any) -> str:
+    """How a dotted key names an item: by number or by key."""
+    places: dict[Any, str] = {tuple: ".N", dict: ".KEY"}
+    return places.get(get_origin(annotation), "")
+
+
+def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> Iterator[str]:
     """One line a key: name, default, meaning; the keys of sections inside follow."""
-    lines = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         default = field.default if defaults is None else getattr(defaults, name)
         inside = section_types(field.annotation)
         if not inside or field.description:
             said = "required" if default is PydanticUndefined else f"default {default}"
-            lines.append(f"  {key} ({said}): {field.description}")
+            yield f"{key} ({said}): {field.description}"
         for inner in inside:
             values = default if isinstance(default, BaseModel) else None
-            kind: Any = get_origin(field.annotation)
-            place = {tuple: ".N", dict: ".KEY"}.get(kind, "")
-            if len(inside) > 1:
-                lines.append(f"  {key}{place} of kind {kind_of(inner)}: {inner.__doc__}")
-            lines += _keys(inner, f"{key}{place}.", values)
-    return lines
+            yield from _keys(inner, f"{key}{_place(field.annotation)}.", values)

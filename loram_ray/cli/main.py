@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,8 @@ import typer
 import loram_ray
 from loram_ray.addresses import without_credentials
 from loram_ray.cli import jobs as cli_jobs
-from loram_ray.cli.commands import function_of, help_of
+from loram_ray.cli.commands import add_commands
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
-from loram_ray.commands import COMMANDS
 from loram_ray.errors import LoramError, on_a_place, one_line, root_of
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
@@ -27,24 +27,33 @@ from loram_ray.utils.printing import plain, show
 
 app = typer.Typer(
     name="loram",
-    help=(
-        "LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
-        "The stages in order: prune, align, train, recover, merge, evaluate; run does them all. "
-        "Many trainings: batch, of many tasks, sweep, of many settings, and compare, of LoRAM with "
-        "what else one could do. "
-        "For publishers: quantize and publish. Before all of them: plan; after them: report, chat "
-        "and export. "
-        "On a cluster: submit, with any of these, and jobs."
-    ),
+    help="LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
+    "Settings come from options, from --set, or from a run file (--config), in this order. "
+    "Start with loram init.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 
-for _command in COMMANDS:
-    app.command(_command.name, help=help_of(_command))(function_of(_command))
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"loram {version('loram-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_loram(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None: ...
+
+
+add_commands(app)
 app.command("submit", help=cli_jobs.SUBMIT_HELP)(cli_jobs.submit_command)
 app.add_typer(cli_jobs.app, name="jobs")
 
@@ -207,7 +216,8 @@ def _run_command(*before: str) -> None:
     with Interruption() as interruption:
         try:
             forget_launchers()
-            app()
+            command = typer.main.get_command(app)
+            sys.exit(command.main(prog_name="loram", standalone_mode=False))
         except BaseException as error:
             if "--debug" in sys.argv and not isinstance(error, SystemExit):
                 print(without_credentials(traceback.format_exc()), file=sys.stderr, end="")

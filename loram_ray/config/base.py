@@ -35,6 +35,9 @@ class Section(BaseModel):
     has_identity: ClassVar[bool] = True
     """Whether its keys are marked as `Identified` or `Free`."""
 
+    shorthand: ClassVar[str] = ""
+    """Key that an option of the section's name sets, where its text is no mapping."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
     )

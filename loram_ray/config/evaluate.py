@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -176,6 +176,8 @@ Benchmark = Annotated[
 
 class HarnessConfig(Section):
     """Tasks of lm-eval (lm-evaluation-harness), run with this package's forward passes."""
+
+    shorthand: ClassVar[str] = "tasks"
 
     tasks: Identified[tuple[str, ...]] = Field(
         min_length=1, description="Names of lm-eval tasks, e.g. gsm8k_cot."

@@ -10,13 +10,16 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
+from loram_ray.commands import Command
 from loram_ray.config.base import RayConfig, Section, kind_of, section_types
-from loram_ray.config.overrides import apply_override
-from loram_ray.config.run import STAGES, RunConfig
+from loram_ray.config.flags import Flag, option_of
+from loram_ray.config.overrides import apply_flag, apply_override
+from loram_ray.config.run import STAGES, PartOfRun, RunConfig, fill_paths
 from loram_ray.errors import LoramError, nearest, shown
 from loram_ray.utils.parsing import read_yaml
 from loram_ray.utils.parsing.documents import broken_rule
 
+_MISSING = "must be given; add it"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -31,16 +34,89 @@ def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunCon
     Raises:
         LoramError: the file or an override cannot be read, or a value breaks a rule.
     """
+    data = _settings(config, overrides)
+    return validate(RunConfig, data, source=str(config) if config is not None else "--set")
+
+
+def load_command(
+    command: Command,
+    config: Path | str | None,
+    overrides: Sequence[str] = (),
+    flags: Sequence[tuple[Flag, str]] = (),
+) -> tuple[Any, RayConfig]:
+    """Read what one command needs: from options, over ``--set``, over a run file.
+
+    A run file with a base and an output is checked as a whole, any other for this command alone.
+
+    Args:
+        command: The command.
+        config: A YAML file, or None to start from nothing.
+        overrides: ``dotted.key=value``, as for `load_run`.
+        flags: Options with their values.
+
+    Returns:
+        The command's section and the settings of Ray.
+
+    Raises:
+        LoramError: As for `load_run`; keys that were given as options are called so.
+    """
+    name = command.name
+    prefix = "" if name == "run" else f"{name}."
+    data = _settings(config, overrides)
+    for flag, text in flags:
+        apply_flag(data, flag, prefix, text)
+    if name != "run" and (config is None or flags):
+        data.setdefault(name, {})
+    source = str(config) if config is not None else "--set" if overrides else None
+    named = _with_options(prefix, [flag.key for flag, _ in flags], source)
+    if name == "run":
+        run = validate(RunConfig, data, "", named)
+        return run, run.ray
+    if data.get("base") is not None and data.get("output") is not None:
+        run = validate(RunConfig, data, "", named)
+    else:
+        filled, others = fill_paths(data), set(STAGES) - {name}
+        part = {key: value for key, value in filled.items() if key not in others}
+        run = validate(PartOfRun, part, "", named)
+    return section_of(run, name), run.ray
+
+
+def _with_options(prefix: str, given: Sequence[str], source: str | None) -> Callable[[str], str]:
+    """How a command words a broken rule: options by their names, other keys with their source.
+
+    Args:
+        prefix: Of the command's keys.
+        given: Keys that were given as options.
+        source: Where the other keys come from; None where there are none.
+    """
+
+    def named(line: str) -> str:
+        key, _, rest = line.partition(" ")
+        own = key.startswith(prefix)
+        option = option_of(key.removeprefix(prefix))
+        if own and rest.startswith(_MISSING):
+            if source is None:
+                return f"{option} must be given; add it, or a run file with --config"
+            return f"{source}: {key} must be given; add it to the config or pass {option}"
+        inside = any(key == f"{prefix}{one}" or key.startswith(f"{prefix}{one}.") for one in given)
+        if own and (inside or source is None):
+            return f"{option} {rest}"
+        return f"{source}: {line}" if source is not None else line
+
+    return named
+
+
+def _settings(config: Path | str | None, overrides: Sequence[str]) -> dict[str, Any]:
     data = _read_run(Path(config)) if config is not None else {}
     for override in overrides:
         apply_override(data, override)
     for stage in STAGES:
         if stage in data and data[stage] is None:  # "recover:" alone asks for its defaults
             data[stage] = {}
-    return validate(RunConfig, data, source=str(config) if config is not None else "--set")
+    return data
 
 
-def section_of(run: RunConfig, stage: str) -> Any:
+def section_of(run: RunConfig | PartOfRun, stage: str) -> Any:
     """Return one stage's section.
 
     Raises:
@@ -70,13 +146,25 @@ def accepts_a_run(function: F) -> F:
     return cast(F, call)
 
 
-def validate(model: type[Section], data: Mapping[str, Any], source: str) -> Any:
-    """Validate a dictionary, turning each broken rule into one clear line."""
+def validate(
+    model: type[Section],
+    data: Mapping[str, Any],
+    source: str,
+    named: Callable[[str], str] | None = None,
+) -> Any:
+    """Validate a dictionary, turning each broken rule into one clear line.
+
+    Args:
+        model: Of the section.
+        data: Its keys and values.
+        source: Where they come from.
+        named: Words a line, instead of putting the source in front of it.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
         lines = [_describe(model, entry) for entry in _causes(error.errors())]
-        raise LoramError(*(f"{source}: {line}" for line in lines)) from error
+        raise LoramError(*(named(x) if named else f"{source}: {x}" for x in lines)) from error
 
 
 def _causes(errors: Sequence[Any]) -> list[Any]:
@@ -119,7 +207,7 @@ def _describe(model: type[BaseModel], error: Any) -> str:
             known = _fields_at(model, location[:-1])
             return f"{key} is not a known key{nearest(str(location[-1]), known)}"
         case "missing":
-            return f"{key} must be given; add it to the config or pass --set {key}=…"
+            return f"{key} {_MISSING} to the config or pass --set {key}=…"
         case "value_error":
             text = str(error["ctx"]["error"])  # of a section it begins with the key, of a key not
             return (f"{key} " if text.startswith("must ") else f"{key}." if location else "") + text

@@ -29,13 +29,7 @@ else:
     )
 
 
-class RunConfig(_Sections):
-    """run: the sections of all stages, and what they share."""
-
-    base: str = Field(
-        min_length=1, description="base model: a directory of safetensors or a hub id"
-    )
-    output: Path = Field(description="directory of the whole run")
+class _Settings(_Sections):
     ray: RayConfig = RayConfig()
     baselines: bool = Field(
         False,
@@ -46,6 +40,22 @@ class RunConfig(_Sections):
     @classmethod
     def _fill_paths(cls, data: Any) -> Any:
         return fill_paths(data) if isinstance(data, dict) else data
+
+
+class RunConfig(_Settings):
+    """run: the sections of all stages, and what they share."""
+
+    base: str = Field(
+        min_length=1, description="base model: a directory of safetensors or a hub id"
+    )
+    output: Path = Field(description="directory of the whole run")
+
+
+class PartOfRun(_Settings):
+    """What one command reads of a run file that is not a whole run."""
+
+    base: str | None = None
+    output: Path | None = None
 
 
 def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:

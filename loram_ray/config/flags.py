@@ -1,0 +1,185 @@
+"""Options of the command line, made from the models of the configuration."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from loram_ray.commands import Command
+from loram_ray.config.base import KeysOf, RayConfig, Section, section_types
+from loram_ray.config.run import STAGES, RunConfig
+
+
+class Kind(Enum):
+    """How the text of an option is read."""
+
+    TEXT = "TEXT"
+    PATH = "PATH"
+    INTEGER = "INTEGER"
+    NUMBER = "FLOAT"
+    CHOICE = "CHOICE"
+    SWITCH = "SWITCH"
+    LIST = "LIST"
+    YAML = "YAML"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option: a key of a section.
+
+    Attributes:
+        key: Dotted key below the section, e.g. ``lora.r``.
+        kind: How its text is read.
+        help: What it is for.
+        default: Its default as text; None for none.
+        required: Whether the command cannot do without.
+        choices: The values that it takes, if they are few.
+        hidden: Whether it is left out of the help.
+        shorthand: Key inside this one that text which is no mapping stands for.
+        of_the_run: Whether its key is one of the whole run file, as ``ray.address``.
+    """
+
+    key: str
+    kind: Kind
+    help: str
+    default: str | None = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+    hidden: bool = False
+    shorthand: str = ""
+    of_the_run: bool = False
+
+    @property
+    def option(self) -> str:
+        """As it is typed, with dashes; underscores are taken, too."""
+        return option_of(self.key)
+
+
+def option_of(key: str) -> str:
+    """The option of a dotted key, e.g. ``--lora.rank-pattern``."""
+    return f"--{key.replace('_', '-')}"
+
+
+def flags_of(
+    model: type[BaseModel],
+    prefix: str = "",
+    defaults: BaseModel | None = None,
+    required: bool = True,
+    hidden: bool = False,
+) -> Iterator[Flag]:
+    """The options of a section, those of sections inside among them.
+
+    Args:
+        model: Of the section.
+        prefix: In front of each key.
+        defaults: Values of the keys, where the section around it sets them.
+        required: Whether keys without a default must be given.
+        hidden: Whether the help leaves them out.
+    """
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        default = field.default if defaults is None else getattr(defaults, name)
+        if (inner := _only_section(field.annotation)) is not None:
+            inside = default if isinstance(default, BaseModel) else None
+            needed = required and default is PydanticUndefined
+            yield Flag(
+                key=key,
+                kind=Kind.YAML,
+                help=field.description or "",
+                hidden=hidden or not inner.shorthand,
+                shorthand=inner.shorthand,
+            )
+            yield from flags_of(inner, f"{key}.", inside, needed, hidden)
+            continue
+        yield _flag(key, field, default, required, hidden)
+        if (mark := keys_of(field)) is not None and mark.stage == name:
+            for flag in flags_of(STAGES[name], f"{key}.", None, False, True):
+                if flag.key.split(".")[len(key.split("."))] not in mark.without:
+                    yield flag
+
+
+def keys_of(field: FieldInfo) -> KeysOf | None:
+    """The mark of a field that holds keys of another section, if it is one."""
+    return next((mark for mark in field.metadata if isinstance(mark, KeysOf)), None)
+
+
+def _only_section(annotation: Any) -> type[Section] | None:
+    """The section that a field is, or may be beside None."""
+    options = _without_none(annotation)
+    inside = section_types(options[0]) if len(options) == 1 else []
+    return inside[0] if inside == options else None
+
+
+def _flag(key: str, field: FieldInfo, default: Any, required: bool, hidden: bool) -> Flag:
+    kind, choices = _kind_of(field.annotation)
+    given = default is not PydanticUndefined
+    return Flag(
+        key=key,
+        kind=kind,
+        help=field.description or "",
+        default=_shown(default) if given else None,
+        required=required and not given,
+        choices=choices,
+        hidden=hidden,
+    )
+
+
+def _shown(default: Any) -> str | None:
+    """A default as it is typed; None where there is nothing to show."""
+    if default is None or default == "" or default == () or default == {}:
+        return None
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return ",".join(str(item).replace("\n", "\\n") for item in default)
+    return str(default)
+
+
+def _kind_of(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
+    options = _without_none(annotation)
+    if len(options) != 1:
+        numbers = set(options) <= {int, float}
+        return (Kind.NUMBER if numbers else Kind.YAML), ()
+    [option] = options
+    origin = get_origin(option)
+    if origin is Literal:
+        return Kind.CHOICE, tuple(str(value) for value in get_args(option))
+    if origin in (tuple, list):
+        return (Kind.YAML if section_types(option) else Kind.LIST), ()
+    plain = {
+        bool: Kind.SWITCH,
+        int: Kind.INTEGER,
+        float: Kind.NUMBER,
+        str: Kind.TEXT,
+        Path: Kind.PATH,
+    }
+    return plain.get(option, Kind.YAML), ()
+
+
+def _without_none(annotation: Any) -> list[Any]:
+    """The types that a value may have, None left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _without_none(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for inner in get_args(annotation) for kind in _without_none(inner)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def flags_for(command: Command) -> list[Flag]:
+    """The options of a command: the keys of its section, and of Ray's if it uses Ray."""
+    if command.name == "run":
+        return [
+            replace(flag, hidden=True, required=False) if flag.key.split(".")[0] in STAGES else flag
+            for flag in flags_of(RunConfig)
+        ]
+    of_ray = flags_of(RayConfig, "ray.") if command.uses_ray else ()
+    return [*flags_of(command.model), *(replace(flag, of_the_run=True) for flag in of_ray)]
