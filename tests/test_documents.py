@@ -27,12 +27,15 @@ import yaml
 
 import loram_ray
 from helpers import hub, tiny
+from loram_ray.cli.commands import given_flags
 from loram_ray.cli.main import app
+from loram_ray.commands import COMMAND_OF
 from loram_ray.config import (
     STAGES,
     RunConfig,
     Section,
     kind_of,
+    load_command,
     load_run,
     section_types,
     validate,
@@ -235,9 +238,10 @@ def require_known(arguments: list[str]) -> None:
     name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
     parsed = found.make_context(name, rest, parent=context).params
     overrides = list(parsed.get("overrides") or ())
-    if parsed.get("tasks") is not None:  # --lm-eval
-        overrides.append(f"evaluate.lm_eval.tasks=[{parsed['tasks']}]")
-    if parsed.get("config") is not None:
+    if name in COMMAND_OF:
+        flags = given_flags(COMMAND_OF[name], parsed)
+        load_command(COMMAND_OF[name], parsed["config"], overrides, flags)
+    elif parsed.get("config") is not None:
         load_run(parsed["config"], overrides)
 
 

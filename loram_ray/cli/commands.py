@@ -45,12 +45,7 @@ def _function_of(command: Command) -> Callable[..., None]:
         debug: Debug = False,
     ) -> None:
         given = context.meta[_GIVEN]
-        flags = [
-            (flag, _text(given[_parameter(flag.key)]))
-            for flag in flags_for(command)
-            if given[_parameter(flag.key)] is not None
-        ]
-        section, ray = load_command(command, config, overrides or (), flags)
+        section, ray = load_command(command, config, overrides or (), given_flags(command, given))
         if (examples := given.get(_PREVIEW)) is not None:
             imported(command.preview)(section, examples, as_json)
         else:
@@ -59,7 +54,24 @@ def _function_of(command: Command) -> Callable[..., None]:
     return call
 
 
-def _text(value: Any) -> str:
+def given_flags(command: Command, given: dict[str, Any]) -> list[tuple[Flag, str]]:
+    """The options of a section that were given, with their texts.
+
+    Args:
+        command: The command.
+        given: Values by the names of the parameters that typer parsed.
+    """
+    texts = ((flag, _text(flag, given)) for flag in flags_for(command))
+    return [(flag, text) for flag, text in texts if text is not None]
+
+
+def _text(flag: Flag, given: dict[str, Any]) -> str | None:
+    """What was given for a key, as text; None for nothing."""
+    value = given[_parameter(flag.key)]
+    if given.get(_off(flag.key)) is not None:
+        value = False
+    if value is None:
+        return None
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -70,7 +82,7 @@ class _Configured(TyperCommand):
 
     @cached_property
     def _options(self) -> list[Any]:
-        options = [_option(flag) for flag in flags_for(self.row)]
+        options = [option for flag in flags_for(self.row) for option in _options_of(flag)]
         if self.row.preview:
             options.append(_preview_option())
         return _made_by_typer(options)
@@ -96,25 +108,23 @@ def _made_by_typer(options: list[inspect.Parameter]) -> list[Any]:
     return typer.main.get_command(app).params
 
 
-def _option(flag: Flag) -> inspect.Parameter:
-    switch = flag.kind is Kind.SWITCH
-    name = flag.option
-    if switch:
-        parents, dot, last = name.removeprefix("--").rpartition(".")
-        name = f"{name}/--{parents}{dot}no-{last}"
-    return _parameter_of(
-        flag.key,
-        bool if switch else Path if flag.kind is Kind.PATH else str,
-        typer.Option(
-            name,
-            metavar=None if switch else _metavar(flag),
-            help=_sentence(flag),
-            hidden=flag.hidden,
-            show_default=False,
-            rich_help_panel=_panel(flag),
-            autocompletion=_completion(flag),
-        ),
-    )
+def _options_of(flag: Flag) -> Iterator[inspect.Parameter]:
+    """A key's option; a switch has another to turn it off, which is hidden where it is off."""
+    shown: Any = {"help": _sentence(flag), "hidden": flag.hidden, "rich_help_panel": _panel(flag)}
+    if flag.kind is not Kind.SWITCH:
+        metavar, completion = _metavar(flag), _completion(flag)
+        kind: Any = Path if flag.kind is Kind.PATH else str
+        info = typer.Option(flag.option, metavar=metavar, autocompletion=completion, **shown)
+        yield _parameter_of(_parameter(flag.key), kind, info)
+        return
+    parents, dot, last = flag.option.removeprefix("--").rpartition(".")
+    off = f"--{parents}{dot}no-{last}"
+    if flag.default == "false":
+        yield _parameter_of(_parameter(flag.key), bool, typer.Option(flag.option, **shown))
+        yield _parameter_of(_off(flag.key), bool, typer.Option(off, hidden=True))
+    else:
+        both = typer.Option(f"{flag.option}/{off}", **shown)
+        yield _parameter_of(_parameter(flag.key), bool, both)
 
 
 def _preview_option() -> inspect.Parameter:
@@ -124,18 +134,22 @@ def _preview_option() -> inspect.Parameter:
     )
 
 
-def _parameter_of(key: str, kind: type, option: Any) -> inspect.Parameter:
+def _parameter_of(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    option.show_default = False  # the help has it
+    annotation = Annotated[kind | None, option]
     return inspect.Parameter(
-        _parameter(key),
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
 
 
 def _parameter(key: str) -> str:
     """The name of a key's parameter."""
     return key.replace(".", "__")
+
+
+def _off(key: str) -> str:
+    """The name of the parameter that turns a switch off."""
+    return f"{_parameter(key)}__off"
 
 
 def _metavar(flag: Flag) -> str:

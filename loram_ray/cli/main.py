@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,8 @@ from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
 from loram_ray.runtime.streams import reader_is_gone, safe_streams
 from loram_ray.utils.printing import plain, show
+
+_USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="loram",
@@ -243,6 +245,8 @@ def _tell(error: BaseException) -> int:
     root = root_of(error)
     if isinstance(root, LoramError):
         code, lines = 2, [f"{line} ({notes})" if notes else line for line in root.lines]
+    elif (usage := _usage(error)) is not None:
+        code, lines = 2, usage
     elif (place := on_a_place(root)) is not None:
         code, lines = 2, [place]
     else:
@@ -251,3 +255,12 @@ def _tell(error: BaseException) -> int:
     for line in lines:
         print(plain(f"loram: {' '.join(line.splitlines())}"), file=sys.stderr)
     return code
+
+
+def _usage(error: BaseException) -> list[str] | None:
+    """The lines on a mistake in the arguments; None for any other error."""
+    if not isinstance(error, _USAGE_ERROR):
+        return None
+    path = error.ctx.command_path if error.ctx is not None else "loram"
+    message = error.format_message().strip()  # none where the help was shown instead
+    return [f"{message.rstrip('.')}; see {path} --help"] if message else []

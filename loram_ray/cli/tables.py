@@ -13,14 +13,19 @@ from rich.table import Table
 from loram_ray.utils.printing import PlainConsole
 
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with a section per stage.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Run file: YAML with a section per command."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override by dotted key, e.g. --set train.lora.r=16; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key of the run file, e.g. --set train.lora.r=16. May be repeated.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def console(width: int) -> PlainConsole:

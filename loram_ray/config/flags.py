@@ -146,8 +146,9 @@ def _shown(default: Any) -> str | None:
 def _kind_of(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
     options = _without_none(annotation)
     if len(options) != 1:
-        numbers = set(options) <= {int, float}
-        return (Kind.NUMBER if numbers else Kind.YAML), ()
+        if set(options) <= {int, float}:
+            return Kind.NUMBER, ()
+        return (Kind.LIST if any(get_origin(one) is tuple for one in options) else Kind.YAML), ()
     [option] = options
     origin = get_origin(option)
     if origin is Literal:

@@ -43,7 +43,7 @@ class _Settings(_Sections):
 
 
 class RunConfig(_Settings):
-    """run: the sections of all stages, and what they share."""
+    """run: Run all stages of a run file in order; skip complete ones, resume interrupted ones."""
 
     base: str = Field(
         min_length=1, description="base model: a directory of safetensors or a hub id"
@@ -65,14 +65,14 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     settings of other sections that a command reads.
     """
     filled = dict(data)
-    if isinstance(filled.get("base"), str) and isinstance(filled.get("output"), str | Path):
-        base, root = filled["base"], Path(filled["output"])
-        special = _special_paths(filled, base, root)
-        for name, model in STAGES.items():
-            paths = {"base": base, "output": root / name, **special.get(name, {})}
-            if isinstance(section := filled.get(name), Mapping):
-                known = {key: path for key, path in paths.items() if key in model.model_fields}
-                filled[name] = {**known, **section}
+    base = given if isinstance(given := filled.get("base"), str) else None
+    root = Path(given) if isinstance(given := filled.get("output"), str | Path) else None
+    special = {} if root is None else _special_paths(filled, base, root)
+    for name, model in STAGES.items():
+        paths = {"base": base, "output": root and root / name, **special.get(name, {})}
+        if isinstance(section := filled.get(name), Mapping):
+            known = {k: v for k, v in paths.items() if k in model.model_fields and v is not None}
+            filled[name] = {**known, **section}
     for name, model in STAGES.items():
         if COMMAND_OF[name].reads and isinstance(filled.get(name), Section | Mapping):
             filled[name] = _with_shared(filled[name], model, filled)
@@ -107,7 +107,9 @@ def _plain(value: Any) -> Any:
     return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
 
 
-def _special_paths(filled: Mapping[str, Any], base: str, root: Path) -> dict[str, dict[str, Any]]:
+def _special_paths(
+    filled: Mapping[str, Any], base: str | None, root: Path
+) -> dict[str, dict[str, Any]]:
     """Paths by section, beside ``base`` and a directory of the section's own name."""
 
     def output(stage: str, folder: str) -> Path:
