@@ -320,7 +320,7 @@ def test_more_gpus_need_less_memory_and_time_but_not_fewer_gpu_hours() -> None:
         assert many.hours * many.gpus >= few.hours * few.gpus
     assert all(row.fits and not row.notes for row in rows)
     [note] = estimate(recipe(), {}, *shapes, Cluster(64)).notes  # micro-batches of 4
-    assert "align.batch_size 128 is 50% of what 64 GPUs" in note
+    assert "align.batch_size 128 is 50% of the 64 GPUs" in note
 
 
 def test_a_gpu_alone_sends_nothing_and_zero_3_sends_half_as_much_again() -> None:
@@ -380,7 +380,7 @@ def test_the_tools_json_has_every_part(
     [
         (["--mfu", "2"], "--mfu must be above 0 and at most 1, got 2.0"),
         (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--set", "prune.base=nobody/absent"], "prune.base nobody/absent is no directory here"),
+        (["--set", "prune.base=nobody/absent"], "prune.base nobody/absent is not a local directory"),
         (["--base-config", "/missing/config.json"], "/missing holds no config.json"),
     ],
 )
