@@ -380,7 +380,7 @@ def test_the_tools_json_has_every_part(
     [
         (["--mfu", "2"], "--mfu must be above 0 and at most 1, got 2.0"),
         (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--set", "prune.base=nobody/absent"], "prune.base nobody/absent is not a local directory"),
+        (["--set", "prune.base=nobody/absent"], "prune.base nobody/absent is not a local"),
         (["--base-config", "/missing/config.json"], "/missing holds no config.json"),
     ],
 )
