@@ -14,7 +14,7 @@ import numpy as np
 from loram_ray.corpus.read import BadRow, Unit
 from loram_ray.corpus.selection import Selection, content_hash
 
-_PART_DOCUMENTS = 2**22
+PART_DOCUMENTS = 2**22
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
 _UNIT_BITS = 32
 
@@ -35,7 +35,7 @@ def write_hashes(unit: Unit, work: Path, selection: Selection) -> None:
 def count_parts(work: Path, units: int) -> int:
     """Return the number of parts, with about four million documents in each."""
     nbytes = sum(hash_file_of(work, unit).stat().st_size for unit in range(units))
-    return max(1, -(-nbytes // (_PART_DOCUMENTS * _ENTRY.itemsize)))
+    return max(1, -(-nbytes // (PART_DOCUMENTS * _ENTRY.itemsize)))
 
 
 def find_duplicates(part: int, parts: int, work: Path, units: int) -> None:

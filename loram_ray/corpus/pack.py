@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from loram_ray.errors import LoramError
 from loram_ray.models.tokenizer import end_of_text, frame_of
 
-_DOCUMENTS_AT_ONCE = 512
-_CHARACTERS_AT_ONCE = 2**20
+DOCUMENTS_AT_ONCE = 512
+CHARACTERS_AT_ONCE = 2**20
 
 
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
@@ -34,7 +34,7 @@ def tokenise(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
 
 
 def _is_full(batch: list[str]) -> bool:
-    return len(batch) >= _DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= _CHARACTERS_AT_ONCE
+    return len(batch) >= DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= CHARACTERS_AT_ONCE
 
 
 def tokenise_batch(tokenizer: Any, documents: list[str]) -> list[list[int]]:

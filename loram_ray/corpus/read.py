@@ -27,7 +27,7 @@ from loram_ray.errors import LoramError
 from loram_ray.runtime.progress import say
 
 CORPUS_KEY = "align.corpus.sources"
-_UNIT_BYTES = 8 * 2**20
+UNIT_BYTES = 8 * 2**20
 _ROWS_AT_ONCE = 256
 _FILES_AT_ONCE = 16
 NAMED_BAD_ROWS = 5
@@ -94,7 +94,7 @@ def _spans(file: DataFile) -> list[tuple[int, int]]:
             return [(group, 0) for group in range(open_parquet(stream, file.path).num_row_groups)]
     if file.form.codec is not None or file.form.kind == ".arrow":
         return [(0, file.size)] if file.size else []
-    return [(s, min(s + _UNIT_BYTES, file.size)) for s in range(0, file.size, _UNIT_BYTES)]
+    return [(s, min(s + UNIT_BYTES, file.size)) for s in range(0, file.size, UNIT_BYTES)]
 
 
 def identify(sources: Sequence[TextSource], key: str = CORPUS_KEY) -> list[list[object]]:
@@ -261,7 +261,7 @@ def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
     def piece_of(line: bytes) -> int:
         nonlocal position
         start, position = position, position + len(line)
-        return start // _UNIT_BYTES if cut else 0
+        return start // UNIT_BYTES if cut else 0
 
     def bad_at(offset: int, reason: str) -> BadRow:
         line = first_line_number(unit) + number + content.count(b"\n", 0, offset)

@@ -19,7 +19,7 @@ from loram_ray.errors import LoramError
 from loram_ray.utils.parsing import is_unicode
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_LONGEST_FIELD = 64 * 2**20
+LONGEST_FIELD = 64 * 2**20
 _REMEDY = 'remove the quote, or write the field in quotes and each quote in it twice ("")'
 
 
@@ -60,7 +60,7 @@ class _Records:
         self._taken: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        csv.field_size_limit(_LONGEST_FIELD)
+        csv.field_size_limit(LONGEST_FIELD)
         reader = csv.reader(self._lines(), delimiter=self._delimiter, strict=True)
         while True:
             self._first, self._taken = reader.line_num + 1, []
@@ -83,7 +83,7 @@ class _Records:
         message, last = str(error), self._first + len(self._taken) - 1
         if "end of data" in message or "field limit" in message:
             rule = "close the quote that opens a field"
-            got = "it is not closed" if "end" in message else f"it takes {_LONGEST_FIELD:,} bytes"
+            got = "it is not closed" if "end" in message else f"it takes {LONGEST_FIELD:,} bytes"
         elif "new-line" in message:
             raise LoramError(
                 f"{self._path}:{self._first} must end in LF or CRLF, it holds a lone CR outside "

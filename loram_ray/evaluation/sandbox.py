@@ -43,10 +43,10 @@ from loram_ray.evaluation.trial import Trial
 from loram_ray.evaluation.trial import Verdict as Verdict
 from loram_ray.evaluation.usage import Space
 
-_CONFINED = Path(__file__).with_name("sandbox_child.py")
+CHILD = Path(__file__).with_name("sandbox_child.py")
 _OPEN_FILES = 64
 _USUAL = Limits()
-_MAY_MOUNT = True
+MAY_MOUNT = True
 _PREFIX, _NEW_SECONDS = "loram-ray-sandbox-", 60.0
 _READABLE = (
     "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero",
@@ -189,9 +189,9 @@ def _command(limits: Limits, space: Space, verdict: int) -> list[str]:
         "files": _OPEN_FILES,
         "readable": [sys.base_prefix, sys.prefix, *packages, *_READABLE],
         "packages": packages,
-        "scratch": [space.scratch_bytes, space.max_files] if _MAY_MOUNT else [],
+        "scratch": [space.scratch_bytes, space.max_files] if MAY_MOUNT else [],
         "inside": str(Path(__file__).parent),
         "parent": os.getpid(),
         "verdict": verdict,
     }
-    return [sys.executable, "-I", "-S", "-B", str(_CONFINED), json.dumps(settings)]
+    return [sys.executable, "-I", "-S", "-B", str(CHILD), json.dumps(settings)]

@@ -15,7 +15,7 @@ from loram_ray.utils.files import require_regular_files
 from loram_ray.utils.parsing import read_json, read_text
 
 _PROBES = ("Hello.", "a", "0")
-_RENDER_SECONDS = 10.0
+RENDER_SECONDS = 10.0
 """CPU time for the rendering of a conversation, which takes milliseconds."""
 
 
@@ -195,12 +195,12 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **arguments:
     """
     try:
         text: str = within(
-            _RENDER_SECONDS,
+            RENDER_SECONDS,
             lambda: tokenizer.apply_chat_template(messages, tokenize=False, **arguments),
         )
     except TooLong as error:
         raise LoramError(
-            f"the chat template must render a conversation within {_RENDER_SECONDS:g} s, it takes "
+            f"the chat template must render a conversation within {RENDER_SECONDS:g} s, it takes "
             f"longer for one of {len(messages)} messages that begins with "
             f"{shown(messages[0].get('content'))}; give another template"
         ) from error

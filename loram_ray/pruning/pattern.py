@@ -9,8 +9,8 @@ import torch
 
 from loram_ray.errors import LoramError
 
-_LONG_ROW = 2**24  # topk, the faster in short rows, drags its pairs through memory in long ones
-_CHUNK = 2**20  # scores ranked at a time, few enough to stay in a processor's cache
+LONG_ROW = 2**24  # topk, the faster in short rows, drags its pairs through memory in long ones
+CHUNK = 2**20  # scores ranked at a time, few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """True at the ``count`` lowest scores of each row of ``[rows, columns]``, the first of ties."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.shape[1] < _LONG_ROW:
+    if scores.shape[1] < LONG_ROW:
         last = scores.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
     else:
         last = scores.kthvalue(count, dim=1, keepdim=True).values
@@ -99,7 +99,7 @@ def rank(scores: torch.Tensor) -> torch.Tensor:
 def kept_in_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """True at the scores of ``[out, in]`` that are not the n lowest of their group of m."""
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    rows = max(_CHUNK // scores.shape[1], 1)
+    rows = max(CHUNK // scores.shape[1], 1)
     for part, target in zip(scores.split(rows), kept.split(rows), strict=True):
         groups = part.reshape(-1, pattern.group).t().contiguous()
         target.view(-1, pattern.group).copy_((rank(groups) >= pattern.zeros).t())

@@ -17,7 +17,7 @@ from loram_ray.models.tokenizer import frame_of, load_tokenizer
 from loram_ray.runtime.progress import say
 
 KEY = "prune.calibration"
-_WINDOW_CHARACTERS = 2**24
+WINDOW_CHARACTERS = 2**24
 
 
 def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         window.append(text)
         characters += len(text)
-        if characters >= _WINDOW_CHARACTERS:
+        if characters >= WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0
     if window:

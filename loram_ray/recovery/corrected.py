@@ -22,7 +22,7 @@ from loram_ray.recovery.scatter import squared_norm
 from loram_ray.runtime.progress import say
 
 _MOVING = ("align", "quantize")  # stages after which the kept weights are no longer the base's
-_BLOCK_ELEMENTS = 2**22  # of a weight, in memory at a time; 16 MB in float32
+BLOCK_ELEMENTS = 2**22  # of a weight, in memory at a time; 16 MB in float32
 
 
 def corrects(config: RecoverConfig, manifest: Manifest) -> bool:
@@ -154,7 +154,7 @@ class Correction:
         moved = _weight(family.weight_name(module, self._model_specs), module, self._model)
         whole = self._dequantized(moved)
         first = 0
-        blocks = rows.split(max(1, _BLOCK_ELEMENTS // width))
+        blocks = rows.split(max(1, BLOCK_ELEMENTS // width))
         columns = width if kept is None or kept.axis == 0 else len(kept.index)
         buffer = torch.empty(len(blocks[0]), columns)
         for block in blocks:

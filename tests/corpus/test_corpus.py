@@ -66,7 +66,7 @@ LINES = [
 def test_units_give_every_line_once_with_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, last_newline: bool
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(read, "UNIT_BYTES", unit_bytes)
     lines = [*LINES[:-1], LINES[-1] + b"\n"] if last_newline else LINES
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"".join(lines))
@@ -88,7 +88,7 @@ def test_units_give_every_line_once_for_random_files(
     for _ in range(100):
         content = bytes(draw.choices(b"ab\n", k=draw.randrange(1, 60)))
         path.write_bytes(content)
-        monkeypatch.setattr(read, "_UNIT_BYTES", draw.randrange(1, 20))
+        monkeypatch.setattr(read, "UNIT_BYTES", draw.randrange(1, 20))
         units = units_of(path)
         assert b"".join(line for unit in units for line in lines_of(unit)) == content
         for unit in units:
@@ -100,7 +100,7 @@ def test_units_give_every_line_once_for_random_files(
 def test_units_are_numbered_over_all_sources_in_a_fixed_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", 100)
+    monkeypatch.setattr(read, "UNIT_BYTES", 100)
     for name in ("b.jsonl", "a.jsonl"):
         tiny.write_jsonl(tmp_path / name, tiny.texts(10))
     units = units_of(tmp_path / "b.jsonl", tmp_path)
@@ -115,7 +115,7 @@ def test_units_are_numbered_over_all_sources_in_a_fixed_order(
 def test_bad_json_lines_are_told_with_their_line_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(read, "UNIT_BYTES", unit_bytes)
     lines = [json.dumps(row).encode() for row in tiny.texts(12)]
     bad = {
         3: (lines[2][: len(lines[2]) // 2], "not JSON"),
@@ -184,7 +184,7 @@ def test_a_text_file_is_a_document_a_unit_cut_between_lines(
     path = tmp_path / "story.txt"
     path.write_text(content)
     assert read_all(units_of(path)) == [content]
-    monkeypatch.setattr(read, "_UNIT_BYTES", 50)
+    monkeypatch.setattr(read, "UNIT_BYTES", 50)
     parts = read_all(units_of(path))
     assert len(parts) > 3
     assert all(isinstance(part, str) and part.endswith(".\n") for part in parts)
@@ -194,7 +194,7 @@ def test_a_text_file_is_a_document_a_unit_cut_between_lines(
 def test_a_text_file_that_is_no_utf8_is_bad_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", 4)
+    monkeypatch.setattr(read, "UNIT_BYTES", 4)
     path = tmp_path / "story.txt"
     path.write_bytes(b"one\ntwo\nth\xff\nfour")
     found = read_all(units_of(path))
@@ -315,7 +315,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(
 @pytest.fixture
 def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusConfig:
     """Three kinds of files in four units: each may be another worker's, which takes seconds."""
-    monkeypatch.setattr(read, "_UNIT_BYTES", 3000)
+    monkeypatch.setattr(read, "UNIT_BYTES", 3000)
     tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(60))
     (tmp_path / "b.txt").write_text("A story.\n" * 130)
     rows = [row["text"] for row in tiny.texts(9)]

@@ -140,8 +140,8 @@ def test_a_filter_that_takes_for_ever_on_a_document_is_refused(tmp_path: Path, k
 def test_of_equal_documents_the_first_of_all_sources_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, part_documents: int
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(duplicates, "_PART_DOCUMENTS", part_documents)
+    monkeypatch.setattr(read, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(duplicates, "PART_DOCUMENTS", part_documents)
     draw = random.Random(unit_bytes)
     rows = [repetitive(draw, 50), repetitive(draw, 30), repetitive(draw, 40)]
     tiny.write_jsonl(tmp_path / "a.jsonl", rows[0])
@@ -184,7 +184,7 @@ def test_which_documents_are_held_out_follows_from_content_and_seed_alone(
     rows = [{"text": f"number {i}"} for i in range(2000)]
     held_out = {}
     for name, order, unit_bytes in (("a", 1, 10_000), ("b", -1, 300_000)):
-        monkeypatch.setattr(read, "_UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(read, "UNIT_BYTES", unit_bytes)
         path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows[::order])
         source = SourceConfig(path=str(path), held_out=0.1)
         counts = prepare_here(CorpusConfig(sources=(source,)), tmp_path / name)
@@ -219,8 +219,8 @@ def test_a_packed_file_is_the_same_however_the_documents_come(
     characters_at_once: int,
     rows: int,
 ) -> None:
-    monkeypatch.setattr(pack, "_DOCUMENTS_AT_ONCE", documents_at_once)
-    monkeypatch.setattr(pack, "_CHARACTERS_AT_ONCE", characters_at_once)
+    monkeypatch.setattr(pack, "DOCUMENTS_AT_ONCE", documents_at_once)
+    monkeypatch.setattr(pack, "CHARACTERS_AT_ONCE", characters_at_once)
     for count in (0, 1, len(TEXTS)):
         texts = TEXTS[:count]
         file = pack.PackedFile(tmp_path / "x.parquet", tokenizer, LENGTH, rows, first_row_id=70)

@@ -196,7 +196,7 @@ from loram_ray.runtime.cluster import ray_session
 from loram_ray.config import CorpusConfig, RayConfig
 from loram_ray.corpus import read
 from loram_ray.corpus.prepare import prepare_corpus
-read._UNIT_BYTES = 2000
+read.UNIT_BYTES = 2000
 with ray_session(RayConfig(num_cpus=1)):
     config = CorpusConfig.model_validate_json(sys.argv[1])
     prepare_corpus(config, Path(sys.argv[2]), Path(sys.argv[3]))
@@ -209,7 +209,7 @@ with ray_session(RayConfig(num_cpus=1)):
 def test_a_killed_preparation_continues_to_the_same_corpus(
     embedded_ray: None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", 2000)
+    monkeypatch.setattr(read, "UNIT_BYTES", 2000)
     path = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.texts(1200))
     source = SourceConfig(path=str(path), held_out=0.1)
     config = CorpusConfig(sources=(source,), sequence_length=LENGTH, deduplicate=True)
@@ -257,7 +257,7 @@ def test_calibration_draws_the_same_from_a_compressed_file(
         write_form(tmp_path, form)
     assert drawn("jsonl.gz", 20) == drawn("jsonl", 20)
     whole = drawn("jsonl", 10_000)
-    monkeypatch.setattr(text, "_WINDOW_CHARACTERS", 200)  # of a larger piece: in parts, but all
+    monkeypatch.setattr(text, "WINDOW_CHARACTERS", 200)  # of a larger piece: in parts, but all
     parts = drawn("jsonl.gz", 10_000)
     assert len(parts) == len(whole)
     assert parts != whole

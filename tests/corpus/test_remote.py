@@ -115,7 +115,7 @@ def test_objects_are_read_as_files_are(
     bucket: str, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for unit_bytes in (50, 500, 10**6):
-        monkeypatch.setattr(read, "_UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(read, "UNIT_BYTES", unit_bytes)
         assert read_all(f"{bucket}/web/a.jsonl{store}") == TEXTS
     assert read_all(f"{bucket}/web{store}") == TEXTS * 2
     assert read_all(f"{bucket}/web/**/*.jsonl.gz{store}") == TEXTS

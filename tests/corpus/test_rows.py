@@ -186,7 +186,7 @@ def test_a_field_that_never_ends_takes_bounded_memory(
 ) -> None:
     from loram_ray.corpus import separated
 
-    monkeypatch.setattr(separated, "_LONGEST_FIELD", 1000)
+    monkeypatch.setattr(separated, "LONGEST_FIELD", 1000)
     path = write(tmp_path / "data.csv", 'prompt,completion\na,"b\n' + "c\n" * 10_000)
     assert refusal(path).startswith(f"{path}:2 must close the quote that opens a field, it takes")
     path = write(tmp_path / "data.csv", "prompt,completion\na," + "b" * 2000)

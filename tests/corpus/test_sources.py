@@ -33,7 +33,7 @@ def test_compressed_text_is_cut_where_plain_text_is(
 ) -> None:
     draw = random.Random(0)
     for unit_bytes in (1, 7, 40, 300, 10_000):
-        monkeypatch.setattr(read, "_UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(read, "UNIT_BYTES", unit_bytes)
         lines = ["ä" * draw.randrange(30) + "\n" for _ in range(30)] + ["the end"]
         content = "".join(lines).encode()
         (tmp_path / "a.txt").write_bytes(content)
@@ -76,7 +76,7 @@ def test_bad_rows_have_their_line_numbers_in_every_form(tmp_path: Path, form: st
 def test_text_that_is_no_utf8_is_bad_at_its_line_in_compressed_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_UNIT_BYTES", 4)
+    monkeypatch.setattr(read, "UNIT_BYTES", 4)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo\nth\xff\nfour"))
     found = read_all(tmp_path / "a.txt.gz")
     assert [row.place for row in found if isinstance(row, BadRow)] == [f"{tmp_path}/a.txt.gz:3"]

@@ -335,7 +335,7 @@ def test_files_are_measured_where_no_file_system_may_be_mounted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As in most containers."""
-    monkeypatch.setattr(sandbox, "_MAY_MOUNT", False)
+    monkeypatch.setattr(sandbox, "MAY_MOUNT", False)
     about_files = [
         p for p in PROGRAMS if "file" in p.name or "folder" in p.name or "writes" in p.name
     ]
@@ -513,7 +513,7 @@ def test_a_machine_that_cannot_confine_is_refused(
     lacking = source.replace("444, 445, 446", "1444, 1445, 1446")
     assert lacking != source
     (tmp_path / "lacking.py").write_text(lacking)
-    monkeypatch.setattr(sandbox, "_CONFINED", tmp_path / "lacking.py")
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "lacking.py")
     with pytest.raises(LoramError, match=r"Linux 5.13 or newer .*Landlock.* leave the benchmark"):
         sandbox.require_sandbox.__wrapped__()
     assert not run_program("", LATER).passed

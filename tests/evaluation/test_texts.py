@@ -111,7 +111,7 @@ def test_every_sequence_begins_with_the_opening(
 def test_a_packed_file_is_the_documents_packed_at_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loram_ray.corpus.pack._DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr("loram_ray.corpus.pack.DOCUMENTS_AT_ONCE", 2)
     tokenizer = tokenizers_of.FRAMED[kind]()
     file = PackedFile(tmp_path / "x.parquet", tokenizer, 16, 2, 0)
     for text in TEXTS:

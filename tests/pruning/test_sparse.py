@@ -187,7 +187,7 @@ def naive_lowest(scores: list[float], count: int) -> set[int]:
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.35, 0.55, 0.99])
 def test_unstructured_masks_are_the_naive_ones(ratio, coarse, long_row, monkeypatch):
-    monkeypatch.setattr(pattern_module, "_LONG_ROW", long_row)
+    monkeypatch.setattr(pattern_module, "LONG_ROW", long_row)
     weight, x, _ = linear(7, 20, seed=4)
     norms = x.norm(dim=0)
     if coarse:  # many ties
@@ -207,7 +207,7 @@ def test_unstructured_masks_are_the_naive_ones(ratio, coarse, long_row, monkeypa
 @pytest.mark.parametrize("chunk", [1, 60, 2**20])
 @pytest.mark.parametrize("pattern", GROUPS)
 def test_n_of_m_masks_are_the_naive_ones(pattern, chunk, monkeypatch):
-    monkeypatch.setattr(pattern_module, "_CHUNK", chunk)
+    monkeypatch.setattr(pattern_module, "CHUNK", chunk)
     rule = Pattern.parse(pattern)
     weight, x, _ = linear(5, 3 * rule.group, seed=5)
     weight = weight.mul(2).round()

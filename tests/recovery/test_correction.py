@@ -405,7 +405,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_two_blocks_of_weights_are_in_memory_at_a_time(
     tmp_path: Path, watched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover_corrected, "_BLOCK_ELEMENTS", 64 * 8)
+    monkeypatch.setattr(recover_corrected, "BLOCK_ELEMENTS", 64 * 8)
     case = make_case(tmp_path, "aligned", {"target_modules": [*LINEARS, "lm_head"]})
     recover(case.trained, case.base, tmp_path / "out")
     assert len(watched) > 200
@@ -416,7 +416,7 @@ def test_two_blocks_of_weights_are_in_memory_at_a_time(
 def test_memory_is_bounded_by_one_linear_however_many_layers_there_are(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover_corrected, "_BLOCK_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(recover_corrected, "BLOCK_ELEMENTS", 64 * 64)
     sizes: dict[str, Any] = {"hidden": 128, "intermediate": 512, "head_dim": 16}
     peaks = {}
     for layers in (4, 12):

@@ -66,7 +66,7 @@ def test_calls_that_end_at_about_their_limit_are_ended_or_not_and_nothing_is_rai
 def test_a_template_that_loops_for_some_contents_only_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(loading, "RENDER_SECONDS", 0.2)
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.content }}{% if 'loop' in m.content %}"
