@@ -18,15 +18,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class InIdentity:
-    """Marks whether a key is part of the identity of what a stage writes with its section."""
+    """Marks whether a key is part of the identity of a stage's output."""
 
     value: bool
 
 
 Identified = Annotated[_T, InIdentity(True)]
-"""Type of a key that another result follows from: the output with another value is another one."""
+"""Type of a key that identifies the output: a different value gives a different result."""
 Free = Annotated[_T, InIdentity(False)]
-"""Type of a key that may differ in a second call, or whose content a digest identifies instead."""
+"""Type of a key that may change between calls, or whose content is identified by a digest."""
 
 
 class Section(BaseModel):
@@ -67,7 +67,7 @@ class Section(BaseModel):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Return the section without its free keys, and without those of sections in it."""
+        """Return the section without its free keys and those of nested sections."""
         return self.model_dump(mode="json", exclude=_free_keys(self))
 
 
@@ -80,11 +80,11 @@ class GeneratedText:
 class KeysOf:
     """Marks a dictionary of settings that a stage's section checks later.
 
-    Under the stage's own name it takes the run file's section of that name as its defaults.
+    If the key is named like the stage, the run file's section of that name provides its defaults.
 
     Attributes:
         stage: Name of the section.
-        without: Keys that it does not take from there.
+        without: Keys that are not taken from the run file's section.
     """
 
     stage: str

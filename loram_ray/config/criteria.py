@@ -1,9 +1,9 @@
-"""The pruning criteria: what each looks at and what it can choose.
+"""Properties of the pruning criteria.
 
-Another criterion joins by adding one `Criterion` to `CRITERIA` and its arithmetic under the same
-name: to ``SCORES`` of `pruning.criteria` if it chooses units, to ``MASKINGS`` of
-`pruning.sparsify` if it chooses weights. If it sums inputs in a new way, that sum is a class in
-`pruning.statistics`. Nothing else changes.
+To add a criterion, add a `Criterion` to `CRITERIA` and its computation under the same name: to
+``SCORES`` of `pruning.criteria` if it selects units, or to ``MASKINGS`` of `pruning.sparsify` if it
+selects weights. A new statistic of the inputs is a class in `pruning.statistics`. Nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ STRUCTURED, UNSTRUCTURED = "structured", "unstructured"
 
 @dataclass(frozen=True)
 class Criterion:
-    """What pruning knows of a criterion besides its arithmetic.
+    """Properties of a pruning criterion, without its computation.
 
     Attributes:
-        name: value of ``prune.method``.
-        units: whether it chooses GQA groups and neurons (structured pruning).
-        weights: whether it chooses single weights (unstructured and n:m pruning).
-        statistic: class in `pruning.statistics` that sums a linear's calibration inputs for it, or
-            None if it does not look at them.
-        gradients: whether it looks at the gradients of the calibration loss.
-        form: key of the ``prune`` section that chooses one of its forms, or None.
-        reusable: whether what it found is kept, so that another pruning needs no calibration.
+        name: Value of ``prune.method``.
+        units: Whether it can select GQA groups and neurons (structured pruning).
+        weights: Whether it can select single weights (unstructured and n:m pruning).
+        statistic: Class in `pruning.statistics` that accumulates a linear layer's calibration
+            inputs, or None if the criterion does not use them.
+        gradients: Whether it uses gradients of the calibration loss.
+        form: Key of the ``prune`` section that selects a variant, or None.
+        reusable: Whether its scores are saved, so they can be reused without calibration.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Criterion:
 
     @property
     def calibrates(self) -> bool:
-        """Whether it looks at calibration text."""
+        """Whether the criterion needs calibration text."""
         return self.gradients or self.statistic is not None
 
     @property
     def default_pattern(self) -> str:
-        """What it prunes if ``prune.pattern`` is left out."""
+        """Sparsity pattern if ``prune.pattern`` is not given."""
         return STRUCTURED if self.units else UNSTRUCTURED
 
 
@@ -59,4 +59,4 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("random", units=True, reusable=False),
     )
 }
-"""Every criterion by its name, those that usually keep more quality first."""
+"""All criteria by name; those that usually preserve more quality come first."""

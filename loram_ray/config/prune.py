@@ -18,7 +18,7 @@ else:
 
 
 def _names(last: str, **having: bool) -> str:
-    """Names of the criteria with these properties, as words, with a word before the last."""
+    """List the criteria with these properties in words, with ``last`` before the last one."""
     *names, end = [
         name
         for name, criterion in CRITERIA.items()
