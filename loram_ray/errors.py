@@ -36,7 +36,7 @@ class LoramError(Exception):
         return "\n".join(map(str, self.lines))
 
 
-def root_of(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """Return the error that a worker raised, without Ray's wrappers around it."""
     for _ in range(_DEPTH):
         inside = [getattr(error, name, None) for name in ("cause", "_base_exc")]
@@ -51,7 +51,7 @@ def root_of(error: BaseException) -> BaseException:
 
 def one_line(error: BaseException) -> str:
     """Format an unexpected error in one line: its type and message, or a traceback's last line."""
-    root = root_of(error)
+    root = root_cause(error)
     if isinstance(root, LoramError):
         return " ".join(line.strip() for line in str(root).splitlines())
     lines = [line.strip() for line in _COLOUR.sub("", str(root)).splitlines() if line.strip()]

@@ -19,7 +19,7 @@ from loram_ray.addresses import without_credentials
 from loram_ray.cli import jobs as cli_jobs
 from loram_ray.cli.commands import add_commands
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
-from loram_ray.errors import LoramError, on_a_place, one_line, root_of
+from loram_ray.errors import LoramError, on_a_place, one_line, root_cause
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
 from loram_ray.runtime.streams import reader_is_gone, safe_streams
@@ -242,7 +242,7 @@ def _end(ending: Ending) -> None:
 def _tell(error: BaseException) -> int:
     """Print an error, one line for each mistake; return the exit code."""
     notes = "; ".join(getattr(error, "__notes__", ()))
-    root = root_of(error)
+    root = root_cause(error)
     if isinstance(root, LoramError):
         code, lines = 2, [f"{line} ({notes})" if notes else line for line in root.lines]
     elif (usage := _usage(error)) is not None:

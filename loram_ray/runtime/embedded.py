@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loram_ray.errors import LoramError, root_of
+from loram_ray.errors import LoramError, root_cause
 from loram_ray.runtime import interruption
 from loram_ray.runtime.scratch import keep, remove_abandoned, scratch, temporary_directory
 from loram_ray.runtime.watching import watched
@@ -211,7 +211,7 @@ def _is_of_ray(error: BaseException) -> bool:
     """Return whether Ray's logs may contain details of an error."""
     chain = [one for one in (error, error.__cause__) if one is not None]
     return any(
-        kind.__module__.startswith("ray.") and not isinstance(root_of(one), LoramError)
+        kind.__module__.startswith("ray.") and not isinstance(root_cause(one), LoramError)
         for one in chain
         for kind in type(one).__mro__
     )
