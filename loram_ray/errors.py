@@ -73,7 +73,7 @@ def first_line(error: BaseException) -> str:
     return message.splitlines()[0] if message else type(error).__name__
 
 
-def on_a_place(error: BaseException) -> str | None:
+def describe_path_error(error: BaseException) -> str | None:
     """Format an error about an unusable file or directory; return None for other errors."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _OF_A_PLACE:
         return None

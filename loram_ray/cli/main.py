@@ -19,7 +19,7 @@ from loram_ray.addresses import without_credentials
 from loram_ray.cli import jobs as cli_jobs
 from loram_ray.cli.commands import add_commands
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
-from loram_ray.errors import LoramError, on_a_place, one_line, root_cause
+from loram_ray.errors import LoramError, describe_path_error, one_line, root_cause
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
 from loram_ray.runtime.streams import reader_is_gone, safe_streams
@@ -247,7 +247,7 @@ def _tell(error: BaseException) -> int:
         code, lines = 2, [f"{line} ({notes})" if notes else line for line in root.lines]
     elif (usage := _usage(error)) is not None:
         code, lines = 2, usage
-    elif (place := on_a_place(root)) is not None:
+    elif (place := describe_path_error(root)) is not None:
         code, lines = 2, [place]
     else:
         more = f"--debug shows more; {notes}" if notes else "--debug shows more"
