@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from loram_ray.artifacts import FORMAT
 from loram_ray.errors import shown
-from loram_ray.utils.names import fault_of_name, is_inside
+from loram_ray.utils.names import is_inside, name_error
 from loram_ray.utils.parsing.documents import Document
 
 
@@ -97,6 +97,6 @@ class WrittenIndex(Document):
     @classmethod
     def _beside_it(cls, weight_map: dict[str, str]) -> dict[str, str]:
         for name in set(weight_map.values()):
-            if (fault := fault_of_name(name)) is not None:
+            if (fault := name_error(name)) is not None:
                 raise ValueError(f"must name files that are {fault}, got {shown(name)}")
         return weight_map

@@ -31,7 +31,7 @@ from loram_ray.artifacts.manifest import (
 )
 from loram_ray.errors import LoramError
 from loram_ray.utils.files import open_lock, require_directory, write_whole
-from loram_ray.utils.names import fault_of_name
+from loram_ray.utils.names import name_error
 from loram_ray.utils.parsing import read_text
 
 _IDENTITY_NOTE = "identity"
@@ -173,7 +173,7 @@ def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = (
             f"{key} must not be the current directory, which a stage cannot replace, got {output}; "
             "name a new directory in it"
         )
-    if (fault := fault_of_name(output.name)) is not None:
+    if (fault := name_error(output.name)) is not None:
         raise LoramError(f"{key} must be a directory whose name is {fault}, got {output}; name one")
     try:
         if output.is_symlink():

@@ -23,7 +23,7 @@ def is_control(character: str) -> bool:
     )
 
 
-def fault_of_name(name: object) -> str | None:
+def name_error(name: object) -> str | None:
     """Return the rule that a file name breaks, in the form ``must be …``, or None.
 
     A valid name is one component of a path: not empty, not ``.`` or ``..``, without slashes,
@@ -45,8 +45,8 @@ def fault_of_name(name: object) -> str | None:
 
 
 def is_plain(name: object) -> bool:
-    """Return whether a file name is valid, see `fault_of_name`."""
-    return fault_of_name(name) is None
+    """Return whether a file name is valid, see `name_error`."""
+    return name_error(name) is None
 
 
 def is_inside(path: object) -> bool:
@@ -61,7 +61,7 @@ def fault_of_output(name: object, taken: Iterable[str] = ()) -> str | None:
         name: Name of the directory. It must be valid, not hidden, and not look like an option.
         taken: Names of other files in the same directory.
     """
-    fault = fault_of_name(name)
+    fault = name_error(name)
     if fault is not None:
         return fault
     assert isinstance(name, str)

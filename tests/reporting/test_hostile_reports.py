@@ -31,7 +31,7 @@ from loram_ray.runtime.results import markdown_table, read_results, write_result
 from loram_ray.runtime.tracking import metric_of_mlflow
 from loram_ray.stages.model_card import hub_id, quantized_card
 from loram_ray.studies.comparison_table import as_markdown as comparison_page
-from loram_ray.utils.names import fault_of_name
+from loram_ray.utils.names import name_error
 from loram_ray.utils.printing import plain, plain_lines
 
 OURS = {
@@ -134,7 +134,7 @@ def test_a_report_shows_names_as_text_in_page_and_markdown(
     check_page(output, texts)
     pictures = {path.name for path in output.glob("*.png")}
     check_markdown((output / TEXT_FILE).read_text("utf-8"), pictures)
-    assert pictures and all(fault_of_name(name) is None for name in pictures)
+    assert pictures and all(name_error(name) is None for name in pictures)
     assert {path.parent for path in tmp_path.rglob("*.png")} == {output}
 
 

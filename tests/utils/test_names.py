@@ -26,7 +26,7 @@ from loram_ray.errors import LoramError
 from loram_ray.runtime.progress import Reporter, say
 from loram_ray.studies.tasks import tasks_of
 from loram_ray.studies.trials import trials_of
-from loram_ray.utils.names import fault_of_name, first_clash, is_inside, slug
+from loram_ray.utils.names import first_clash, is_inside, name_error, slug
 from loram_ray.utils.printing import PlainConsole, markdown, plain, plain_lines
 
 E_ACUTE = "é"
@@ -39,7 +39,7 @@ NO_FOLDER = [*NOT_PLAIN, "-rf", ".hidden", " a", "a ", "x" * 250]
 
 @pytest.mark.parametrize("name", NOT_PLAIN)
 def test_names_that_leave_their_folder_or_break_lines_are_not_plain(name: str) -> None:
-    assert fault_of_name(name) is not None
+    assert name_error(name) is not None
     assert not is_inside(f"sub/{name}") or name == "a/b"
 
 
@@ -47,7 +47,7 @@ def test_names_that_leave_their_folder_or_break_lines_are_not_plain(name: str) -
     "name", ["a", "a.b", "...", "é", "日本", "a b", "-x", ".x", "x" * 255, "😀"]
 )
 def test_plain_names_are_the_last_part_of_a_path_and_no_more(name: str, tmp_path: Path) -> None:
-    assert fault_of_name(name) is None
+    assert name_error(name) is None
     (tmp_path / name).write_text("")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -63,7 +63,7 @@ def test_names_that_differ_by_case_or_normalisation_clash() -> None:
 
 @pytest.mark.parametrize("text", [*HOSTILE, *NOT_PLAIN])
 def test_slugs_are_plain_and_different(text: str) -> None:
-    assert fault_of_name(f"{slug(text)}.png") is None
+    assert name_error(f"{slug(text)}.png") is None
     assert "/" not in slug(text) and slug(text)[0] not in ".-"
     assert slug(text) != slug(text + "x")
 
