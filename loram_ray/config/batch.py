@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import KeysOf, Section
-from loram_ray.utils.names import fault_of_output
+from loram_ray.utils.names import output_name_error
 
 OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
 """Keys of the train section that are set for all trainings together."""
@@ -46,7 +46,7 @@ class TaskConfig(Section):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str | None) -> str | None:
-        if name is not None and (fault := fault_of_output(name)) is not None:
+        if name is not None and (fault := output_name_error(name)) is not None:
             raise ValueError(f"must be {fault}, got {name!r:.80}; rename the task")
         return name
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import KeysOf, Section
-from loram_ray.utils.names import fault_of_output, first_clash, folded
+from loram_ray.utils.names import first_clash, folded, output_name_error
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -125,7 +125,7 @@ class CompareConfig(Section):
     @classmethod
     def _name_folders(cls, named: dict[str, Any]) -> dict[str, Any]:
         for name in named:
-            if (fault := fault_of_output(name)) is not None:
+            if (fault := output_name_error(name)) is not None:
                 raise ValueError(f"must have names that are {fault}, got {name!r:.80}; rename it")
         if (clash := first_clash(named)) is not None:
             raise ValueError(

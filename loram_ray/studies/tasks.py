@@ -22,7 +22,7 @@ from loram_ray.config import (
 from loram_ray.errors import LoramError
 from loram_ray.runtime.results import RESULTS_FILE, TABLE_FILE
 from loram_ray.stages.recover import recovery_in
-from loram_ray.utils.names import fault_of_output, first_clash
+from loram_ray.utils.names import first_clash, output_name_error
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task
             if task.name and len(files) > 1:
                 name = f"{task.name}-{_stem(file)}"
             name = named(name, settings)
-            if (fault := fault_of_output(name, (RESULTS_FILE, TABLE_FILE))) is not None:
+            if (fault := output_name_error(name, (RESULTS_FILE, TABLE_FILE))) is not None:
                 raise LoramError(
                     f"{key}.name must be {fault}, got {name!r:.80} for {file}; set the task's name"
                 )

@@ -21,7 +21,7 @@ from loram_ray.config import (
     with_values,
 )
 from loram_ray.errors import LoramError
-from loram_ray.utils.names import fault_of_output, first_clash
+from loram_ray.utils.names import first_clash, output_name_error
 
 ADAPTER, WORK, SUMMARY_FILE = "adapter", "work", "summary.json"
 """Entries of a trial's directory; the last one marks it complete."""
@@ -69,7 +69,7 @@ def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
             "eval_share, e.g. 0.1, or eval_data"
         )
     for trial in found:
-        if (fault := fault_of_output(trial.name)) is not None:
+        if (fault := output_name_error(trial.name)) is not None:
             raise LoramError(
                 f"sweep must try values whose trial names are {fault}, got "
                 f"{trial.name!r:.80}; rename the model or try other values"

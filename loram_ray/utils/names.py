@@ -54,7 +54,7 @@ def is_inside(path: object) -> bool:
     return isinstance(path, str) and all(map(is_plain, path.split("/")))
 
 
-def fault_of_output(name: object, taken: Iterable[str] = ()) -> str | None:
+def output_name_error(name: object, taken: Iterable[str] = ()) -> str | None:
     """Return the rule that the name of an output directory breaks, or None.
 
     Args:
