@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Free, Identified, OptimiserConfig, Precision, Section, over
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
-from loram_ray.utils.patterns import fault_of_patterns
+from loram_ray.utils.patterns import patterns_error
 
 _NAMES_IN_PEFT = {
     "lora_alpha": "alpha",
@@ -97,7 +97,7 @@ class LoraConfig(Section):
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _patterns_match_in_time(cls, patterns: dict[str, Any]) -> dict[str, Any]:
-        fault = fault_of_patterns(list(patterns))
+        fault = patterns_error(list(patterns))
         if fault is not None:
             raise ValueError(f"must be {fault}")
         return patterns

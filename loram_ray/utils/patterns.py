@@ -57,7 +57,7 @@ def matched(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mappi
     Raises:
         LoramError: A pattern is not a valid regular expression, or takes too long.
     """
-    fault = fault_of_patterns(patterns, modules)
+    fault = patterns_error(patterns, modules)
     if fault is not None:
         raise LoramError(f"{name} must be {fault}")
     compiled = [(pattern, _compiled(pattern)) for pattern in patterns]
@@ -69,7 +69,7 @@ def matched(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mappi
     return matches
 
 
-def fault_of_patterns(patterns: Sequence[str], names: Sequence[str] = ()) -> str | None:
+def patterns_error(patterns: Sequence[str], names: Sequence[str] = ()) -> str | None:
     """Return the rule that patterns break, with the remedy, or None.
 
     Matching can take exponential time and cannot be interrupted in every thread. Patterns other
