@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Free, Identified, Section
 from loram_ray.utils.names import is_control
-from loram_ray.utils.patterns import fault_of_expression
+from loram_ray.utils.patterns import expression_error
 
 
 class TextSource(Section):
@@ -52,7 +52,7 @@ class FilterConfig(Section):
     @field_validator("keep", "drop")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
-        fault = fault_of_expression(pattern or "")
+        fault = expression_error(pattern or "")
         if fault is not None:
             raise ValueError(f"must be {fault}")
         return pattern

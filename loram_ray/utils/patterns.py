@@ -80,7 +80,7 @@ def patterns_error(patterns: Sequence[str], names: Sequence[str] = ()) -> str | 
         names: Texts to match, besides examples of module paths.
     """
     for pattern in patterns:
-        fault = fault_of_expression(pattern)
+        fault = expression_error(pattern)
         if fault is not None:
             return fault
     if all(_PLAIN.fullmatch(pattern) for pattern in patterns):
@@ -94,7 +94,7 @@ def patterns_error(patterns: Sequence[str], names: Sequence[str] = ()) -> str | 
     )
 
 
-def fault_of_expression(pattern: str) -> str | None:
+def expression_error(pattern: str) -> str | None:
     """Return the rule that a regular expression breaks, with the remedy, or None."""
     if len(pattern) > _LONGEST:
         return f"at most {_LONGEST:,} characters long, got {len(pattern):,}; shorten it"
