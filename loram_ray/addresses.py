@@ -36,7 +36,7 @@ def has_credentials(value: str) -> bool:
     return _ADDRESS.match(value) is not None and without_credentials(value) != value
 
 
-def problem_with(value: str) -> str | None:
+def credentials_error(value: str) -> str | None:
     """Return the rule that an address with credentials breaks, or None for any other value."""
     if not has_credentials(value):
         return None

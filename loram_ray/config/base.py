@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loram_ray.addresses import problem_with
+from loram_ray.addresses import credentials_error
 from loram_ray.utils.parsing import is_unicode
 
 Precision = Literal["bf16", "fp32"]
@@ -157,7 +157,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _refuse_credentials(key: str, value: Any) -> None:
     for text in _all_texts_in(value):
-        if problem := problem_with(text):
+        if problem := credentials_error(text):
             raise ValueError(f"{key} {problem}")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from pyarrow import fs
 
-from loram_ray.addresses import problem_with
+from loram_ray.addresses import credentials_error
 from loram_ray.corpus.splits import matches
 from loram_ray.errors import LoramError
 
@@ -21,7 +21,7 @@ class Place:
     """Path or address, split into its scheme, the path inside its file system, and the query."""
 
     def __init__(self, path: str) -> None:
-        if problem := problem_with(path):
+        if problem := credentials_error(path):
             raise LoramError(f"the address of data {problem}")
         scheme, separator, rest = path.partition("://")
         if not separator:

@@ -26,7 +26,7 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel
 
-from loram_ray.addresses import problem_with, without_credentials
+from loram_ray.addresses import credentials_error, without_credentials
 from loram_ray.config import RunConfig
 from loram_ray.errors import LoramError
 from loram_ray.runtime.locks import backing_off
@@ -88,7 +88,7 @@ class JobSpec:
         seen = {"--env": self.variables, "--metadata": self.metadata}
         for option, pairs in seen.items():
             for name, value in pairs.items():
-                if problem := problem_with(value):
+                if problem := credentials_error(value):
                     raise LoramError(f"{option} {name} {problem}")
 
     def entrypoint(self) -> str:
