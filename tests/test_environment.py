@@ -29,7 +29,7 @@ from loram_ray.utils.files import (
     read_regular,
     require_directory,
     require_regular_files,
-    write_whole,
+    write_atomic,
 )
 
 pytestmark = pytest.mark.timeout(120)  # nothing here may wait
@@ -353,7 +353,7 @@ def test_files_are_read_only_where_they_are_regular(kind: str, tmp_path: Path) -
 def test_files_are_replaced_and_not_followed(kind: str, tmp_path: Path) -> None:
     make(kind, tmp_path / "x")
     make(kind, tmp_path / f".x.{os.getpid()}") if kind != "link to a file" else None
-    write_whole(tmp_path / "x", "new")
+    write_atomic(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
     if kind == "link to a file":
         assert (tmp_path / "target").read_text() == "kept"

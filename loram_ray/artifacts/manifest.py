@@ -17,7 +17,7 @@ from typing import Any
 from loram_ray.artifacts import FORMAT
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.errors import LoramError, shown
-from loram_ray.utils.files import open_regular, require_regular_files, write_whole
+from loram_ray.utils.files import open_regular, require_regular_files, write_atomic
 from loram_ray.utils.parsing import parse_json, read_bytes, read_json
 
 MANIFEST_FILE = "manifest.json"
@@ -194,4 +194,4 @@ def hash_file(path: Path) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON durably: to a sibling, synced, renamed."""
-    write_whole(path, json.dumps(value, indent=1, default=str) + "\n", durably=True)
+    write_atomic(path, json.dumps(value, indent=1, default=str) + "\n", durably=True)

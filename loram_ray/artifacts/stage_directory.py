@@ -30,7 +30,7 @@ from loram_ray.artifacts.manifest import (
     write_json,
 )
 from loram_ray.errors import LoramError
-from loram_ray.utils.files import open_lock, require_directory, write_whole
+from loram_ray.utils.files import open_lock, require_directory, write_atomic
 from loram_ray.utils.names import name_error
 from loram_ray.utils.parsing import read_text
 
@@ -236,7 +236,7 @@ def _prepare(target: StageDirectory, identity: str) -> None:
     if not os.path.lexists(note) or read_text(note) != identity:
         shutil.rmtree(target.work, ignore_errors=True)
         target.work.mkdir()
-        write_whole(note, identity)
+        write_atomic(note, identity)
 
 
 def _publish(target: StageDirectory) -> None:

@@ -11,7 +11,7 @@ from loram_ray.reporting.content import report_on
 from loram_ray.reporting.found import found_in
 from loram_ray.reporting.parts import Report
 from loram_ray.runtime.results import markdown_table
-from loram_ray.utils.files import make_directory, write_whole
+from loram_ray.utils.files import make_directory, write_atomic
 from loram_ray.utils.printing import markdown, plain_lines
 
 PAGE_FILE, TEXT_FILE = "report.html", "report.md"
@@ -38,9 +38,9 @@ def report(directory: Path, output: Path | None = None) -> Path:
     make_directory(output, "--output")
     for part in content.parts:
         for figure in part.figures:
-            write_whole(output / f"{figure.name}.png", figure.png)
-    write_whole(output / TEXT_FILE, as_markdown(content))
-    write_whole(output / PAGE_FILE, as_html(content))
+            write_atomic(output / f"{figure.name}.png", figure.png)
+    write_atomic(output / TEXT_FILE, as_markdown(content))
+    write_atomic(output / PAGE_FILE, as_html(content))
     return output / PAGE_FILE
 
 

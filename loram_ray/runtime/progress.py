@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from loram_ray.utils.files import read_regular, write_whole
+from loram_ray.utils.files import read_regular, write_atomic
 from loram_ray.utils.parsing.text import decode
 from loram_ray.utils.printing import PlainConsole, plain
 
@@ -129,7 +129,7 @@ class MetricsLog:
         self._restarts = restarts_in(before) + 1 if count_restarts and path.exists() else 0
         kept = [line for line in before if resume_at and line["step"] <= resume_at]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
 
     def write(self, step: int, **metrics: float | str | list[int]) -> None:

@@ -41,7 +41,7 @@ from loram_ray.studies.scores import (
     write_scores,
 )
 from loram_ray.studies.systems import Cell, Comparison, Step, comparison_of
-from loram_ray.utils.files import make_directory, write_whole
+from loram_ray.utils.files import make_directory, write_atomic
 
 PAGE_FILE = "comparison.md"
 _Group = tuple[str, str | None, float | None, str]
@@ -101,7 +101,7 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
     claims = claims_of(scores, config.metric)
     write_results(config.output, rows, _columns())
     write_json(config.output / CLAIMS_FILE, claims)
-    write_whole(config.output / PAGE_FILE, as_markdown(rows, claims, config.metric))
+    write_atomic(config.output / PAGE_FILE, as_markdown(rows, claims, config.metric))
     return ComparisonResult(config.output, rows, claims, failed)
 
 

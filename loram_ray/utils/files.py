@@ -105,7 +105,7 @@ def require_regular_files(directory: Path | str) -> None:
             )
 
 
-def write_whole(path: Path, content: bytes | str, durably: bool = False) -> None:
+def write_atomic(path: Path, content: bytes | str, durably: bool = False) -> None:
     """Write a file atomically, through a temporary file that is renamed.
 
     Args:
