@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 MOST_BYTES = 255
 """Maximum length of a file name in bytes on common file systems."""
-MOST_BYTES_OF_OUTPUTS = 240
+MAX_OUTPUT_NAME_BYTES = 240
 """Maximum for output directories, which leaves room for prefixes and suffixes."""
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _NOT_IN_SLUGS = re.compile(r"[^A-Za-z0-9._=+-]+")
@@ -67,8 +67,8 @@ def output_name_error(name: object, taken: Iterable[str] = ()) -> str | None:
     assert isinstance(name, str)
     if name[0] in ".-" or name != name.strip():
         return "without . or - in front and without spaces around it"
-    if len(name.encode()) > MOST_BYTES_OF_OUTPUTS:
-        return f"at most {MOST_BYTES_OF_OUTPUTS} bytes long"
+    if len(name.encode()) > MAX_OUTPUT_NAME_BYTES:
+        return f"at most {MAX_OUTPUT_NAME_BYTES} bytes long"
     if folded(name) in map(folded, taken):
         return f"different from {', '.join(taken)}"
     return None
