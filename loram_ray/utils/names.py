@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-MOST_BYTES = 255
+MAX_NAME_BYTES = 255
 """Maximum length of a file name in bytes on common file systems."""
 MAX_OUTPUT_NAME_BYTES = 240
 """Maximum for output directories, which leaves room for prefixes and suffixes."""
@@ -39,8 +39,8 @@ def name_error(name: object) -> str | None:
         return "without / and \\"
     if any(map(is_control, name)):
         return "without control characters"
-    if len(name.encode()) > MOST_BYTES:
-        return f"at most {MOST_BYTES} bytes long"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        return f"at most {MAX_NAME_BYTES} bytes long"
     return None
 
 
