@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.pruning.text import KEY
 from loram_ray.pruning.worker import CalibrationWorker, Setup
-from loram_ray.runtime.actors import actor_of, cause_of, death_of
+from loram_ray.runtime.actors import cause_of, death_of, remote_class
 from loram_ray.runtime.cluster import gpus_per_worker, ray_session, require_resources
 
 Job = tuple[str, tuple[Any, ...]]
@@ -57,7 +57,7 @@ class RayPool:
 
         self._ray = ray
         self._max_failures = config.max_failures
-        actor_class = actor_of(CalibrationWorker, cpus, 1, config.max_failures)
+        actor_class = remote_class(CalibrationWorker, cpus, 1, config.max_failures)
         self._actors = [actor_class.remote(setup) for _ in range(config.workers)]
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:

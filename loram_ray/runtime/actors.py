@@ -41,7 +41,7 @@ def run_in_actor(
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    actor = actor_of(_Caller, cpus, gpus, max_failures).remote()
+    actor = remote_class(_Caller, cpus, gpus, max_failures).remote()
     result = actor.call.remote(function, arguments)
 
     def finished(seconds: float) -> bool:
@@ -58,7 +58,7 @@ def run_in_actor(
         ray.kill(actor)
 
 
-def actor_of(
+def remote_class(
     kind: type, cpus: int, gpus: float, max_failures: int, calls_at_a_time: int = 1
 ) -> Any:
     """Return a Ray actor class with this many CPUs (and threads) and this GPU share."""
@@ -126,7 +126,9 @@ class Actors:
         gpus: float,
         calls_at_a_time: int = 1,
     ) -> None:
-        self._class = actor_of(kind, cpus, gpus, max_failures=0, calls_at_a_time=calls_at_a_time)
+        self._class = remote_class(
+            kind, cpus, gpus, max_failures=0, calls_at_a_time=calls_at_a_time
+        )
         self._arguments = arguments
         self._made: dict[int, Any] = {}
         self._stopped = False
