@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.pruning.text import KEY
 from loram_ray.pruning.worker import CalibrationWorker, Setup
-from loram_ray.runtime.actors import cause_of, death_of, remote_class
+from loram_ray.runtime.actors import death_of, remote_class, unwrap_task_error
 from loram_ray.runtime.cluster import gpus_per_worker, ray_session, require_resources
 
 Job = tuple[str, tuple[Any, ...]]
@@ -94,7 +94,7 @@ class RayPool:
         try:
             return self._ray.get(reference)
         except RayTaskError as error:
-            raise cause_of(error) from error
+            raise unwrap_task_error(error) from error
         except RayActorError as error:
             raise death_of(error, f"{KEY}.max_failures", self._max_failures) from error
 

@@ -51,7 +51,7 @@ def run_in_actor(
         wait(finished)
         return ray.get(result)
     except RayTaskError as error:
-        raise cause_of(error) from error
+        raise unwrap_task_error(error) from error
     except RayActorError as error:
         raise death_of(error, "max_failures", max_failures) from error
     finally:
@@ -74,7 +74,7 @@ def remote_class(
     )
 
 
-def cause_of(error: Any) -> BaseException:
+def unwrap_task_error(error: Any) -> BaseException:
     """Return the `LoramError` or `OSError` that a Ray task error wraps, or the error itself."""
     wrapper: BaseException = error
     return error.cause if isinstance(error.cause, LoramError | OSError) else wrapper
@@ -156,7 +156,7 @@ class Actors:
         try:
             return ray.get(getattr(actor, method).remote(*arguments))
         except RayTaskError as error:
-            cause = cause_of(error)
+            cause = unwrap_task_error(error)
             if not isinstance(cause, LoramError | OSError):
                 self._forget(number, actor)
                 ray.kill(actor)
