@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.pruning.text import KEY
 from loram_ray.pruning.worker import CalibrationWorker, Setup
-from loram_ray.runtime.actors import death_of, remote_class, unwrap_task_error
+from loram_ray.runtime.actors import actor_death_error, remote_class, unwrap_task_error
 from loram_ray.runtime.cluster import gpus_per_worker, ray_session, require_resources
 
 Job = tuple[str, tuple[Any, ...]]
@@ -96,7 +96,7 @@ class RayPool:
         except RayTaskError as error:
             raise unwrap_task_error(error) from error
         except RayActorError as error:
-            raise death_of(error, f"{KEY}.max_failures", self._max_failures) from error
+            raise actor_death_error(error, f"{KEY}.max_failures", self._max_failures) from error
 
 
 def threads_of(config: CalibrationConfig) -> int:

@@ -53,7 +53,7 @@ def run_in_actor(
     except RayTaskError as error:
         raise unwrap_task_error(error) from error
     except RayActorError as error:
-        raise death_of(error, "max_failures", max_failures) from error
+        raise actor_death_error(error, "max_failures", max_failures) from error
     finally:
         ray.kill(actor)
 
@@ -80,7 +80,7 @@ def unwrap_task_error(error: Any) -> BaseException:
     return error.cause if isinstance(error.cause, LoramError | OSError) else wrapper
 
 
-def death_of(error: Any, key: str, max_failures: int) -> BaseException:
+def actor_death_error(error: Any, key: str, max_failures: int) -> BaseException:
     """Return the exception to raise for a dead actor.
 
     Args:
@@ -164,7 +164,7 @@ class Actors:
         except RayActorError as error:
             self._forget(number, actor)
             if error.actor_init_failed:
-                raise death_of(error, "max_failures", 0) from error
+                raise actor_death_error(error, "max_failures", 0) from error
             raise WorkerDied(one_line(error)) from error
 
     def _forget(self, number: int, actor: Any) -> None:
