@@ -25,7 +25,7 @@ def alone(work: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def backing_off(most: float, first: float = 1.0, longest: float = 60.0) -> Iterator[float]:
+def backoff(most: float, first: float = 1.0, longest: float = 60.0) -> Iterator[float]:
     """Yield pauses in seconds, each twice as long as the last, until their sum reaches ``most``.
 
     Args:

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from loram_ray.addresses import credentials_error, without_credentials
 from loram_ray.config import RunConfig
 from loram_ray.errors import LoramError
-from loram_ray.runtime.locks import backing_off
+from loram_ray.runtime.locks import backoff
 
 T = TypeVar("T")
 
@@ -298,7 +298,7 @@ class Jobs:
 
     async def _follow(self, name: str, show: Callable[[str], None]) -> None:
         shown = 0
-        waits = backing_off(self._patience)
+        waits = backoff(self._patience)
         while True:
             passed = 0
             try:
@@ -308,7 +308,7 @@ class Jobs:
                     if new:
                         show(new)
                         shown = max(shown, passed)
-                        waits = backing_off(self._patience)
+                        waits = backoff(self._patience)
                 if self.details(name).status.is_terminal():
                     return
                 lost = "the connection was closed"
@@ -318,7 +318,7 @@ class Jobs:
             self._wait(waits, lost)
 
     def _answered(self, ask: Callable[[], T]) -> T:
-        waits = backing_off(self._patience)
+        waits = backoff(self._patience)
         while True:
             try:
                 return ask()
@@ -367,7 +367,7 @@ def run_job(
     spec: JobSpec,
     show: Callable[[str], None],
     began: Callable[[str], None],
-    pauses: Callable[[], Iterator[float]] = lambda: backing_off(float("inf"), first=10.0),
+    pauses: Callable[[], Iterator[float]] = lambda: backoff(float("inf"), first=10.0),
 ) -> int:
     """Submit and follow a job; resubmit it if it failed through no fault of its own.
 

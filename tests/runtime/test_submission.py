@@ -24,7 +24,7 @@ import yaml
 import loram_ray as lr
 from helpers import tiny
 from loram_ray.config import load_run
-from loram_ray.runtime.locks import backing_off
+from loram_ray.runtime.locks import backoff
 from loram_ray.runtime.submission import (
     Jobs,
     JobSpec,
@@ -131,8 +131,8 @@ def test_exit_codes(state: str, driver: int | None, code: int, again: bool) -> N
 
 
 def test_pauses_double_until_patience_ends() -> None:
-    assert list(backing_off(10.0)) == [1, 2, 4, 8]
-    assert list(backing_off(100.0, first=10.0, longest=30.0)) == [10, 20, 30, 30, 30]
+    assert list(backoff(10.0)) == [1, 2, 4, 8]
+    assert list(backoff(100.0, first=10.0, longest=30.0)) == [10, 20, 30, 30, 30]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_lost_connection_and_a_killed_driver(
         spec_of(file, retries=2),
         shown.append,
         began.append,
-        lambda: backing_off(10, first=0.1),
+        lambda: backoff(10, first=0.1),
     )
     assert code == 0, "".join(shown)
     assert killed.is_set() and len(began) == 2
