@@ -386,7 +386,7 @@ def run_job(
         name = jobs.submit(spec, attempt)
         began(name)
         code = jobs.follow(name, show)
-        if attempt == spec.retries or not is_worth_another_try(spec.command, code):
+        if attempt == spec.retries or not is_retryable(spec.command, code):
             return code
         time.sleep(next(waits))
     raise AssertionError("not reached")
@@ -403,7 +403,7 @@ def exit_code(details: Any) -> int:
     return 137 if code is None else int(code) if code > 0 else 128 - int(code)
 
 
-def is_worth_another_try(command: str, code: int) -> bool:
+def is_retryable(command: str, code: int) -> bool:
     """Return whether a retry may succeed: not after a user's mistake or a stop.
 
     A batch that exits with 1 is complete; the reasons of its failed tasks are in the results table.

@@ -29,7 +29,7 @@ from loram_ray.runtime.submission import (
     Jobs,
     JobSpec,
     exit_code,
-    is_worth_another_try,
+    is_retryable,
     pins,
     require_directory,
     run_job,
@@ -126,8 +126,8 @@ def test_relative_paths_need_a_folder_on_a_cluster_elsewhere(tmp_path: Path) -> 
 def test_exit_codes(state: str, driver: int | None, code: int, again: bool) -> None:
     details = SimpleNamespace(status=SimpleNamespace(value=state), driver_exit_code=driver)
     assert exit_code(details) == code
-    assert is_worth_another_try("train", code) == again
-    assert not is_worth_another_try("batch", 1)
+    assert is_retryable("train", code) == again
+    assert not is_retryable("batch", 1)
 
 
 def test_pauses_double_until_patience_ends() -> None:
