@@ -74,7 +74,7 @@ class Masks:
         """Read the mask of a linear, bool ``[out, in]``: True where the weight is kept."""
         return unpack(self.packed(module), self.shapes[module][1])
 
-    def place_in(self, directory: Path) -> Path:
+    def link_into(self, directory: Path) -> Path:
         """Hard-link the file into a directory, or copy it if the file system has no hard links."""
         target = directory / MASKS_FILE
         if target != self.path:

@@ -218,7 +218,7 @@ class PruningPlan:
         The masks' file comes to lie beside it.
         """
         if self.masks is not None:
-            self.masks.place_in(Path(directory))
+            self.masks.link_into(Path(directory))
         tensors = self._tensors()
         specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()}
         metadata = {"loram_plan": json.dumps(self._describe())}
