@@ -100,14 +100,14 @@ class MLflow:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step."""
         for name, value in metrics.items():
-            self._client.log_metric(self._run, metric_of_mlflow(name), value, step=step)
+            self._client.log_metric(self._run, mlflow_metric_name(name), value, step=step)
 
     def close(self) -> None:
         """Mark the run as finished."""
         self._client.set_terminated(self._run)
 
 
-def metric_of_mlflow(name: str) -> str:
+def mlflow_metric_name(name: str) -> str:
     """Convert a metric's name, which may contain a source's name, to one that MLflow accepts."""
     parts = (part.strip(".") for part in _NOT_IN_METRICS.sub("_", name).split("/"))
     return "/".join(filter(None, parts))[:_LONGEST_METRIC].rstrip("/")

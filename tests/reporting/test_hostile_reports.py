@@ -28,7 +28,7 @@ from loram_ray.reporting.figures import (
 )
 from loram_ray.reporting.write import PAGE_FILE, TEXT_FILE, report
 from loram_ray.runtime.results import markdown_table, read_results, write_results
-from loram_ray.runtime.tracking import metric_of_mlflow
+from loram_ray.runtime.tracking import mlflow_metric_name
 from loram_ray.stages.model_card import hub_id, quantized_card
 from loram_ray.studies.comparison_table import as_markdown as comparison_page
 from loram_ray.utils.names import name_error
@@ -229,7 +229,7 @@ def test_results_with_names_of_any_bytes_become_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*HOSTILE, "/", "../a", "a//b", "x" * 300, "é"])
 def test_mlflow_takes_the_names_of_metrics(name: str) -> None:
     validation = pytest.importorskip("mlflow.utils.validation")
-    validation._validate_metric_name(metric_of_mlflow(f"held_out_nll_{name}"))
+    validation._validate_metric_name(mlflow_metric_name(f"held_out_nll_{name}"))
 
 
 @pytest.mark.parametrize("kind", ["file", "fifo", "below a file", "too long", "dangling"])
