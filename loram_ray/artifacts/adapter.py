@@ -16,7 +16,7 @@ from loram_ray.artifacts.tensorfile import TensorFile, require_finite
 from loram_ray.errors import LoramError
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.parsing import read_json
-from loram_ray.utils.patterns import matched
+from loram_ray.utils.patterns import match_patterns
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -70,7 +70,7 @@ class Adapter:
         name = f"{self.directory / CONFIG_FILE}: {setting}"
         return {
             module: patterns[pattern]
-            for module, pattern in matched(list(patterns), self.modules, name).items()
+            for module, pattern in match_patterns(list(patterns), self.modules, name).items()
         }
 
     def read(self, module: str, side: str) -> torch.Tensor:
@@ -119,10 +119,10 @@ def require_readable(directory: Path, key: str) -> None:
         path = directory / CONFIG_FILE
         for setting in ("target_modules", "exclude_modules"):
             if isinstance(config.get(setting), str):
-                matched([config[setting]], modules, f"{path}: {setting}")
-        matched(list(config.get("alpha_pattern") or {}), modules, f"{path}: alpha_pattern")
+                match_patterns([config[setting]], modules, f"{path}: {setting}")
+        match_patterns(list(config.get("alpha_pattern") or {}), modules, f"{path}: alpha_pattern")
         patterns: dict[str, int] = config.get("rank_pattern") or {}
-        ranks = matched(list(patterns), modules, f"{path}: rank_pattern")
+        ranks = match_patterns(list(patterns), modules, f"{path}: rank_pattern")
         for name, spec in file.specs.items():
             match = _KIND.fullmatch(name)
             if match is None or len(spec.shape) != 2:

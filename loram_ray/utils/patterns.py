@@ -43,7 +43,7 @@ while head := sys.stdin.buffer.read(8):
 """
 
 
-def matched(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mapping[str, str]:
+def match_patterns(patterns: Sequence[str], modules: Sequence[str], name: str) -> Mapping[str, str]:
     """Return the first pattern that matches the end of each module's path, as PEFT does.
 
     Args:
