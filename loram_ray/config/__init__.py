@@ -12,7 +12,7 @@ from loram_ray.config.base import (
     RayConfig,
     Section,
     kind_of,
-    over,
+    merge_settings,
     section_types,
 )
 from loram_ray.config.batch import BatchConfig, TaskConfig
@@ -67,7 +67,7 @@ __all__ = [
     "load_command",
     "load_run",
     "named",
-    "over",
+    "merge_settings",
     "recovers_delta",
     "section_of",
     "section_types",

@@ -173,13 +173,13 @@ def _all_texts_in(value: Any) -> Iterator[str]:
             yield from _all_texts_in(item)
 
 
-def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two mappings recursively; values of ``above`` take precedence."""
     merged = {**below, **above}
     for key, value in below.items():
         inner = above.get(key)
         if isinstance(value, Mapping) and isinstance(inner, Mapping):
-            merged[key] = over(value, inner)
+            merged[key] = merge_settings(value, inner)
     return merged
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loram_ray.config.base import over
+from loram_ray.config.base import merge_settings
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+-]+")
 
@@ -19,7 +19,7 @@ def with_values(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
         inner: dict[str, Any] = {last: value}
         for parent in reversed(parents):
             inner = {parent: inner}
-        merged = over(merged, inner)
+        merged = merge_settings(merged, inner)
     return merged
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, create_model, model_validator
 
 from loram_ray.commands import COMMAND_OF, SECTIONS_OF_A_RUN
-from loram_ray.config.base import KeysOf, RayConfig, Section, over
+from loram_ray.config.base import KeysOf, RayConfig, Section, merge_settings
 
 STAGES: dict[str, type[Section]] = {name: COMMAND_OF[name].model for name in SECTIONS_OF_A_RUN}
 """The sections of a run file."""
@@ -92,7 +92,7 @@ def _with_shared(
         own = given.get(key)
         if own is None or isinstance(own, Mapping):
             kept = {name: value for name, value in shared.items() if name not in mark.without}
-            given[key] = over(kept, own or {})
+            given[key] = merge_settings(kept, own or {})
     return given
 
 

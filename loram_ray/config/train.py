@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import Free, Identified, OptimiserConfig, Precision, Section, over
+from loram_ray.config.base import (
+    Free,
+    Identified,
+    OptimiserConfig,
+    Precision,
+    Section,
+    merge_settings,
+)
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.patterns import patterns_error
 
@@ -284,7 +291,7 @@ class TrainConfig(Section):
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("preset") in PRESETS:
-            return over(PRESETS[data["preset"]], data)
+            return merge_settings(PRESETS[data["preset"]], data)
         return data
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from loram_ray.config import (
     RecoverConfig,
     Section,
     TrainConfig,
-    over,
+    merge_settings,
     validate,
 )
 from loram_ray.errors import LoramError
@@ -274,7 +274,7 @@ class _Planner:
 
     def _aligned(self, name: str, system: str, pruned: str, more: dict[str, Any], seed: int) -> str:
         assert self._config.align is not None
-        settings = over(self._config.align, more)
+        settings = merge_settings(self._config.align, more)
         settings |= {"base": self._config.base, "pruned": self._root / pruned, "seed": seed}
         settings |= {"output": self._root / name, "prepared": self._root / "models" / "prepared"}
         config = validate(AlignConfig, settings, f"compare, system {system}")

@@ -14,8 +14,8 @@ from loram_ray.config import (
     RecoverConfig,
     TaskConfig,
     TrainConfig,
+    merge_settings,
     named,
-    over,
     validate,
     with_values,
 )
@@ -105,7 +105,7 @@ def _task(
     config: BatchConfig, task: TaskConfig, name: str, file: str, grid: dict[str, Any], key: str
 ) -> Task:
     folder = config.output / name
-    settings = with_values(over(config.train, task.train), grid)
+    settings = with_values(merge_settings(config.train, task.train), grid)
     if task.seed is not None:
         settings["seed"] = task.seed
     trained, recover = recovery_in(folder, config.model, config.base, config.correction)

@@ -15,8 +15,8 @@ from loram_ray.config import (
     RangeConfig,
     SweepConfig,
     TrainConfig,
+    merge_settings,
     named,
-    over,
     validate,
     with_values,
 )
@@ -125,7 +125,7 @@ def _draw(rule: RangeConfig, random: numpy.random.Generator) -> int | float:
 
 def _trial(config: SweepConfig, model: str, directory: Path, values: dict[str, Any]) -> Trial:
     name = named(model, values)
-    settings = over(
+    settings = merge_settings(
         with_values(config.train, values),
         {
             "model": directory,
