@@ -18,6 +18,7 @@ from loram_ray.cli.tables import AsJson, Config, Debug, Overrides
 from loram_ray.commands import COMMANDS, Command, imported
 from loram_ray.config import kind_of, load_command, section_types
 from loram_ray.config.flags import Flag, Kind, flags_for
+from loram_ray.runtime.progress import say
 
 _GIVEN, _PREVIEW = "loram.given", "preview_"
 _WIDEST = 24
@@ -45,7 +46,10 @@ def _function_of(command: Command) -> Callable[..., None]:
         debug: Debug = False,
     ) -> None:
         given = context.meta[_GIVEN]
-        section, ray = load_command(command, config, overrides or (), given_flags(command, given))
+        flags = given_flags(command, given)
+        section, ray, unread = load_command(command, config, overrides or (), flags)
+        if unread:
+            say(command.name, f"does not read these sections of {config}: {', '.join(unread)}")
         if (examples := given.get(_PREVIEW)) is not None:
             imported(command.preview)(section, examples, as_json)
         else:

@@ -6,11 +6,11 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from loram_ray.commands import Command
+from loram_ray.commands import COMMANDS, STUDIES, Command
 from loram_ray.config.base import RayConfig, Section, kind_of, section_types
 from loram_ray.config.flags import Flag, option_of
 from loram_ray.config.overrides import apply_flag, apply_override
@@ -21,6 +21,20 @@ from loram_ray.utils.parsing.documents import broken_rule
 
 _MISSING = "must be given; add it"
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Loaded(NamedTuple):
+    """What one command needs.
+
+    Attributes:
+        section: Of the command.
+        ray: Settings of Ray.
+        unread: Names of the run file's sections that the command does not read.
+    """
+
+    section: Any
+    ray: RayConfig
+    unread: list[str]
 
 
 def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -43,7 +57,7 @@ def load_command(
     config: Path | str | None,
     overrides: Sequence[str] = (),
     flags: Sequence[tuple[Flag, str]] = (),
-) -> tuple[Any, RayConfig]:
+) -> Loaded:
     """Read what one command needs: from options, over ``--set``, over a run file.
 
     A run file with a base and an output is checked as a whole, any other for this command alone.
@@ -54,15 +68,13 @@ def load_command(
         overrides: ``dotted.key=value``, as for `load_run`.
         flags: Options with their values.
 
-    Returns:
-        The command's section and the settings of Ray.
-
     Raises:
         LoramError: As for `load_run`; keys that were given as options are called so.
     """
     name = command.name
     prefix = "" if name == "run" else f"{name}."
     data = _settings(config, overrides)
+    unread = _unread(command, data)
     for flag, text in flags:
         apply_flag(data, flag, prefix, text)
     if name != "run" and (config is None or flags):
@@ -71,14 +83,27 @@ def load_command(
     named = _with_options(prefix, [flag.key for flag, _ in flags], source)
     if name == "run":
         run = validate(RunConfig, data, "", named)
-        return run, run.ray
+        return Loaded(run, run.ray, unread)
     if data.get("base") is not None and data.get("output") is not None:
         run = validate(RunConfig, data, "", named)
     else:
         filled, others = fill_paths(data), set(STAGES) - {name}
         part = {key: value for key, value in filled.items() if key not in others}
         run = validate(PartOfRun, part, "", named)
-    return section_of(run, name), run.ray
+    return Loaded(section_of(run, name), run.ray, unread)
+
+
+def _unread(command: Command, data: Mapping[str, Any]) -> list[str]:
+    """Sections of a run file that a command does not read, though a user may think so.
+
+    A run file describes a pipeline, so a stage says nothing of the other stages' sections.
+    """
+    if command.name == "run":
+        return []
+    read = {command.name, *command.reads}
+    if command.panel != STUDIES:
+        read |= {other.name for other in COMMANDS if other.panel != STUDIES}
+    return [name for name in STAGES if name in data and name not in read]
 
 
 def _with_options(prefix: str, given: Sequence[str], source: str | None) -> Callable[[str], str]:

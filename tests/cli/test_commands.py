@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 import loram_ray as lr
 from loram_ray.commands import COMMAND_OF, COMMANDS, Command, command_of, imported
-from loram_ray.config import STAGES, RunConfig, load_run
+from loram_ray.config import STAGES, RunConfig, load_command, load_run
 from loram_ray.studies.tasks import tasks_of
 from loram_ray.studies.trials import trials_of
+
+CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
 
 def test_every_command_is_offered_everywhere() -> None:
@@ -142,3 +145,35 @@ def test_a_whole_run_is_taken_for_one_more_version(tmp_path: Path) -> None:
         pytest.raises(lr.LoramError, match="sweep.ratios needs the section prune"),
     ):
         lr.sweep(run)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "unread"),
+    [
+        ("batch", ["align", "evaluate", "sweep"]),
+        ("sweep", ["evaluate", "batch"]),
+        ("compare", ["batch", "sweep"]),
+        ("train", ["batch", "sweep"]),
+        ("run", []),
+    ],
+)
+def test_sections_that_a_command_does_not_read_are_named(
+    tmp_path: Path, name: str, unread: list[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "base: b\noutput: o\ntrain: {data: d}\nevaluate: {data: d}\n"
+        "align: {corpus: {sources: [{path: p}]}}\n"
+        "batch: {tasks: [{data: d}]}\nsweep: {data: d, grid: {lora.r: [2]}}\n"
+    )
+    tasks = ["compare.tasks={t: {data: d, held_out: h}}"] if name == "compare" else []
+    assert load_command(COMMAND_OF[name], file, tasks).unread == unread
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_run_files_hold_nothing_that_their_commands_do_not_read(path: Path) -> None:
+    words = re.findall(r"loram (\w+) --config jobs/configs/" + path.name, path.read_text())
+    names = [name for name in words if name in COMMAND_OF]
+    assert names or "loram plan" in path.read_text()
+    for name in names:
+        assert load_command(COMMAND_OF[name], path).unread == []
