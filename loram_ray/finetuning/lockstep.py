@@ -88,15 +88,20 @@ class Together:
 
     Args:
         load: loads the model.
+        forward: computes the losses of several trainings on it.
 
     Attributes:
         frozen: the model.
     """
 
-    def __init__(self, load: Callable[[], FrozenModel]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], FrozenModel],
+        forward: Callable[[FrozenModel], JointForward] = JointForward,
+    ) -> None:
         self._engine = ThreadPoolExecutor(1, "together")
         self.frozen = self._engine.submit(load).result()
-        self._forward = JointForward(self.frozen)
+        self._forward = forward(self.frozen)
         self._seats: list[Seat] = []
         self._running: Seat | None = None
         self._changed = threading.Condition()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,41 @@ DIFFERENT: list[dict[str, Any]] = [
 class Watched(JointForward):
     """Keeps how many adapters each pass was for."""
 
-    sizes: list[int]
+    def __init__(self, frozen: FrozenModel) -> None:
+        super().__init__(frozen)
+        self.sizes: list[int] = []
 
     def _together(self, members: Any) -> Any:
         self.sizes.append(len(members))
         return super()._together(members)
 
 
+class Failing(Watched):
+    """Raises an error at the end of each pass."""
+
+    def __init__(self, frozen: FrozenModel, error: Exception) -> None:
+        super().__init__(frozen)
+        self._error = error
+
+    def _together(self, members: Any) -> Any:
+        super()._together(members)
+        raise self._error
+
+
 def run_together(
-    settings: list[lr.TrainConfig], folder: Path, monkeypatch: pytest.MonkeyPatch
+    settings: list[lr.TrainConfig],
+    folder: Path,
+    forward: Callable[[FrozenModel], Watched] = Watched,
 ) -> tuple[list[Path], list[int], dict[int, BaseException]]:
     """Train all at once; return their folders, the sizes of the passes and what was raised."""
-    monkeypatch.setattr("loram_ray.finetuning.lockstep.JointForward", Watched)
-    monkeypatch.setattr(Watched, "sizes", [], raising=False)
-    together = Together(lambda: FrozenModel.load(settings[0]))
+    sizes: list[int] = []
+
+    def watched(frozen: FrozenModel) -> Watched:
+        made = forward(frozen)
+        made.sizes = sizes
+        return made
+
+    together = Together(lambda: FrozenModel.load(settings[0]), watched)
     frozen = together.frozen
     ready = threading.Barrier(len(settings))
     raised: dict[int, BaseException] = {}
@@ -75,7 +97,7 @@ def run_together(
         thread.start()
     for thread in threads:
         thread.join()
-    return folders, Watched.sizes, raised
+    return folders, sizes, raised
 
 
 def assert_as_alone(
@@ -97,7 +119,7 @@ def assert_as_alone(
 
 @pytest.mark.parametrize("packing", ["none", pytest.param("some", marks=pytest.mark.slow)])
 def test_each_training_is_the_one_that_it_is_alone(
-    packing: str, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packing: str, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = [
         training(
@@ -108,7 +130,7 @@ def test_each_training_is_the_one_that_it_is_alone(
         )
         for n, one in enumerate(DIFFERENT)
     ]
-    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    folders, sizes, raised = run_together(settings, tmp_path / "together")
     assert not raised
     assert sizes[0] == 6 and len(sizes) == 14  # then one is left
     for number, one in enumerate(settings):
@@ -122,7 +144,7 @@ def test_each_training_is_the_one_that_it_is_alone(
     ),
 )
 def test_batches_of_other_widths_and_heights(
-    kind: str, dropout: float, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, dropout: float, pruned: Path, tmp_path: Path
 ) -> None:
     """Losses and gradients of each, in one pass for all."""
     frozen = FrozenModel.load(training(pruned, pruned, tmp_path))
@@ -166,7 +188,6 @@ def test_batches_of_other_widths_and_heights(
             return results
 
         passes = Watched(frozen)
-        monkeypatch.setattr(Watched, "sizes", [], raising=False)
         expected = losses_and_gradients(passes, alone=True)
         assert not passes.sizes
         found = losses_and_gradients(passes, alone=False)
@@ -184,14 +205,12 @@ def test_batches_of_other_widths_and_heights(
             assert torch.equal(found[number][0], expected[number][0])
 
 
-def test_one_that_diverges_harms_no_other(
-    pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_diverges_harms_no_other(pruned: Path, data: Path, tmp_path: Path) -> None:
     settings = [
         training(pruned, data, tmp_path, lora=DROPOUT),
         training(pruned, data, tmp_path, optimiser={"learning_rate": 1e38, "warmup_steps": 0}),
     ]
-    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    folders, sizes, raised = run_together(settings, tmp_path / "together")
     assert list(raised) == [1] and "the loss is" in str(raised[1])
     assert sizes
     assert_as_alone(folders[0], settings[0], tmp_path / "alone")
@@ -199,19 +218,14 @@ def test_one_that_diverges_harms_no_other(
 
 @pytest.mark.parametrize("memory", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_pass_that_fails_is_done_one_by_one(
-    memory: bool, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: bool, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
     """If all of them together need more memory than there is, they do not try it again."""
     settings = [training(pruned, data, tmp_path, lora=DROPOUT, seed=seed) for seed in (1, 2)]
-    with_gradients = joint._with_gradients
-
-    def fails(found: Any, members: Any, finite: bool = False) -> Any:
-        if len(members) > 1:
-            raise torch.OutOfMemoryError("out of memory") if memory else ValueError("other")
-        return with_gradients(found, members)
-
-    monkeypatch.setattr(joint, "_with_gradients", fails)
-    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    error = torch.OutOfMemoryError("out of memory") if memory else ValueError("other")
+    folders, sizes, raised = run_together(
+        settings, tmp_path / "together", lambda frozen: Failing(frozen, error)
+    )
     assert sizes == [2] * (1 if memory else 12) and not raised
     for number, one in enumerate(settings):
         expected = run_directly(one, tmp_path / f"alone-{number}")
@@ -220,13 +234,11 @@ def test_a_pass_that_fails_is_done_one_by_one(
         )  # and no draw twice
 
 
-def test_what_cannot_join_takes_turns(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_join_takes_turns(base: Path, data: Path, tmp_path: Path) -> None:
     moe = families.write_base(tmp_path / "moe", "mixtral")
     lora = {"r": 2, "dropout": 0.0}
     settings = [training(moe, data, tmp_path, lora=lora, steps=3, seed=seed) for seed in (1, 2)]
-    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    folders, sizes, raised = run_together(settings, tmp_path / "together")
     assert not sizes and not raised
     for number, one in enumerate(settings):
         expected = run_directly(one, tmp_path / f"alone-{number}")
@@ -243,7 +255,7 @@ def test_what_cannot_join_takes_turns(
     ],
 )
 def test_on_every_kind_of_model(
-    kind: str, base: Path, pruned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, base: Path, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
     model, changes = pruned, dict[str, Any]()
     if kind == "checkpointed":
@@ -258,7 +270,7 @@ def test_on_every_kind_of_model(
         training(model, data, tmp_path, lora=lora, seed=seed, **changes)
         for seed, lora in enumerate((DROPOUT, {"r": 2, "dropout": 0.0}))
     ]
-    folders, sizes, raised = run_together(settings, tmp_path / "together", monkeypatch)
+    folders, sizes, raised = run_together(settings, tmp_path / "together")
     assert sizes == [2] * 12 and not raised
     rounding = 1e-3 if kind in ("bf16", "quantized") else 1e-4  # NF4's products are in bf16
     for number, one in enumerate(settings):
