@@ -37,6 +37,9 @@ _KNOWN = (
 """llama.cpp's names of pre-tokenisations of byte-level BPE; it loads no file with another."""
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _REMEDY = "convert the model with llama.cpp's convert_hf_to_gguf.py"
+_NEVER_MERGED = ("\u0100\u0100", "\u0100\u0100")
+"""llama.cpp does not load a BPE vocabulary without merges. This one never applies: each of its two
+parts is two bytes long, and without other merges every symbol is one byte."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def read_vocabulary(
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     _require_byte_level(backend, directory)
     tokens, kinds = _tokens(tokenizer, config.vocab_size)
-    merges = backend["model"]["merges"]
+    merges = backend["model"]["merges"] or [_NEVER_MERGED]
     begins, ends = _added(tokenizer, directory)
     return Vocabulary(
         tokens,
@@ -132,11 +135,6 @@ def _require_byte_level(backend: dict[str, Any], directory: Path) -> None:
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise LoramError(
             f"export writes byte-level BPE vocabularies, {directory} has another; {_REMEDY}"
-        )
-    if not model["merges"]:
-        raise LoramError(
-            f"{directory}/tokenizer.json must have merges, it has none and llama.cpp does not load "
-            "a BPE without; export a model whose tokenizer has some"
         )
     normalizer = backend["normalizer"] or {}
     for part in normalizer.get("normalizers", [normalizer] if normalizer else []):

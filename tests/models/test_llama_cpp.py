@@ -219,16 +219,17 @@ def test_llama_cpp_tokenizes_as_the_tokenizer_does(
             assert runtime.text(ids[begins:]) == text
 
 
-def test_llama_cpp_loads_no_bpe_without_merges_and_export_refuses_it(tmp_path: Path) -> None:
+def test_a_vocabulary_without_merges_is_loaded_and_splits_into_bytes(tmp_path: Path) -> None:
     base = write(tmp_path / "base", "llama")
-    path = export(base, tmp_path / "out")
     file = base / "tokenizer.json"
     settings = json.loads(file.read_text())
     settings["model"]["merges"] = []
     file.write_text(json.dumps(settings))
-    with pytest.raises(lr.LoramError, match=r"tokenizer.json must have merges, it has none"):
-        export(base, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    tokenizer = load_tokenizer(base)
+    path = export(base, tmp_path / "out")
+    with running(path) as runtime:
+        for text in (*TEXTS, "\x00" * 8):
+            assert runtime.tokens(text) == tokenizer(text)["input_ids"], text
     whole = path.read_bytes()
     name = b"tokenizer.ggml.merges"
     assert whole.count(name) == 1
