@@ -108,8 +108,8 @@ def configuration() -> str:
     parts = [
         "# Configuration keys",
         "Every key of a run file, made from the descriptions in `loram_ray.config` when this site "
-        "is built. `loram COMMAND --help` lists the same keys. On the command line a key is set "
-        "with `--set section.key=value`.",
+        "is built. `loram COMMAND --help` lists the same keys as options: `lora.r` of `train` is "
+        "`--lora.r`.",
         "Paths between stages need not be given in a run file: each section gets those that follow "
         "from `base`, `output` and the other sections.",
         f"## The whole run\n\n{_HEAD}\n{shared}",

@@ -85,7 +85,7 @@ class Block:
 
 def blocks_of(path: Path, language: str) -> Iterator[Block]:
     text = path.read_text()
-    for match in re.finditer(r"(<!-- not run: .+? -->\n)?```(\w+)\n(.*?)```", text, re.DOTALL):
+    for match in re.finditer(r"(<!-- not run: .+? -->\s*\n)?```(\w+)\n(.*?)```", text, re.DOTALL):
         line = text.count("\n", 0, match.start()) + 1
         if match[2] == language:
             page = str(path.relative_to(REPOSITORY))
