@@ -28,68 +28,84 @@ from loram_ray.utils.printing import plain, show, without_colours
 
 Address = Annotated[
     str,
-    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."),
+    typer.Option(
+        "--address", envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard."
+    ),
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the job.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False)]
 
-SUBMIT_HELP = """Run a stage on a cluster as a Ray Job; show its output and return its exit code.
+SUBMIT_HELP = """Run a command on a cluster as a Ray Job, show its output and return its exit code.
 
-loram submit train --config jobs/configs/demo.yaml --address http://127.0.0.1:8265
+Example: loram submit train --config jobs/configs/demo.yaml --address http://127.0.0.1:8265
 
-loram submit run --config jobs/configs/demo.yaml --detach
+The run file is checked here and sent with the job. Its relative paths start at --directory, a
+folder on storage that all nodes share; the default on this machine is the working directory.
+Weights, data and secrets are not sent: the nodes have secrets in their environment (HF_TOKEN).
 
-The run file is read here, so that a mistake is told at once, and goes with the job. Its relative
-paths begin at --directory, a folder on storage that all nodes share (on this machine: the present
-one). Neither weights nor data go with the job; nor do secrets, which the nodes have in their
-environment (HF_TOKEN). Ctrl-C leaves the job running. A job that dies with its node, or fails
-otherwise than by a mistake in the run file, is submitted again, --retries times, after a pause that
-doubles; a stage goes on where it was.
+Ctrl-C leaves the job running. A job that fails, other than by a mistake in the run file, is
+submitted again up to --retries times, with growing pauses, and continues where it was.
 
-The cluster's token is taken from RAY_AUTH_TOKEN, or from the file that RAY_AUTH_TOKEN_PATH names,
-or from ~/.ray/auth_token. Plain http carries it readably: over a network forward the port (ssh -L,
-kubectl port-forward, ray dashboard) or put TLS before the dashboard.
+The cluster's token is read from RAY_AUTH_TOKEN, from the file in RAY_AUTH_TOKEN_PATH, or from
+~/.ray/auth_token. Plain HTTP does not hide it: forward the port (ssh -L, kubectl port-forward,
+ray dashboard) or use TLS.
 """
 
-app = typer.Typer(help="Ray Jobs: list, logs, stop.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List submitted jobs, show their output, stop them.", no_args_is_help=True)
 
 
 def submit_command(
     command: Annotated[
         str, typer.Argument(help=f"One of {', '.join(COMMAND_OF)}.", show_default=False)
     ],
-    config: Annotated[Path, typer.Option("--config", help="YAML file with a section per stage.")],
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run file.")],
     overrides: Overrides = None,
     address: Address = ADDRESS,
     directory: Annotated[
         str | None,
-        typer.Option("--directory", help="On the cluster: where relative paths begin."),
+        typer.Option("--directory", help="Folder on the cluster where relative paths start."),
     ] = None,
     environment: Annotated[
         Environment,
         typer.Option(
             "--environment",
-            help="image: what the nodes have; package: this loram over it; pins: also its "
+            help="image: what the nodes have installed; package: also this loram; pins: also its "
             "dependencies as they are installed here.",
         ),
     ] = "package",
     variables: Annotated[
         list[str] | None,
-        typer.Option("--env", help="NAME=VALUE, no secret; for the job and its workers."),
+        typer.Option(
+            "--env",
+            metavar="NAME=VALUE",
+            help="Environment variable of the job and its workers. No secrets.",
+        ),
     ] = None,
     metadata: Annotated[
-        list[str] | None, typer.Option("--metadata", help="KEY=VALUE, to find the job by.")
+        list[str] | None,
+        typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of the job."),
     ] = None,
     cpus: Annotated[
-        float, typer.Option("--entrypoint-cpus", min=0, help="0: it runs on the head node.")
+        float,
+        typer.Option(
+            "--entrypoint-cpus",
+            min=0,
+            help="CPUs of the entry point. With 0 it runs on the head node.",
+        ),
     ] = 0,
-    gpus: Annotated[float, typer.Option("--entrypoint-gpus", min=0)] = 0,
-    memory: Annotated[int, typer.Option("--entrypoint-memory", min=0, help="In bytes.")] = 0,
+    gpus: Annotated[
+        float, typer.Option("--entrypoint-gpus", min=0, help="GPUs of the entry point.")
+    ] = 0,
+    memory: Annotated[
+        int, typer.Option("--entrypoint-memory", min=0, help="Memory of the entry point in bytes.")
+    ] = 0,
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the job; default: a new one.")
+        str | None, typer.Option("--name", help="Name of the job. Default: a new one.")
     ] = None,
-    retries: Annotated[int, typer.Option("--retries", min=0, help="See above.")] = 3,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often to submit a failed job again.")
+    ] = 3,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Print the job's name and end; no retries.")
+        bool, typer.Option("--detach", help="Print the job's name and return, without retries.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -135,7 +151,7 @@ def submit_command(
 
 @app.command("list")
 def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Debug = False) -> None:
-    """The submitted jobs, the newest first."""
+    """List the submitted jobs, the newest first."""
     rows = [_row(job) for job in Jobs(address, _say).all()]
     if as_json:
         print_json(rows)
@@ -153,12 +169,15 @@ def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Deb
 def logs_command(
     name: Name,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Until the job ends; returns its exit code.")
+        bool,
+        typer.Option(
+            "--follow", help="Follow the output until the job ends, and return its exit code."
+        ),
     ] = False,
     address: Address = ADDRESS,
     debug: Debug = False,
 ) -> None:
-    """What a job has printed."""
+    """Print the output of a job."""
     jobs = Jobs(address, _say)
     if not follow:
         _show(jobs.logs(name))
@@ -170,7 +189,7 @@ def logs_command(
 
 @app.command("stop")
 def stop_command(name: Name, address: Address = ADDRESS, debug: Debug = False) -> None:
-    """Stop a job; the same stage submitted again goes on from its last checkpoint."""
+    """Stop a job. Submitted again, it continues from its last checkpoint."""
     show(f"{name}: {Jobs(address, _say).stop(name).lower()}")
 
 

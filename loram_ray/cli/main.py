@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 import loram_ray
 from loram_ray.addresses import without_credentials
 from loram_ray.cli import jobs as cli_jobs
 from loram_ray.cli.commands import add_commands
+from loram_ray.cli.init import HELP, init_command
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
 from loram_ray.errors import LoramError, describe_path_error, one_line, root_cause
 from loram_ray.runtime.interruption import Ending, Interruption
@@ -25,6 +27,7 @@ from loram_ray.runtime.launchers import forget_launchers
 from loram_ray.runtime.streams import reader_is_gone, safe_streams
 from loram_ray.utils.printing import plain, show
 
+START, RESULTS, CLUSTER = "Start", "Results", "On a cluster"
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -55,33 +58,31 @@ def _options_of_loram(
 ) -> None: ...
 
 
-add_commands(app)
-app.command("submit", help=cli_jobs.SUBMIT_HELP)(cli_jobs.submit_command)
-app.add_typer(cli_jobs.app, name="jobs")
+app.command("init", help=HELP, rich_help_panel=START)(init_command)
 
 
-_PLAN_HELP = """What a recipe will need, from shapes alone, before anything is loaded or rented.
+_PLAN_HELP = """Estimate what a run file needs: parameters, memory, GPUs and the cost of alignment.
 
-loram plan --config jobs/configs/llama-3.1-70b.yaml
+Example: loram plan --config jobs/configs/llama-3.1-70b.yaml --set prune.ratio=0.95
 
-loram plan --config jobs/configs/llama-3.1-70b.yaml --set prune.ratio=0.95
-
-Parameters and bytes of the base and of the pruned model, in bf16 and in NF4 (nominal: four bits a
-parameter, as the paper counts; stored: what quantize writes, with embeddings and lm_head in bf16);
-the memory of training a LoRA, by parts, and the GPUs that have it; what alignment needs. Only the
-base's config.json is read; the shapes of the Llama 2 and 3.1 models are known without. Where the
-config has no train section, training is as by default, with activations checkpointed and a LoRA on
-lm_head as in the paper.
+Prints the parameters and bytes of the base and of the pruned model in bf16 and NF4 (nominal: four
+bits per parameter, as in the paper; stored: as quantize writes them, with embeddings and lm_head in
+bf16), the peak memory of training by parts, the GPUs that have it, and what alignment needs. Only
+the base's config.json is read. A run file without a train section is planned with the defaults, and
+with activation checkpointing and a LoRA on lm_head as in the paper.
 """
 
 
-@app.command("plan", help=_PLAN_HELP)
+@app.command("plan", help=_PLAN_HELP, rich_help_panel=START)
 def plan_command(
     config: Config = None,
     overrides: Overrides = None,
     base_config: Annotated[
         Path | None,
-        typer.Option("--base-config", help="The base's config.json, if it is nowhere else."),
+        typer.Option(
+            "--base-config",
+            help="File or directory with the base's config.json, if it is elsewhere.",
+        ),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -99,25 +100,27 @@ def plan_command(
         out.print(part)
 
 
-_REPORT_HELP = """A page on a run, a batch, a sweep or a comparison, complete or not.
+add_commands(app)
 
-loram report runs/demo
 
-Writes report.html, one file that needs no network, and report.md with its plots as PNG: the
-stages with their sizes and times, losses, throughput, memory against GPUs, what pruning kept,
-scores with their errors, quality against reduction, faults survived, and each stage's settings and
-inputs. Plots need matplotlib: pip install 'loram-ray[report]'.
+_REPORT_HELP = """Write a report on a run, a batch, a sweep or a comparison, complete or not.
+
+Example: loram report runs/demo
+
+Writes report.html, a single file that needs no network, and report.md with plots as PNG. Plots need
+matplotlib: pip install 'loram-ray[report]'.
 """
 
 
-@app.command("report", help=_REPORT_HELP)
+@app.command("report", help=escape(_REPORT_HELP), rich_help_panel=RESULTS)
 def report_command(
     directory: Annotated[
-        Path, typer.Argument(help="What a command wrote, or writes.", show_default=False)
+        Path,
+        typer.Argument(help="Directory that a command wrote or is writing.", show_default=False),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Directory to write; default: report in the directory."),
+        typer.Option("--output", help="Directory to write. Default: report in the directory."),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -130,36 +133,40 @@ def report_command(
         show(f"report: done: {page}")
 
 
-_CHAT_HELP = """Talk to a model, for a quick look at what was learnt; on a GPU where there is one.
+_CHAT_HELP = """Chat with a model, for a quick look at what it learnt.
 
-loram chat --model runs/demo/inputs/base --adapter runs/demo/adapter
+Example: loram chat --model runs/demo/inputs/base --adapter runs/demo/adapter
 
-loram chat --model runs/demo/merged --prompt "What is 3 + 4?"
-
-The model is a base, pruned, aligned, quantised or merged one. On a terminal the conversation goes
-on until an empty line or Ctrl-D; with --prompt, or a question on standard input, there is one
-answer, which alone is printed on standard output.
+The model is a base, pruned, aligned, quantised or merged one. On a terminal the conversation
+continues until an empty line or Ctrl-D. With --prompt, or a question on standard input, only the
+answer is printed.
 """
 
 
-@app.command("chat", help=_CHAT_HELP)
+@app.command("chat", help=_CHAT_HELP, rich_help_panel=RESULTS)
 def chat_command(
     model: Annotated[str, typer.Option("--model", help="Directory of a model, or a hub id.")],
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Directory of an adapter to put on it.")
+        Path | None, typer.Option("--adapter", help="Directory of an adapter for the model.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="One question.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="A single question.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     template: Annotated[
-        Path | None, typer.Option("--chat-template", help="Jinja file, if the model has none.")
+        Path | None,
+        typer.Option(
+            "--chat-template", help="Jinja file with a chat template, if the model has none."
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum number of tokens in an answer.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time.")
+        float,
+        typer.Option(
+            "--temperature", min=0.0, help="Sampling temperature. 0 takes the likeliest token."
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws above temperature 0.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of sampling.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Answer one question, or several on a terminal."""
@@ -193,6 +200,10 @@ def _questions(prompt: str | None) -> Iterator[str]:
         if not question:
             return
         yield question
+
+
+app.command("submit", help=cli_jobs.SUBMIT_HELP, rich_help_panel=CLUSTER)(cli_jobs.submit_command)
+app.add_typer(cli_jobs.app, name="jobs", rich_help_panel=CLUSTER)
 
 
 def main(*before: str) -> None:
