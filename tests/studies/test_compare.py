@@ -499,7 +499,11 @@ def test_seeds_of_several_machines_are_those_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scores", "metric", "says"),
     [
-        (one_of_each(0), "answer_perplexity", "must have other seeds, .* has full on t, seed 0"),
+        (
+            one_of_each(0),
+            "answer_perplexity",
+            "must have other seeds, .* repeats full on t, seed 0",
+        ),
         (one_of_each(1), "sums/exact_match", "must be scores of answer_perplexity"),
         (one_of_each(1, base=8.1), "answer_perplexity", "base on t scores 8.1 there and 8 here"),
         ([], "answer_perplexity", "must be scores.json of comparisons, .* scores: Field required"),
