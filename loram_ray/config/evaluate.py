@@ -168,7 +168,7 @@ class GymBenchmark(_Benchmark):
     )
 
 
-Benchmark = Annotated[
+BenchmarkConfig = Annotated[
     PerplexityBenchmark | ChoiceBenchmark | GenerationBenchmark | CodeBenchmark | GymBenchmark,
     Field(discriminator="kind"),
 ]
@@ -218,7 +218,7 @@ class EvaluateConfig(Section):
     exact_match: Identified[bool] = Field(
         False, description="Also generate the answers of data and score their exact match."
     )
-    benchmarks: Identified[tuple[Benchmark, ...]] = Field(
+    benchmarks: Identified[tuple[BenchmarkConfig, ...]] = Field(
         (),
         description="Benchmarks of kind perplexity, choice, generation, code or reasoning_gym.",
     )

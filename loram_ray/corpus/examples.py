@@ -158,8 +158,8 @@ def _what_differs(prompt: str, whole: str) -> str:
 
 def _closed(tokenizer: Any, whole: str, begin: int) -> int:
     """Return where an answer that starts at `begin` ends, after its closing token."""
-    closing = end_of_answer(tokenizer)
-    mark = "" if closing is None else str(tokenizer.convert_ids_to_tokens(closing))
+    eos_id = end_of_answer(tokenizer)
+    mark = "" if eos_id is None else str(tokenizer.convert_ids_to_tokens(eos_id))
     found = whole.find(mark, begin) if mark else -1
     if found < 0:
         raise TemplateFault(

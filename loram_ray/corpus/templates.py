@@ -218,9 +218,9 @@ def visible_surroundings(tokenizer: Any) -> Surroundings:
 
 def visible(tokenizer: Any, text: str) -> str:
     """Return the part of rendered text that remains when it is decoded without special tokens."""
-    closing = end_of_answer(tokenizer)
+    eos_id = end_of_answer(tokenizer)
     ids = ids_of(tokenizer, text)
-    ids = ids[: ids.index(closing)] if closing in ids else ids
+    ids = ids[: ids.index(eos_id)] if eos_id in ids else ids
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 

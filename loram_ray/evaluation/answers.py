@@ -20,11 +20,11 @@ from loram_ray.corpus.templates import (
     visible_surroundings,
 )
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.benchmark import Found, Measurement, Scores
+from loram_ray.evaluation.benchmark import Benchmark, Found, Scores
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
 from loram_ray.evaluation.prompts import (
-    Asker,
+    PromptBuilder,
     Shot,
     chosen,
     columns_of,
@@ -57,7 +57,7 @@ class Question:
 
 
 @dataclass
-class Answers(Measurement):
+class Answers(Benchmark):
     """How often a generated answer is the reference, or ends with its number.
 
     Attributes:
@@ -190,9 +190,9 @@ def generated_answers(
         found = solved(config.shots_from, f"{key}.shots_from", None)
         shots = [Shot(question, answer) for _, question, answer in found]
         shots = chosen(shots, config.shots, config.shots_seed, f"{key}.shots_from")
-    asker = Asker(tokenizer, shots, config.delimiter, config.chat, key)
+    builder = PromptBuilder(tokenizer, shots, config.delimiter, config.chat, key)
     items = [
-        Question(place, asker.ids(asker.text(question)), answer)
+        Question(place, builder.ids(builder.text(question)), answer)
         for place, question, answer in solved(config.data, f"{key}.data", config.limit)
     ]
     sampling = Sampling(config.max_new_tokens, () if config.chat else config.stop)
@@ -211,9 +211,9 @@ def gym_answers(name: str, tokenizer: Any, config: GymBenchmark, key: str) -> Gy
     """
     size = min(config.size, config.limit or config.size)
     entries = gym_dataset(config.dataset, size, config.seed, config.options, key)
-    asker = Asker(tokenizer, (), "", config.chat, key)
+    builder = PromptBuilder(tokenizer, (), "", config.chat, key)
     items = [
-        Question(str(number), asker.ids(asker.text(entry["question"])), dict(entry))
+        Question(str(number), builder.ids(builder.text(entry["question"])), dict(entry))
         for number, entry in enumerate(entries)
     ]
     begin = common_beginning([item.prompt for item in items])

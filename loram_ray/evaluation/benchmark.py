@@ -19,7 +19,7 @@ Scores = dict[str, float | int]
 
 
 @dataclass
-class Measurement(ABC):
+class Benchmark(ABC):
     """Items of one kind.
 
     Attributes:
@@ -30,7 +30,7 @@ class Measurement(ABC):
     name: str
     items: list[Any] = field(repr=False)
 
-    def without_items(self) -> Measurement:
+    def without_items(self) -> Benchmark:
         """A copy that is cheap to send."""
         found = copy.copy(self)
         found.items = []

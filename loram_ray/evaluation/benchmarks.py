@@ -9,7 +9,7 @@ from typing import Any
 from loram_ray.artifacts.manifest import read_model_config
 from loram_ray.config import EvaluateConfig
 from loram_ray.config.evaluate import (
-    Benchmark,
+    BenchmarkConfig,
     ChoiceBenchmark,
     CodeBenchmark,
     GenerationBenchmark,
@@ -19,7 +19,7 @@ from loram_ray.config.evaluate import (
 from loram_ray.corpus.conversations import Conversation
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.answers import exact_answers, generated_answers, gym_answers
-from loram_ray.evaluation.benchmark import Measurement
+from loram_ray.evaluation.benchmark import Benchmark
 from loram_ray.evaluation.choice import multiple_choice
 from loram_ray.evaluation.perplexity import perplexity_of_answers, perplexity_of_text
 from loram_ray.evaluation.programs import programs
@@ -27,14 +27,14 @@ from loram_ray.evaluation.programs import programs
 _NOT_IN_NAMES = re.compile(r"[^\w.+=-]+")
 
 
-def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Measurement]:
+def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Benchmark]:
     """Read all that is to be scored.
 
     Raises:
         LoramError: data without an item, too many bad rows, no chat template where one is needed,
             or two benchmarks of one name.
     """
-    found: list[Measurement] = []
+    found: list[Benchmark] = []
     if config.data is not None:
         answers, rows = perplexity_of_answers(
             "", tokenizer, config, config.data, "evaluate.data", config.limit
@@ -64,7 +64,7 @@ def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Measurement]
     return found
 
 
-def _require_fit(measurement: Measurement, model: str, key: str) -> None:
+def _require_fit(measurement: Benchmark, model: str, key: str) -> None:
     """Refuse items that are longer than what the model was made for."""
     most = read_model_config(model).get("max_position_embeddings")
     longest = max(map(measurement.span, measurement.items))
@@ -75,7 +75,7 @@ def _require_fit(measurement: Measurement, model: str, key: str) -> None:
         )
 
 
-def name_of(benchmark: Benchmark) -> str:
+def name_of(benchmark: BenchmarkConfig) -> str:
     """What a benchmark's scores are called by."""
     if benchmark.name:
         return benchmark.name
@@ -90,8 +90,8 @@ def name_of(benchmark: Benchmark) -> str:
 
 
 def _measurement_of(
-    name: str, benchmark: Benchmark, key: str, config: EvaluateConfig, tokenizer: Any
-) -> Measurement:
+    name: str, benchmark: BenchmarkConfig, key: str, config: EvaluateConfig, tokenizer: Any
+) -> Benchmark:
     share = config.max_bad_share
     match benchmark:
         case PerplexityBenchmark(text=text) if text is not None:

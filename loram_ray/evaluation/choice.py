@@ -8,11 +8,11 @@ from typing import Any
 
 from loram_ray.config.evaluate import ChoiceBenchmark
 from loram_ray.corpus.read import BadRow
-from loram_ray.evaluation.benchmark import Found, Measurement, Scores
+from loram_ray.evaluation.benchmark import Benchmark, Found, Scores
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.likelihood import Branches, nlls_of_branches
 from loram_ray.evaluation.prompts import (
-    Asker,
+    PromptBuilder,
     Shot,
     chosen,
     columns_of,
@@ -43,7 +43,7 @@ class Choice:
 
 
 @dataclass
-class MultipleChoice(Measurement):
+class MultipleChoice(Benchmark):
     """How often the likeliest choice is the right one.
 
     Attributes:
@@ -113,8 +113,8 @@ def multiple_choice(
         found = solved(config.shots_from, f"{key}.shots_from", None)
         shots = [Shot(question, choices[right]) for _, question, choices, right in found]
         shots = chosen(shots, config.shots, config.shots_seed, f"{key}.shots_from")
-    asker = Asker(tokenizer, shots, config.delimiter, config.chat, key)
-    items = [_tokenised(asker, *row) for row in solved(config.data, f"{key}.data", config.limit)]
+    builder = PromptBuilder(tokenizer, shots, config.delimiter, config.chat, key)
+    items = [_tokenised(builder, *row) for row in solved(config.data, f"{key}.data", config.limit)]
     contexts = [group.context for item in items for group in item.groups]
     return MultipleChoice(name, items, common_beginning(contexts))
 
@@ -156,11 +156,13 @@ def _number_of(answer: Any, choices: list[str], labels: list[Any] | None) -> int
     return found if 0 <= found < len(choices) else None
 
 
-def _tokenised(asker: Asker, place: str, question: str, choices: list[str], right: int) -> Choice:
-    text = asker.text(question)
+def _tokenised(
+    builder: PromptBuilder, place: str, question: str, choices: list[str], right: int
+) -> Choice:
+    text = builder.text(question)
     groups: list[Branches] = []
     for choice in choices:
-        context, following = split_ids(asker, text, asker.delimiter + choice)
+        context, following = split_ids(builder, text, builder.delimiter + choice)
         if groups and groups[-1].context == context:
             groups[-1] = Branches(context, (*groups[-1].choices, following))
         else:

@@ -16,7 +16,7 @@ from loram_ray.corpus.isolation import openings
 from loram_ray.corpus.pack import pack, tokenise
 from loram_ray.corpus.read import BadRow, documents, list_units, refuse_bad_rows
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.benchmark import Found, Measurement, Scores
+from loram_ray.evaluation.benchmark import Benchmark, Found, Scores
 from loram_ray.evaluation.engine import Engine
 from loram_ray.evaluation.likelihood import nlls_of_rows
 from loram_ray.evaluation.uncertainty import perplexity_and_error
@@ -24,7 +24,7 @@ from loram_ray.models.tokenizer import frame_of
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ScoredTokens:
     """Tokens, some of which carry loss.
 
     Attributes:
@@ -36,13 +36,13 @@ class Stretch:
     learnt: Spans
 
     @classmethod
-    def of(cls, example: Example) -> Stretch:
+    def of(cls, example: Example) -> ScoredTokens:
         """What an example is."""
         return cls(numpy.array(example.input_ids, dtype=numpy.int32), example.learnt)
 
 
 @dataclass
-class Perplexity(Measurement):
+class Perplexity(Benchmark):
     """Perplexity of the tokens that carry loss.
 
     Attributes:
@@ -56,11 +56,11 @@ class Perplexity(Measurement):
         """The name, or what it is where it has none."""
         return self.name or self.of
 
-    def cost(self, item: Stretch) -> int:
+    def cost(self, item: ScoredTokens) -> int:
         """Tokens."""
         return len(item.ids)
 
-    def score(self, engine: Engine, items: Sequence[Stretch], seed: int) -> list[Found]:
+    def score(self, engine: Engine, items: Sequence[ScoredTokens], seed: int) -> list[Found]:
         """Summed negative log-likelihood of each item, and its tokens."""
         rows = [
             {"input_ids": ids, "labels": labels_of(ids, item.learnt)}
@@ -89,7 +89,7 @@ def perplexity_of_answers(
     items = []
     rows: list[Conversation | Document] = []
     for row, example in found:
-        items.append(Stretch.of(example))
+        items.append(ScoredTokens.of(example))
         if not rows or rows[-1] is not row:
             rows.append(row)
     return Perplexity(name, items, "answer"), rows
@@ -127,7 +127,7 @@ def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) 
     predicted = ~openings(torch.from_numpy(sequences), frame).numpy()
     predicted[:, 0] = False
     items = [
-        Stretch(ids[:length], spans)
+        ScoredTokens(ids[:length], spans)
         for ids, length, mask in zip(sequences, lengths.tolist(), predicted, strict=True)
         if (spans := _runs(mask[:length]))
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loram_ray.config.evaluate import CodeBenchmark
-from loram_ray.evaluation.benchmark import Found, Measurement, Scores
+from loram_ray.evaluation.benchmark import Benchmark, Found, Scores
 from loram_ray.evaluation.engine import Engine, common_beginning
 from loram_ray.evaluation.generation import Sampling, answers
 from loram_ray.evaluation.prompts import good_rows, rows_of
@@ -39,7 +39,7 @@ class Problem:
 
 
 @dataclass
-class Programs(Measurement):
+class Programs(Benchmark):
     """Pass@k of generated programs.
 
     Attributes:

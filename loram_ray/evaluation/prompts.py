@@ -90,7 +90,7 @@ def chosen(shots: Sequence[Shot], count: int, seed: int | None, key: str) -> lis
     return list(shots[:count]) if seed is None else random.Random(seed).sample(shots, count)
 
 
-class Asker:
+class PromptBuilder:
     """Makes the text that a model is given.
 
     Args:
@@ -152,7 +152,9 @@ class Asker:
         return found
 
 
-def split_ids(asker: Asker, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def split_ids(
+    builder: PromptBuilder, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
     """Token ids of a context and of what follows it, tokenised together.
 
     Space at the context's end goes to what follows, as tokenizers have it, but in a chat, where it
@@ -163,12 +165,12 @@ def split_ids(asker: Asker, context: str, continuation: str) -> tuple[list[int],
     Returns:
         The context's, which are at least one, and the continuation's.
     """
-    space = 0 if asker.chat else len(context) - len(context.rstrip())
+    space = 0 if builder.chat else len(context) - len(context.rstrip())
     if space:
         context, continuation = context[:-space], context[-space:] + continuation
-    whole, before = asker.ids(context + continuation), asker.ids(context)
+    whole, before = builder.ids(context + continuation), builder.ids(context)
     if not before:
-        before = [asker.beginning]
+        before = [builder.beginning]
         whole = [*before, *whole]
     split = min(len(before), len(whole) - 1)
     return before[:split], whole[split:]

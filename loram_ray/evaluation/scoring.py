@@ -14,7 +14,7 @@ import torch
 from loram_ray.artifacts.adapter import own_template
 from loram_ray.config import EvaluateConfig
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.benchmark import Found, Measurement, Scores
+from loram_ray.evaluation.benchmark import Benchmark, Found, Scores
 from loram_ray.evaluation.benchmarks import measurements_of
 from loram_ray.evaluation.engine import Engine
 from loram_ray.models.tokenizer import load_tokenizer
@@ -66,7 +66,7 @@ class Plan:
         """Items of all measurements."""
         return sum(len(batch.items) for batch in self.batches)
 
-    def asked(self, batch: Batch) -> tuple[int, Measurement, list[Any]]:
+    def asked(self, batch: Batch) -> tuple[int, Benchmark, list[Any]]:
         """What `Scorer.score` is given of a batch."""
         measurement = self.measurements[batch.measurement]
         items = [measurement.items[number] for number in batch.items]
@@ -159,7 +159,7 @@ class Scorer:
             )
 
     def score(
-        self, number: int, measurement: Measurement, items: Sequence[Any]
+        self, number: int, measurement: Benchmark, items: Sequence[Any]
     ) -> tuple[list[Found], float]:
         """Score a batch.
 

@@ -60,10 +60,10 @@ def _traits_of_answers(tokenizer: Any) -> list[str]:
     if continuation(tokenizer, ids[:-1], ids[-1:]) != tokenizer.decode(ids[-1:]):
         found.append("decoded with the prompt")
     if tokenizer.chat_template is not None:
-        closing = end_of_answer(tokenizer)
+        eos_id = end_of_answer(tokenizer)
         first = ids_of(tokenizer, surroundings(tokenizer).after)[:1]
-        if closing is not None and (first != [closing] or closing not in tokenizer.all_special_ids):
-            found.append(f"closed by {closing}")
+        if eos_id is not None and (first != [eos_id] or eos_id not in tokenizer.all_special_ids):
+            found.append(f"closed by {eos_id}")
         if any(visible_surroundings(tokenizer)):
             found.append("without the template's text")
     return found

@@ -35,7 +35,7 @@ Loss = tuple[torch.Tensor, torch.Tensor]
 _ADAPTER = "default"
 
 
-class Draws:
+class RngState:
     """The state of torch's random numbers of one training, on the CPU and on the GPU."""
 
     def __init__(self) -> None:
@@ -91,21 +91,21 @@ class Member:
     Attributes:
         adapted: the adapter.
         inputs: of `losses.summed_loss`.
-        draws: what its dropout draws from; moved on by what it draws.
+        rng_state: what its dropout draws from; moved on by what it draws.
     """
 
     adapted: Adapted
     inputs: Inputs
-    draws: Draws
+    rng_state: RngState
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Draw this member's random numbers inside the block."""
-        self.draws.put()
+        self.rng_state.put()
         try:
             yield
         finally:
-            self.draws = Draws()
+            self.rng_state = RngState()
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Part:
         return x.flatten(0, 1)[self.places]
 
 
-class JointForward:
+class SharedForward:
     """The module tree in which all rows go through the frozen weights together.
 
     Args:
@@ -163,7 +163,7 @@ class JointForward:
         for joined in _within(joining, tokens, self._most):
             if len(joined) == 1:
                 continue
-            before = [members[n].draws for n in joined]
+            before = [members[n].rng_state for n in joined]
             try:
                 found.update(zip(joined, self._together([members[n] for n in joined]), strict=True))
             except Exception as error:  # of whom is not known
@@ -292,16 +292,16 @@ class JointForward:
 
     def _drawn_again(self) -> tuple[Any, Any]:
         members = [part.member for part in self._parts]
-        before: list[Draws] = []
+        before: list[RngState] = []
 
         @contextmanager
         def first() -> Iterator[None]:
-            before.extend(member.draws for member in members)
+            before.extend(member.rng_state for member in members)
             yield
 
         @contextmanager
         def again() -> Iterator[None]:
-            now = [member.draws for member in members]
+            now = [member.rng_state for member in members]
             _put_back(members, before)
             try:
                 yield
@@ -336,9 +336,9 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _put_back(members: Sequence[Member], draws: Sequence[Draws]) -> None:
+def _put_back(members: Sequence[Member], draws: Sequence[RngState]) -> None:
     for member, state in zip(members, draws, strict=True):
-        member.draws = state
+        member.rng_state = state
 
 
 def _masked_product(layer: MaskedLoraLinear, x: torch.Tensor) -> torch.Tensor:

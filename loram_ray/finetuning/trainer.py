@@ -30,7 +30,7 @@ from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.finetuning.eva import explain_inputs
 from loram_ray.finetuning.examples import tables
 from loram_ray.finetuning.frozen import FrozenModel
-from loram_ray.finetuning.lockstep import Seat, Together
+from loram_ray.finetuning.lockstep import Lockstep, Slot
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.models.loading import parameters_and_bytes
 from loram_ray.models.tokenizer import end_of_text, load_tokenizer
@@ -55,12 +55,12 @@ class LoraTrainer(Trainer):
         *args: Any,
         frozen: FrozenModel,
         b_learning_rate_ratio: float,
-        seat: Seat | None,
+        slot: Slot | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._frozen, self._seat = frozen, seat
-        self._summed_loss = frozen.summed_loss if seat is None else seat.summed_loss
+        self._frozen, self._slot = frozen, slot
+        self._summed_loss = frozen.summed_loss if slot is None else slot.summed_loss
         self._b_learning_rate_ratio = b_learning_rate_ratio
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole batch
 
@@ -89,7 +89,7 @@ class LoraTrainer(Trainer):
             causal_lm = model.get_base_model()
             return mean_loss(self._frozen, causal_lm, examples, self.data_collator, size)
 
-        loss = judge() if self._seat is None else self._seat.compute(judge)
+        loss = judge() if self._slot is None else self._slot.compute(judge)
         model.train()
         metrics = {"eval_loss": loss}
         self.log(metrics)
@@ -199,7 +199,7 @@ def train_adapter(
     work: Path,
     output: Path,
     frozen: FrozenModel | None = None,
-    together: Together | None = None,
+    lockstep: Lockstep | None = None,
     heard: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainingSummary:
     """Train an adapter, continuing from the last whole checkpoint in ``work``.
@@ -209,7 +209,7 @@ def train_adapter(
         work: checkpoints and metrics; survives an interruption.
         output: directory that gets the adapter: the best by held-out loss where there is one.
         frozen: the model, if it is loaded already; it is not changed.
-        together: trainings on that model, in threads of their own, to take part in.
+        lockstep: trainings on that model, in threads of their own, to take part in.
         heard: told each step with a held-out loss, when its checkpoint is whole; what it raises
             ends the training.
 
@@ -221,16 +221,16 @@ def train_adapter(
         learnt, held_out = tables(config, tokenizer, work)
         frozen = frozen or FrozenModel.load(config)
         model_parameters, model_bytes = parameters_and_bytes(frozen.model.parameters())
-        place = contextlib.nullcontext() if together is None else together.seat()
-        with place as seat, frozen.adapted(config) as model:
+        place = contextlib.nullcontext() if lockstep is None else lockstep.slot()
+        with place as slot, frozen.adapted(config) as model:
             trainer = _trainer(
-                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, seat, heard
+                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, slot, heard
             )
             started = time.perf_counter()
             last = _last_checkpoint(work)
             if config.lora.init == "eva" and last is None:
                 begin = functools.partial(explain_inputs, model, learnt, config, frozen)
-                begin() if seat is None else seat.compute(begin)
+                begin() if slot is None else slot.compute(begin)
             try:
                 trainer.train(resume_from_checkpoint=last)
                 save_adapter(model, output)
@@ -263,7 +263,7 @@ def _trainer(
     config: TrainConfig,
     work: Path,
     frozen: FrozenModel,
-    seat: Seat | None,
+    slot: Slot | None,
     heard: Callable[[int, float], None],
 ) -> LoraTrainer:
     optimiser = config.optimiser
@@ -310,7 +310,7 @@ def _trainer(
         callbacks=callbacks,
         frozen=frozen,
         b_learning_rate_ratio=optimiser.b_learning_rate_ratio,
-        seat=seat,
+        slot=slot,
     )
 
 

@@ -34,19 +34,19 @@ from loram_ray.pruning.criteria import (
 )
 from loram_ray.pruning.pool import Pool
 from loram_ray.pruning.sparse import Pattern
-from loram_ray.pruning.sparsify import Solved
+from loram_ray.pruning.sparsify import Sparsified
 from loram_ray.pruning.statistics import SquaredNorms, Statistic
-from loram_ray.pruning.worker import Gradients, Setup
+from loram_ray.pruning.worker import CalibrationSpec, Gradients
 from loram_ray.runtime.progress import Reporter
 
 _JOURNAL = "journal.json"
 
 
-class Walk:
+class Calibration:
     """A calibration of one base; each method is one kind of walk.
 
     Args:
-        setup: what the workers were given.
+        spec: what the workers were given.
         pool: the workers.
         checkpoint: the base.
         family: its family.
@@ -57,7 +57,7 @@ class Walk:
 
     def __init__(
         self,
-        setup: Setup,
+        spec: CalibrationSpec,
         pool: Pool,
         checkpoint: Checkpoint,
         family: Architecture,
@@ -71,10 +71,10 @@ class Walk:
         self._geometry = geometry
         self._first, self._end = layers
         self._reporter = reporter
-        self._work = setup.work
-        self._shares = range(len(setup.shares))
-        self._states = HiddenStates(setup.work)
-        self._journal = _read_journal(setup.work)
+        self._work = spec.work
+        self._shares = range(len(spec.shares))
+        self._states = HiddenStates(spec.work)
+        self._journal = _read_journal(spec.work)
 
     def score_forward(self, method: str) -> dict[int, LayerScores]:
         """Scores of the pruned layers by FLAP or by activation; the base stays as it is."""
@@ -103,12 +103,12 @@ class Walk:
             self._reporter.advance(1)
         return self._load_scores()
 
-    def solve(
+    def sparsify(
         self, method: str, ratios: dict[int, float], pattern: Pattern, damping: float
     ) -> dict[str, float]:
         """Prune weights layer after layer, each fed by the pruned layers before it.
 
-        The pruned weights and masks are left in files, see `solved_file`.
+        The pruned weights and masks are left in files, see `sparsified_file`.
 
         Returns:
             SparseGPT's relative error by module path.
@@ -117,16 +117,16 @@ class Walk:
             if layer < self._first:
                 self._run(layer, None, write=True)
                 continue
-            path = solved_file(self._work, layer)
+            path = sparsified_file(self._work, layer)
             if not path.exists():
                 statistics = self._run(layer, method, write=False)
-                self._solve_layer(layer, method, statistics, ratios[layer], pattern, damping)
+                self._sparsify_layer(layer, method, statistics, ratios[layer], pattern, damping)
             if layer + 1 < self._end:
                 self._run(layer, None, write=True, solved=path)
         return dict(self._journal.get("errors", {}))
 
     def input_norms(self) -> dict[str, torch.Tensor]:
-        """Wanda's squared input norms by module path, after `solve`."""
+        """Wanda's squared input norms by module path, after `sparsify`."""
         found: dict[str, torch.Tensor] = {}
         for layer in range(self._first, self._end):
             path = self._work / "norms" / f"layer-{layer:05d}.safetensors"
@@ -206,7 +206,7 @@ class Walk:
 
         return score_layer(self._linears(layer), self._geometry, per_index)
 
-    def _solve_layer(
+    def _sparsify_layer(
         self,
         layer: int,
         method: str,
@@ -221,7 +221,7 @@ class Walk:
         for module in modules:
             found = statistics.get(module)
             inputs = None if found is None else shared[id(found)]
-            jobs.append(("solve", (module, method, inputs, ratio, damping, pattern)))
+            jobs.append(("sparsify", (module, method, inputs, ratio, damping, pattern)))
         solved = dict(zip(modules, self._pool.run(jobs), strict=True))
         errors = dict(self._journal.get("errors", {}))
         errors |= {m: s.error for m, s in solved.items() if s.error is not None}
@@ -229,7 +229,7 @@ class Walk:
         if norms:
             save_tensors(self._work / "norms" / f"layer-{layer:05d}.safetensors", norms)
         self._note(errors=errors)
-        save_solved(self._work, layer, solved)
+        save_sparsified(self._work, layer, solved)
 
     def _save_scores(self, layer: int, scores: LayerScores) -> None:
         path = self._work / "scores" / f"layer-{layer:05d}.safetensors"
@@ -247,18 +247,18 @@ class Walk:
         write_json(self._work / _JOURNAL, self._journal)
 
 
-def solved_file(work: Path, layer: int) -> Path:
+def sparsified_file(work: Path, layer: int) -> Path:
     """File of a layer's pruned weights and packed masks, ``<module>.weight`` and ``.mask``."""
     return work / "solved" / f"layer-{layer:05d}.safetensors"
 
 
-def save_solved(work: Path, layer: int, solved: dict[str, Solved]) -> None:
-    """Write a layer's pruned weights and packed masks, by module path, into its `solved_file`."""
+def save_sparsified(work: Path, layer: int, solved: dict[str, Sparsified]) -> None:
+    """Write a layer's pruned weights and packed masks by module path, see `sparsified_file`."""
     tensors = {}
     for module, linear in solved.items():
         tensors[f"{module}.weight"] = linear.weight
         tensors[f"{module}.mask"] = pack(linear.mask)
-    save_tensors(solved_file(work, layer), tensors)
+    save_tensors(sparsified_file(work, layer), tensors)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

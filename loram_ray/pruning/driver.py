@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from loram_ray.config import PruneConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
-from loram_ray.pruning.calibration import Walk, save_solved, share_out
+from loram_ray.pruning.calibration import Calibration, save_sparsified, share_out
 from loram_ray.pruning.criteria import (
     SCORES,
     CalibratedLinear,
@@ -26,10 +26,10 @@ from loram_ray.pruning.criteria import (
 from loram_ray.pruning.pool import ray_pool
 from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.sparse import Pattern
-from loram_ray.pruning.sparsify import solve_linear
+from loram_ray.pruning.sparsify import sparsify_linear
 from loram_ray.pruning.statistics import SquaredNorms
 from loram_ray.pruning.text import KEY, calibration_sequences
-from loram_ray.pruning.worker import TOKENS_FILE, Setup
+from loram_ray.pruning.worker import TOKENS_FILE, CalibrationSpec
 from loram_ray.runtime.progress import Reporter
 
 
@@ -54,15 +54,15 @@ def structured_scores(
         return random_scores(base.geometry, layers, config.seed)
     if criterion.gradients:
         passes = 2 * base.geometry.num_layers - layers[0]
-        with _walk(config, base, layers, work, ray_config, passes) as walk:
-            return walk.score_taylor(TaylorForm(config.taylor))
+        with _calibration(config, base, layers, work, ray_config, passes) as calibration:
+            return calibration.score_taylor(TaylorForm(config.taylor))
     if criterion.calibrates:
-        with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
-            return walk.score_forward(criterion.name)
+        with _calibration(config, base, layers, work, ray_config, layers[1]) as calibration:
+            return calibration.score_forward(criterion.name)
     return {layer: _scores_of_weights(base, layer, criterion.name) for layer in range(*layers)}
 
 
-def solve_weights(
+def sparsify_weights(
     config: PruneConfig,
     base: BaseModel,
     layers: tuple[int, int],
@@ -71,7 +71,7 @@ def solve_weights(
     work: Path,
     ray_config: RayConfig,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Prune the weights of every linear of the pruned layers; see `solved_file` for where they are.
+    """Prune the weights of every linear of the pruned layers, into each `sparsified_file`.
 
     Args:
         config: the stage's configuration.
@@ -88,11 +88,11 @@ def solve_weights(
     """
     pattern = Pattern.parse(config.pattern)
     if not config.criterion.calibrates or norms is not None:
-        _solve_without_calibration(config, base, ratios, pattern, norms or {}, work)
+        _sparsify_without_calibration(config, base, ratios, pattern, norms or {}, work)
         return {}, norms or {}
-    with _walk(config, base, layers, work, ray_config, layers[1]) as walk:
-        errors = walk.solve(config.method, ratios, pattern, config.damping)
-        return errors, walk.input_norms()
+    with _calibration(config, base, layers, work, ray_config, layers[1]) as calibration:
+        errors = calibration.sparsify(config.method, ratios, pattern, config.damping)
+        return errors, calibration.input_norms()
 
 
 def _scores_of_weights(base: BaseModel, layer: int, criterion: str) -> LayerScores:
@@ -106,7 +106,7 @@ def _scores_of_weights(base: BaseModel, layer: int, criterion: str) -> LayerScor
     return score_layer(linears, base.geometry, per_index)
 
 
-def _solve_without_calibration(
+def _sparsify_without_calibration(
     config: PruneConfig,
     base: BaseModel,
     ratios: dict[int, float],
@@ -121,23 +121,23 @@ def _solve_without_calibration(
                 name = entry.module
                 inputs = SquaredNorms(norms[name]) if name in norms else None
                 weight = base.weight(name)
-                solved[name] = solve_linear(
+                solved[name] = sparsify_linear(
                     weight, config.method, inputs, ratio, pattern, config.damping, name
                 )
-            save_solved(work, layer, solved)
+            save_sparsified(work, layer, solved)
             reporter.advance(1)
 
 
 @contextmanager
-def _walk(
+def _calibration(
     config: PruneConfig,
     base: BaseModel,
     layers: tuple[int, int],
     work: Path,
     ray_config: RayConfig,
     passes: int,
-) -> Iterator[Walk]:
-    """Have workers and a walk over the base inside the block.
+) -> Iterator[Calibration]:
+    """Have workers and a calibration of the base inside the block.
 
     Args:
         config: the stage's configuration.
@@ -158,7 +158,7 @@ def _walk(
     tokens = work / TOKENS_FILE
     sequences = calibration_sequences(calibration, base.directory, config.seed)
     save_file({"token_ids": sequences}, tokens)
-    setup = Setup(
+    spec = CalibrationSpec(
         base=base.directory.resolve(),
         model_type=base.family.model_type,
         work=work,
@@ -167,7 +167,7 @@ def _walk(
         shares=share_out(len(sequences), calibration.shares),
     )
     with (
-        ray_pool(setup, calibration, ray_config) as pool,
+        ray_pool(spec, calibration, ray_config) as pool,
         Reporter("prune", total=passes, unit="layer") as reporter,
     ):
-        yield Walk(setup, pool, base.checkpoint, base.family, base.geometry, layers, reporter)
+        yield Calibration(spec, pool, base.checkpoint, base.family, base.geometry, layers, reporter)

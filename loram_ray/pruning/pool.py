@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from loram_ray.config import CalibrationConfig, RayConfig
 from loram_ray.pruning.text import KEY
-from loram_ray.pruning.worker import CalibrationWorker, Setup
+from loram_ray.pruning.worker import CalibrationSpec, CalibrationWorker
 from loram_ray.runtime.actors import actor_death_error, remote_class, unwrap_task_error
 from loram_ray.runtime.cluster import gpus_per_worker, ray_session, require_resources
 
@@ -30,8 +30,8 @@ class Pool(Protocol):
 class InProcess:
     """One worker in this process."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._worker = CalibrationWorker(setup)
+    def __init__(self, spec: CalibrationSpec) -> None:
+        self._worker = CalibrationWorker(spec)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
         """Run one job after another."""
@@ -47,18 +47,18 @@ class RayPool:
     """Ray actors; one that dies is replaced and its job given again.
 
     Args:
-        setup: what each works on.
+        spec: what each works on.
         config: how many, and how large.
         cpus: logical CPUs, and threads, of each.
     """
 
-    def __init__(self, setup: Setup, config: CalibrationConfig, cpus: int) -> None:
+    def __init__(self, spec: CalibrationSpec, config: CalibrationConfig, cpus: int) -> None:
         import ray
 
         self._ray = ray
         self._max_failures = config.max_failures
         actor_class = remote_class(CalibrationWorker, cpus, 1, config.max_failures)
-        self._actors = [actor_class.remote(setup) for _ in range(config.workers)]
+        self._actors = [actor_class.remote(spec) for _ in range(config.workers)]
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
         """Run jobs on actors that are free; yield the results in order."""
@@ -105,7 +105,9 @@ def threads_of(config: CalibrationConfig) -> int:
 
 
 @contextmanager
-def ray_pool(setup: Setup, config: CalibrationConfig, ray_config: RayConfig) -> Iterator[RayPool]:
+def ray_pool(
+    spec: CalibrationSpec, config: CalibrationConfig, ray_config: RayConfig
+) -> Iterator[RayPool]:
     """Have Ray and the configured workers inside the block.
 
     Raises:
@@ -114,7 +116,7 @@ def ray_pool(setup: Setup, config: CalibrationConfig, ray_config: RayConfig) -> 
     cpus = threads_of(config)
     with ray_session(ray_config, cpus * config.workers):
         require_resources(config.workers, cpus, gpus_per_worker(), f"{KEY}.workers")
-        pool = RayPool(setup, config, cpus)
+        pool = RayPool(spec, config, cpus)
         try:
             yield pool
         finally:

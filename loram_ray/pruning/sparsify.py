@@ -14,7 +14,7 @@ from loram_ray.runtime.progress import say
 
 
 @dataclass(frozen=True)
-class Solved:
+class Sparsified:
     """A linear after non-structured pruning.
 
     Attributes:
@@ -28,7 +28,7 @@ class Solved:
     error: float | None
 
 
-def solve_linear(
+def sparsify_linear(
     weight: torch.Tensor,
     method: str,
     inputs: Statistic | None,
@@ -36,7 +36,7 @@ def solve_linear(
     pattern: Pattern,
     damping: float,
     name: str,
-) -> Solved:
+) -> Sparsified:
     """Prune the weights of one linear.
 
     Args:
@@ -50,7 +50,7 @@ def solve_linear(
         name: of the linear, for messages.
     """
     if not ratio:  # SparseGPT would still zero the columns of inputs that are always zero
-        return Solved(weight.cpu(), torch.ones_like(weight, dtype=torch.bool).cpu(), None)
+        return Sparsified(weight.cpu(), torch.ones_like(weight, dtype=torch.bool).cpu(), None)
     if CRITERIA[method].calibrates and inputs is None:
         say("prune", f"{name} saw no calibration token; it is pruned by magnitude")
     by = method if inputs is not None else "magnitude"
@@ -59,7 +59,7 @@ def solve_linear(
 
 @dataclass(frozen=True)
 class _Linear:
-    """The arguments of `solve_linear`, but for the method."""
+    """The arguments of `sparsify_linear`, but for the method."""
 
     weight: torch.Tensor
     inputs: Statistic | None
@@ -68,31 +68,31 @@ class _Linear:
     damping: float
     name: str
 
-    def masked(self, mask: torch.Tensor) -> Solved:
+    def masked(self, mask: torch.Tensor) -> Sparsified:
         """The linear with its weights under a mask, unchanged otherwise."""
-        return Solved((self.weight * mask).cpu(), mask.cpu(), None)
+        return Sparsified((self.weight * mask).cpu(), mask.cpu(), None)
 
 
-def _by_magnitude(linear: _Linear) -> Solved:
+def _by_magnitude(linear: _Linear) -> Sparsified:
     return linear.masked(magnitude_mask(linear.weight, linear.ratio, linear.pattern))
 
 
-def _by_wanda(linear: _Linear) -> Solved:
+def _by_wanda(linear: _Linear) -> Sparsified:
     assert isinstance(linear.inputs, SquaredNorms)
     norms = linear.inputs.total.sqrt().to(linear.weight.device)
     return linear.masked(wanda_mask(linear.weight, norms, linear.ratio, linear.pattern))
 
 
-def _by_sparsegpt(linear: _Linear) -> Solved:
+def _by_sparsegpt(linear: _Linear) -> Sparsified:
     assert isinstance(linear.inputs, Hessian)
     weight, ratio, pattern = linear.weight, linear.ratio, linear.pattern
     hessian = linear.inputs.matrix.to(weight.device)
     result = sparsegpt(weight, hessian, ratio, pattern, damping=linear.damping, name=linear.name)
     solved = result.weight.to(weight.dtype).mul_(result.mask)
-    return Solved(solved.cpu(), result.mask.cpu(), result.error)
+    return Sparsified(solved.cpu(), result.mask.cpu(), result.error)
 
 
-MASKINGS: dict[str, Callable[[_Linear], Solved]] = {
+MASKINGS: dict[str, Callable[[_Linear], Sparsified]] = {
     "magnitude": _by_magnitude,
     "wanda": _by_wanda,
     "sparsegpt": _by_sparsegpt,

@@ -21,7 +21,7 @@ from loram_ray.architectures import architecture_of
 from loram_ray.models.hidden_states import HiddenStates
 from loram_ray.models.layer_stream import LayerStream
 from loram_ray.pruning.sparse import Pattern
-from loram_ray.pruning.sparsify import Solved, solve_linear
+from loram_ray.pruning.sparsify import Sparsified, sparsify_linear
 from loram_ray.pruning.statistics import Hessian, Statistic, statistic_of
 from loram_ray.runtime.memory import return_freed_memory
 
@@ -29,7 +29,7 @@ TOKENS_FILE = "tokens.safetensors"
 
 
 @dataclass(frozen=True)
-class Setup:
+class CalibrationSpec:
     """What a worker needs to know once.
 
     Attributes:
@@ -79,13 +79,13 @@ class CalibrationWorker:
     """Runs layers of the base; see the module.
 
     Args:
-        setup: what it works on.
+        spec: what it works on.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    def __init__(self, spec: CalibrationSpec) -> None:
+        self._spec = spec
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._states = HiddenStates(setup.work)
+        self._states = HiddenStates(spec.work)
         self._held = ExitStack()
         self._holding: tuple[int, Path | None] | None = None
         self._layer: Any = None
@@ -93,18 +93,18 @@ class CalibrationWorker:
     # Read when first used: what a job raises reaches the caller, what an actor's __init__ does not.
     @cached_property
     def _stream(self) -> LayerStream:
-        setup = self._setup
-        family = architecture_of(setup.model_type)
-        return LayerStream(setup.base, family, setup.precision, self._device)
+        spec = self._spec
+        family = architecture_of(spec.model_type)
+        return LayerStream(spec.base, family, spec.precision, self._device)
 
     @cached_property
     def _tokens(self) -> torch.Tensor:
-        return load_file(self._setup.work / TOKENS_FILE)["token_ids"]
+        return load_file(self._spec.work / TOKENS_FILE)["token_ids"]
 
     def embed(self, share: int) -> None:
         """Write the first layer's inputs of a share."""
         self._let_go()
-        spans = self._setup.batches(share)
+        spans = self._spec.batches(share)
         inputs = self._stream.embed(self._tokens[begin:end] for begin, end in spans)
         for (begin, _), hidden in zip(spans, inputs, strict=True):
             self._states.write("input", 0, begin, hidden)
@@ -129,7 +129,7 @@ class CalibrationWorker:
         """
         module = self._hold(layer, solved)
         with self._watch(module, layer, statistic) as (statistics, same_inputs):
-            for begin, _ in self._setup.batches(share):
+            for begin, _ in self._spec.batches(share):
                 hidden = self._states.read("input", layer, begin).to(self._device)
                 output = self._stream.run(layer, module, hidden)
                 if write:
@@ -150,7 +150,7 @@ class CalibrationWorker:
         total = 0.0
         count = self._tokens[:, 1:].numel()
         with self._stream.head():
-            for begin, end in self._setup.batches(share):
+            for begin, end in self._spec.batches(share):
                 hidden = self._states.read("input", layers, begin).to(self._device)
                 hidden.requires_grad_()
                 loss = self._stream.loss(hidden, self._tokens[begin:end]) / count
@@ -174,7 +174,7 @@ class CalibrationWorker:
         weights = {path: linears[path].weight for path in wanted}
         for weight in weights.values():
             weight.requires_grad_()
-        for begin, _ in self._setup.batches(share):
+        for begin, _ in self._spec.batches(share):
             hidden = self._states.read("input", layer, begin).to(self._device).requires_grad_()
             upstream = self._states.read("gradient", layer + 1, begin).to(self._device)
             rows = [slice(i, i + 1) for i in range(len(hidden))] if squares else [slice(None)]
@@ -189,7 +189,7 @@ class CalibrationWorker:
             weight.requires_grad_(False)
         return Gradients(_on_cpu(found.total), _on_cpu(found.squares))
 
-    def solve(
+    def sparsify(
         self,
         module: str,
         method: str,
@@ -197,10 +197,10 @@ class CalibrationWorker:
         ratio: float,
         damping: float,
         pattern: Pattern,
-    ) -> Solved:
-        """Prune the weights of one linear; see `solve_linear`."""
+    ) -> Sparsified:
+        """Prune the weights of one linear; see `sparsify_linear`."""
         weight = self._stream.read(f"{module}.weight").to(self._device)
-        return solve_linear(weight, method, inputs, ratio, pattern, damping, module)
+        return sparsify_linear(weight, method, inputs, ratio, pattern, damping, module)
 
     def _hold(self, layer: int, solved: Path | None) -> nn.Module:
         """Have a layer loaded until another is asked for: a worker has several shares of it."""

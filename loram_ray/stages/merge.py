@@ -106,10 +106,10 @@ def _learnt_ends(base: BaseModel, adapter: Path) -> dict[str, Any] | None:
         settings = {k: base.config[k] for k in names if base.config.get(k) is not None}
     listed = settings.get("eos_token_id")
     ends = [*listed] if isinstance(listed, list) else [] if listed is None else [listed]
-    closing = end_of_answer(tokenizer, ends)
-    if closing is None or closing in ends:
+    eos_id = end_of_answer(tokenizer, ends)
+    if eos_id is None or eos_id in ends:
         return None
-    return {**settings, "eos_token_id": [*ends, closing]}
+    return {**settings, "eos_token_id": [*ends, eos_id]}
 
 
 def _require_base(change: Change, identity: str, base: str) -> None:

@@ -27,9 +27,9 @@ from loram_ray.models.base import BaseModel
 from loram_ray.models.files import NORM_MEAN, pruned_config, write_model_files
 from loram_ray.models.tokenizer import frame_of, load_tokenizer
 from loram_ray.plan import PruningPlan
-from loram_ray.pruning.calibration import solved_file
+from loram_ray.pruning.calibration import sparsified_file
 from loram_ray.pruning.criteria import LayerScores, layer_linears
-from loram_ray.pruning.driver import solve_weights, structured_scores
+from loram_ray.pruning.driver import sparsify_weights, structured_scores
 from loram_ray.pruning.scores import SCORES_FILE, load_scores, save_scores
 from loram_ray.pruning.selection import keep_units, kept_counts, layer_range, layer_ratios
 from loram_ray.pruning.sparse import Pattern
@@ -162,7 +162,7 @@ class _Pruning:
             )
             plan = self._structured_plan(scores)
         else:
-            errors, norms = solve_weights(
+            errors, norms = sparsify_weights(
                 self.config,
                 self.base,
                 self.layers,
@@ -207,7 +207,7 @@ class _Pruning:
         path = target.path / MASKS_FILE
         writer = TensorWriter(path, packed)
         for module, layer in layer_of.items():
-            writer.write(module, _read_solved(target, layer, f"{module}.mask"))
+            writer.write(module, _read_sparsified(target, layer, f"{module}.mask"))
         target.hashes[MASKS_FILE] = writer.finish()
         return PruningPlan(
             self.base.family.model_type,
@@ -240,7 +240,7 @@ class _Pruning:
                 if module != name and module in masked:
                     found = self.base.family.locate(module)
                     assert found is not None
-                    tensor = _read_solved(target, found[0], name)
+                    tensor = _read_sparsified(target, found[0], name)
                 else:
                     tensor = plan.select(name, checkpoint.read(name))
                 writer.write(name, tensor)
@@ -259,8 +259,8 @@ class _Pruning:
             )
 
 
-def _read_solved(target: StageDirectory, layer: int, name: str) -> torch.Tensor:
-    with safe_open(solved_file(target.work, layer), "pt") as file:
+def _read_sparsified(target: StageDirectory, layer: int, name: str) -> torch.Tensor:
+    with safe_open(sparsified_file(target.work, layer), "pt") as file:
         return file.get_tensor(name)
 
 

@@ -31,7 +31,7 @@ from loram_ray.utils.files import make_directory
 
 if TYPE_CHECKING:
     from loram_ray.finetuning.frozen import FrozenModel
-    from loram_ray.finetuning.lockstep import Together
+    from loram_ray.finetuning.lockstep import Lockstep
 
 _SHOWN = 4
 _COLUMNS = ("steps", "examples", "tokens", "trained_parameters", "best_step", "eval_loss", "loss")
@@ -110,26 +110,26 @@ class TaskActor:
     def __init__(self, adapters: int) -> None:
         self._adapters = adapters
         self._frozen: FrozenModel | None = None
-        self._together: Together | None = None
+        self._lockstep: Lockstep | None = None
         self._loading = threading.Lock()
 
     def train(self, config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
         """Train one task, loading its model if a different one or none is loaded."""
         from loram_ray.finetuning.frozen import FrozenModel
-        from loram_ray.finetuning.lockstep import Together
+        from loram_ray.finetuning.lockstep import Lockstep
         from loram_ray.finetuning.trainer import train_adapter
 
         with self._loading:
             if self._frozen is None or not self._frozen.serves(config):
-                self._frozen = self._together = None
+                self._frozen = self._lockstep = None
                 require_room(config, self._adapters)
                 if self._adapters > 1:
-                    self._together = Together(lambda: FrozenModel.load(config))
-                    self._frozen = self._together.frozen
+                    self._lockstep = Lockstep(lambda: FrozenModel.load(config))
+                    self._frozen = self._lockstep.frozen
                 else:
                     self._frozen = FrozenModel.load(config)
-            frozen, together = self._frozen, self._together
-        return train_adapter(config, work, output, frozen, together)
+            frozen, lockstep = self._frozen, self._lockstep
+        return train_adapter(config, work, output, frozen, lockstep)
 
 
 class _Progress:

@@ -22,11 +22,11 @@ from measure import peak_memory
 import loram_ray as lr
 from loram_ray.architectures import architecture_of
 from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec
-from loram_ray.pruning.calibration import Walk, save_tensors, share_out
+from loram_ray.pruning.calibration import Calibration, save_tensors, share_out
 from loram_ray.pruning.criteria import TaylorForm
 from loram_ray.pruning.pool import InProcess
 from loram_ray.pruning.sparse import Pattern
-from loram_ray.pruning.worker import TOKENS_FILE, CalibrationWorker, Setup
+from loram_ray.pruning.worker import TOKENS_FILE, CalibrationSpec, CalibrationWorker
 from loram_ray.runtime.progress import Reporter
 
 LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
@@ -86,13 +86,15 @@ def write_base(directory: Path, layers: int, sizes: dict[str, int]) -> None:
             writer.write(name, tensor.to(torch.bfloat16))
 
 
-def setup_of(folder: Path, samples: int, tokens: int, batch_size: int) -> Setup:
+def setup_of(folder: Path, samples: int, tokens: int, batch_size: int) -> CalibrationSpec:
     """What a worker needs, with random calibration tokens."""
     work = folder / "work"
     work.mkdir(exist_ok=True)
     ids = torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(0))
     save_tensors(work / TOKENS_FILE, {"token_ids": ids})
-    return Setup(folder / "base", "llama", work, "fp32", batch_size, share_out(samples, 8))
+    return CalibrationSpec(
+        folder / "base", "llama", work, "fp32", batch_size, share_out(samples, 8)
+    )
 
 
 def memory(folder: Path, method: str, layers: int) -> dict[str, float]:
@@ -107,14 +109,16 @@ def memory(folder: Path, method: str, layers: int) -> dict[str, float]:
         pool = InProcess(setup)
         before = peak_memory()
         pruned = (1, layers - 1)
-        walk = Walk(setup, pool, checkpoint, family, family.geometry(config), pruned, reporter)
+        walk = Calibration(
+            setup, pool, checkpoint, family, family.geometry(config), pruned, reporter
+        )
         started = time.perf_counter()
         if method == "taylor":
             walk.score_taylor(TaylorForm.FIRST)
         elif method in ("flap", "activation"):
             walk.score_forward(method)
         else:
-            walk.solve(method, dict.fromkeys(range(*pruned), 0.5), Pattern(), 0.01)
+            walk.sparsify(method, dict.fromkeys(range(*pruned), 0.5), Pattern(), 0.01)
         seconds = time.perf_counter() - started
     return {
         "peak_bytes": peak_memory(),
@@ -181,7 +185,10 @@ def layer(folder: Path) -> dict[str, float]:
         hessian.merge(other[0][module])
     arguments = (module, "sparsegpt", hessian, 0.5, 0.01, Pattern())
     timed(
-        "solve_down_proj", operations_of_solve(*shapes["mlp.down_proj"]), worker.solve, *arguments
+        "solve_down_proj",
+        operations_of_solve(*shapes["mlp.down_proj"]),
+        worker.sparsify,
+        *arguments,
     )
     return found
 

@@ -31,7 +31,7 @@ from inputs import write_inputs
 
 import loram_ray as lr
 from loram_ray.finetuning.frozen import FrozenModel
-from loram_ray.finetuning.lockstep import Together
+from loram_ray.finetuning.lockstep import Lockstep
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.runtime.memory import peak_memory_gb
 
@@ -60,7 +60,7 @@ def work(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train in this process, and tell how fast and with how much memory."""
     count, at_a_time = options.adapters[0], options.together
     settings = [settings_of(folder, number, options) for number in range(count)]
-    together = Together(lambda: FrozenModel.load(settings[0])) if at_a_time else None
+    together = Lockstep(lambda: FrozenModel.load(settings[0])) if at_a_time else None
     frozen = together.frozen if together else FrozenModel.load(settings[0])
     folders = [folder / "scratch" / str(number) for number in range(count)]
     shutil.rmtree(folder / "scratch", ignore_errors=True)

@@ -16,9 +16,9 @@ from loram_ray.corpus.examples import Example
 from loram_ray.corpus.templates import prompt_ids
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.answers import exact_answers
-from loram_ray.evaluation.benchmark import Found, Measurement
+from loram_ray.evaluation.benchmark import Benchmark, Found
 from loram_ray.evaluation.engine import Engine
-from loram_ray.evaluation.perplexity import Perplexity, Stretch
+from loram_ray.evaluation.perplexity import Perplexity, ScoredTokens
 from loram_ray.models.loading import load_model
 
 
@@ -42,7 +42,7 @@ def engine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Engin
 
 
 @torch.inference_mode()
-def scored(engine: Engine, measurement: Measurement, size: int) -> dict[str, float | int]:
+def scored(engine: Engine, measurement: Benchmark, size: int) -> dict[str, float | int]:
     """Scores of a measurement in batches of a size."""
     found: dict[int, Found] = {}
     for numbers in measurement.batches(size):
@@ -54,7 +54,7 @@ def scored(engine: Engine, measurement: Measurement, size: int) -> dict[str, flo
 
 
 def perplexity_of(examples: list[Example], of: str = "answer") -> Perplexity:
-    return Perplexity("", [Stretch.of(example) for example in examples], of)
+    return Perplexity("", [ScoredTokens.of(example) for example in examples], of)
 
 
 def examples() -> list[Example]:

@@ -18,9 +18,9 @@ from helpers.training import config as training
 from helpers.training import difference, run_directly
 from loram_ray.finetuning import shared_forward as joint
 from loram_ray.finetuning.frozen import FrozenModel, shell_of
-from loram_ray.finetuning.lockstep import Together
+from loram_ray.finetuning.lockstep import Lockstep
 from loram_ray.finetuning.packing import laid_out, rows_of
-from loram_ray.finetuning.shared_forward import JointForward
+from loram_ray.finetuning.shared_forward import SharedForward
 from loram_ray.finetuning.trainer import train_adapter
 from loram_ray.models.loading import load_model
 from loram_ray.runtime.progress import METRICS_FILE
@@ -39,7 +39,7 @@ DIFFERENT: list[dict[str, Any]] = [
 ]
 
 
-class Watched(JointForward):
+class Watched(SharedForward):
     """Keeps how many adapters each pass was for."""
 
     def __init__(self, frozen: FrozenModel) -> None:
@@ -76,7 +76,7 @@ def run_together(
         made.sizes = sizes
         return made
 
-    together = Together(lambda: FrozenModel.load(settings[0]), watched)
+    together = Lockstep(lambda: FrozenModel.load(settings[0]), watched)
     frozen = together.frozen
     ready = threading.Barrier(len(settings))
     raised: dict[int, BaseException] = {}
@@ -171,12 +171,12 @@ def test_batches_of_other_widths_and_heights(
             seen[-1, shape[1] - 3 * number :] = 0  # padding
             labels = torch.where(seen.bool(), ids, -100)
             inputs = {"input_ids": ids, "attention_mask": seen, "labels": labels}
-            members.append(joint.Member(joint.Adapted.of(model), inputs, joint.Draws()))
+            members.append(joint.Member(joint.Adapted.of(model), inputs, joint.RngState()))
 
-        def losses_and_gradients(passes: JointForward, alone: bool) -> list[list[torch.Tensor]]:
+        def losses_and_gradients(passes: SharedForward, alone: bool) -> list[list[torch.Tensor]]:
             torch.manual_seed(7)
             for member in members:
-                member.draws = joint.Draws()
+                member.rng_state = joint.RngState()
             if alone:
                 found: list[Any] = [passes._alone(member) for member in members]
             else:

@@ -20,10 +20,10 @@ from loram_ray.architectures import architecture_of
 from loram_ray.artifacts.manifest import read_model_config
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.models.loading import load_model
-from loram_ray.pruning.calibration import Walk, share_out
+from loram_ray.pruning.calibration import Calibration, share_out
 from loram_ray.pruning.criteria import LayerScores
 from loram_ray.pruning.pool import InProcess, Job
-from loram_ray.pruning.worker import TOKENS_FILE, Setup
+from loram_ray.pruning.worker import TOKENS_FILE, CalibrationSpec
 from loram_ray.runtime.progress import Reporter
 
 LAYERS = (1, 3)
@@ -45,7 +45,7 @@ FUSED_NAMES = {
 class Recording(InProcess):
     """A pool that keeps its jobs and their results, and looks at the work directory after each."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: CalibrationSpec) -> None:
         super().__init__(setup)
         self.work = setup.work
         self.results: list[tuple[Job, Any]] = []
@@ -70,18 +70,18 @@ def walking(
     batch_size: int = 2,
     shares: int = 2,
     precision: str = "fp32",
-    make_pool: Callable[[Setup], Any] = Recording,
-) -> Iterator[tuple[Walk, Any]]:
+    make_pool: Callable[[CalibrationSpec], Any] = Recording,
+) -> Iterator[tuple[Calibration, Any]]:
     work.mkdir(exist_ok=True)
     save_file({"token_ids": tokens}, work / TOKENS_FILE)
     config = read_model_config(base)
     family = architecture_of(config["model_type"])
     spans = share_out(len(tokens), shares)
-    setup = Setup(base, family.model_type, work, precision, batch_size, spans)
+    setup = CalibrationSpec(base, family.model_type, work, precision, batch_size, spans)
     pool = make_pool(setup)
     with Checkpoint(base) as checkpoint, Reporter("test", total=9, unit="layer") as reporter:
         geometry = family.geometry(config)
-        yield Walk(setup, pool, checkpoint, family, geometry, layers, reporter), pool
+        yield Calibration(setup, pool, checkpoint, family, geometry, layers, reporter), pool
 
 
 def coupled(base: Path, layers: tuple[int, int] = LAYERS) -> list[str]:

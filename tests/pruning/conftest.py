@@ -14,7 +14,7 @@ from helpers import families, tiny
 from helpers.calibrations import Calls, Lost
 from loram_ray.pruning import driver as calibrate
 from loram_ray.pruning.pool import InProcess, Job
-from loram_ray.pruning.worker import Setup
+from loram_ray.pruning.worker import CalibrationSpec
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
                 yield from super().run([job])
 
     @contextmanager
-    def pool(setup: Setup, *_: Any) -> Iterator[InProcess]:
+    def pool(setup: CalibrationSpec, *_: Any) -> Iterator[InProcess]:
         yield Observed(setup)
 
     monkeypatch.setattr(calibrate, "ray_pool", pool)

@@ -149,19 +149,19 @@ CUTS: dict[str, tuple[str, dict[str, Any], Callable[[Job], bool], set[tuple[str,
         "wanda",
         {"pattern": "2:4"},
         lambda job: job[0] == "forward" and job[1][:2] == (2, 2),
-        {("embed", 0), ("forward", 0), ("forward", 1), ("solve", 1)},
+        {("embed", 0), ("forward", 0), ("forward", 1), ("sparsify", 1)},
     ),
     "solve": (
         "sparsegpt",
         {},
-        lambda job: job[0] == "solve" and "2.mlp.down_proj" in job[1][0],
-        {("embed", 0), ("forward", 0), ("forward", 1), ("solve", 1)},
+        lambda job: job[0] == "sparsify" and "2.mlp.down_proj" in job[1][0],
+        {("embed", 0), ("forward", 0), ("forward", 1), ("sparsify", 1)},
     ),
     "outputs of a pruned layer": (
         "sparsegpt",
         {"pattern": "4:8"},
         lambda job: job[0] == "forward" and job[1][:2] == (1, 1) and job[1][3] is not None,
-        {("embed", 0), ("forward", 0), ("solve", 1)},
+        {("embed", 0), ("forward", 0), ("sparsify", 1)},
     ),
 }
 

@@ -20,7 +20,7 @@ from loram_ray.pruning import pool as pool_module
 from loram_ray.pruning.criteria import TaylorForm
 from loram_ray.pruning.pool import InProcess, Job, RayPool
 from loram_ray.pruning.sparse import Pattern
-from loram_ray.pruning.worker import Setup
+from loram_ray.pruning.worker import CalibrationSpec
 
 
 @dataclass
@@ -61,7 +61,7 @@ def test_two_workers_of_which_one_dies_score_as_one_here_does(
         assert killer.killed == ["backward"]
         with pytest.raises(lr.LoramError, match="lacks tensor model.layers.9.x.weight") as caught:
             arguments = ("model.layers.9.x", "wanda", None, 0.5, 0.01, Pattern())
-            list(pool.run([("solve", arguments)]))
+            list(pool.run([("sparsify", arguments)]))
         assert "\n" not in str(caught.value)
         pool.close()
         until = time.monotonic() + 60
@@ -80,7 +80,7 @@ def test_a_worker_says_what_is_wrong_with_its_base_when_it_is_given_a_job(tmp_pa
     base = tiny.write_base(tmp_path / "base")
     shard = base / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-9])
-    pool = InProcess(Setup(base, "llama", tmp_path, "fp32", 2, ((0, 6),)))
+    pool = InProcess(CalibrationSpec(base, "llama", tmp_path, "fp32", 2, ((0, 6),)))
     with pytest.raises(lr.LoramError, match=r"model.safetensors is not a whole"):
         list(pool.run([("forward", (1, 0, None, None, True))]))
 

@@ -24,7 +24,7 @@ from helpers.calibrations import (
 from loram_ray.architectures import ARCHITECTURES
 from loram_ray.masks import unpack
 from loram_ray.models.loading import load_model
-from loram_ray.pruning.calibration import solved_file
+from loram_ray.pruning.calibration import sparsified_file
 from loram_ray.pruning.criteria import TaylorForm
 from loram_ray.pruning.sparse import Pattern, sparsegpt, wanda_mask
 from loram_ray.pruning.statistics import Hessian, SquaredNorms
@@ -46,9 +46,9 @@ def test_hessians_and_norms_are_those_of_hooks_on_the_stock_model(
     ratios = dict.fromkeys(range(4), 0.0)
     for method in ("sparsegpt", "wanda"):
         with walking(base, tmp_path / method, layers=(0, 4)) as (walk, pool):
-            walk.solve(method, ratios, Pattern(), 0.01)
+            walk.sparsify(method, ratios, Pattern(), 0.01)
             norms = walk.input_norms()
-        found = {arguments[0]: arguments[2] for arguments, _ in pool.of("solve")}
+        found = {arguments[0]: arguments[2] for arguments, _ in pool.of("sparsify")}
         assert list(found) == wanted
         for module in wanted:
             tokens = flat(inputs[module])
@@ -144,14 +144,14 @@ def test_a_layer_is_solved_for_the_outputs_of_the_pruned_layers_before_it(
     base, kind = bases(family), Pattern.parse(pattern)
     ratios = {1: 0.5, 2: 0.35, 3: 0.6}
     with walking(base, tmp_path / "work", layers=(1, 4)) as (walk, _):
-        errors = walk.solve(method, ratios, kind, 0.02)
+        errors = walk.sparsify(method, ratios, kind, 0.02)
     model, dense = load_model(base, "fp32"), load_model(base, "fp32")
     whole = by_linear(dense, torch.Tensor.detach)
     untouched = stock_inputs(dense, TOKENS)
     differs = 0
     for layer, ratio in ratios.items():
         inputs = stock_inputs(model, TOKENS)  # earlier layers pruned, this one dense
-        solved = load_file(solved_file(tmp_path / "work", layer))
+        solved = load_file(sparsified_file(tmp_path / "work", layer))
         modules = coupled(base, (layer, layer + 1))
         assert set(solved) == {f"{m}.{part}" for m in modules for part in ("weight", "mask")}
         for module in modules:
@@ -204,10 +204,10 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_said(
         walk,
         pool,
     ):
-        walk.solve(method, {1: 0.5}, Pattern(), 0.01)
-    unused = [a[0] for a, _ in pool.of("solve") if a[2] is None]
+        walk.sparsify(method, {1: 0.5}, Pattern(), 0.01)
+    unused = [a[0] for a, _ in pool.of("sparsify") if a[2] is None]
     assert len(unused) == 6 and all("experts" in module for module in unused)
-    solved, said = load_file(solved_file(tmp_path / "work", 1)), capfd.readouterr().err
+    solved, said = load_file(sparsified_file(tmp_path / "work", 1)), capfd.readouterr().err
     whole = load_file(base / "model.safetensors")
     for module in unused:
         assert f"{module} saw no calibration token" in said
@@ -227,7 +227,7 @@ def test_forward_walks_have_two_layers_of_hidden_states_on_disk(
             if method == "flap":
                 walk.score_forward(method)
             else:
-                walk.solve(method, {1: 0.5, 2: 0.5}, Pattern(), 0.01)
+                walk.sparsify(method, {1: 0.5, 2: 0.5}, Pattern(), 0.01)
         for (name, arguments), folders in pool.on_disk:
             if name == "forward":
                 layer = arguments[0]
