@@ -6,15 +6,15 @@ import json
 import time
 from collections.abc import Iterator
 
-from loram_ray.reporting.found import Begun, Found, Stage
-from loram_ray.reporting.of_results import claims, scores, systems, tasks, trials
-from loram_ray.reporting.of_training import faults, kept, losses, memory, speed
 from loram_ray.reporting.parts import Box, Part, Report, Table, duration
+from loram_ray.reporting.result_sections import claims, scores, systems, tasks, trials
+from loram_ray.reporting.results import Results, Stage, UnfinishedStage
+from loram_ray.reporting.training_sections import faults, kept, losses, memory, speed
 
 _NOT_SHOWN = ("plan",)
 
 
-def report_on(found: Found) -> Report:
+def build_report(results: Results) -> Report:
     """Build the sections that have content."""
     parts = [
         part
@@ -22,32 +22,32 @@ def report_on(found: Found) -> Report:
             systems, claims, tasks, trials, scores, losses, speed, memory, kept, faults,
             _lineage,
         )
-        if (part := make(found)) is not None
+        if (part := make(results)) is not None
     ]  # fmt: skip
-    state = "complete" if found.finished and not found.begun else "unfinished"
-    if found.begun:
-        state += f": {', '.join(_how_far(begun) for begun in found.begun)} still to be completed"
+    state = "complete" if results.finished and not results.unfinished else "unfinished"
+    if results.unfinished:
+        state += f": {', '.join(map(_how_far, results.unfinished))} still to be completed"
     return Report(
-        f"{found.root.resolve().name}: a {found.kind}",
+        f"{results.root.resolve().name}: a {results.kind}",
         state,
-        list(_facts(found)),
-        [_box(stage) for stage in found.stages if stage.manifest.stage != "evaluate"]
-        + [Box(begun.name, [_how_far(begun)], False) for begun in found.begun],
+        list(_facts(results)),
+        [_box(stage) for stage in results.stages if stage.manifest.stage != "evaluate"]
+        + [Box(stage.name, [_how_far(stage)], False) for stage in results.unfinished],
         parts,
     )
 
 
-def _how_far(begun: Begun) -> str:
-    return begun.name + (f" (step {begun.metrics[-1]['step']})" if begun.metrics else "")
+def _how_far(stage: UnfinishedStage) -> str:
+    return stage.name + (f" (step {stage.metrics[-1]['step']})" if stage.metrics else "")
 
 
-def _facts(found: Found) -> Iterator[tuple[str, str]]:
-    if found.stages:
-        last = found.stages[-1].manifest
+def _facts(results: Results) -> Iterator[tuple[str, str]]:
+    if results.stages:
+        last = results.stages[-1].manifest
         yield "base", last.base_fingerprint[:16]
         yield "last change", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last.created))
         yield "versions", ", ".join(f"{name} {number}" for name, number in last.versions.items())
-    seconds = [s.manifest.details.get("seconds") for s in found.stages]
+    seconds = [s.manifest.details.get("seconds") for s in results.stages]
     total = sum(s for s in seconds if s is not None)
     if total:
         yield "time of all stages", duration(total)
@@ -65,14 +65,14 @@ def _box(stage: Stage) -> Box:
     return Box(stage.name, lines, True)
 
 
-def _lineage(found: Found) -> Part | None:
+def _lineage(results: Results) -> Part | None:
     """List the settings and inputs of each stage."""
-    if not found.stages:
+    if not results.stages:
         return None
-    digests = {stage.manifest.digest: stage.name for stage in found.stages}
+    digests = {stage.manifest.digest: stage.name for stage in results.stages}
     rows = []
     part = Part("Configuration and lineage", "Inputs are named if they are in this directory.")
-    for stage in found.stages:
+    for stage in results.stages:
         parents = [
             f"{role}: {digests.get(digest, digest[:12])}"
             for role, digest in stage.manifest.parents.items()

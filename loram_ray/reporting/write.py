@@ -7,9 +7,9 @@ from typing import Any
 
 import jinja2
 
-from loram_ray.reporting.content import report_on
-from loram_ray.reporting.found import found_in
+from loram_ray.reporting.content import build_report
 from loram_ray.reporting.parts import Report
+from loram_ray.reporting.results import collect_results
 from loram_ray.runtime.results import markdown_table
 from loram_ray.utils.files import make_directory, write_atomic
 from loram_ray.utils.printing import markdown, plain_lines
@@ -33,7 +33,7 @@ def report(directory: Path, output: Path | None = None) -> Path:
         LoramError: The directory has no results or those of several bases, or matplotlib is not
             installed.
     """
-    content = report_on(found_in(directory))
+    content = build_report(collect_results(directory))
     output = output or directory / "report"
     make_directory(output, "--output")
     for part in content.parts:

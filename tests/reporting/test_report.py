@@ -19,9 +19,9 @@ from loram_ray.artifacts.manifest import MANIFEST_FILE
 from loram_ray.cli.main import app
 from loram_ray.config import RunConfig
 from loram_ray.errors import LoramError
-from loram_ray.reporting.content import report_on
-from loram_ray.reporting.found import found_in
+from loram_ray.reporting.content import build_report
 from loram_ray.reporting.parts import Part
+from loram_ray.reporting.results import collect_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -132,7 +132,7 @@ def test_a_run_that_is_not_complete_is_shown_so(run: Path, tmp_path: Path) -> No
     work = tmp_path / "run" / ".adapter_pruned.work"
     work.mkdir()
     tiny.write_jsonl(work / "metrics.jsonl", [{"step": n, "loss": 3.0 / n} for n in (1, 2, 3)])
-    found = report_on(found_in(tmp_path / "run"))
+    found = build_report(collect_results(tmp_path / "run"))
     assert found.state == "unfinished: adapter_pruned (step 3) still to be completed"
     assert [box.finished for box in found.flow] == [True, False]
     [losses] = [part for part in found.parts if part.title == "Losses"]
@@ -163,7 +163,7 @@ def test_held_out_losses_of_an_alignment_are_drawn(run: Path, tmp_path: Path) ->
         {"step": 2, "loss": 3.0, **held_out},
     ]
     tiny.write_jsonl(folder / "metrics.jsonl", lines)
-    found = report_on(found_in(tmp_path / "run"))
+    found = build_report(collect_results(tmp_path / "run"))
     [losses] = [part for part in found.parts if part.title == "Losses"]
     assert [figure.title for figure in losses.figures] == [
         "Training loss: align", "Held-out loss on web: align", "Held-out loss on code: align"
@@ -175,12 +175,12 @@ def test_what_was_made_of_a_merged_model_belongs_to_the_run(run: Path, tmp_path:
     path = tmp_path / "run" / "evaluation" / "loram" / MANIFEST_FILE
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, "base_fingerprint": "of the merged model"}))
-    assert found_in(tmp_path / "run").finished
+    assert collect_results(tmp_path / "run").finished
 
 
 def test_heat_maps_are_of_what_the_plan_kept(run: Path) -> None:
     from loram_ray.plan import PruningPlan
-    from loram_ray.reporting.of_training import heats
+    from loram_ray.reporting.training_sections import heats
 
     plan = PruningPlan.load(run / "pruned")
     shares = {name: draw.keywords["shares"] for name, _, draw in heats(plan)}  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ def test_a_comparison_is_plotted_against_reduction(tmp_path: Path) -> None:
     assert page.headings == ["Systems", "Claims"]
     assert {"LoRAM, aligned by distillation + correction", "within noise"} <= set(page.cells)
     assert page.drawings == 2
-    systems: Part = report_on(found_in(folder)).parts[0]
+    systems: Part = build_report(collect_results(folder)).parts[0]
     assert "reduction of the parameters" in systems.figures[0].svg
 
 

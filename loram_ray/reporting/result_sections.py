@@ -16,8 +16,8 @@ from loram_ray.reporting.figures import (
     histogram,
     quality,
 )
-from loram_ray.reporting.found import Found
 from loram_ray.reporting.parts import Part, Table, duration, text
+from loram_ray.reporting.results import Results
 from loram_ray.studies.comparison_table import (
     CLAIM_COLUMNS,
     COLUMNS,
@@ -27,18 +27,18 @@ from loram_ray.studies.comparison_table import (
 )
 
 
-def systems(found: Found) -> Part | None:
+def systems(results: Results) -> Part | None:
     """Show the systems of a run or a comparison; None without content, as for all sections."""
-    if found.kind == "run":
-        return _rows_of_a_run(found)
-    if found.kind != "comparison" or not found.rows:
+    if results.kind == "run":
+        return _rows_of_a_run(results)
+    if results.kind != "comparison" or not results.rows:
         return None
     part = Part(
         "Systems",
         "Mean ± standard deviation over seeds; gain kept is the share of what LoRA on the full "
         "base gains over the untouched base.",
     )
-    scored = [row for row in found.rows if row["mean"] is not None]
+    scored = [row for row in results.rows if row["mean"] is not None]
     metric = scored[0]["metric"]
     base_parameters = max((row["model_parameters"] for row in scored), default=0)
     methods = {row["method"] for row in scored} - {None}
@@ -82,7 +82,7 @@ def systems(found: Found) -> Part | None:
                     size=(8.0, 0.6 + 0.28 * len(kept)),
                 )
             )
-    part.tables.append(Table(COLUMNS, [cells_of(row) for row in found.rows]))
+    part.tables.append(Table(COLUMNS, [cells_of(row) for row in results.rows]))
     return part
 
 
@@ -91,12 +91,12 @@ def _short_name(row: dict[str, Any]) -> str:
     return f"{name_of(row['system'])}{of}"
 
 
-def _rows_of_a_run(found: Found) -> Part | None:
-    if not found.rows:
+def _rows_of_a_run(results: Results) -> Part | None:
+    if not results.rows:
         return None
     scores = [
         key for key in ("answer_perplexity", "text_perplexity", "exact_match")
-        if key in found.rows[0]
+        if key in results.rows[0]
     ]  # fmt: skip
     head = ["system", *(key.replace("_", " ") for key in scores), "parameters", "bytes", "training"]
     rows = [
@@ -107,18 +107,18 @@ def _rows_of_a_run(found: Found) -> Part | None:
             f"{row['model_bytes'] / 1e6:,.0f} MB",
             "" if row["train_seconds"] is None else duration(row["train_seconds"]),
         ]
-        for row in found.rows
+        for row in results.rows
     ]
     part = Part("Systems", "The same held-out data for all.", tables=[Table(head, rows)])
     for key in scores:
-        values = [(row["name"], row[key], row.get(f"{key}_stderr")) for row in found.rows]
+        values = [(row["name"], row[key], row.get(f"{key}_stderr")) for row in results.rows]
         part.figures.append(_score_figure(f"systems-{key}", key, values))
     return part
 
 
-def claims(found: Found) -> Part | None:
+def claims(results: Results) -> Part | None:
     """Show the outcome of a comparison's claims."""
-    if not found.claims:
+    if not results.claims:
         return None
     says = (
         "Mean advantage of the better system over pairs of task and seed, ± half its 95% interval."
@@ -126,20 +126,20 @@ def claims(found: Found) -> Part | None:
     return Part(
         "Claims",
         says,
-        tables=[Table(CLAIM_COLUMNS, [cells_of_claim(claim) for claim in found.claims])],
+        tables=[Table(CLAIM_COLUMNS, [cells_of_claim(claim) for claim in results.claims])],
     )
 
 
-def tasks(found: Found) -> Part | None:
+def tasks(results: Results) -> Part | None:
     """Show the outcomes of a batch's tasks."""
-    if found.kind != "batch" or not found.rows:
+    if results.kind != "batch" or not results.rows:
         return None
-    states = [row["state"] for row in found.rows]
+    states = [row["state"] for row in results.rows]
     counted = ", ".join(f"{states.count(state):,} {state}" for state in dict.fromkeys(states))
     part = Part("Tasks", f"{len(states):,} tasks: {counted}.")
     for key, label in (("loss", "last training loss"), ("eval_loss", "held-out loss"),
                        ("seconds", "seconds per task")):  # fmt: skip
-        values = [row[key] for row in found.rows if row[key]]
+        values = [row[key] for row in results.rows if row[key]]
         if len(values) > 1:
             draw = partial(histogram, values=values, label=label, unit="tasks")
             part.figures.append(
@@ -157,18 +157,18 @@ def tasks(found: Found) -> Part | None:
                     str(row["deaths"] or ""),
                     row["reason"],
                 ]
-                for row in found.rows
+                for row in results.rows
             ],
         )  # fmt: skip
     )
     return part
 
 
-def trials(found: Found) -> Part | None:
+def trials(results: Results) -> Part | None:
     """Show the outcomes of a sweep's trials."""
-    if found.kind != "sweep" or not found.rows:
+    if results.kind != "sweep" or not results.rows:
         return None
-    keys = list(found.rows[0]["values"])
+    keys = list(results.rows[0]["values"])
     rows = [
         [
             row["name"],
@@ -177,23 +177,25 @@ def trials(found: Found) -> Part | None:
             *map(text, (row["steps"], row["eval_loss"], row["base_loss"])),
             "best" if row["best"] else row["reason"],
         ]
-        for row in found.rows
+        for row in results.rows
     ]
     head = ("trial", "state", *keys, "steps", "held-out loss", "on the base", "")
     part = Part("Trials", "The best is kept.", tables=[Table(head, rows)])
     values = [
-        (row["name"], row["eval_loss"], None) for row in found.rows if row["eval_loss"] is not None
+        (row["name"], row["eval_loss"], None)
+        for row in results.rows
+        if row["eval_loss"] is not None
     ]
     if values:
         part.figures.append(_score_figure("trials", "held-out loss", values))
     return part
 
 
-def scores(found: Found) -> Part | None:
+def scores(results: Results) -> Part | None:
     """Show each score of the evaluations that have it."""
-    if found.kind == "comparison":
+    if results.kind == "comparison":
         return None
-    scored = [stage for stage in found.stages if stage.manifest.stage == "evaluate"]
+    scored = [stage for stage in results.stages if stage.manifest.stage == "evaluate"]
     by_score: dict[str, list[tuple[str, float, float | None]]] = {}
     for stage in scored:
         details = stage.manifest.details
@@ -201,7 +203,7 @@ def scores(found: Found) -> Part | None:
             if isinstance(value, float) and key != "seconds" and not key.endswith("_stderr"):
                 error = details.get(f"{key}_stderr")
                 by_score.setdefault(key, []).append((stage.name, value, error))
-    for row in found.rows:  # already shown as systems
+    for row in results.rows:  # already shown as systems
         for key in row:
             by_score.pop(key, None)
     if not by_score:

@@ -49,7 +49,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Begun:
+class UnfinishedStage:
     """An unfinished stage.
 
     Attributes:
@@ -62,14 +62,14 @@ class Begun:
 
 
 @dataclass
-class Found:
+class Results:
     """Results of one command on one base model.
 
     Attributes:
         root: Directory of the results.
         kind: Kind of the command that wrote them.
         stages: Complete stages, oldest first.
-        begun: Unfinished stages.
+        unfinished: Unfinished stages.
         rows: Rows of ``results.json``.
         claims: Claims of a comparison.
         finished: Whether ``results.json`` exists.
@@ -78,7 +78,7 @@ class Found:
     root: Path
     kind: Kind
     stages: list[Stage] = field(default_factory=list)
-    begun: list[Begun] = field(default_factory=list)
+    unfinished: list[UnfinishedStage] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
@@ -100,7 +100,7 @@ class Found:
                     break
 
 
-def found_in(root: Path) -> Found:
+def collect_results(root: Path) -> Results:
     """Collect the results in a directory.
 
     Raises:
@@ -109,24 +109,26 @@ def found_in(root: Path) -> Found:
     if not root.is_dir():
         raise LoramError(f"DIRECTORY must be an existing directory, got {root}; check the path")
     rows, kind = _results(root / RESULTS_FILE)
-    found = Found(root, kind or "run", rows=rows, finished=kind is not None)
+    results = Results(root, kind or "run", rows=rows, finished=kind is not None)
     if (root / CLAIMS_FILE).exists():
-        found.claims = read_claims(root / CLAIMS_FILE)
-    for directory, begun in _directories(root, deep=0 if kind == "batch" else _DEEPEST):
+        results.claims = read_claims(root / CLAIMS_FILE)
+    for directory, unfinished in _directories(root, deep=0 if kind == "batch" else _DEEPEST):
         name = str(directory.relative_to(root))
-        if begun:
-            found.begun.append(Begun(_without_work(name), read_metrics(directory / METRICS_FILE)))
+        if unfinished:
+            results.unfinished.append(
+                UnfinishedStage(_without_work(name), read_metrics(directory / METRICS_FILE))
+            )
         elif (manifest := read_manifest(directory)) is not None:
-            found.stages.append(Stage(name, directory, manifest))
-    found.stages.sort(key=lambda stage: stage.manifest.created)
-    if not found.stages and not found.begun and not found.rows:
+            results.stages.append(Stage(name, directory, manifest))
+    results.stages.sort(key=lambda stage: stage.manifest.created)
+    if not results.stages and not results.unfinished and not results.rows:
         raise LoramError(
             f"DIRECTORY must hold results of loram run, batch, sweep or compare, {root} has none; "
             "give the directory that such a command wrote"
         )
     bases = {
         stage.manifest.base_fingerprint
-        for stage in found.stages
+        for stage in results.stages
         if stage.manifest.stage not in _OF_MERGED_MODELS
     } - {""}
     if len(bases) > 1 and kind != "comparison":  # a comparison may include a smaller sibling
@@ -134,7 +136,7 @@ def found_in(root: Path) -> Found:
             f"DIRECTORY must hold results of one base, {root} has those of {len(bases)}: "
             f"{', '.join(sorted(base[:12] for base in bases))}; report on each separately"
         )
-    return found
+    return results
 
 
 def _results(path: Path) -> tuple[list[dict[str, Any]], Kind | None]:

@@ -13,14 +13,14 @@ import torch
 from loram_ray.plan import PruningPlan
 from loram_ray.reporting.figures import Curve, Draw, curves, figure_of, heat
 from loram_ray.reporting.figures import memory as memory_bars
-from loram_ray.reporting.found import Found
 from loram_ray.reporting.parts import Part, Table
+from loram_ray.reporting.results import Results
 from loram_ray.runtime.progress import HELD_OUT, restarts_in
 
 _NEURON_BINS = 64
 
 
-def _measured(found: Found, key: str) -> dict[str, list[Curve]]:
+def _measured(results: Results, key: str) -> dict[str, list[Curve]]:
     """Collect the curves of a metric, by kind of stage."""
     curves_of: dict[str, list[Curve]] = {}
 
@@ -33,21 +33,21 @@ def _measured(found: Found, key: str) -> dict[str, list[Curve]]:
             steps, values = zip(*some, strict=True)
             curves_of.setdefault(kind, []).append(Curve(name, steps, values))
 
-    for stage in found.stages:
+    for stage in results.stages:
         if stage.manifest.stage in ("align", "train"):
             add(stage.manifest.stage, stage.name, stage.metrics)
-    for begun in found.begun:
-        add("unfinished", begun.name, begun.metrics)
-    for name, lines in found.metrics_of_tasks:
+    for unfinished in results.unfinished:
+        add("unfinished", unfinished.name, unfinished.metrics)
+    for name, lines in results.metrics_of_tasks:
         add("train", name, lines)
     return curves_of
 
 
-def losses(found: Found) -> Part | None:
+def losses(results: Results) -> Part | None:
     """Plot losses by step; None without content, as for all sections."""
     part = Part("Losses", "In nats per token.")
     keys = {"loss": "training loss", "eval_loss": "held-out loss"}
-    for stage in found.stages:
+    for stage in results.stages:
         if stage.manifest.stage == "align":
             keys |= {
                 key: f"held-out loss on {key.removeprefix(HELD_OUT)}"
@@ -56,7 +56,7 @@ def losses(found: Found) -> Part | None:
                 if key.startswith(HELD_OUT)
             }
     for key, label in keys.items():
-        for kind, some in _measured(found, key).items():
+        for kind, some in _measured(results, key).items():
             part.figures.append(
                 figure_of(
                     f"{key}-{kind}",
@@ -68,11 +68,11 @@ def losses(found: Found) -> Part | None:
     return part if part.figures else None
 
 
-def speed(found: Found) -> Part | None:
+def speed(results: Results) -> Part | None:
     """Plot tokens and examples per second."""
     part = Part("Throughput", "By step.")
     for key, label in (("tokens_per_s", "tokens/s"), ("examples_per_s", "examples/s")):
-        for kind, some in _measured(found, key).items():
+        for kind, some in _measured(results, key).items():
             draw = partial(curves, lines=some, label=label)
             part.figures.append(
                 figure_of(f"{key}-{kind}", f"{label}: {kind}", "Higher is faster.", draw)
@@ -80,11 +80,11 @@ def speed(found: Found) -> Part | None:
     return part if part.figures else None
 
 
-def memory(found: Found) -> Part | None:
+def memory(results: Results) -> Part | None:
     """Plot the peak memory of trainings."""
     peaks = [
         (curve.name, max(curve.values))
-        for some in _measured(found, "memory_gb").values()
+        for some in _measured(results, "memory_gb").values()
         for curve in some
     ]
     if not peaks:
@@ -101,11 +101,11 @@ def memory(found: Found) -> Part | None:
     return Part("Memory", f"Peak of each training.{more}", figures=[figure])
 
 
-def kept(found: Found) -> Part | None:
+def kept(results: Results) -> Part | None:
     """Plot heat maps of the weights that pruning kept, for each plan."""
     part = Part("What pruning kept", "Layers that were not pruned are complete.")
     seen = set()
-    for stage in found.stages:
+    for stage in results.stages:
         plan = PruningPlan.load_if_any(stage.directory) if stage.manifest.stage == "prune" else None
         if plan is None or plan.digest in seen:
             continue
@@ -161,10 +161,12 @@ def heats(plan: PruningPlan) -> Iterator[tuple[str, str, Draw]]:
     )
 
 
-def faults(found: Found) -> Part | None:
+def faults(results: Results) -> Part | None:
     """Show the restarts of trainings and tasks."""
-    rows = [(stage.name, count) for stage in found.stages if (count := restarts_in(stage.metrics))]
-    rows += [(row["name"], row["deaths"]) for row in found.rows if row.get("deaths")]
+    rows = [
+        (stage.name, count) for stage in results.stages if (count := restarts_in(stage.metrics))
+    ]
+    rows += [(row["name"], row["deaths"]) for row in results.rows if row.get("deaths")]
     if not rows:
         return None
     total = sum(count for _, count in rows)
