@@ -41,7 +41,7 @@ from loram_ray.config import (
     validate,
 )
 from loram_ray.config.criteria import CRITERIA
-from loram_ray.config.evaluate import Benchmark
+from loram_ray.config.evaluate import BenchmarkConfig
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
@@ -322,7 +322,7 @@ def test_reference_pages_list_what_the_package_has() -> None:
         for name, c in CRITERIA.items()
     }
     assert {name: patterns for name, patterns in rows if name in CRITERIA} == patterns
-    kinds = {kind_of(section) for section in section_types(Benchmark)}
+    kinds = {kind_of(section) for section in section_types(BenchmarkConfig)}
     page = (reference / "evaluation.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) - {"kind"} == kinds
     documented = re.findall(
