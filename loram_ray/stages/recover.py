@@ -97,14 +97,7 @@ def recover(config: RecoverConfig, ray_config: RayConfig | None = None) -> Stage
     manifest = require_stage(config.adapter, ("train",), "recover.adapter")
     plan = PruningPlan.load(config.adapter)
     masked = plan.masks is not None
-    if not masked and (config.form == "delta" or config.svd_rank is not None):
-        key = "form must be adapter" if config.form == "delta" else "svd_rank must be left out"
-        raise LoramError(
-            f"recover.{key} for a structured pruning, which {config.adapter} was trained under: "
-            "it is recovered exactly; leave recover.form and recover.svd_rank out"
-        )
-    if config.correction:
-        require_correctable(plan, "recover.correction", f"{config.adapter} was trained under")
+    _require_options(config, plan)
     with ExitStack() as stack:
         base = stack.enter_context(BaseModel.open(config.base, "recover.base"))
         plan.require_base(base.fingerprint, f"recover.base {config.base}")
@@ -150,6 +143,18 @@ def recover(config: RecoverConfig, ray_config: RayConfig | None = None) -> Stage
             write=write,
             reads=(config.adapter, config.base, config.model),
         )
+
+
+def _require_options(config: RecoverConfig, plan: PruningPlan) -> None:
+    """Refuse options that are for another kind of pruning than the adapter's."""
+    if plan.masks is None and (config.form == "delta" or config.svd_rank is not None):
+        key = "form must be adapter" if config.form == "delta" else "svd_rank must be left out"
+        raise LoramError(
+            f"recover.{key} for a structured pruning, which {config.adapter} was trained under: "
+            "it is recovered exactly; leave recover.form and recover.svd_rank out"
+        )
+    if config.correction:
+        require_correctable(plan, "recover.correction", f"{config.adapter} was trained under")
 
 
 def _recovered_spec(
