@@ -206,24 +206,20 @@ app.command("submit", help=cli_jobs.SUBMIT_HELP, rich_help_panel=CLUSTER)(cli_jo
 app.add_typer(cli_jobs.app, name="jobs", rich_help_panel=CLUSTER)
 
 
-def main(*before: str) -> None:
+def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1.
 
     An interruption is one line, too; the exit code says by which signal.
-
-    Args:
-        before: words of the command that come before those of the process.
     """
     try:
         with safe_streams():
-            _run_command(*before)
+            _run_command()
     except LoramError as error:  # of standard output itself
         print(f"loram: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _run_command(*before: str) -> None:
-    sys.argv[1:1] = before
+def _run_command() -> None:
     # bitsandbytes warns that a kernel nobody asked for is not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with Interruption() as interruption:

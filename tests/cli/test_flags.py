@@ -199,3 +199,14 @@ def test_underscores_and_switches_are_taken(tmp_path: Path, loram: Command) -> N
     words = ("--model", "m", "--data", "d", "--output", tmp_path / "o")
     done = loram("train", *words, "--batch_size", 3, "--no-packing", "--micro-batch-size", 2)
     assert done.line.startswith("loram: --batch-size must be a multiple of micro_batch_size = 2")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_commands_on_ray_join_a_cluster_by_an_option(command: Any, tmp_path: Path) -> None:
+    """As ``ray job submit -- loram … --ray.address auto`` needs it."""
+    flags = [flag for flag in flags_for(command) if flag.key == "ray.address"]
+    assert bool(flags) == command.uses_ray
+    if command.name == "run":
+        file = tmp_path / "run.yaml"
+        file.write_text("base: b\noutput: o\nray: {address: local}\n")
+        assert load_command(command, file, (), [(flags[0], "auto")]).ray.address == "auto"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -133,24 +132,6 @@ def test_exit_codes(state: str, driver: int | None, code: int, again: bool) -> N
 def test_pauses_double_until_patience_ends() -> None:
     assert list(backoff(10.0)) == [1, 2, 4, 8]
     assert list(backoff(100.0, first=10.0, longest=30.0)) == [10, 20, 30, 30, 30]
-
-
-@pytest.mark.parametrize(
-    "name", ["prune", "align", "train", "batch", "sweep", "compare", "evaluate", "pipeline"]
-)
-def test_entry_points_for_ray_s_own_command(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("base: b\noutput: o\nray: {address: none}\nunknown: 1\n")
-    monkeypatch.setattr(sys, "argv", ["x", "--config", str(file)])
-    path = Path(__file__).parents[2] / "jobs" / f"{name}.py"
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(path), run_name="__main__")
-    assert ended.value.code == 2
-    assert "unknown is not a known key" in capsys.readouterr().err
-    stage = "run" if name == "pipeline" else name
-    assert sys.argv[1:4] == [stage, "--set", "ray.address=auto"]
 
 
 # On a cluster
