@@ -52,7 +52,7 @@ class TaskConfig(Section):
 
 
 class BatchConfig(Section):
-    """batch: Train an adapter for each of many tasks on one model."""
+    """Train an adapter for each of many tasks on one model."""
 
     has_identity = False
 

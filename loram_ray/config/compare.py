@@ -31,7 +31,7 @@ class ComparedTask(Section):
 
 
 class CompareConfig(Section):
-    """compare: Compare LoRAM's variants with LoRA on the base model and with the pruned model.
+    """Compare LoRAM's variants with LoRA on the base model and with the pruned model.
 
     The run file's sections prune, align, train and evaluate define how each is made and scored.
     """

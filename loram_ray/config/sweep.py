@@ -38,7 +38,7 @@ class RangeConfig(Section):
 
 
 class SweepConfig(Section):
-    """sweep: Try training settings, stop poor trials early, and keep the best adapter."""
+    """Try training settings, stop poor trials early, and keep the best adapter."""
 
     model: Free[Path] = Field(
         description="Directory of the pruned, aligned, quantised or base model to train on."
