@@ -20,7 +20,7 @@ import torch
 
 from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit, architecture_of
 from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec, TensorWriter
-from loram_ray.config.criteria import STRUCTURED
+from loram_ray.criteria import STRUCTURED
 from loram_ray.errors import LoramError, shown
 from loram_ray.masks import MASKS_FILE, Masks
 from loram_ray.utils.parsing import parse_json

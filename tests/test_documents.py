@@ -40,8 +40,8 @@ from loram_ray.config import (
     section_types,
     validate,
 )
-from loram_ray.config.criteria import CRITERIA
 from loram_ray.config.evaluate import BenchmarkConfig
+from loram_ray.criteria import CRITERIA
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))

@@ -18,7 +18,6 @@ from loram_ray.config.base import (
 from loram_ray.config.batch import BatchConfig, TaskConfig
 from loram_ray.config.compare import ALIGNMENTS, CompareConfig
 from loram_ray.config.corpus import CorpusConfig, FilterConfig, SourceConfig, TextConfig, TextSource
-from loram_ray.config.criteria import CRITERIA, Criterion
 from loram_ray.config.evaluate import EvaluateConfig
 from loram_ray.config.finetune import MergeConfig, RecoverConfig
 from loram_ray.config.grids import named, with_values
@@ -28,6 +27,7 @@ from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
 from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.sweep import RangeConfig, SweepConfig
 from loram_ray.config.train import LoraConfig, TrainConfig
+from loram_ray.criteria import CRITERIA, Criterion
 
 __all__ = [
     "ALIGNMENTS",

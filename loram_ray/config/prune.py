@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loram_ray.config.base import Free, Identified, Precision, Section
 from loram_ray.config.corpus import TextSource
-from loram_ray.config.criteria import CRITERIA, STRUCTURED, Criterion
+from loram_ray.criteria import CRITERIA, STRUCTURED, Criterion
 
 if TYPE_CHECKING:
     Method = str

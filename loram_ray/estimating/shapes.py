@@ -18,7 +18,7 @@ from loram_ray.alignment.mfu import linear_weights
 from loram_ray.architectures import Architecture, Geometry, Unit, architecture_of
 from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.config import PruneConfig
-from loram_ray.config.criteria import STRUCTURED
+from loram_ray.criteria import STRUCTURED
 from loram_ray.errors import LoramError
 from loram_ray.models.files import pruned_config, stock_model_type
 from loram_ray.models.registration import register

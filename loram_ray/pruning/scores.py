@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec, TensorWriter
-from loram_ray.config.criteria import CRITERIA
+from loram_ray.criteria import CRITERIA
 from loram_ray.errors import LoramError
 from loram_ray.pruning.criteria import LayerScores
 from loram_ray.utils.parsing import parse_json

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loram_ray.config.criteria import CRITERIA
+from loram_ray.criteria import CRITERIA
 from loram_ray.pruning.sparse import Pattern, magnitude_mask, sparsegpt, wanda_mask
 from loram_ray.pruning.statistics import Hessian, SquaredNorms, Statistic
 from loram_ray.runtime.progress import say

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from loram_ray.config.criteria import CRITERIA
+from loram_ray.criteria import CRITERIA
 
 
 class Statistic(Protocol):

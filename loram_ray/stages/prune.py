@@ -18,9 +18,9 @@ from loram_ray.artifacts.stage_directory import (
 )
 from loram_ray.artifacts.tensorfile import Checkpoint, CheckpointWriter, TensorSpec, TensorWriter
 from loram_ray.config import PruneConfig, RayConfig
-from loram_ray.config.criteria import STRUCTURED
 from loram_ray.corpus.prepare import digest_of_tokenizer
 from loram_ray.corpus.read import identify
+from loram_ray.criteria import STRUCTURED
 from loram_ray.errors import LoramError
 from loram_ray.masks import MASKS_FILE, Masks, packed_spec
 from loram_ray.models.base import BaseModel
