@@ -36,7 +36,7 @@ class Section(BaseModel):
     """Whether its keys are marked as `Identified` or `Free`."""
 
     shorthand: ClassVar[str] = ""
-    """Key that an option of the section's name sets, where its text is no mapping."""
+    """Key that an option with the section's name sets if its value is not a mapping."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True

@@ -43,7 +43,7 @@ class Flag:
         required: Whether the command cannot do without.
         choices: The values that it takes, if they are few.
         hidden: Whether it is left out of the help.
-        shorthand: Key inside this one that text which is no mapping stands for.
+        shorthand: Nested key that is set if the value is not a mapping.
         of_the_run: Whether its key is one of the whole run file, as ``ray.address``.
     """
 
