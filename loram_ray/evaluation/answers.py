@@ -239,5 +239,5 @@ def gym_dataset(name: str, size: int, seed: int, options: dict[str, Any], key: s
     except (ValueError, TypeError, AssertionError) as error:
         raise LoramError(
             f"{key} must be a data set and options of reasoning-gym's, got {name} with {options} "
-            f"({' '.join(str(error).split()):.200}); mend them"
+            f"({' '.join(str(error).split()):.200}); fix them"
         ) from error
