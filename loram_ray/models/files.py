@@ -52,7 +52,10 @@ def resolve_base(base: str | Path, key: str) -> Path:
         return path
     text = str(base)
     if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        raise LoramError(f"{key} must be a model directory or a hub id, {base} is neither; check the path or the id")
+        raise LoramError(
+            f"{key} must be a model directory or a hub id, {base} is neither; check the path or "
+            "the id"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer*", "LICENSE*"]

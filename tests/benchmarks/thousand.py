@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main() -> None:
     import loram_ray as lr
     from helpers import tiny
-    from loram_ray.studies import run as batching
+    from loram_ray.studies import batch as batching
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
