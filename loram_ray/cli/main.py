@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -206,27 +206,35 @@ app.command("submit", help=cli_jobs.SUBMIT_HELP, rich_help_panel=CLUSTER)(cli_jo
 app.add_typer(cli_jobs.app, name="jobs", rich_help_panel=CLUSTER)
 
 
-def main() -> None:
+def _run_app() -> int:
+    """Parse the arguments and run what they name; the exit code."""
+    code = typer.main.get_command(app).main(prog_name="loram", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def main(work: Callable[[], int | None] = _run_app) -> None:
     """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1.
 
     An interruption is one line, too; the exit code says by which signal.
+
+    Args:
+        work: What the command does; returns its exit code.
     """
     try:
         with safe_streams():
-            _run_command()
+            _run_command(work)
     except LoramError as error:  # of standard output itself
         print(f"loram: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _run_command() -> None:
+def _run_command(work: Callable[[], int | None]) -> None:
     # bitsandbytes warns that a kernel nobody asked for is not installed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with Interruption() as interruption:
         try:
             forget_launchers()
-            command = typer.main.get_command(app)
-            sys.exit(command.main(prog_name="loram", standalone_mode=False))
+            sys.exit(work())
         except BaseException as error:
             if "--debug" in sys.argv and not isinstance(error, SystemExit):
                 print(without_credentials(traceback.format_exc()), file=sys.stderr, end="")

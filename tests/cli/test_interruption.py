@@ -280,8 +280,7 @@ def app():
             time.sleep(0.1)
     finally:
         %s
-cli.app = app
-cli.main()
+cli.main(app)
 """
 
 
