@@ -76,10 +76,9 @@ def said(
     action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, list[str]]:
     """Exit code and lines of the command, if an action is what it does."""
-    monkeypatch.setattr(cli, "app", action)
     monkeypatch.setattr(sys, "argv", ["loram", "train"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.main(action)
     return int(ended.value.code or 0), capsys.readouterr().err.splitlines()
 
 
