@@ -18,7 +18,7 @@ from loram_ray.cli.tables import AsJson, Config, Debug, Overrides
 from loram_ray.commands import COMMANDS, Command, imported
 from loram_ray.config import kind_of, load_command, section_types
 from loram_ray.config.flags import Flag, Kind, flags_for
-from loram_ray.runtime.progress import say
+from loram_ray.runtime.progress import notice
 
 _GIVEN, _PREVIEW = "loram.given", "preview_"
 _WIDEST = 24
@@ -48,12 +48,13 @@ def _function_of(command: Command) -> Callable[..., None]:
         given = context.meta[_GIVEN]
         flags = given_flags(command, given)
         section, ray, unread = load_command(command, config, overrides or (), flags)
-        if unread:
-            say(command.name, f"does not read these sections of {config}: {', '.join(unread)}")
-        if (examples := given.get(_PREVIEW)) is not None:
-            imported(command.preview)(section, examples, as_json)
-        else:
-            imported(command.printer)(command.name, command(section, ray), as_json)
+        text = f"does not read these sections of {config}: {', '.join(unread)}" if unread else None
+        with notice(command.name, text):
+            if (examples := given.get(_PREVIEW)) is not None:
+                imported(command.preview)(section, examples, as_json)
+                return
+            result = command(section, ray)
+        imported(command.printer)(command.name, result, as_json)
 
     return call
 

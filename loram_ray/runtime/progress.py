@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ HELD_OUT = "held_out_nll_"
 _LINE_EVERY_SECONDS = 5.0
 _STILL_THERE_EVERY_SECONDS = 30.0
 _NOT_SHOWN = ("data_s", "checkpoint_s", "copy_s")
+_notices: list[tuple[str, str]] = []
 
 
 class Reporter:
@@ -52,6 +54,7 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if self._bar is not None:
+            print_notices()
             self._bar.start()
         return self
 
@@ -112,7 +115,34 @@ class Reporter:
 
 def say(stage: str, text: str) -> None:
     """Print one line about a stage on standard error."""
+    print_notices()
     print(plain(f"{stage:<10} {text}"), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def notice(stage: str, text: str | None) -> Iterator[None]:
+    """Print one line when the block's work begins, at the latest at its end.
+
+    A mistake that prevents the work is then the only line.
+
+    Args:
+        stage: Name of the stage.
+        text: The line; None for none.
+    """
+    _notices[:] = [(stage, text)] if text else []
+    try:
+        yield
+        print_notices()
+    finally:
+        _notices.clear()
+
+
+def print_notices() -> None:
+    """Print the line of `notice` if it has not been printed."""
+    notices = list(_notices)
+    _notices.clear()
+    for stage, text in notices:
+        say(stage, text)
 
 
 class MetricsLog:

@@ -210,3 +210,15 @@ def test_commands_on_ray_join_a_cluster_by_an_option(command: Any, tmp_path: Pat
         file = tmp_path / "run.yaml"
         file.write_text("base: b\noutput: o\nray: {address: local}\n")
         assert load_command(command, file, (), [(flags[0], "auto")]).ray.address == "auto"
+
+
+def test_unread_sections_are_named_when_work_begins(tmp_path: Path, loram: Command) -> None:
+    base = tiny.write_base(tmp_path / "base", seed=0)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"base: {base}\nprune: {{layers: [1, 3]}}\nbatch: {{tasks: [{{data: a}}]}}\n")
+    words = ("--config", file, "--output", tmp_path / "pruned")
+    refused = loram("prune", *words, "--ratio", 0.999)
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
+    done = loram("prune", *words, "--ratio", 0.5)
+    line = f"prune      does not read these sections of {file}: batch"
+    assert (done.code, done.err.splitlines().count(line)) == (0, 1)
