@@ -21,6 +21,8 @@ from loram_ray.models.layer_stream import LayerStream
 from loram_ray.recovery.deltas import Change
 
 _SEQUENCES, _TOKENS = 2, 32
+_ROUNDINGS = 32
+"""Float32 roundings, of logits of average size, that two ways of computing logits may differ by."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Parity:
             of base and adapter, in nats.
         agreement: share of positions whose likeliest token is the same.
         modules: changed linears that were run; if not all of them, the rest says nothing.
+        scale: root mean square of the base's logits.
     """
 
     effect: float
@@ -42,6 +45,12 @@ class Parity:
     kl: float
     agreement: float
     modules: int
+    scale: float
+
+    @property
+    def is_float_error(self) -> bool:
+        """Whether computing the logits in float32 explains the error."""
+        return self.error <= _ROUNDINGS * torch.finfo(torch.float32).eps * self.scale
 
     @property
     def relative_error(self) -> float:
@@ -114,4 +123,5 @@ def _measured(
         kl=float((expected.exp() * (expected - found)).sum(-1).mean()),
         agreement=float((of_both.argmax(-1) == of_merged.argmax(-1)).float().mean()),
         modules=modules,
+        scale=float(of_base.square().mean().sqrt()),
     )

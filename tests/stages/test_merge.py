@@ -424,3 +424,14 @@ def test_a_change_too_small_for_bfloat16_is_refused(tmp_path: Path) -> None:
     adapted.save_pretrained(adapter, save_embedding_layers=False)
     with pytest.raises(lr.LoramError, match="dtype cannot hold so small a change"):
         merge(base, adapter, tmp_path / "merged")
+
+
+def test_a_change_near_the_rounding_of_float32_merges(tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    adapter, adapted = saved_adapter(base, tmp_path / "adapter")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e-4
+    adapted.save_pretrained(adapter, save_embedding_layers=False)
+    details = merging(base, adapter, tmp_path / "merged").manifest.details
+    assert details["parity_relative_error"] < 0.1
