@@ -1,4 +1,4 @@
-"""PEFT's adapter on a frozen model: putting it there, what it keeps in memory, writing it."""
+"""PEFT adapters on frozen models: creating, configuring and saving them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _INITIALISATIONS = {
 
 
 def lora_config(config: LoraConfig, family: Architecture) -> peft.LoraConfig:
-    """PEFT's configuration of an adapter; targets default to the family's pruned linears."""
+    """Return an adapter's PEFT configuration; targets default to the family's pruned linears."""
     targets = list(config.targets or family.target_names())
     if config.lm_head:
         targets.append(family.output_head)
@@ -56,17 +56,17 @@ def new_adapter(
     directory: Path,
     masks: dict[str, torch.Tensor],
 ) -> peft.PeftModel:
-    """Put a new adapter on a model, under the masks of its plan where it has some.
+    """Put a new adapter on a model, masked if the model's pruning plan has masks.
 
     Args:
-        frozen: the model.
-        config: the adapter's.
-        family: of the model.
-        directory: where the model was loaded from.
-        masks: those that other adapters use, by module; it gets what it lacks.
+        frozen: Frozen model.
+        config: Configuration of the adapter.
+        family: Architecture of the model.
+        directory: Directory that the model was loaded from.
+        masks: Packed masks by module, shared between adapters; missing masks are added.
 
     Raises:
-        LoramError: targets that the model lacks, or an initialisation that it cannot have.
+        LoramError: The model lacks a target, or does not support the initialisation.
     """
     if config.init == "orthogonal" and getattr(frozen, "is_loaded_in_4bit", False):
         raise LoramError(
@@ -75,7 +75,7 @@ def new_adapter(
         )
     settings = lora_config(config, family)
     try:
-        with warnings.catch_warnings():  # of a way to save memory that shells do not need
+        with warnings.catch_warnings():  # a hint on memory that shells do not need
             warnings.filterwarnings("ignore", "lora with eva initialization")
             model = put_adapter_on(frozen, directory, settings, masks)
     except ValueError as error:
@@ -88,17 +88,18 @@ def new_adapter(
 
 
 def set_dtype(model: peft.PeftModel, config: LoraConfig) -> None:
-    """Give the adapter's weights the dtype of the configuration."""
+    """Cast the adapter's weights to the configured dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.dtype])
 
 
 def save_memory(model: peft.PeftModel, config: TrainConfig) -> None:
-    """Have a model keep less for the backward pass.
+    """Reduce the memory that a model keeps for the backward pass.
 
-    PEFT turns the inputs of a LoRA into float32, the dtype of its weights, which autocast then
-    turns back: where autocast is on, that costs memory and changes nothing.
+    PEFT casts the inputs of a LoRA layer to float32, the dtype of its weights, and autocast casts
+    them back. Under autocast this costs memory and changes nothing, so it is turned off. Activation
+    checkpointing is enabled if it is configured.
     """
     if config.precision == "bf16":
         for module in model.modules():
@@ -110,7 +111,7 @@ def save_memory(model: peft.PeftModel, config: TrainConfig) -> None:
 
 
 def save_adapter(model: peft.PeftModel, output: Path) -> None:
-    """Write PEFT's two files: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does."""
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in state.items()}

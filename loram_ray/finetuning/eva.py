@@ -1,7 +1,7 @@
-"""EVA: A begins as the directions in which the inputs of a linear vary most.
+"""EVA: initialises A with the principal components of each linear's inputs.
 
-Explained Variance Adaptation (https://arxiv.org/abs/2410.07170), on PEFT's incremental principal
-components. Ranks stay what they are, so that an adapter's shapes follow from its settings alone.
+Explained Variance Adaptation (https://arxiv.org/abs/2410.07170), using PEFT's incremental principal
+component analysis. Ranks are not redistributed, so an adapter's shapes depend only on its settings.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MOST_BATCHES = 1000
 
 
 class _Batches:
-    """Batches that hold enough labels to find the components in, again from the first on.
+    """Batches with at least as many labels as components, restarting at each iteration.
 
-    PEFT asks on until the components are steady; `MOST_BATCHES` end that.
+    PEFT iterates until the components converge, for at most `MOST_BATCHES` batches in total.
     """
 
     def __init__(self, rows: list[Row], size: int, rank: int) -> None:
@@ -58,25 +58,26 @@ class _Batches:
 
 
 def _labels(row: Row) -> int:
-    """Tokens that are predicted."""
+    """Return the number of predicted tokens."""
     return sum(label != IGNORED for label in row["labels"][1:])
 
 
 def explain_inputs(
     model: peft.PeftModel, examples: ExampleTable, config: TrainConfig, frozen: FrozenModel
 ) -> None:
-    """Set A of every linear to the first principal components of its inputs, rows of unit length.
+    """Initialise A of every adapted linear with the first principal components of its inputs.
 
-    The inputs are those at labels, without the adapter; no random number is drawn.
+    The rows of A have unit length. The inputs are those at label positions, computed without the
+    adapter. No random numbers are drawn from torch's global state.
 
     Args:
-        model: with a new adapter, which is changed.
-        examples: that are learnt from, in a random order of which they are taken.
-        config: of the training.
-        frozen: the model below.
+        model: Model with a new adapter, changed in place.
+        examples: Training examples, sampled in random order.
+        config: Configuration of the training.
+        frozen: Frozen model below the adapter.
 
     Raises:
-        LoramError: too few labels, or components that do not become steady.
+        LoramError: There are too few labels, or the components do not converge.
     """
     size, rank = config.micro_batch_size, config.lora.r
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed))

@@ -1,4 +1,4 @@
-"""The examples that a training learns from, and those that it is judged by."""
+"""Training examples and held-out examples."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def tables(
     """Tokenise the rows of a training.
 
     Args:
-        config: the stage's configuration.
-        tokenizer: of the model.
-        folder: gets a file of each table.
+        config: Configuration of the train stage.
+        tokenizer: Tokenizer of the model.
+        folder: Directory to write one file per table to.
 
     Returns:
-        Examples to learn, and held-out ones where the configuration has some.
+        The training examples, and the held-out examples or None if none are configured.
 
     Raises:
-        LoramError: no usable example on either side, or too many rows that are not usable.
+        LoramError: A table has no usable example, or too many unusable rows.
     """
     length, share = config.max_length, config.max_bad_share
     rows = load_examples(tokenizer, config.data, length, share, "train.data")

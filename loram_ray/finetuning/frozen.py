@@ -1,4 +1,4 @@
-"""A model that is loaded once, and the copies of its module tree that trainings put adapters on."""
+"""A model that is loaded once, and copies of its module tree for adapters."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A loaded model for any number of trainings, none of which changes it.
+    """Loaded model for any number of trainings, none of which changes it.
 
     Attributes:
-        model: as `load_model` returns it.
-        directory: where from.
-        family: its family.
-        device: where it is.
-        kind: precision and attention that it was loaded with.
-        masks: those in use, by module; all adapters share them.
+        model: Model, as returned by `load_model`.
+        directory: Directory that the model was loaded from.
+        family: Architecture of the model.
+        device: Device of the model, ``cuda`` or ``cpu``.
+        kind: Precision and attention implementation that the model was loaded with.
+        masks: Packed masks in use, by module; shared by all adapters.
     """
 
     model: PreTrainedModel
@@ -46,18 +46,18 @@ class FrozenModel:
 
     @classmethod
     def load(cls, config: TrainConfig) -> FrozenModel:
-        """Load the model of a training, on a GPU where there is one."""
+        """Load the model of a training, on a GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(config.model, config.precision, device, config.attention)
         return cls(model, config.model, family_of(config.model), device, _kind(config))
 
     def serves(self, config: TrainConfig) -> bool:
-        """Whether a training asks for this model, loaded as it is."""
+        """Return whether a training can use this model as it was loaded."""
         return (self.directory, self.kind) == (config.model, _kind(config))
 
     @contextmanager
     def adapted(self, config: TrainConfig) -> Iterator[peft.PeftModel]:
-        """Have a new adapter on a shell of the model inside the block."""
+        """Return a context in which a shell of the model carries a new adapter."""
         torch.manual_seed(config.seed)
         shell = shell_of(self.model)
         model = new_adapter(shell, config.lora, self.family, self.directory, self.masks)
@@ -74,17 +74,17 @@ class FrozenModel:
                 torch.cuda.empty_cache()
 
     def computing(self) -> torch.autocast:
-        """Compute inside the block in the precision that the model was loaded in."""
+        """Return a context that computes in the precision that the model was loaded in."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.kind[0] == "bf16")
 
     def summed_loss(
         self, shell: PreTrainedModel, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`losses.summed_loss` of a shell, in that precision.
+        """Return `losses.summed_loss` of a shell, computed in the model's precision.
 
         Args:
-            shell: of the model, with an adapter.
-            inputs: of one batch, as `corpus.batches` makes them.
+            shell: Shell of the model, with an adapter.
+            inputs: Inputs of one batch, as made by `corpus.batches`.
         """
         arguments: dict[str, Any] = {"attention_mask": None, **inputs}
         with self.computing():
@@ -96,15 +96,15 @@ def _kind(config: TrainConfig) -> tuple[str, str | None]:
 
 
 def shell_of(module: M) -> M:
-    """Another tree of modules over the very same parameters and buffers.
+    """Return a second module tree that shares parameters and buffers with the first.
 
-    Modules can be replaced in it, hooked and configured without a change to the first.
+    Modules of the shell can be replaced, hooked and configured without changing the original.
     """
     return _shell(module, {})
 
 
 def _shell(module: M, made: dict[nn.Module, nn.Module]) -> M:
-    if module in made:  # registered at two places
+    if module in made:  # registered in two places
         return made[module]  # type: ignore[return-value]
     shell = module.__new__(type(module))
     made[module] = shell

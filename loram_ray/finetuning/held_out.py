@@ -1,4 +1,4 @@
-"""How good an adapter is on another model than the one it was trained on: the base."""
+"""The held-out loss of an adapter on the base instead of the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from loram_ray.runtime.locks import alone
 
 
 def held_out_loss(config: TrainConfig, base: Path, adapter: Path, work: Path) -> float:
-    """The loss of a training's held-out examples on a base with an adapter, in nats a label.
+    """Return the loss of a base with an adapter on a training's held-out examples.
 
     Args:
-        config: of the training, which holds examples out.
-        base: directory of the model.
-        adapter: directory of the adapter, of the base's shapes.
-        work: for files of its own.
+        config: Configuration of the training, with held-out examples.
+        base: Directory of the base model.
+        adapter: Directory of the adapter, with the base's shapes.
+        work: Directory for temporary files.
+
+    Returns:
+        The mean loss in nats per label.
     """
     work.mkdir(parents=True, exist_ok=True)
     with alone(work):

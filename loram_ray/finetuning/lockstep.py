@@ -1,14 +1,14 @@
-"""Several trainings on one model, each a Trainer in a thread of its own, with one forward for all.
+"""Several trainings on one model: one Trainer per thread, one shared forward pass.
 
-Only one of them runs at a time. When all of them want the loss of a batch, `SharedForward` works
-out all losses at once. What a training finds in its process (random numbers, accelerate's notes on
-its step) is exchanged whenever another one runs, so that each is the training that it would be
-alone; its data, optimiser, schedule, evaluation and checkpoints are its own, and it may come and go
-as it likes.
+Only one training runs at a time. When all of them have asked for the loss of a batch,
+`SharedForward` computes all losses at once. Process-wide state (random number generators,
+accelerate's gradient state) is swapped whenever another training runs, so each training gives the
+result that it would give alone. Data, optimiser, schedule, evaluation and checkpoints are separate,
+and trainings may join and leave at any time.
 
-What is large is computed in one thread for all: on a CPU each thread that computes in parallel
-keeps helpers of its own, and where all of them are more than the cores, OpenMP lets them sleep
-between any two operations.
+Large computations run in one thread on behalf of all trainings. On a CPU, each thread that computes
+in parallel keeps its own pool of OpenMP threads; if the pools together exceed the number of cores,
+OpenMP puts its threads to sleep between operations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Process:
-    """What a training finds in its process and that is not to be another's."""
+    """Process-wide state that belongs to one training."""
 
     python: Any
     numbers: Any
@@ -56,7 +56,7 @@ class _Process:
 
 
 class Slot:
-    """A training's place among the others, for its own thread."""
+    """One training's place in the lockstep, used by its own thread."""
 
     def __init__(self, lockstep: Lockstep) -> None:
         self._lockstep = lockstep
@@ -65,21 +65,22 @@ class Slot:
         self.answer: Loss | Exception | None = None
 
     def summed_loss(self, model: PreTrainedModel, inputs: Inputs) -> Loss:
-        """As `losses.summed_loss`, with its gradients; others train until all have asked.
+        """Return `losses.summed_loss`, with gradients; blocks until all trainings have asked.
 
         Args:
-            model: this training's shell of the frozen model, with its adapter.
-            inputs: of `summed_loss`.
+            model: This training's shell of the frozen model, with its adapter.
+            inputs: Inputs of `losses.summed_loss`.
 
         Returns:
-            The sum, whose backward pass only hands out what there is, and the number of labels.
+            The summed loss and the number of labels. The loss's backward pass returns gradients
+            that are already computed.
         """
         if self._adapted is None or self._adapted.model is not model:
             self._adapted = Adapted.of(model)
         return self._lockstep.answer(self, self._adapted, inputs)
 
     def compute(self, work: Callable[[], T]) -> T:
-        """Do what only this training computes."""
+        """Run a computation of this training alone in the shared compute thread."""
         return self._lockstep.compute(work)
 
 
@@ -87,11 +88,11 @@ class Lockstep:
     """The trainings on one model.
 
     Args:
-        load: loads the model.
-        forward: computes the losses of several trainings on it.
+        load: Loads the model.
+        forward: Class that computes the losses of several trainings on the model.
 
     Attributes:
-        frozen: the model.
+        frozen: The loaded model.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class Lockstep:
 
     @contextmanager
     def slot(self) -> Iterator[Slot]:
-        """Run inside the block, in turn with the others."""
+        """Return a context in which a training runs, in turn with the others."""
         slot = Slot(self)
         with self._changed:
-            self._slots.append(slot)  # before its turn: the others wait for it
+            self._slots.append(slot)  # added before its turn, so that the others wait for it
             self._begin(slot)
             GradientState._shared_state.clear()
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # of this thread, which computes little
+        torch.set_num_threads(1)  # this thread computes little
         try:
             yield slot
         finally:
@@ -125,11 +126,11 @@ class Lockstep:
                 self._end()
 
     def compute(self, work: Callable[[], T]) -> T:
-        """Do what one that has its turn computes, where there are threads for it."""
+        """Run a computation in the shared compute thread, during the caller's turn."""
         return self._engine.submit(work).result()
 
     def answer(self, slot: Slot, adapted: Adapted, inputs: Inputs) -> Loss:
-        """Let the others run until all have asked and one has worked out all losses."""
+        """Let the other trainings run until all have asked and all losses are computed."""
         with self._changed:
             process = _Process.taken()
             member = slot.asked = Member(adapted, inputs, process.rng_state)

@@ -1,24 +1,26 @@
-"""LoRA under a mask: ``h = x W + s * drop(x) ((B A) * M)``, LoRAM's non-structured variants.
+"""LoRA under a mask: ``h = x W + s * drop(x) ((B A) * M)``, for LoRAM's non-structured variants.
 
-What is learnt lives only where weights were kept. (B A) * M has full rank, so it has to be formed,
-but never whole and never for longer than a product takes: `MaskedProduct` forms the rows of some
-outputs, uses them and forms them again in the backward pass.
+Updates are learnt only where weights were kept. (B A) * M has full rank, so it has to be formed,
+but never as a whole and never for longer than one product: `MaskedProduct` forms it block by block
+over the output rows, and again in the backward pass.
 
-Cost, for T tokens and a weight of N elements, beside what plain LoRA does (2TN FLOPs forward, 2TN
-backward for the input's gradient):
+Cost in addition to plain LoRA (2TN FLOPs forward, 2TN backward for the input's gradient), for T
+tokens and a weight of N elements:
 
-- 2TN in the backward pass for ``grad^T x``, which plain LoRA skips as the weight is frozen: the
-  gradients of A and B need it, masked;
-- 2TN forward and, under dropout, 2TN backward for ``x ((B A) * M)`` beside ``x W``. Without dropout
-  one product does both: in the backward pass always, in the forward pass where activations are at
-  least float32. (bfloat16 would round the sum W + (B A) * M, and with it a young adapter, away.)
-- 4rN to form the product twice, and 4rN for the gradients: as many as 4r tokens cost.
+- 2TN in the backward pass for ``grad^T x``. Plain LoRA skips it, as the weight is frozen; here the
+  gradients of A and B need it, masked.
+- 2TN forward and, with dropout, 2TN backward for ``x ((B A) * M)`` beside ``x W``. Without dropout
+  one product does both: always in the backward pass, and in the forward pass if activations are at
+  least float32. (bfloat16 would round W + (B A) * M and so lose the small updates of an adapter
+  early in training.)
+- 4rN to form the product twice, and 4rN for the gradients: as much as 4r tokens cost.
 
-So 1.5 times plain LoRA's FLOPs in float32 without dropout, 2 in bfloat16 without, 2.5 with dropout.
-(A CPU core takes 1.5, 2.4 and 2.5 times as long for 1,024 tokens, 2,048 x 2,048 and r 8.)
+In total this is 1.5 times plain LoRA's FLOPs in float32 without dropout, 2 times in bfloat16
+without dropout, and 2.5 times with dropout. (Measured on a CPU core: 1.5, 2.4 and 2.5 times the
+duration, for 1,024 tokens, a 2,048 x 2,048 weight and r = 8.)
 
-Memory: activations saved are those of plain LoRA; one bit a weight for the mask; and while a
-product runs, a few blocks of `BLOCK_ELEMENTS`.
+Memory: saved activations are those of plain LoRA. The mask takes one bit per weight, and a running
+product takes a few blocks of `BLOCK_ELEMENTS` elements.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ BLOCK_ELEMENTS = 2**23
 
 
 class MaskedProduct(torch.autograd.Function):
-    """``x (W + s * (B A) * M)^T``, or ``x (s * (B A) * M)^T`` where no W is given.
+    """``x (W + s * (B A) * M)^T``, or ``x (s * (B A) * M)^T`` if no W is given.
 
-    With ``G = s * (grad^T x) * M``, formed block by block as the product is, the gradients are
-    ``dB = G A^T``, ``dA = B^T G`` and ``dx = grad (W + s * (B A) * M)``. W gets none.
+    With ``G = s * (grad^T x) * M``, formed block by block like the product, the gradients are
+    ``dB = G A^T``, ``dA = B^T G`` and ``dx = grad (W + s * (B A) * M)``. W gets no gradient.
     """
 
     @staticmethod
@@ -60,18 +62,18 @@ class MaskedProduct(torch.autograd.Function):
         weight: torch.Tensor | None = None,
         block_elements: int = BLOCK_ELEMENTS,
     ) -> torch.Tensor:
-        """Return ``[..., out]`` in x's dtype.
+        """Return the product, ``[..., out]`` in x's dtype.
 
         Args:
-            ctx: autograd's.
-            x: ``[..., in]``; the large products are in its dtype.
-            a: ``[r, in]``.
-            b: ``[out, r]`` of a's dtype; B A is formed in it.
-            packed: the mask, uint8 ``[out, ceil(in / 8)]``.
-            scale: LoRA's s.
-            weight: frozen W ``[out, in]``.
-            block_elements: upper bound of the elements of (B A) * M that exist at a time, if
-                that is a row at least.
+            ctx: Autograd context.
+            x: Input, ``[..., in]``; its dtype is that of the large products.
+            a: LoRA's A, ``[r, in]``.
+            b: LoRA's B, ``[out, r]`` in a's dtype, in which B A is formed.
+            packed: Packed mask, uint8 ``[out, ceil(in / 8)]``.
+            scale: LoRA's scale s.
+            weight: Frozen weight W, ``[out, in]``.
+            block_elements: Maximum number of elements of (B A) * M in memory at a time, but at
+                least one row.
         """
         ctx.save_for_backward(x, a, b, packed, weight)
         ctx.scale, ctx.block_elements = scale, block_elements
@@ -95,7 +97,7 @@ class MaskedProduct(torch.autograd.Function):
         """Return the gradients of x, a and b."""
         x, a, b, packed, weight = ctx.saved_tensors
         tokens, grads = x.flatten(0, -2), grad.flatten(0, -2)
-        wide = torch.promote_types(x.dtype, torch.float32)  # a sum over blocks, not rounded each
+        wide = torch.promote_types(x.dtype, torch.float32)  # no rounding at each block
         for_x = tokens.new_zeros(tokens.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         for_matrices = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         for_a, for_b = torch.zeros_like(a), torch.zeros_like(b)
@@ -119,19 +121,19 @@ class MaskedProduct(torch.autograd.Function):
 
 
 def _blocks(packed: torch.Tensor, columns: int, elements: int) -> Iterator[slice]:
-    """Slices of a weight's rows, of up to ``elements`` elements each, but at least a row."""
+    """Yield slices of a weight's rows of up to ``elements`` elements, but at least one row."""
     step = max(elements // columns, 1)
     return (slice(start, start + step) for start in range(0, len(packed), step))
 
 
 class MaskedLoraLinear(lora.Linear):
-    """PEFT's LoRA layer with a masked product; its tensors have PEFT's names.
+    """PEFT's LoRA layer with a masked product; its tensors keep PEFT's names.
 
     Attributes:
-        packed_mask: uint8 ``[out, ceil(in / 8)]``; a buffer that is not saved.
+        packed_mask: Packed mask, uint8 ``[out, ceil(in / 8)]``, in a non-persistent buffer.
 
     Raises:
-        ValueError: an adapter that is more than ``s * B A``.
+        ValueError: The adapter computes more than ``s * B A``.
     """
 
     packed_mask: torch.Tensor
@@ -147,12 +149,12 @@ class MaskedLoraLinear(lora.Linear):
         self.register_buffer("packed_mask", packed_mask.to(device), persistent=False)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """``s * (B A) * M``, as PEFT's merging asks for it."""
+        """Return ``s * (B A) * M``, which PEFT's merging asks for."""
         delta: torch.Tensor = super().get_delta_weight(adapter)
         return delta * unpack(self.packed_mask, delta.shape[1])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """``x [..., in]`` to ``[..., out]``."""
+        """Compute the layer's output, ``[..., out]``, from ``x``, ``[..., in]``."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapters under a mask cannot be mixed in one batch")
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -172,7 +174,7 @@ class MaskedLoraLinear(lora.Linear):
     def masked_product(
         self, x: torch.Tensor, adapter: str, weight: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``x (W + s * (B A) * M)^T``, or without W where none is given."""
+        """Return ``x (W + s * (B A) * M)^T``, or ``x (s * (B A) * M)^T`` if no weight is given."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return MaskedProduct.apply(x, a, b, self.packed_mask, self.scaling[adapter], weight)
 
@@ -187,19 +189,19 @@ def put_adapter_on(
     adapter: peft.LoraConfig | Path,
     in_use: dict[str, torch.Tensor] | None = None,
 ) -> peft.PeftModel:
-    """Put a LoRA on a model: under the masks of the model's plan, if that has masks.
+    """Put a LoRA on a model, masked if the model's pruning plan has masks.
 
     Args:
-        model: base, pruned, aligned or merged.
-        directory: where it was loaded from.
-        adapter: the settings of a new adapter, or the directory of one that is there.
-        in_use: packed masks by module that other adapters use, too; it gets what it lacks.
+        model: Base, pruned, aligned or merged model.
+        directory: Directory that the model was loaded from.
+        adapter: Configuration of a new adapter, or directory of a saved one.
+        in_use: Packed masks by module that other adapters use too; missing masks are added.
 
     Raises:
-        ValueError: targets that the model lacks or that cannot be masked, tensors that the
-            adapter lacks or that the model has no place for.
-        RuntimeError: an adapter of other shapes.
-        LoramError: an adapter with NaN or infinity.
+        ValueError: The model lacks a target or a target cannot be masked, or the adapter's tensors
+            and the model's modules do not match.
+        RuntimeError: The adapter's tensors have other shapes.
+        LoramError: The adapter contains NaN or infinity.
     """
     new = isinstance(adapter, peft.LoraConfig)
     config: Any = adapter if new else peft.PeftConfig.from_pretrained(str(adapter))
@@ -213,7 +215,7 @@ def put_adapter_on(
     for name, tensor in weights.items():
         require_finite(name, tensor, str(adapter))
     adapted = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
-    # PEFT only warns of modules that get no tensor, and says nothing of tensors that get no module.
+    # PEFT only warns about modules without a tensor, and ignores tensors without a module.
     found: Any = peft.set_peft_model_state_dict(adapted, weights)
     if found.unexpected_keys:
         raise ValueError(f"the model has no place for {found.unexpected_keys[0]}")
@@ -232,9 +234,9 @@ def _masked_linear(
     target_name: str,
     **kwargs: Any,
 ) -> MaskedLoraLinear | None:
-    """PEFT's question which layer to put in the place of a linear; None where it has no mask.
+    """Return the layer that PEFT puts in the place of a linear; None if the linear has no mask.
 
-    The plan answers and not the zeros: a weight that was kept may be zero.
+    The decision follows the pruning plan and not the zeros, as a kept weight may be zero.
     """
     if target_name not in masks.shapes:
         return None

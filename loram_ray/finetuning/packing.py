@@ -1,4 +1,4 @@
-"""Where the sequences of several batches lie in one pass: packed into rows, without padding."""
+"""Packs the sequences of several batches into the rows of one pass, without their padding."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from loram_ray.corpus.batches import first_fit_decreasing
 Inputs = dict[str, torch.Tensor]
 
 _ATTENTION_WIDTH = 2048
-"""Tokens of a row in which attention costs about as much as the linears."""
+"""Row length in tokens at which attention costs about as much as the linears."""
 _SLACKS = (1.0, 1.05, 1.1, 1.2)
-"""Of the width that rows would have without filling, those to try."""
+"""Row widths to try, relative to the width without gaps."""
 
 
 def laid_out(batches: Sequence[Inputs]) -> tuple[Inputs, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Pack the sequences of batches into rows, those of all batches and without their padding.
+    """Pack the sequences of several batches into rows, without their padding.
 
     Args:
-        batches: ``input_ids`` and either ``attention_mask`` or ``positions``, int64
-            ``[rows, seq]`` of one batch each, as `corpus.batches` makes them.
+        batches: Inputs of each batch, as made by `corpus.batches`: ``input_ids`` and either
+            ``attention_mask`` or ``positions``, int64 ``[rows, seq]``.
 
     Returns:
-        ``input_ids`` and ``position_ids`` of the pass, int64 ``[rows, longest]``, in which filled
-        places are sequences of their own; for each batch ``[rows, seq]`` the place of each token,
-        counted through all rows, and whether it is none of padding.
+        ``input_ids`` and ``position_ids`` of the pass, int64 ``[rows, longest]``, in which gaps at
+        the ends of rows are separate sequences. For each batch, the place of each token, counted
+        through all rows, int64 ``[rows, seq]``, and whether the token is not padding, bool
+        ``[rows, seq]``.
     """
     seen = [
         batch["attention_mask"].bool()
@@ -66,16 +67,16 @@ def laid_out(batches: Sequence[Inputs]) -> tuple[Inputs, list[tuple[torch.Tensor
 
 
 def rows_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Which sequences share a row, so that a pass costs little.
+    """Choose which sequences share a row, minimising the cost of a pass.
 
-    A row's places cost what they cost a linear, and in attention as much again in a row of
-    `_ATTENTION_WIDTH`.
+    In the linears, each place of a row has the same cost. In attention, a place costs as much again
+    in a row of `_ATTENTION_WIDTH` tokens, and in proportion in other rows.
 
     Args:
-        lengths: of the sequences, in tokens.
+        lengths: Length of each sequence in tokens.
 
     Returns:
-        Indices of each row's sequences.
+        The indices of each row's sequences.
     """
     widest, total = max(lengths), sum(lengths)
     widths = {widest}
@@ -92,5 +93,5 @@ def rows_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _loads(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
-    """Tokens in each row."""
+    """Return the number of tokens in each row."""
     return [sum(lengths[piece] for piece in row) for row in rows]

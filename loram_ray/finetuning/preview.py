@@ -1,4 +1,4 @@
-"""The first examples of a training, token by token, before anything is loaded or trained."""
+"""Preview of a training's first examples, token by token, before anything is loaded or trained."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _WRITTEN_OUT = {ord("\\"): "\\\\", ord("\n"): "\\n", ord("\t"): "\\t", ord("\r")
 
 @dataclass(frozen=True)
 class Preview:
-    """An example as it will be trained on.
+    """Tokenised training example.
 
     Attributes:
-        example: its tokens and which of them carry loss.
-        pieces: the text of each token.
+        example: Token ids, and which of them carry loss.
+        pieces: Text of each token.
     """
 
     example: Example
     pieces: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Its place, and of each token the id, the text and whether it carries loss."""
+        """Return the example's location, and each token's id, text and whether it carries loss."""
         carries = self._carries_loss()
         return {
             "place": self.example.place,
@@ -45,9 +45,9 @@ class Preview:
         }
 
     def as_text(self) -> Text:
-        """Runs of tokens with loss and without, each on a line of its own that says which it is.
+        """Return runs of tokens with and without loss, one labelled line for each run.
 
-        Tokens are parted by dots and line ends are written out, so that nothing is hidden.
+        Tokens are separated by dots, and line ends are shown escaped.
         """
         count, learnt = len(self.pieces), sum(self._carries_loss())
         text = Text(f"{self.example.place}: {count} tokens, {learnt} with loss\n", style="bold")
@@ -64,17 +64,17 @@ class Preview:
 
 
 def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
-    """Tokenise the first examples of a training; the model itself is not read.
+    """Tokenise the first examples of a training without reading the model's weights.
 
     Args:
-        config: the stage's configuration.
-        count: examples.
+        config: Configuration of the train stage.
+        count: Number of examples.
 
     Yields:
-        The examples, and each row before the last of them that cannot be used.
+        The examples, and each unusable row before the last of them.
 
     Raises:
-        LoramError: no tokenizer, no chat template, or no usable example.
+        LoramError: There is no tokenizer, no chat template or no usable example.
     """
     tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
     shown = 0
@@ -91,7 +91,7 @@ def preview(config: TrainConfig, count: int) -> Iterator[Preview | BadRow]:
 
 
 def _text_of(tokenizer: Any, token: int) -> str:
-    """Text of one token, with the space that SentencePiece drops when it decodes one alone."""
+    """Return a token's text, with the space that SentencePiece drops when decoding it alone."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
     return piece.replace("▁", " ") if piece.startswith("▁") else str(tokenizer.decode([token]))
 

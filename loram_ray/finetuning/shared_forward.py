@@ -1,10 +1,10 @@
-"""Losses of several adapters on one model in one pass: ``h = x W + s_k * drop(x) A_k^T B_k^T``.
+"""Losses of several adapters in one pass: ``h = x W + s_k * drop(x) A_k^T B_k^T``.
 
-The adapters' sequences, without their padding, are packed into rows and the frozen weights work
-once on all of them; to each linear's output each adapter's tokens get what that adapter adds. The
-losses have no parameter in common, so the gradient of their sum is that of each, and each is the
-loss that its adapter has alone, up to the rounding of products of other shapes. Dropout draws from
-each adapter's own random numbers.
+The adapters' sequences are packed into rows without their padding, and the frozen weights are
+applied once to all of them. To each linear's output, each adapter adds its update on its own
+tokens. The losses share no trainable parameter, so the gradient of their sum contains the gradient
+of each. Each loss equals the one that the adapter has alone, up to rounding in products of other
+shapes. Dropout draws from each adapter's own random numbers.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from loram_ray.losses import summed_loss_of_states
 from loram_ray.runtime.progress import say
 
 Loss = tuple[torch.Tensor, torch.Tensor]
-"""The summed loss, and the number of labels."""
+"""The summed loss and the number of labels."""
 
 _ADAPTER = "default"
 
 
 class RngState:
-    """The state of torch's random numbers of one training, on the CPU and on the GPU."""
+    """State of torch's random number generators for one training, on the CPU and the GPU."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
     def put(self) -> None:
-        """Make it this process's."""
+        """Restore this state in the current process."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
@@ -54,10 +54,10 @@ class Adapted:
     """An adapter on its shell of the model.
 
     Attributes:
-        model: the shell.
-        layers: of the adapter, by the names of the modules that they are put on.
-        joins: whether they are linears alone, and none is compiled.
-        checkpoints: whether activations are to be worked out again.
+        model: Shell of the model.
+        layers: Layers of the adapter, by module name.
+        joins: Whether all adapted modules are plain linears and none is compiled.
+        checkpoints: Whether activations are recomputed in the backward pass.
     """
 
     model: PreTrainedModel
@@ -67,7 +67,7 @@ class Adapted:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Adapted:
-        """Look at a shell."""
+        """Describe the adapter on a shell."""
         modules = dict(model.named_modules())
         layers = {n: module for n, module in modules.items() if isinstance(module, BaseTunerLayer)}
         compiled = any(module._compiled_call_impl is not None for module in modules.values())
@@ -86,12 +86,12 @@ def _is_plain(layer: Any) -> bool:
 
 @dataclass
 class Member:
-    """An adapter that wants the loss of a batch.
+    """An adapter that needs the loss of a batch.
 
     Attributes:
-        adapted: the adapter.
-        inputs: of `losses.summed_loss`.
-        rng_state: what its dropout draws from; moved on by what it draws.
+        adapted: The adapter on its shell.
+        inputs: Inputs of `losses.summed_loss`.
+        rng_state: Random state for dropout, advanced by each draw.
     """
 
     adapted: Adapted
@@ -100,7 +100,7 @@ class Member:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Draw this member's random numbers inside the block."""
+        """Return a context in which random numbers are drawn from this member's state."""
         self.rng_state.put()
         try:
             yield
@@ -113,10 +113,10 @@ class _Part:
     """A member's tokens in a pass.
 
     Attributes:
-        member: whose.
-        places: int64 ``[rows, seq]``, where in the pass each token of the member's batch is, all
-            rows of the pass one after another; of its padding another token's.
-        seen: ``[rows, seq]``, False where the batch has padding.
+        member: Member that the tokens belong to.
+        places: Place of each token of the member's batch in the pass, counted through all rows,
+            int64 ``[rows, seq]``. Padding has the place of another token.
+        seen: Whether each token is not padding, bool ``[rows, seq]``.
     """
 
     member: Member
@@ -124,15 +124,15 @@ class _Part:
     seen: torch.Tensor
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """The member's own of a tensor of the pass, ``[rows, seq, n]``: as it has it alone."""
+        """Return the member's part of a tensor of the pass, ``[rows, seq, n]``, as in its batch."""
         return x.flatten(0, 1)[self.places]
 
 
 class SharedForward:
-    """The module tree in which all rows go through the frozen weights together.
+    """Module tree in which all rows pass through the frozen weights together.
 
     Args:
-        frozen: the model.
+        frozen: The loaded model.
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
@@ -148,14 +148,14 @@ class SharedForward:
         self._owners = torch.empty(0)
         self._columns: dict[tuple[int, ...], torch.Tensor] = {}
         self._checkpointing = False
-        self._most = sys.maxsize  # tokens of a pass
+        self._most = sys.maxsize  # maximum number of tokens in a pass
 
     def losses(self, members: Sequence[Member]) -> list[Loss | Exception]:
-        """Each member's summed loss, or what it raised: no member has what is another's.
+        """Return each member's summed loss, or the exception that its computation raised.
 
-        The losses have their gradients already: their backward passes only hand them out. Adapters
-        on more than linears, compiled ones, and models that draw random numbers of their own take
-        turns instead.
+        The losses already have their gradients, which their backward passes return. Members run one
+        after another if their adapters are on modules other than linears, if they are compiled, or
+        if the model draws random numbers itself.
         """
         found: dict[int, Loss | Exception] = {}
         joining = [n for n, member in enumerate(members) if self._joins and member.adapted.joins]
@@ -166,7 +166,7 @@ class SharedForward:
             before = [members[n].rng_state for n in joined]
             try:
                 found.update(zip(joined, self._together([members[n] for n in joined]), strict=True))
-            except Exception as error:  # of whom is not known
+            except Exception as error:  # it is unknown whose error this is
                 _put_back([members[n] for n in joined], before)
                 if _is_memory(error):
                     self._most = sum(tokens[n] for n in joined) // 2
@@ -195,13 +195,13 @@ class SharedForward:
             hidden = self._model.get_decoder()(**batch, use_cache=False)[0]
             for part in self._parts:
                 model, labels = part.member.adapted.model, part.member.inputs["labels"]
-                with part.member.drawing():  # the head may have an adapter, too
+                with part.member.drawing():  # the head may have an adapter too
                     found.append(summed_loss_of_states(model, part.of(hidden), labels))
             return _with_gradients(found, members, finite=True)
 
     @contextmanager
     def _with_adapters(self, batch: Inputs) -> Iterator[None]:
-        """Have the linears add what each member's adapter adds, inside the block."""
+        """Return a context in which the linears add each member's adapter."""
         owners = torch.full_like(batch["input_ids"], -1).flatten()
         for number, part in enumerate(self._parts):
             owners[part.places[part.seen]] = number
@@ -221,7 +221,7 @@ class SharedForward:
     def _add(
         self, name: str, _: nn.Module, given: tuple[torch.Tensor], made: torch.Tensor
     ) -> torch.Tensor:
-        """A linear's output ``[rows, seq, out]`` with what each part's adapter adds to it."""
+        """Return a linear's output, ``[rows, seq, out]``, with the adapters' updates added."""
         x = given[0]
         adapted = [
             (number, layer)
@@ -244,7 +244,7 @@ class SharedForward:
         return made
 
     def _own(self, layers: Sequence[tuple[int, Any]]) -> torch.Tensor:
-        """Which ranks are of whom a token is, ``[tokens of the pass, sum of the ranks]``."""
+        """Return which ranks belong to each token's member, bool ``[tokens, sum of the ranks]``."""
         numbers = tuple(
             number for number, layer in layers for _ in range(layer.lora_A[_ADAPTER].out_features)
         )
@@ -254,7 +254,7 @@ class SharedForward:
         return self._columns[numbers]
 
     def _dropped(self, layers: Sequence[tuple[int, Any]], x: torch.Tensor) -> torch.Tensor:
-        """What each adapter's dropout leaves of its tokens, ``[rows, seq, in]``."""
+        """Return the input after each adapter's dropout on its own tokens, ``[rows, seq, in]``."""
         places, left = [], []
         for number, layer in layers:
             if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout):
@@ -269,7 +269,7 @@ class SharedForward:
     def _with_masked(
         self, layers: Sequence[tuple[int, Any]], x: torch.Tensor, made: torch.Tensor
     ) -> torch.Tensor:
-        """A linear's output with what adapters under masks add, one after another."""
+        """Return a linear's output with the updates of masked adapters added one after another."""
         places, added = [], []
         for number, layer in layers:
             part = self._parts[number]
@@ -281,7 +281,7 @@ class SharedForward:
         return flat.view_as(made)
 
     def _checkpoint(self, wanted: bool) -> None:
-        """Have activations worked out again in the backward pass, with the numbers drawn before."""
+        """Enable or disable activation checkpointing, which replays the random numbers."""
         if wanted and not self._checkpointing:
             self._model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self._drawn_again}
@@ -312,7 +312,7 @@ class SharedForward:
 
 
 def _within(numbers: Sequence[int], tokens: Sequence[int], most: int) -> list[list[int]]:
-    """Groups of batches that together have at most so many tokens, unless a group is of one."""
+    """Group batches up to a maximum number of tokens; a larger batch forms its own group."""
     groups: list[list[int]] = []
     room = 0
     for number in numbers:
@@ -325,14 +325,14 @@ def _within(numbers: Sequence[int], tokens: Sequence[int], most: int) -> list[li
 
 
 def _tokens(batch: Inputs) -> int:
-    """Of a batch, without its padding."""
+    """Return the number of tokens in a batch, without padding."""
     return int(
         batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
     )
 
 
 def _is_memory(error: Exception) -> bool:
-    """Whether there was too little memory, on a GPU or not."""
+    """Return whether an error means that CPU or GPU memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
@@ -342,7 +342,7 @@ def _put_back(members: Sequence[Member], draws: Sequence[RngState]) -> None:
 
 
 def _masked_product(layer: MaskedLoraLinear, x: torch.Tensor) -> torch.Tensor:
-    """What PEFT's layer adds to a frozen linear's output, ``[..., in]`` to ``[..., out]``."""
+    """Return a masked layer's update to the output, ``[..., out]`` from ``[..., in]``."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return layer.masked_product(layer.lora_dropout[_ADAPTER](x), _ADAPTER)
@@ -351,18 +351,18 @@ def _masked_product(layer: MaskedLoraLinear, x: torch.Tensor) -> torch.Tensor:
 def _added_by_all(
     layers: Sequence[tuple[int, Any]], x: torch.Tensor, own: torch.Tensor
 ) -> torch.Tensor:
-    """What adapters add to a linear's output, each to its tokens: two products for all of them.
+    """Return the updates of several adapters, each on its own tokens, using two products in total.
 
-    Their ranks are put beside each other. What a token has in ranks of another adapter than its
-    own is replaced with zeros, which neither product's gradient sees.
+    The ranks of all adapters are concatenated. For each token, the ranks of other adapters are set
+    to zero between the two products and get no gradient.
 
     Args:
-        layers: PEFT's, with the numbers of their members.
-        x: ``[rows, seq, in]``, of the adapters' dtype unless there is autocast.
-        own: which ranks are a token's, ``[rows * seq, sum of the ranks]``.
+        layers: PEFT layers with the indices of their members.
+        x: Input, ``[rows, seq, in]``, in the adapters' dtype unless autocast is enabled.
+        own: Which ranks belong to each token's member, bool ``[rows * seq, sum of the ranks]``.
 
     Returns:
-        ``[rows, seq, out]``.
+        The update, ``[rows, seq, out]``.
     """
     down = torch.cat([layer.lora_A[_ADAPTER].weight for _, layer in layers])
     up = torch.cat(
@@ -376,11 +376,11 @@ def _added_by_all(
 def _with_gradients(
     found: Sequence[Loss], members: Sequence[Member], finite: bool = False
 ) -> list[Loss]:
-    """Losses that have their gradients before they are asked for.
+    """Compute the gradients of all losses, and return losses whose backward passes return them.
 
     Raises:
-        ArithmeticError: ``finite`` is asked for, and a loss or a gradient is not: it may be that of
-            a neighbour in a row, for nothing times infinity is not nothing.
+        ArithmeticError: ``finite`` is True and a loss or a gradient is not finite. The cause may be
+            another member in the same row, as zero times infinity is NaN.
     """
     trained = [[p for p in m.adapted.model.parameters() if p.requires_grad] for m in members]
     every = [parameter for parameters in trained for parameter in parameters]
@@ -403,7 +403,7 @@ def _with_gradients(
 
 
 class _HandOut(torch.autograd.Function):
-    """A loss whose backward pass hands out gradients that are there already."""
+    """Loss whose backward pass returns gradients that are already computed."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What a training says of itself; who only reads it needs no transformers."""
+"""Summary of a training. Reading it does not import transformers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What a training was.
+    """Summary of a training.
 
     Attributes:
-        examples: examples learnt from.
-        tokens: tokens trained on, prompts included.
-        trained_parameters: of the adapter.
-        model_parameters: of the frozen model.
-        model_bytes: of the frozen model's weights.
-        seconds: of this attempt.
-        steps: optimiser steps until the end, or until patience ended it.
-        held_out: examples that were judged by.
-        best_step: whose adapter was kept; None without held-out examples.
-        eval_loss: of that adapter, in nats a label.
+        examples: Number of training examples.
+        tokens: Number of tokens trained on, prompts included.
+        trained_parameters: Number of the adapter's parameters.
+        model_parameters: Number of the frozen model's parameters.
+        model_bytes: Size of the frozen model's weights in bytes.
+        seconds: Duration of this attempt in seconds.
+        steps: Number of optimiser steps, up to the end or to early stopping.
+        held_out: Number of held-out examples.
+        best_step: Step whose adapter was kept; None without held-out examples.
+        eval_loss: Held-out loss of the kept adapter, in nats per label.
     """
 
     examples: int

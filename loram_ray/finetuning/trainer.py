@@ -1,4 +1,4 @@
-"""LoRA training on a frozen model, on transformers' Trainer; runs inside the actor."""
+"""LoRA training on a frozen model with transformers' Trainer, run inside the actor."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _COMPLETE = "complete"
 
 
 class LoraTrainer(Trainer):
-    """Trainer whose loss applies the output head only where a label is."""
+    """Trainer that applies the output head only at positions with labels."""
 
     def __init__(
         self,
@@ -71,15 +71,15 @@ class LoraTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Mean loss over the labels of the whole accumulated batch."""
+        """Return the mean loss over the labels of the whole accumulated batch."""
         causal_lm = self.accelerator.unwrap_model(model).get_base_model()
         total, count = self._summed_loss(causal_lm, inputs)
         return total / (count if num_items_in_batch is None else num_items_in_batch)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
-        """Mean loss over the labels of the held-out examples, without their logits.
+        """Return the mean loss over the labels of the held-out examples, without keeping logits.
 
-        No random number is drawn: training goes on as it would without.
+        No random numbers are drawn, so evaluation does not change the training.
         """
         model: Any = self.model
         examples: Any = self.eval_dataset
@@ -99,7 +99,7 @@ class LoraTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW as the arguments name it, with another learning rate for B where one is set."""
+        """Create the configured AdamW, with a separate learning rate for B if one is set."""
         if self.optimizer is None and self._b_learning_rate_ratio != 1:
             adapted: Any = self.model
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
@@ -120,16 +120,16 @@ def mean_loss(
     collate: Callable[..., dict[str, torch.Tensor]],
     size: int,
 ) -> float:
-    """Mean loss over the labels of examples, in nats, without their logits.
+    """Return the mean loss over the labels of examples in nats, without keeping logits.
 
-    No random number is drawn.
+    No random numbers are drawn.
 
     Args:
-        frozen: the model.
-        causal_lm: a shell of it, with an adapter; left in evaluation mode.
-        examples: to judge by.
-        collate: makes a batch of some.
-        size: examples in a forward.
+        frozen: The loaded model.
+        causal_lm: Shell of the model with an adapter; left in evaluation mode.
+        examples: Examples to evaluate on.
+        collate: Makes a batch of several examples.
+        size: Number of examples per forward pass.
     """
     causal_lm.eval()
     lengths = examples.lengths
@@ -146,7 +146,7 @@ def mean_loss(
 
 
 class _Watch(TrainerCallback):
-    """Writes metrics.jsonl, marks whole checkpoints, stops at a loss that is not finite."""
+    """Writes metrics.jsonl, marks complete checkpoints, and stops at a non-finite loss."""
 
     def __init__(
         self, log: MetricsLog, batch_size: int, heard: Callable[[int, float], None]
@@ -184,7 +184,7 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.load_best_model_at_end and state.global_step >= state.max_steps:
-            control.should_evaluate = True  # what was learnt since the last evaluation counts too
+            control.should_evaluate = True  # evaluate what was learnt since the last evaluation
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -202,19 +202,19 @@ def train_adapter(
     lockstep: Lockstep | None = None,
     heard: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainingSummary:
-    """Train an adapter, continuing from the last whole checkpoint in ``work``.
+    """Train an adapter, resuming from the last complete checkpoint in ``work``.
 
     Args:
-        config: the stage's configuration.
-        work: checkpoints and metrics; survives an interruption.
-        output: directory that gets the adapter: the best by held-out loss where there is one.
-        frozen: the model, if it is loaded already; it is not changed.
-        lockstep: trainings on that model, in threads of their own, to take part in.
-        heard: told each step with a held-out loss, when its checkpoint is whole; what it raises
-            ends the training.
+        config: Configuration of the train stage.
+        work: Directory of checkpoints and metrics, which survives an interruption.
+        output: Directory to write the adapter to: the one with the best held-out loss, or the last.
+        frozen: Loaded model, which is not changed. Default: load it.
+        lockstep: Trainings on the same model, in threads of their own, to join.
+        heard: Called with the step and the held-out loss when the step's checkpoint is complete.
+            An exception that it raises ends the training.
 
     Raises:
-        LoramError: no usable example, or a target that the model does not have.
+        LoramError: There is no usable example, or the model lacks a target.
     """
     with alone(work):
         tokenizer = load_tokenizer(config.model, config.chat_template, "train.chat_template")
@@ -236,7 +236,7 @@ def train_adapter(
                 save_adapter(model, output)
             except LoramError:
                 raise
-            except Exception as error:  # each library that writes has its own
+            except Exception as error:  # each library that writes raises its own error
                 if is_full(error, work):
                     raise _full_disk(work, trainer.state.global_step) from error
                 raise
@@ -315,7 +315,7 @@ def _trainer(
 
 
 def collator_of(config: TrainConfig, padding: int) -> Callable[..., dict[str, torch.Tensor]]:
-    """What makes a batch of a training's examples, filling with a token."""
+    """Return the function that makes a batch of a training's examples."""
     if not config.packing:
         return functools.partial(padded, padding=padding)
     in_one = config.attention == "flash_attention_2"
@@ -329,7 +329,7 @@ def _full_disk(work: Path, step: int) -> LoramError:
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written whole."""
+    """Return the newest complete checkpoint."""
     whole = sorted((work / "checkpoints").glob(f"checkpoint-*/{_COMPLETE}"), key=_step_of)
     return str(whole[-1].parent) if whole else None
 
