@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,17 @@ from loram_ray.alignment.deepspeed_config import read_user_config
 from loram_ray.architectures import architecture_of
 from loram_ray.config import AlignConfig, PruneConfig, TrainConfig, load_run, section_of
 from loram_ray.errors import LoramError
-from loram_ray.estimating.alignment import Cluster, Estimate, estimate
+from loram_ray.estimating.alignment import GB, Cluster, Estimate, estimate
 from loram_ray.estimating.base_configs import base_config
 from loram_ray.estimating.gpus import GPUS, fitting
 from loram_ray.estimating.memory_trace import TrainingMemory, training_memory, without_nf4
-from loram_ray.estimating.shapes import config_after, empty_model, require_dense, shapes_of
+from loram_ray.estimating.shapes import (
+    ModelShapes,
+    config_after,
+    empty_model,
+    require_dense,
+    shapes_of,
+)
 from loram_ray.estimating.sizes import Sizes, sizes_of
 from loram_ray.models.loading import DTYPES
 from loram_ray.models.quantisation import NF4
@@ -127,6 +134,67 @@ def forecast(
         whole=without_nf4(nf4, DTYPES[train.precision].itemsize * sizes.parameters),
         alignment=alignment,
     )
+
+
+@dataclass(frozen=True)
+class AlignmentForecast:
+    """Forecast of an alignment on several numbers of GPUs.
+
+    Attributes:
+        pruned: Shapes of the pruned model.
+        base: Shapes of the base.
+        clusters: Assumptions, one for each number of GPUs.
+        rows: Estimates, one for each cluster.
+    """
+
+    pruned: ModelShapes
+    base: ModelShapes
+    clusters: tuple[Cluster, ...]
+    rows: tuple[Estimate, ...]
+
+
+def forecast_alignment(
+    config: Path | None,
+    overrides: Sequence[str] = (),
+    config_of_base: Path | None = None,
+    *,
+    gpus: Sequence[int] = (),
+    assumed: Cluster | None = None,
+) -> AlignmentForecast:
+    """Estimate a run file's alignment, reading no file of the base except ``config.json``.
+
+    Args:
+        config: Run file with ``prune`` and ``align`` sections.
+        overrides: Overrides of the form ``dotted.key=value``.
+        config_of_base: ``config.json`` or its directory, used instead of the base's own.
+        gpus: Numbers of GPUs. Default: ``align.workers``.
+        assumed: Assumptions about the cluster; its number of GPUs is not used.
+
+    Raises:
+        LoramError: If the run file or a number is invalid, or the base's shapes are unknown.
+    """
+    assumed = assumed or Cluster(1)
+    _require_possible(gpus, assumed)
+    run = load_run(config, overrides)
+    prune, align = section_of(run, "prune"), section_of(run, "align")
+    pruned, base = shapes_of(base_config(prune.base, config_of_base), prune, align.frozen)
+    user_config = read_user_config(align.deepspeed)
+    clusters = tuple(replace(assumed, gpus=count) for count in (gpus or (align.workers,)))
+    rows = tuple(estimate(align, user_config, pruned, base, cluster) for cluster in clusters)
+    return AlignmentForecast(pruned, base, clusters, rows)
+
+
+def _require_possible(gpus: Sequence[int], assumed: Cluster) -> None:
+    mfu, bandwidth, price = assumed.mfu, assumed.bandwidth, assumed.price
+    rules = {
+        "--gpus": (all(count >= 1 for count in gpus), "at least 1", list(gpus)),
+        "--mfu": (0 < mfu <= 1, "above 0 and at most 1", mfu),
+        "--bandwidth": (0 < bandwidth < math.inf, "above 0 GB/s", bandwidth / GB),
+        "--price": (0 <= price < math.inf, "at least 0", price),
+    }
+    for name, (holds, rule, value) in rules.items():
+        if not holds:
+            raise LoramError(f"{name} must be {rule}, got {value}; change it")
 
 
 def _alignment(shapes: dict[str, Any], prune: PruneConfig, align: AlignConfig) -> Estimate:

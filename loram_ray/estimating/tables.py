@@ -88,7 +88,7 @@ def _alignment(row: Estimate) -> Table:
     assumed = Cluster(row.gpus)
     table = Table(
         title=f"Alignment on {row.gpus} GPUs, at {assumed.mfu:.0%} of an H100's peak",
-        caption="see jobs/estimate_alignment.py for details and for other clusters",
+        caption="loram plan --alignment has details and other clusters",
     )
     for column in ("GB per GPU", "per step", "steps", "hours", "GPU hours", "cost"):
         table.add_column(column, justify="right")

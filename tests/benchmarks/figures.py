@@ -12,7 +12,6 @@ in place of each figure. Sentences may be wrapped anywhere.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import re
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(REPOSITORY / "jobs"))
 TASKS = ("docstrings", "problems")
 PRUNED = (("random", 0.35), ("random", 0.65), ("wanda", 0.5))
 SEEDS = ("seed-0", "seed-1", "seed-2")
-ESTIMATE = "--config jobs/configs/llama-3.1-70b.yaml --gpus 8 16 64 --set align.micro_batch_size=2"
+ESTIMATE = "--config jobs/configs/llama-3.1-70b.yaml --gpus 8,16,64 --set align.micro_batch_size=2"
 DISTILLED = (
     f"{ESTIMATE} --set align.objective=distillation --set align.distillation.gpus_per_worker=2"
 )
@@ -247,17 +246,15 @@ def _estimate() -> dict[str, float]:
 
 
 def estimate_of(arguments: str) -> str:
-    """Return what ``jobs/estimate_alignment.py`` prints."""
-    import estimate_alignment
+    """Return what ``loram plan --alignment`` prints."""
+    from typer.testing import CliRunner
 
-    before, sys.argv = sys.argv, ["estimate_alignment.py", *arguments.split()]
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.chdir(REPOSITORY):
-            estimate_alignment.main()
-    finally:
-        sys.argv = before
-    return printed.getvalue()
+    from loram_ray.cli.main import app
+
+    with contextlib.chdir(REPOSITORY):
+        done = CliRunner().invoke(app, ["plan", "--alignment", *arguments.split()])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 class Statement:

@@ -6,13 +6,12 @@ import contextlib
 import gc
 import json
 import os
-import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import estimate_alignment
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +20,7 @@ from transformers import LlamaForCausalLM
 import loram_ray as lr
 from helpers import tiny
 from helpers.allocations import Allocations, unique_bytes
+from helpers.command import Command, Ended
 from helpers.recipes import RECIPES
 from loram_ray.alignment.deepspeed_config import deepspeed_config
 from loram_ray.alignment.engine import freeze, start_engine
@@ -344,32 +344,25 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def run(*arguments: object) -> None:
-        command = ["estimate_alignment.py", "--config", RECIPE, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
-        estimate_alignment.main()
-
-    return run
+def tool(loram: Command) -> Callable[..., Ended]:
+    """`loram plan --alignment` of the recipe."""
+    return partial(loram, "plan", "--alignment", "--config", RECIPE)
 
 
 def test_the_tool_prints_a_row_for_each_number_of_gpus(
-    tool: Callable[..., None], config_file: Path, capsys: pytest.CaptureFixture[str]
+    tool: Callable[..., Ended], config_file: Path
 ) -> None:
     override = ("--set", "align.objective=distillation")
-    tool("--gpus", 8, 16, 64, "--base-config", config_file, *override)
-    found = capsys.readouterr().out
+    found = tool("--gpus", "8,16,64", "--base-config", config_file, *override).out
     assert "17.85B parameters of 70.55B" in found
     rows = [line.split("|")[1].strip() for line in found.splitlines() if line.startswith("| ")]
     expected = [["GB of a GPU", "8 GPUs", "16 GPUs", "64 GPUs"], *2 * [["GPUs", "8", "16", "64"]]]
     assert rows == [name for table in expected for name in table]
 
 
-def test_the_tools_json_has_every_part(
-    tool: Callable[..., None], config_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tool("--gpus", 8, "--base-config", config_file, "--json", "--price", 3)
-    [row] = json.loads(capsys.readouterr().out)["estimates"]
+def test_the_tools_json_has_every_part(tool: Callable[..., Ended], config_file: Path) -> None:
+    done = tool("--gpus", 8, "--base-config", config_file, "--json", "--price", 3)
+    [row] = json.loads(done.out)["estimates"]
     assert row["fits"] and row["targets"] is None
     assert row["cost"] == pytest.approx(3 * 8 * row["hours"])
     assert row["step_s"] == max(row["compute_s"], row["traffic_s"])
@@ -380,18 +373,14 @@ def test_the_tools_json_has_every_part(
     [
         (["--mfu", "2"], "--mfu must be above 0 and at most 1, got 2.0"),
         (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--gpus", "8 16"], "--gpus must be whole numbers separated by commas, got 8 16"),
+        (["--price", "nan"], "--price must be at least 0, got nan"),
         (["--set", "prune.base=nobody/absent"], "prune.base nobody/absent is not a local"),
         (["--base-config", "/missing/config.json"], "/missing holds no config.json"),
     ],
 )
-def test_the_tool_says_in_one_line_what_to_mend(
-    arguments: list[str],
-    message: str,
-    tool: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+def test_the_tool_says_in_one_line_what_to_fix(
+    arguments: list[str], message: str, tool: Callable[..., Ended]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        tool(*arguments)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {message}")
+    done = tool(*arguments)
+    assert (done.code, done.line.startswith(f"loram: {message}")) == (2, True), done
