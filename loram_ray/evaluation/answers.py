@@ -1,4 +1,4 @@
-"""Benchmarks of generated answers: against references, and by reasoning-gym's scorers."""
+"""Benchmarks of generated answers, scored against references or by reasoning-gym."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _MARK = "####"
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with what is right.
+    """A prompt with its reference.
 
     Attributes:
-        place: ``file:line``, or a number.
-        prompt: token ids.
-        right: a reference text, or an entry of reasoning-gym.
-        learnt: what training on the reference would have the model write, where that is known.
+        place: Location of the question, ``file:line`` or a number.
+        prompt: Token ids of the prompt.
+        right: Reference text, or entry of a reasoning-gym data set.
+        learnt: Text that a model trained on the reference would generate, if known.
     """
 
     place: str
@@ -58,12 +58,12 @@ class Question:
 
 @dataclass
 class Answers(Benchmark):
-    """How often a generated answer is the reference, or ends with its number.
+    """Share of generated answers that equal the reference or end with its number.
 
     Attributes:
-        sampling: how they are generated.
-        begin: tokens that all prompts begin with.
-        template: what the chat template itself writes around an answer, which is cut off.
+        sampling: How answers are generated.
+        begin: Number of tokens that all prompts begin with.
+        template: Text that the chat template adds around an answer, which is cut off.
     """
 
     sampling: Sampling
@@ -72,19 +72,19 @@ class Answers(Benchmark):
 
     @property
     def title(self) -> str:
-        """The name, or what it is where it has none."""
+        """The benchmark's name, or ``exact_match`` if it has none."""
         return self.name or "exact_match"
 
     def cost(self, item: Question) -> int:
-        """Tokens of the prompt."""
+        """Return the number of tokens of the prompt."""
         return len(item.prompt)
 
     def span(self, item: Question) -> int:
-        """Tokens of the prompt and of the longest answer."""
+        """Return the number of tokens of the prompt and the longest possible answer."""
         return len(item.prompt) + self.sampling.max_new_tokens
 
     def score(self, engine: Engine, items: Sequence[Question], seed: int) -> list[Found]:
-        """Answers, and what they are worth."""
+        """Generate and score answers."""
         prompts = [item.prompt for item in items]
         said = answers(engine, prompts, self.sampling, self.begin, seed)
         return [
@@ -93,7 +93,7 @@ class Answers(Benchmark):
         ]
 
     def judged(self, item: Question, answer: str) -> Found:
-        """What an answer is worth."""
+        """Score one answer."""
         own, number = self.template.cut_off(answer), number_of_reference(item.right)
         return {
             "right": item.right,
@@ -103,7 +103,7 @@ class Answers(Benchmark):
         }
 
     def summed_up(self, found: Sequence[Found]) -> Scores:
-        """Shares of matches with standard errors; of numbers where all references have one."""
+        """Return the shares of matches with standard errors; numbers if all references have one."""
         scores: Scores = {}
         for key in ("exact_match", "last_number_match"):
             if all(one[key] is not None for one in found):
@@ -114,18 +114,18 @@ class Answers(Benchmark):
 
 @dataclass
 class GymAnswers(Answers):
-    """What reasoning-gym's scorer gives for generated answers.
+    """Mean score that reasoning-gym gives to generated answers.
 
     Attributes:
-        dataset: its name.
-        options: of it.
+        dataset: Name of the data set.
+        options: Options of the data set.
     """
 
     dataset: str = ""
     options: dict[str, Any] | None = None
 
     def judged(self, item: Question, answer: str) -> Found:
-        """The score that the data set gives, from 0 to 1."""
+        """Return the data set's score of an answer, from 0 to 1."""
         tagged = _TAGGED.search(answer)
         said = (tagged.group(1) if tagged else self.template.cut_off(answer)).strip()
         return {"score": float(self._scorer.score_answer(said, item.right))}
@@ -135,26 +135,26 @@ class GymAnswers(Answers):
         return gym_dataset(self.dataset, 1, 0, self.options or {}, "evaluate.benchmarks")
 
     def summed_up(self, found: Sequence[Found]) -> Scores:
-        """Mean score with its standard error."""
+        """Return the mean score with its standard error."""
         mean, error = mean_and_error([one["score"] for one in found])
         return {"score": mean, "score_stderr": error, "questions": len(found)}
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, thousands' commas left out; None where there is none."""
+    """Return the last number in a text, ignoring thousands separators; None if there is none."""
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def number_of_reference(text: str) -> Decimal | None:
-    """A reference's number: the one after GSM8K's mark, or its last."""
+    """Return a reference's number: the one after GSM8K's mark, or else the last one."""
     return last_number(text.rpartition(_MARK)[2])
 
 
 def exact_answers(
     name: str, tokenizer: Any, asked: Sequence[Conversation], max_new_tokens: int
 ) -> Answers:
-    """Conversations whose last answers are to be generated."""
+    """Create the benchmark that generates the last answer of each conversation."""
     items = [_question_of(tokenizer, conversation) for conversation in asked]
     begin = common_beginning([item.prompt for item in items])
     template = visible_surroundings(tokenizer)
@@ -162,7 +162,7 @@ def exact_answers(
 
 
 def _question_of(tokenizer: Any, conversation: Conversation) -> Question:
-    """A conversation's last question, with its answer as it is and as it is learnt."""
+    """Return a conversation's last question, with the reference and the text learnt from it."""
     count = len(conversation.messages)
     prompt = render(tokenizer, conversation, count - 1, prompt=True)
     whole = render(tokenizer, conversation, count, prompt=False)
@@ -177,7 +177,7 @@ def generated_answers(
     """Read and tokenise a benchmark.
 
     Raises:
-        LoramError: no row, too many bad ones, too few shots, or no chat template.
+        LoramError: There is no row, too many unusable rows, too few shots or no chat template.
     """
     columns = [*columns_of(config.prompt), config.answer]
 
@@ -203,11 +203,11 @@ def generated_answers(
 
 
 def gym_answers(name: str, tokenizer: Any, config: GymBenchmark, key: str) -> GymAnswers:
-    """Make a task of reasoning-gym and tokenise it.
+    """Create a reasoning-gym task and tokenise it.
 
     Raises:
-        LoramError: no such data set, options that it does not take, no chat template, or no
-            reasoning-gym.
+        LoramError: reasoning-gym is not installed, has no such data set or rejects its options, or
+            there is no chat template.
     """
     size = min(config.size, config.limit or config.size)
     entries = gym_dataset(config.dataset, size, config.seed, config.options, key)
@@ -223,10 +223,10 @@ def gym_answers(name: str, tokenizer: Any, config: GymBenchmark, key: str) -> Gy
 
 
 def gym_dataset(name: str, size: int, seed: int, options: dict[str, Any], key: str) -> Any:
-    """A data set of reasoning-gym.
+    """Create a data set of reasoning-gym.
 
     Raises:
-        LoramError: reasoning-gym is missing, or has no such data set or option.
+        LoramError: reasoning-gym is not installed, or has no such data set or option.
     """
     try:
         import reasoning_gym

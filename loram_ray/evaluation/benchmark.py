@@ -1,4 +1,4 @@
-"""What is measured: items that are read and tokenised first, scored in batches, then summed up."""
+"""Benchmarks: items that are read and tokenised, then scored in batches, then aggregated."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from loram_ray.errors import LoramError
 from loram_ray.evaluation.engine import Engine
 
 Found = dict[str, Any]
-"""What was found of one item, as JSON has it."""
+"""Result of one item, as it is written to JSON."""
 Scores = dict[str, float | int]
 
 
 @dataclass
 class Benchmark(ABC):
-    """Items of one kind.
+    """Items of one benchmark.
 
     Attributes:
-        name: of its scores; empty for those of ``evaluate.data`` and ``evaluate.text``.
-        items: tokenised; each is scored on its own, whatever batch it is in.
+        name: Prefix of the scores; empty for ``evaluate.data`` and ``evaluate.text``.
+        items: Tokenised items. An item's score does not depend on the other items of its batch.
     """
 
     name: str
     items: list[Any] = field(repr=False)
 
     def without_items(self) -> Benchmark:
-        """A copy that is cheap to send."""
+        """Return a copy without items, which is cheap to send."""
         found = copy.copy(self)
         found.items = []
         return found
 
     def batches(self, size: int) -> Iterator[list[int]]:
-        """Numbers of the items of each batch, those of about the same cost together."""
+        """Yield the indices of each batch's items; items of similar cost share a batch."""
         return longest_first(range(len(self.items)), lambda n: self.cost(self.items[n]), size)
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """The name, or what it is where it has none."""
+        """The benchmark's name, or a description if it has none."""
 
     @abstractmethod
     def cost(self, item: Any) -> int:
-        """Tokens of an item."""
+        """Return the number of tokens of an item."""
 
     def span(self, item: Any) -> int:
-        """Tokens that a model sees of an item in one sequence, generated ones among them."""
+        """Return the longest sequence of an item in tokens, including generated ones."""
         return self.cost(item)
 
     @abstractmethod
@@ -58,27 +58,27 @@ class Benchmark(ABC):
         """Score a batch.
 
         Args:
-            engine: the model.
-            items: of this measurement.
-            seed: of what is sampled.
+            engine: Model to score with.
+            items: Items of this benchmark.
+            seed: Seed of sampling.
         """
 
     @abstractmethod
     def summed_up(self, found: Sequence[Found]) -> Scores:
-        """Scores with their standard errors, by names without the measurement's."""
+        """Aggregate results into scores with standard errors, without the benchmark's name."""
 
     def scores(self, found: Sequence[Found]) -> Scores:
-        """Scores of all items, by names with the measurement's, but for what is not a number."""
+        """Return the scores, prefixed by the benchmark's name, without those that are NaN."""
         begin = f"{self.name}/" if self.name else ""
         scores = self.summed_up(found).items()
         return {f"{begin}{key}": value for key, value in scores if not math.isnan(value)}
 
 
 def require_items(items: Sequence[Any], key: str, data: str) -> None:
-    """Refuse data that hold nothing to ask about.
+    """Raise an error if there are no items.
 
     Raises:
-        LoramError: there is no item.
+        LoramError: There is no item.
     """
     if not items:
         raise LoramError(f"{key} must hold items, {data} has none; give a file with rows")

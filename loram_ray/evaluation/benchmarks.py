@@ -1,4 +1,4 @@
-"""What a configuration measures, read and tokenised before any model is loaded."""
+"""The benchmarks of a configuration, read and tokenised before any model is loaded."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _NOT_IN_NAMES = re.compile(r"[^\w.+=-]+")
 
 
 def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Benchmark]:
-    """Read all that is to be scored.
+    """Read and tokenise everything that is to be scored.
 
     Raises:
-        LoramError: data without an item, too many bad rows, no chat template where one is needed,
-            or two benchmarks of one name.
+        LoramError: A data set has no item or too many unusable rows, a required chat template is
+            missing, or two benchmarks have the same name.
     """
     found: list[Benchmark] = []
     if config.data is not None:
@@ -65,7 +65,7 @@ def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Benchmark]:
 
 
 def _require_fit(measurement: Benchmark, model: str, key: str) -> None:
-    """Refuse items that are longer than what the model was made for."""
+    """Raise an error for items that are longer than the model's maximum length."""
     most = read_model_config(model).get("max_position_embeddings")
     longest = max(map(measurement.span, measurement.items))
     if most is not None and longest > most:
@@ -76,7 +76,7 @@ def _require_fit(measurement: Benchmark, model: str, key: str) -> None:
 
 
 def name_of(benchmark: BenchmarkConfig) -> str:
-    """What a benchmark's scores are called by."""
+    """Return the name that prefixes a benchmark's scores."""
     if benchmark.name:
         return benchmark.name
     match benchmark:

@@ -1,4 +1,4 @@
-"""A quick look at a model: questions in, answers as they are generated."""
+"""Interactive chat with a model, streaming its answers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sampling:
     """How an answer is generated.
 
     Attributes:
-        max_new_tokens: its length at most.
-        temperature: 0 takes the likeliest token each time.
-        seed: of the draws.
+        max_new_tokens: Maximum number of generated tokens.
+        temperature: Sampling temperature; 0 takes the likeliest token.
+        seed: Seed of sampling.
     """
 
     max_new_tokens: int = 256
@@ -39,13 +39,13 @@ class Sampling:
 
 @dataclass
 class Chat:
-    """A conversation that goes on.
+    """A conversation with a model.
 
     Attributes:
-        model: a causal LM of transformers, in evaluation mode.
-        tokenizer: with a chat template.
-        sampling: how answers are generated.
-        messages: so far, in OpenAI's form.
+        model: Causal LM of transformers, in evaluation mode.
+        tokenizer: Tokenizer with a chat template.
+        sampling: How answers are generated.
+        messages: Messages so far, in OpenAI's format.
     """
 
     model: Any
@@ -58,14 +58,14 @@ class Chat:
         """Add a question and its answer to the conversation.
 
         Args:
-            question: the user's message.
-            show: is given the answer's pieces as they come.
+            question: The user's message.
+            show: Called with each piece of the answer as it is generated.
 
         Returns:
             The answer.
 
         Raises:
-            LoramError: the chat template refuses the conversation.
+            LoramError: The chat template rejects the conversation.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         try:
@@ -97,16 +97,16 @@ class Chat:
 
 
 class _Pieces(BaseStreamer):
-    """Hands whole words of an answer on as they are generated.
+    """Passes on an answer word by word as it is generated.
 
     Args:
-        tokenizer: of the model.
-        prompt: token ids before the answer.
-        ends: tokens that end it.
-        show: is given each piece.
+        tokenizer: Tokenizer of the model.
+        prompt: Token ids before the answer.
+        ends: Tokens that end the answer.
+        show: Called with each piece of text.
 
     Attributes:
-        text: the answer so far.
+        text: The answer so far.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class _Pieces(BaseStreamer):
         self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by generate, with the prompt first."""
+        """Take new tokens from ``generate``, which passes the prompt first."""
         if self._new is None:
             self._new = []
             return
@@ -130,7 +130,7 @@ class _Pieces(BaseStreamer):
             self._shown = words
 
     def end(self) -> None:
-        """Called by generate when the answer is whole."""
+        """Show the rest of the answer; called by ``generate`` at the end."""
         self._show(self.text[self._shown :] + "\n")
 
 
@@ -142,18 +142,19 @@ def open_chat(
     sampling: Sampling | None = None,
     precision: str = "bf16",
 ) -> Chat:
-    """Load a model to talk to, on a GPU where there is one.
+    """Load a model to chat with, on a GPU if there is one.
 
     Args:
-        model: directory of any stage's model, or a hub id.
-        adapter: directory of an adapter to put on it.
-        template: file with a chat template; default: the adapter's own, or else the tokenizer's.
-        system: a system message.
-        sampling: how answers are generated.
+        model: Directory of any stage's model, or a hub id.
+        adapter: Directory of an adapter for the model.
+        template: File with a chat template. Default: the adapter's own, or else the tokenizer's.
+        system: System message.
+        sampling: How answers are generated.
         precision: ``bf16`` or ``fp32``.
 
     Raises:
-        LoramError: no such model, an adapter of other shapes, or no chat template.
+        LoramError: There is no such model, the adapter has other shapes, or there is no chat
+            template.
     """
     directory = resolve_base(model, "--model")
     read_model_config(directory)

@@ -29,11 +29,11 @@ class Choice:
     """A question with choices.
 
     Attributes:
-        place: ``file:line``.
-        groups: contexts with the choices that follow each; one, unless a choice's first token
-            swallows the context's end.
-        lengths: characters of each choice.
-        right: number of the right one.
+        place: Location of the question, ``file:line``.
+        groups: Contexts with the choices that follow each. There is one context, unless a choice's
+            first token merges with the end of the context.
+        lengths: Length of each choice in characters.
+        right: Index of the right choice.
     """
 
     place: str
@@ -44,29 +44,29 @@ class Choice:
 
 @dataclass
 class MultipleChoice(Benchmark):
-    """How often the likeliest choice is the right one.
+    """Share of questions whose likeliest choice is the right one.
 
     Attributes:
-        begin: tokens that all contexts begin with.
+        begin: Number of tokens that all contexts begin with.
     """
 
     begin: int = 0
 
     @property
     def title(self) -> str:
-        """The name, or what it is where it has none."""
+        """The benchmark's name."""
         return self.name
 
     def cost(self, item: Choice) -> int:
-        """Tokens."""
+        """Return the number of tokens of the largest row."""
         return max(group.tokens for group in item.groups)
 
     def span(self, item: Choice) -> int:
-        """Tokens of a context with its longest choice."""
+        """Return the number of tokens of a context with its longest choice."""
         return max(group.longest for group in item.groups)
 
     def score(self, engine: Engine, items: Sequence[Choice], seed: int) -> list[Found]:
-        """Log-likelihoods, and whether the likeliest is right, by its sum and by characters."""
+        """Return log-likelihoods and whether the likeliest is right, in total and per character."""
         groups = [group for item in items for group in item.groups]
         nlls = iter(nlls_of_branches(engine, groups, self.begin))
         return [
@@ -74,7 +74,7 @@ class MultipleChoice(Benchmark):
         ]
 
     def summed_up(self, found: Sequence[Found]) -> Scores:
-        """Accuracy, as it is and with likelihoods by characters, with standard errors."""
+        """Return the accuracies by total and by per-character likelihood, with standard errors."""
         scores: Scores = {}
         for key in ("accuracy", "accuracy_normalised"):
             mean, error = mean_and_error([float(one[key]) for one in found])
@@ -100,7 +100,7 @@ def multiple_choice(
     """Read and tokenise a benchmark.
 
     Raises:
-        LoramError: no row, too many bad ones, too few shots, or no chat template.
+        LoramError: There is no row, too many unusable rows, too few shots or no chat template.
     """
     columns = [*columns_of(config.prompt), config.choices, config.answer]
 
@@ -120,7 +120,7 @@ def multiple_choice(
 
 
 def _parsed(row: Any, config: ChoiceBenchmark) -> tuple[str, str, list[str], int] | BadRow:
-    """Where it is, the question, the choices and the number of the right one."""
+    """Return a row's location, question, choices and the index of the right choice."""
     if isinstance(row, BadRow):
         return row
     place, values = row
@@ -142,7 +142,7 @@ def _parsed(row: Any, config: ChoiceBenchmark) -> tuple[str, str, list[str], int
 
 
 def _number_of(answer: Any, choices: list[str], labels: list[Any] | None) -> int | None:
-    """Which choice an answer is: by its label, its text, its number from 0, or its letter."""
+    """Return the index of the answer, given as a label, text, index from 0 or letter."""
     if labels is not None and str(answer) in map(str, labels):
         found = list(map(str, labels)).index(str(answer))
     elif isinstance(answer, str) and answer in choices:

@@ -1,4 +1,4 @@
-"""A model that items are scored with, and what their tokens begin with in common, computed once."""
+"""A model to score items with, which computes the common beginning of prompts once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 _WORTH_KEEPING = 16
-"""Tokens in common from which on keys and values of them are kept."""
+"""Minimum length in tokens of a common beginning whose keys and values are cached."""
 
 
 class Engine:
     """A causal LM of transformers with its tokenizer.
 
     Args:
-        model: in evaluation mode, with its adapter.
-        tokenizer: of the model.
+        model: Model in evaluation mode, with its adapter.
+        tokenizer: Tokenizer of the model.
 
     Attributes:
-        model: the model.
-        tokenizer: its tokenizer.
-        device: where its inputs go.
-        padding: id to fill with.
+        model: The model.
+        tokenizer: The tokenizer.
+        device: Device of the model's inputs.
+        padding: Token id for padding.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -37,14 +37,14 @@ class Engine:
         self._kept: DynamicCache | None = None
 
     def begun(self, begin: Sequence[int], rows: int) -> DynamicCache:
-        """Keys and values of what rows begin with, a copy that may be added to.
+        """Return the cached keys and values of a beginning, as a copy that can be extended.
 
-        Those of the newest beginning are kept, so that the items of a benchmark, with the same
-        solved examples in front of all of them, cost a forward pass over these only once.
+        The latest beginning stays cached. If all prompts of a benchmark begin with the same solved
+        examples, their forward pass is computed only once.
 
         Args:
-            begin: token ids.
-            rows: that the copy is for.
+            begin: Token ids of the beginning.
+            rows: Number of rows to repeat the cache for.
         """
         if self._kept is None or self._begin != list(begin):
             from transformers import DynamicCache
@@ -58,7 +58,7 @@ class Engine:
         return found
 
     def window(self) -> int | None:
-        """Tokens that a layer sees back at most, None where all layers see all."""
+        """Return the sliding window in tokens, or None if all layers see all tokens."""
         config = self.model.config
         if not getattr(config, "use_sliding_window", True):
             return None
@@ -67,13 +67,13 @@ class Engine:
 
 
 def common_beginning(rows: Sequence[list[int]]) -> int:
-    """How many tokens all of several rows begin with, of each at most all but the last.
+    """Return how many tokens all rows begin with, excluding the last token of each row.
 
-    Zero where it is not worth the while: of few tokens, or of one row.
+    The count is zero for a single row, or if the common beginning is too short to cache.
     """
     if len(rows) < 2:
         return 0
-    least, most = min(rows), max(rows)  # in their order all others are between these
+    least, most = min(rows), max(rows)  # in sorted order, all other rows are between these
     count = min(map(len, rows)) - 1
     for place in range(count):
         if least[place] != most[place]:

@@ -1,4 +1,4 @@
-"""Generated answers: what a model says after prompts, many at a time."""
+"""Generation of answers to batches of prompts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from loram_ray.evaluation.engine import Engine
 from loram_ray.models.tokenizer import continuation
 
 _MARGIN = 4
-"""Tokens looked at besides those that the longest stop text could have."""
+"""Additional number of tokens to search for stop texts."""
 _CONTEXT = 4
-"""Tokens before them that they are decoded with."""
+"""Number of tokens in front of these, for correct decoding."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Sampling:
     """How answers are generated.
 
     Attributes:
-        max_new_tokens: longest answer.
-        stop: texts at the first of which an answer ends; what follows is cut off with it.
-        temperature: of sampling; None takes the likeliest token.
-        top_p: share of probability that is sampled from.
+        max_new_tokens: Maximum number of generated tokens.
+        stop: Texts that end an answer; it is cut off before the first of them.
+        temperature: Sampling temperature; None takes the likeliest token.
+        top_p: Probability mass to sample from.
     """
 
     max_new_tokens: int
@@ -43,15 +43,18 @@ def answers(
     begin: int = 0,
     seed: int = 0,
 ) -> list[str]:
-    """What a model answers to each prompt.
+    """Generate an answer to each prompt.
 
     Args:
-        engine: the model.
-        prompts: token ids.
-        sampling: how.
-        begin: tokens that all prompts begin with and that are computed once for many calls; of each
-            prompt at most all but the last.
-        seed: of torch's random numbers, where there is sampling.
+        engine: Model to generate with.
+        prompts: Token ids of each prompt.
+        sampling: How answers are generated.
+        begin: Number of tokens that all prompts begin with, less than the length of any prompt.
+            These are computed once and cached between calls.
+        seed: Seed of torch's random numbers, if answers are sampled.
+
+    Returns:
+        The text of each answer.
     """
     ends = stop_tokens(engine.model, engine.tokenizer)
     longest = max(map(len, prompts))
@@ -85,7 +88,7 @@ def answers(
         input_ids=torch.tensor(ids, device=engine.device),
         attention_mask=torch.tensor(mask, device=engine.device),
         max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=ends[0] if ends else engine.padding,  # behind a row that ended before others
+        pad_token_id=ends[0] if ends else engine.padding,  # fills rows that end early
         eos_token_id=ends or None,
         **options,
     )
@@ -97,18 +100,18 @@ def answers(
 
 
 def before_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
-    """Generated tokens before the first that ends an answer."""
+    """Return the generated tokens before the first end token."""
     return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def cut_off(text: str, stops: Sequence[str]) -> str:
-    """A text before the first of some others in it."""
+    """Return the part of a text before the first stop text."""
     found = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(found)] if found else text
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens at which an answer ends: the model's, the tokenizer's, and the chat template's."""
+    """Return the tokens that end an answer, of the model, the tokenizer and the chat template."""
     of_model = model.generation_config.eos_token_id
     listed = [*of_model] if isinstance(of_model, list | tuple) else [of_model]
     found = [*listed, tokenizer.eos_token_id]
@@ -118,7 +121,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 class _Stops:
-    """Ends a row whose newest tokens have a stop text among them."""
+    """Ends a row whose latest tokens contain a stop text."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], begins: int) -> None:
         self._tokenizer, self._stops, self._begins = tokenizer, stops, begins

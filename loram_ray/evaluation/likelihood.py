@@ -1,8 +1,8 @@
-"""Log-likelihoods of what may follow contexts, and of answers; pure functions of a model.
+"""Log-likelihoods of choices after contexts, and of answers; pure functions of a model.
 
-Choices that follow one context are put behind each other in one row, each of them seeing the
-context and itself alone, with the positions that it would have if it were the only one (a tree
-instead of a copy of the context for every choice).
+The choices of one context are concatenated in one row. Each choice attends to the context and to
+itself only, and has the positions that it would have directly after the context. This tree needs no
+copy of the context for each choice.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _CONTEXT, _FILLED = 0, -1
 
 @dataclass(frozen=True)
 class Branches:
-    """A context and what may follow it.
+    """A context and the choices that may follow it.
 
     Attributes:
-        context: token ids, one at least.
-        choices: token ids of each, one at least.
+        context: Token ids of the context, at least one.
+        choices: Token ids of each choice, at least one.
     """
 
     context: list[int]
@@ -35,29 +35,30 @@ class Branches:
 
     @property
     def longest(self) -> int:
-        """Tokens of the context with its longest choice."""
+        """Number of tokens of the context with its longest choice."""
         return len(self.context) + max(map(len, self.choices))
 
     @property
     def tokens(self) -> int:
-        """Tokens of the row that it becomes."""
+        """Number of tokens of the row that holds the context and all choices."""
         return len(self.context) + sum(len(choice) - 1 for choice in self.choices)
 
 
 def nlls_of_branches(
     engine: Engine, items: Sequence[Branches], begin: int = 0
 ) -> list[list[tuple[float, bool]]]:
-    """Negative log-likelihood of each choice after its context, in nats.
+    """Return the negative log-likelihood of each choice after its context, in nats.
 
     Args:
-        engine: the model.
-        items: in one forward, or, where a layer's window is shorter than an item, one a choice.
-        begin: tokens that all contexts begin with and that are computed once for many calls; of
-            each context at most all but the last.
+        engine: Model to score with.
+        items: Contexts and choices, computed in one forward pass. If the sliding window is shorter
+            than an item, each choice has a forward pass of its own.
+        begin: Number of tokens that all contexts begin with, less than the length of any context.
+            These are computed once and cached between calls.
 
     Returns:
-        For each choice of each item the sum over its tokens, and whether each of them is the
-        likeliest.
+        For each choice of each item, the sum over its tokens and whether each token is the
+        likeliest at its place.
     """
     window = engine.window()
     if window is not None and max(item.longest for item in items) > window:
@@ -73,8 +74,8 @@ def _in_one(
     width = max(item.tokens for item in items) - begin
     ids = torch.full((len(items), width), engine.padding)
     positions = torch.zeros_like(ids)
-    groups = torch.full_like(ids, _FILLED)  # the context is one, and each choice
-    places: list[tuple[int, int]] = []  # whose state predicts
+    groups = torch.full_like(ids, _FILLED)  # 0 for the context, then one number for each choice
+    places: list[tuple[int, int]] = []  # states that predict the targets
     targets: list[int] = []
     owners: list[int] = []
     choices = 0
@@ -125,12 +126,13 @@ def _in_one(
 
 
 def _tree(groups: torch.Tensor, begin: int, dtype: torch.dtype) -> torch.Tensor:
-    """What each token sees, to be added to attention's scores, ``[rows, 1, seq, begin + seq]``.
+    """Return the additive attention mask of a tree, ``[rows, 1, seq, begin + seq]``.
 
     Args:
-        groups: int64 ``[rows, seq]``: `_CONTEXT`, a choice's number, or `_FILLED`.
-        begin: tokens before these, which all see.
-        dtype: of the model.
+        groups: Group of each token, int64 ``[rows, seq]``: `_CONTEXT`, a choice's number or
+            `_FILLED`.
+        begin: Number of cached tokens in front, which all tokens see.
+        dtype: Dtype of the mask.
     """
     rows, width = groups.shape
     earlier = torch.ones(width, width, dtype=torch.bool).tril()
@@ -142,11 +144,11 @@ def _tree(groups: torch.Tensor, begin: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def nlls_of_rows(engine: Engine, rows: Sequence[Row]) -> list[tuple[float, int]]:
-    """Negative log-likelihood of each row's labels, summed, in nats, and how many there are.
+    """Return the negative log-likelihood of each row's labels in nats, and the number of labels.
 
     Args:
-        engine: the model.
-        rows: ``input_ids`` and ``labels``, in one forward.
+        engine: Model to score with.
+        rows: ``input_ids`` and ``labels`` of each row, computed in one forward pass.
     """
     batch = {
         name: tensor.to(engine.device) for name, tensor in padded(rows, engine.padding).items()
@@ -164,16 +166,17 @@ def nlls_of_rows(engine: Engine, rows: Sequence[Row]) -> list[tuple[float, int]]
 def nlls_of_states(
     model: nn.Module, states: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of a token after each state, and whether it is the likeliest.
+    """Return the negative log-likelihood of a token after each state, and whether it is likeliest.
 
     Args:
-        model: a causal LM of transformers.
-        states: ``[n, hidden]``, after the final norm.
-        targets: int64 ``[n]``.
-        chunk: states whose logits exist at a time.
+        model: Causal LM of transformers.
+        states: Hidden states after the final norm, ``[n, hidden]``.
+        targets: Token ids, int64 ``[n]``.
+        chunk: Number of states whose logits are in memory at a time.
 
     Returns:
-        float32 ``[n]`` in nats, and bool ``[n]``.
+        The negative log-likelihoods in nats, float32 ``[n]``, and whether each target is the
+        likeliest token, bool ``[n]``.
     """
     nlls = torch.empty(len(states), device=states.device)
     likeliest = torch.empty(len(states), dtype=torch.bool, device=states.device)

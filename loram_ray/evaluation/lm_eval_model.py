@@ -1,7 +1,8 @@
-"""Tasks of lm-eval, the evaluation harness, with this package's forward passes.
+"""Tasks of lm-eval, the evaluation harness, run with this package's forward passes.
 
-lm-eval has the tasks: their data, prompts, filters and metrics. What it asks of a model is answered
-here, each context once for all of its choices, and what prompts begin with once for all of them.
+lm-eval provides the tasks: data, prompts, filters and metrics. Its requests to the model are
+answered here. Each context is computed once for all of its choices, and the common beginning of
+prompts once for all of them.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from loram_ray.evaluation.generation import Sampling, answers
 from loram_ray.evaluation.likelihood import Branches, nlls_of_branches
 from loram_ray.models.tokenizer import ids_to_continue, render_chat
 
-_NEW_TOKENS = 256  # where a task does not say
-_POSITIONS = 2048  # where a model does not say
+_NEW_TOKENS = 256  # default for tasks that set none
+_POSITIONS = 2048  # default for models that set none
 _COMMON_SENSE = (
     "arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa"
 )  # fmt: skip
 """Tasks whose mean accuracy LoRAM's paper reports as CSR."""
 _BEGINNING = 64
-"""Tokens by which prompts with the same solved examples are told from others."""
+"""Number of tokens that identify prompts with the same solved examples."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """What lm-eval calls.
+    """Model interface that lm-eval calls.
 
     Args:
-        engine: the model.
-        batch_size: items in one forward.
-        advance: told how many requests were answered.
-        seed: of what is sampled.
+        engine: Model to answer with.
+        batch_size: Number of items per forward pass.
+        advance: Called with the number of newly answered requests.
+        seed: Seed of sampling.
     """
 
     def __init__(
@@ -64,19 +65,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for no context at all."""
+        """The token that stands for an empty context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's caches."""
+        """Name of the tokenizer in lm-eval's caches."""
         return str(self.tokenizer.name_or_path)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Text of a conversation, up to where the answer begins or goes on."""
+        """Return a conversation as text, up to where the answer begins or continues."""
         return render_chat(
             self.tokenizer,
             chat_history,
@@ -87,7 +88,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids, with special ones as the tokenizer has them unless it is said."""
+        """Return token ids; special tokens are added as the tokenizer does by default."""
         begins = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         if not begins if add_special_tokens is None else add_special_tokens:
             return ids_to_continue(self.tokenizer, string)
@@ -97,10 +98,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is greedy."""
+        """Return the log-likelihood of each continuation, and whether it is greedy."""
         of_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
-            kept = max(self.max_length + 1 - len(continuation), 1)  # as lm-eval cuts
+            kept = max(self.max_length + 1 - len(continuation), 1)  # truncated as lm-eval does
             of_context[tuple(context[-kept:])].append(number)
         items = [
             Branches(list(context), tuple(requests[number][2] for number in numbers))
@@ -122,7 +123,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as long as the model's positions."""
+        """Return the log-likelihood of whole texts, in windows of the model's maximum length."""
         owners: list[int] = []
         windows: list[tuple[Any, list[int], list[int]]] = []
         for number, request in enumerate(requests):
@@ -142,7 +143,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first of some texts."""
+        """Generate answers up to the first stop text."""
         by_options: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             by_options[json.dumps(request.args[1], sort_keys=True)].append(number)
@@ -169,7 +170,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _batches(
         self, rows: Sequence[list[int]], costs: Sequence[int]
     ) -> Iterator[tuple[list[int], int]]:
-        """Numbers of the rows of each batch, and how many tokens all rows around it begin with."""
+        """Yield each batch's row indices, and the length of the beginning that its group shares."""
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             alike[tuple(row[:_BEGINNING])].append(number)
@@ -182,7 +183,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """How lm-eval's keyword arguments have answers generated."""
+    """Convert lm-eval's generation arguments."""
     until = options.get("until") or ()
     temperature = options.get("temperature", 0.0)
     sampled = bool(options.get("do_sample", False)) and temperature > 0
@@ -202,21 +203,21 @@ def run_harness(
     seed: int,
     advance: Callable[[int], None],
 ) -> tuple[Scores, dict[str, list[Any]]]:
-    """Run tasks; requests answered before an interruption are taken from a file in ``work``.
+    """Run tasks; requests that were answered before an interruption are read from ``work``.
 
     Args:
-        engine: the model.
-        config: which tasks, and how.
-        work: directory for the answers.
-        batch_size: items in one forward.
-        seed: of shots and of what is sampled.
-        advance: told how many requests were answered.
+        engine: Model to evaluate.
+        config: Tasks and their settings.
+        work: Directory for answers.
+        batch_size: Number of items per forward pass.
+        seed: Seed of shots and sampling.
+        advance: Called with the number of newly answered requests.
 
     Returns:
-        Scores by ``task/metric``, each with its standard error, and each task's samples.
+        Scores by ``task/metric``, each with its standard error, and the samples of each task.
 
     Raises:
-        LoramError: a task that lm-eval does not have, or whose data cannot be had.
+        LoramError: lm-eval has no such task, or the task's data is not available.
     """
     model = HarnessModel(engine, batch_size, advance, seed)
     try:
@@ -243,7 +244,7 @@ def run_harness(
 
 
 def _tasks_of(config: HarnessConfig) -> TaskManager:
-    """Where tasks are looked up: among your own first, for lm-eval's are thousands of files."""
+    """Return the task index: only the user's tasks if they suffice, as lm-eval has many files."""
     if config.include_path is not None:
         own = TaskManager(include_path=str(config.include_path), include_defaults=False)
         if own.match_tasks(list(config.tasks)) == sorted(config.tasks):
@@ -253,9 +254,9 @@ def _tasks_of(config: HarnessConfig) -> TaskManager:
 
 
 def scores_of(results: dict[str, dict[str, Any]]) -> Scores:
-    """lm-eval's numbers under this package's names: ``acc,none`` is ``acc``.
+    """Convert lm-eval's scores to this package's names; ``acc,none`` becomes ``acc``.
 
-    Where all six tasks of common-sense reasoning are there, their mean is ``csr/acc``.
+    If all six common-sense reasoning tasks are present, their mean is ``csr/acc``.
     """
     scores: Scores = {}
     for task, metrics in results.items():
@@ -270,5 +271,5 @@ def scores_of(results: dict[str, dict[str, Any]]) -> Scores:
         count = len(_COMMON_SENSE)
         errors = [scores.get(f"{task}/acc_stderr", math.nan) for task in _COMMON_SENSE]
         scores["csr/acc"] = math.fsum(scores[f"{task}/acc"] for task in _COMMON_SENSE) / count
-        scores["csr/acc_stderr"] = math.hypot(*errors) / count  # of independent tasks
+        scores["csr/acc_stderr"] = math.hypot(*errors) / count  # the tasks are independent
     return scores

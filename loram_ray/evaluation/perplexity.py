@@ -28,8 +28,8 @@ class ScoredTokens:
     """Tokens, some of which carry loss.
 
     Attributes:
-        ids: int32.
-        learnt: those with loss.
+        ids: Token ids, int32.
+        learnt: Spans of the tokens that carry loss.
     """
 
     ids: numpy.ndarray[Any, Any]
@@ -37,7 +37,7 @@ class ScoredTokens:
 
     @classmethod
     def of(cls, example: Example) -> ScoredTokens:
-        """What an example is."""
+        """Create the scored tokens of an example."""
         return cls(numpy.array(example.input_ids, dtype=numpy.int32), example.learnt)
 
 
@@ -46,22 +46,22 @@ class Perplexity(Benchmark):
     """Perplexity of the tokens that carry loss.
 
     Attributes:
-        of: ``answer`` or ``text``, for the names of the scores.
+        of: ``answer`` or ``text``, the prefix in the names of the scores.
     """
 
     of: str
 
     @property
     def title(self) -> str:
-        """The name, or what it is where it has none."""
+        """The benchmark's name, or ``answer`` or ``text`` if it has none."""
         return self.name or self.of
 
     def cost(self, item: ScoredTokens) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(item.ids)
 
     def score(self, engine: Engine, items: Sequence[ScoredTokens], seed: int) -> list[Found]:
-        """Summed negative log-likelihood of each item, and its tokens."""
+        """Return each item's summed negative log-likelihood and its number of scored tokens."""
         rows = [
             {"input_ids": ids, "labels": labels_of(ids, item.learnt)}
             for item in items
@@ -70,7 +70,7 @@ class Perplexity(Benchmark):
         return [{"nll": nll, "tokens": count} for nll, count in nlls_of_rows(engine, rows)]
 
     def summed_up(self, found: Sequence[Found]) -> Scores:
-        """Perplexity, its standard error and what it is of."""
+        """Return the perplexity, its standard error, and the numbers of tokens and examples."""
         tokens = [one["tokens"] for one in found]
         perplexity, error = perplexity_and_error([one["nll"] for one in found], tokens)
         scores: Scores = {
@@ -84,7 +84,7 @@ class Perplexity(Benchmark):
 def perplexity_of_answers(
     name: str, tokenizer: Any, config: EvaluateConfig, data: str, key: str, limit: int | None
 ) -> tuple[Perplexity, list[Conversation | Document]]:
-    """Read data as train takes them; the second result is the rows, once each."""
+    """Read data as for training; the second result is the rows, without repetitions."""
     found = load_examples(tokenizer, data, config.max_length, config.max_bad_share, key, limit)
     items = []
     rows: list[Conversation | Document] = []
@@ -98,11 +98,11 @@ def perplexity_of_answers(
 def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) -> Perplexity:
     """Read plain text, packed into sequences.
 
-    Predicted are the documents' tokens and their ends, but neither what opens a document nor the
-    first token of a sequence, where the tokenizer opens none.
+    Documents' tokens and end tokens are predicted. A document's opening token is not, nor is the
+    first token of a sequence if the tokenizer adds no opening token.
 
     Raises:
-        LoramError: no text, or too many bad rows.
+        LoramError: There is no text, or too many unusable rows.
     """
     bad: list[BadRow] = []
     good = 0
@@ -135,6 +135,6 @@ def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) 
 
 
 def _runs(mask: numpy.ndarray[Any, Any]) -> Spans:
-    """First place and the one past the last of each run of true values."""
+    """Return the start and the end (exclusive) of each run of true values."""
     edges = numpy.flatnonzero(numpy.diff(mask, prepend=False, append=False))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Generated programs against their tests, as HumanEval has them."""
+"""Generated programs run against their tests, in HumanEval's format."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _COLUMNS = ("prompt", "test", "entry_point")
 
 @dataclass(frozen=True)
 class Problem:
-    """A program to be continued; one for each sample.
+    """A program to complete; there is one for each sample.
 
     Attributes:
-        place: ``file:line``.
-        text: how the program begins.
-        prompt: its token ids.
-        tests: to test it by, apart from it.
+        place: Location of the problem, ``file:line``.
+        text: Beginning of the program.
+        prompt: Token ids of the beginning.
+        tests: Tests, which run in another process.
     """
 
     place: str
@@ -43,11 +43,11 @@ class Programs(Benchmark):
     """Pass@k of generated programs.
 
     Attributes:
-        sampling: how they are generated.
-        limits: what each has when it is run.
-        samples: of a problem.
-        pass_at: each k.
-        begin: tokens that all prompts begin with, where there is one sample.
+        sampling: How programs are generated.
+        limits: Resource limits of a running program.
+        samples: Number of samples per problem.
+        pass_at: Values of k.
+        begin: Number of tokens that all prompts begin with, if there is one sample.
     """
 
     sampling: Sampling
@@ -57,7 +57,10 @@ class Programs(Benchmark):
     begin: int = 0
 
     def batches(self, size: int) -> Iterator[list[int]]:
-        """Samples of one problem, whose prompt is computed once, or problems of like lengths."""
+        """Yield batches of one problem's samples, or of problems of similar length.
+
+        The samples of one problem share the computation of its prompt.
+        """
         if self.samples == 1:
             yield from super().batches(size)
             return
@@ -67,22 +70,22 @@ class Programs(Benchmark):
 
     @property
     def title(self) -> str:
-        """The name, or what it is where it has none."""
+        """The benchmark's name."""
         return self.name
 
     def cost(self, item: Problem) -> int:
-        """Tokens of the prompt."""
+        """Return the number of tokens of the prompt."""
         return len(item.prompt)
 
     def span(self, item: Problem) -> int:
-        """Tokens of the prompt and of the longest program."""
+        """Return the number of tokens of the prompt and the longest possible program."""
         return len(item.prompt) + self.sampling.max_new_tokens
 
     def score(self, engine: Engine, items: Sequence[Problem], seed: int) -> list[Found]:
-        """Programs, and whether they pass.
+        """Generate programs and run their tests.
 
         Raises:
-            LoramError: this machine cannot confine a program.
+            LoramError: This machine cannot run programs in a sandbox.
         """
         require_sandbox()
         prompts = [item.prompt for item in items]
@@ -106,7 +109,7 @@ class Programs(Benchmark):
         ]
 
     def summed_up(self, found: Sequence[Found]) -> Scores:
-        """Each pass@k, the mean over problems, with its standard error."""
+        """Return each pass@k, the mean over problems, with its standard error."""
         passed = [
             sum(one["passed"] for one in found[start : start + self.samples])
             for start in range(0, len(found), self.samples)
@@ -124,7 +127,7 @@ def programs(
     """Read and tokenise a benchmark.
 
     Raises:
-        LoramError: no row, or too many bad ones.
+        LoramError: There is no row, or too many unusable rows.
     """
     rows = good_rows(rows_of(config.data, _COLUMNS, f"{key}.data", config.limit), max_bad_share)
     items = [

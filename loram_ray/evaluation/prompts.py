@@ -1,4 +1,4 @@
-"""Questions of a benchmark's rows, with solved ones in front of them, as text and as tokens."""
+"""Prompts of benchmarks: questions with solved examples in front, as text and as tokens."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Shot:
 
 
 def rows_of(data: str, columns: Collection[str], key: str, limit: int | None) -> list[Row | BadRow]:
-    """Read rows; one that has not all columns is bad.
+    """Read rows; a row that lacks a column counts as unusable.
 
     Args:
-        data: a file, a directory or a glob.
-        columns: that are needed.
-        key: configuration key of the data.
-        limit: rows at most.
+        data: File, directory or glob.
+        columns: Required columns.
+        key: Configuration key of the data, for messages.
+        limit: Maximum number of rows.
 
     Raises:
-        LoramError: there is no row.
+        LoramError: There is no row.
     """
     found: list[Row | BadRow] = []
     for file in list_files(data, key, EXAMPLES):
@@ -56,20 +56,20 @@ def _with_columns(row: Row, columns: Collection[str]) -> Row | BadRow:
 
 
 def columns_of(prompt: str) -> list[str]:
-    """Names of the columns that a prompt has places for."""
+    """Return the names of the columns that a prompt template refers to."""
     return list(dict.fromkeys(_COLUMN.findall(prompt)))
 
 
 def filled(prompt: str, row: dict[str, Any]) -> str:
-    """A prompt with a row's values in their places; other braces stay."""
+    """Fill a prompt template with a row's values; other braces are kept."""
     return _COLUMN.sub(lambda place: str(row[place.group(1)]), prompt)
 
 
 def good_rows(rows: Sequence[Any], max_bad_share: float) -> list[Any]:
-    """Those that are not bad.
+    """Return the usable rows.
 
     Raises:
-        LoramError: too many are bad.
+        LoramError: Too many rows are unusable.
     """
     bad = [row for row in rows if isinstance(row, BadRow)]
     refuse_bad_rows(bad, len(rows), max_bad_share, "evaluate.max_bad_share")
@@ -77,10 +77,10 @@ def good_rows(rows: Sequence[Any], max_bad_share: float) -> list[Any]:
 
 
 def chosen(shots: Sequence[Shot], count: int, seed: int | None, key: str) -> list[Shot]:
-    """The solved questions that are shown: the first, or some at random.
+    """Return the solved questions to show: the first ones, or a random sample if there is a seed.
 
     Raises:
-        LoramError: there are fewer.
+        LoramError: There are fewer than ``count``.
     """
     if len(shots) < count:
         raise LoramError(
@@ -91,17 +91,17 @@ def chosen(shots: Sequence[Shot], count: int, seed: int | None, key: str) -> lis
 
 
 class PromptBuilder:
-    """Makes the text that a model is given.
+    """Builds the text that a model gets.
 
     Args:
-        tokenizer: of the model.
-        shots: shown in front of each question.
-        delimiter: between a question and its answer, where there is no chat.
-        chat: whether the chat template is used.
-        key: configuration key of the benchmark.
+        tokenizer: Tokenizer of the model.
+        shots: Solved questions in front of each question.
+        delimiter: Text between a question and its answer, unless the chat template is used.
+        chat: Whether the chat template is used.
+        key: Configuration key of the benchmark, for messages.
 
     Raises:
-        LoramError: a chat without a chat template.
+        LoramError: The tokenizer has no chat template and ``chat`` is True.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class PromptBuilder:
         self.delimiter = "" if chat else delimiter
 
     def text(self, question: str) -> str:
-        """All that stands before the answer, without the delimiter."""
+        """Return everything before the answer, without the delimiter."""
         if not self.chat:
             shown = [f"{s.question}{self.delimiter}{s.answer}" for s in self._shots]
             return _BETWEEN_SHOTS.join([*shown, question])
@@ -132,7 +132,7 @@ class PromptBuilder:
             return render_chat(self._tokenizer, messages, add_generation_prompt=True)
         except LoramError:
             raise
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             raise LoramError(
                 f"{self._key}.chat: the chat template refuses a question ({first_line(error)}); "
                 "give another as evaluate.chat_template, or set chat to false"
@@ -140,12 +140,12 @@ class PromptBuilder:
 
     @property
     def beginning(self) -> int:
-        """The token that stands for no context at all."""
+        """The token that stands for an empty context."""
         first, last = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         return int(last if first is None else first)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids; a chat has its special tokens already."""
+        """Return token ids; a chat already contains its special tokens."""
         if not self.chat:
             return ids_to_continue(self._tokenizer, text)
         found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -155,15 +155,15 @@ class PromptBuilder:
 def split_ids(
     builder: PromptBuilder, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of what follows it, tokenised together.
+    """Return the token ids of a context and its continuation, tokenised together.
 
-    Space at the context's end goes to what follows, as tokenizers have it, but in a chat, where it
-    is the template's. Where a token lies over
-    the border, it is counted to what follows, and the context ends where it would alone (as lm-eval
-    does it, so that scores can be compared).
+    Trailing space of the context moves to the continuation, as tokenizers expect, except in a chat,
+    where it belongs to the template. A token that spans the border counts as part of the
+    continuation, and the context ends where it would end alone. This is as in lm-eval, so that
+    scores can be compared.
 
     Returns:
-        The context's, which are at least one, and the continuation's.
+        The token ids of the context, at least one, and of the continuation.
     """
     space = 0 if builder.chat else len(context) - len(context.rstrip())
     if space:

@@ -1,4 +1,4 @@
-"""Scoring a model: batches of all measurements, each on its own, in one process or on actors."""
+"""Scoring a model on the batches of all benchmarks, in one process or in actors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from loram_ray.runtime.progress import METRICS_FILE, MetricsLog
 
 @dataclass(frozen=True)
 class Batch:
-    """Items of a measurement that are scored together.
+    """Items of a benchmark that are scored together.
 
     Attributes:
-        number: of the batch.
-        measurement: number of the measurement.
-        items: their numbers.
+        number: Number of the batch.
+        measurement: Index of the benchmark.
+        items: Indices of the benchmark's items.
     """
 
     number: int
@@ -38,17 +38,17 @@ class Batch:
 
 
 class Plan:
-    """All that is to be scored, and in which batches: these do not depend on who scores them.
+    """All items to score and their batches, independent of the number of actors.
 
     Args:
-        config: of the evaluation.
+        config: Configuration of the evaluation.
 
     Attributes:
-        measurements: with their items.
-        batches: by number.
+        measurements: Benchmarks with their items.
+        batches: Batches by number.
 
     Raises:
-        LoramError: as `measurements_of`.
+        LoramError: As for `measurements_of`.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -63,20 +63,20 @@ class Plan:
 
     @property
     def items(self) -> int:
-        """Items of all measurements."""
+        """Number of items of all benchmarks."""
         return sum(len(batch.items) for batch in self.batches)
 
     def asked(self, batch: Batch) -> tuple[int, Benchmark, list[Any]]:
-        """What `Scorer.score` is given of a batch."""
+        """Return the arguments of `Scorer.score` for a batch."""
         measurement = self.measurements[batch.measurement]
         items = [measurement.items[number] for number in batch.items]
         return batch.number, measurement.without_items(), items
 
     def found(self, by_batch: dict[int, list[Found]]) -> list[list[Found]]:
-        """What was found of each measurement's items, in their order.
+        """Return the results of each benchmark's items, in the order of the items.
 
         Args:
-            by_batch: of each batch, by its number; of some or of all.
+            by_batch: Results of the items of each batch by number, for all or some batches.
         """
         of_items: list[dict[int, Found]] = [{} for _ in self.measurements]
         for number, found in by_batch.items():
@@ -85,7 +85,7 @@ class Plan:
         return [[found[number] for number in sorted(found)] for found in of_items]
 
     def scores(self, by_batch: dict[int, list[Found]]) -> Scores:
-        """The scores of all measurements."""
+        """Return the scores of all benchmarks."""
         scores: Scores = {}
         for measurement, found in zip(self.measurements, self.found(by_batch), strict=True):
             scores |= measurement.scores(found)
@@ -93,16 +93,16 @@ class Plan:
 
 
 def tokenizer_of(config: EvaluateConfig) -> Any:
-    """The model's tokenizer, with the chat template that is given, or that the adapter has."""
+    """Load the model's tokenizer, with the configured chat template or else the adapter's."""
     template = config.chat_template or own_template(config.adapter)
     return load_tokenizer(config.model, template, "evaluate.chat_template")
 
 
 class Scorer:
-    """Keeps a model, from when it is first needed, and scores batches with it.
+    """Loads a model at the first use and scores batches with it.
 
     Args:
-        config: of the evaluation; its paths are absolute where this is an actor.
+        config: Configuration of the evaluation. In an actor, its paths must be absolute.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -123,15 +123,15 @@ class Scorer:
         return Engine(model.eval(), tokenizer_of(config))
 
     def size(self) -> Scores:
-        """Parameters of the model without an adapter, and the bytes that hold them."""
+        """Return the model's number of parameters without an adapter, and their size in bytes."""
         assert self.engine
         return dict(zip(("model_parameters", "model_bytes"), self._size, strict=True))
 
     def harness(self, work: Path) -> tuple[Scores, dict[str, list[Any]]]:
-        """Run the tasks of lm-eval; see `harness.run_harness`.
+        """Run the tasks of lm-eval; see `lm_eval_model.run_harness`.
 
         Args:
-            work: directory for what is answered, and for how far it is.
+            work: Directory for answers and progress.
 
         Raises:
             LoramError: lm-eval is not installed, or does not have a task.
@@ -164,12 +164,12 @@ class Scorer:
         """Score a batch.
 
         Args:
-            number: of the batch, which tells what is sampled in it from what is in others.
-            measurement: without its items.
-            items: of the batch.
+            number: Number of the batch, which is added to the seed of sampling.
+            measurement: Benchmark without its items.
+            items: Items of the batch.
 
         Returns:
-            What was found of each item, and how many seconds it took, without loading.
+            The result of each item, and the duration in seconds without loading.
         """
         engine, seed = self.engine, (self._config.seed + number) % 2**32
         started = time.perf_counter()
@@ -179,16 +179,16 @@ class Scorer:
 
 
 def with_adapter(model: Any, directory: str, adapter: Path, key: str) -> Any:
-    """Put an adapter on a model; what comes back is a causal LM of transformers.
+    """Put an adapter on a model, and return the causal LM of transformers.
 
     Args:
-        model: as it was loaded.
-        directory: where from.
-        adapter: directory of the adapter.
-        key: configuration key or option to name.
+        model: Model as it was loaded.
+        directory: Directory that the model was loaded from.
+        adapter: Directory of the adapter.
+        key: Configuration key or option to name in messages.
 
     Raises:
-        LoramError: an adapter for another model.
+        LoramError: The adapter is for another model.
     """
     from loram_ray.finetuning.masked import put_adapter_on
 

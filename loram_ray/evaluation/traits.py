@@ -1,7 +1,7 @@
-"""What a tokenizer's ways change in scores, for the identity of an evaluation.
+"""Traits of a tokenizer that affect scores, as part of an evaluation's identity.
 
-A tokenizer that adds nothing to texts, pads, and closes answers by its own special token has none
-of these traits.
+A tokenizer has none of these traits if it adds nothing to texts, has a padding token, and closes
+answers with a special token of its own.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _GENERATES = (GenerationBenchmark, CodeBenchmark, GymBenchmark)
 
 
 def settings_of_reading(config: EvaluateConfig, model: Path, tokenizer: Any) -> dict[str, Any]:
-    """What an identity holds of how data and answers are read.
+    """Return the settings of an identity that describe how data and answers are read.
 
     Args:
-        config: of the evaluation.
-        model: directory of the model.
-        tokenizer: of the model, with the chat template that is used.
+        config: Configuration of the evaluation.
+        model: Directory of the model.
+        tokenizer: Tokenizer of the model, with the chat template in use.
     """
     perplexities = [b for b in config.benchmarks if isinstance(b, PerplexityBenchmark)]
     data = [given for given in (config.data, *(b.data for b in perplexities)) if given]
@@ -70,7 +70,7 @@ def _traits_of_answers(tokenizer: Any) -> list[str]:
 
 
 def _plain_ends(model: Path, tokenizer: Any) -> list[str]:
-    """Tokens at which the model's own settings end an answer and that decoding would show."""
+    """Return the end tokens in the model's settings that are visible when decoded."""
     path = model / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.exists() else None
     ends: list[Any] = listed if isinstance(listed, list) else [listed]

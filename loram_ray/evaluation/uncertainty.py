@@ -1,4 +1,4 @@
-"""Scores of many items with their standard errors; pure functions of numbers."""
+"""Aggregate scores with standard errors; pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from math import comb
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent items and its standard error, ``sd / sqrt(n)`` with ``n - 1`` in ``sd``.
+    """Return the mean of independent items and its standard error, ``sd / sqrt(n)``.
 
-    The error of one item is not a number.
+    ``sd`` has the denominator ``n - 1``. The error of a single item is NaN.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -21,22 +21,23 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def perplexity_of(mean: float) -> float:
-    """``exp`` of the mean nats a token, infinity where it overflows."""
+    """Return ``exp`` of the mean nats per token, infinity on overflow."""
     return math.exp(mean) if mean < 700 else math.inf
 
 
 def perplexity_and_error(nlls: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
-    """``exp`` of the nats a token, and its standard error.
+    """Return the perplexity, ``exp`` of the nats per token, and its standard error.
 
-    Items are independent, tokens of an item are not: the error is that of a ratio of two sums over
-    items (Cochran, Sampling Techniques, 1977, section 6.3), carried through ``exp`` by its slope.
+    Items are independent, but the tokens of an item are not. The error is that of a ratio of two
+    sums over items (Cochran, Sampling Techniques, 1977, section 6.3), propagated through ``exp`` by
+    its derivative.
 
     Args:
-        nlls: summed negative log-likelihood of each item, in nats.
-        tokens: of each item, at least one in all.
+        nlls: Summed negative log-likelihood of each item, in nats.
+        tokens: Number of tokens of each item, at least one in total.
 
     Returns:
-        Infinity for both where ``exp`` overflows.
+        The perplexity and its error; both are infinity if ``exp`` overflows.
     """
     count, total = len(nlls), sum(tokens)
     mean = math.fsum(nlls) / total
@@ -50,35 +51,35 @@ def perplexity_and_error(nlls: Sequence[float], tokens: Sequence[int]) -> tuple[
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Chance that of ``k`` samples, drawn without replacement, one at least passes.
+    """Return the probability that at least one of ``k`` samples passes, drawn without replacement.
 
     The unbiased estimator ``1 - C(n - c, k) / C(n, k)`` (Chen et al. 2021, Evaluating Large
     Language Models Trained on Code, equation 1).
 
     Args:
-        samples: drawn, ``n``.
-        passed: how many of them pass, ``c``.
-        k: at most ``n``.
+        samples: Number of samples, ``n``.
+        passed: Number of samples that pass, ``c``.
+        k: Number of drawn samples, at most ``n``.
     """
     return 1.0 - comb(samples - passed, k) / comb(samples, k)
 
 
 def goodness(metric: str, value: float) -> float:
-    """A score so that more is better and differences mean the same everywhere.
+    """Return a score on a scale where more is better and differences are comparable.
 
-    Of a perplexity minus its logarithm, of any other score the score.
+    For a perplexity this is minus its logarithm, for any other score the score itself.
     """
     return -math.log(value) if metric.endswith("perplexity") else value
 
 
 def share_of_gain(metric: str, base: float, adapted: float, full: float) -> float:
-    """What one score gains over the base's as a share of what full LoRA's does."""
+    """Return one score's gain over the base as a share of full LoRA's gain."""
     gained = goodness(metric, full) - goodness(metric, base)
     return (goodness(metric, adapted) - goodness(metric, base)) / gained
 
 
 def gain_kept(metric: str, base: float, adapted: float, full: float) -> float | None:
-    """`share_of_gain`, None where full LoRA gains nothing, or the base's perplexity overflows."""
+    """Return `share_of_gain`; None if full LoRA gains nothing or the base's score is infinite."""
     if goodness(metric, full) <= goodness(metric, base) or not math.isfinite(base):
         return None
     return share_of_gain(metric, base, adapted, full)
