@@ -1,4 +1,4 @@
-"""The stages: each one function from a configuration and directories to one directory.
+"""The stages: functions that take a configuration and write one directory.
 
-The command, the jobs, the tests and a notebook call the same functions.
+The command line, the jobs, the tests and notebooks call the same functions.
 """

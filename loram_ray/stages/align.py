@@ -1,4 +1,4 @@
-"""The align stage: corpus and pruned model in, aligned model out."""
+"""The align stage: makes an aligned model from a corpus and a pruned model."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from loram_ray.utils.parsing.documents import read_as
 def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Align a pruned model by continual pre-training, on the corpus or on its base (LoRAM, step 2).
 
-    The corpus is tokenised and packed once beside the output, and, for distillation, the base's
-    likeliest tokens are computed over it. Training continues from the last checkpoint when the
-    stage is started again, or when workers die.
+    The corpus is tokenised and packed once, beside the output. For distillation, the base's
+    likeliest tokens are computed over it. Training resumes from the last checkpoint when the stage
+    is started again, or when workers die.
 
     Raises:
-        LoramError: not a pruned model, another base, no text, a cluster too small, a loss that is
-            not finite.
+        LoramError: The model is not pruned or has another base, there is no text, the cluster is
+            too small, or a loss is not finite.
     """
     manifest = require_stage(config.pruned, ("prune", "align"), "align.pruned")
     require_sizes(config.pruned, manifest, SIZES)
@@ -60,7 +60,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     )
     _require_sequence_fits(config)
     users = read_user_config(config.deepspeed)
-    deepspeed_config(config, users, config.workers)  # says at once what does not fit
+    deepspeed_config(config, users, config.workers)  # reports a misfit before work begins
     require_trackers(config.trackers, "align.trackers")
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
@@ -109,14 +109,14 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
 
 
 def _prepared(config: AlignConfig, what: str) -> Path:
-    """Where the packed corpus or the targets are."""
+    """Return the directory of the packed corpus or of the targets."""
     if config.prepared is not None:
         return config.prepared / what
     return config.output.with_name(f"{config.output.name}_{what}")
 
 
 def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
-    """What determines the result besides the inputs."""
+    """Return the settings that determine the result, besides the inputs."""
     settings = config.identity()
     settings |= {"steps": config.total_steps, "deepspeed": users, "order_window": WINDOW}
     if config.objective == "distillation":
@@ -125,7 +125,7 @@ def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_of(config: AlignConfig) -> Path:
-    """Return the base's directory, after refusing one that is not the pruned model's."""
+    """Return the base's directory; raise an error if it is not the pruned model's base."""
     assert config.base is not None
     plan = PruningPlan.load(config.pruned)
     with BaseModel.open(config.base, "align.base") as base:

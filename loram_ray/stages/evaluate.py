@@ -1,4 +1,4 @@
-"""The evaluate stage: a model, perhaps with an adapter, against held-out data."""
+"""The evaluate stage: scores a model, with or without an adapter, on held-out data."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ _HARNESS = "lm-eval"
 def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> StageResult:
     """Score a base, pruned, aligned or merged model, with or without an adapter.
 
-    Writes ``scores.json``: ``answer_perplexity`` and ``exact_match`` where there is ``data``,
-    ``text_perplexity`` where there is ``text``, and ``NAME/SCORE`` of each benchmark, each with its
-    standard error as ``..._stderr``; and what was found of each item in ``items``. Batches are
-    spread over actors; what was scored before an interruption is not scored again.
+    Writes ``scores.json``: ``answer_perplexity`` and ``exact_match`` if there is ``data``,
+    ``text_perplexity`` if there is ``text``, and ``NAME/SCORE`` of each benchmark, each with its
+    standard error as ``..._stderr``. The results of single items are written to ``items``. Batches
+    are distributed over actors; batches scored before an interruption are not scored again.
 
     Raises:
-        LoramError: an adapter that is not for the model, or no usable data.
+        LoramError: The adapter is not for the model, or there is no usable data.
     """
     opened = BaseModel.open(config.model, "evaluate.model")
     model_digest, base_fingerprint = opened.identify()
@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig, ray_config: RayConfig | None = None) -> Sta
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What makes an evaluation another; of data its content does, not where it is."""
+    """Return the settings that determine the result; data is identified by content, not by path."""
     settings = config.identity()
     for benchmark, given in zip(config.benchmarks, settings["benchmarks"], strict=True):
         given["name"] = name_of(benchmark)
@@ -110,9 +110,9 @@ def _data_digest(config: EvaluateConfig) -> str:
 
 
 def _files_of_tasks(folder: Path, output: Path) -> list[Path]:
-    """What lm-eval's tasks in a folder consist of, sorted: YAML, Python, and files they name.
+    """Return the sorted files of lm-eval's tasks in a folder: YAML, Python and files these name.
 
-    Other things may lie there, and may come with the first run: results, compiled Python.
+    Other files in the folder are ignored, as a run may add results and compiled Python.
     """
     output = output.resolve()
     inside = [
@@ -126,7 +126,7 @@ def _files_of_tasks(folder: Path, output: Path) -> list[Path]:
 
 
 def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) -> str:
-    """Digest of an adapter, after refusing one that was made for another model."""
+    """Return an adapter's digest; raise an error if it was made for another model."""
     if is_delta(adapter):
         raise LoramError(
             f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds a dense delta; "
@@ -221,23 +221,23 @@ def _write(
 
 
 class _Kept(NamedTuple):
-    """What lm-eval found."""
+    """Results of lm-eval."""
 
     scores: Scores
     samples: dict[str, list[Any]]
 
 
 class _Harness:
-    """What lm-eval found, in a file that an interrupted evaluation finds again.
+    """Results of lm-eval, kept in a file for resuming an interrupted evaluation.
 
     Args:
-        path: the file.
-        wanted: whether there is something for lm-eval to do.
+        path: The file.
+        wanted: Whether there are tasks for lm-eval.
 
     Attributes:
-        waits: whether it is still to be done.
-        scores: by ``task/metric``.
-        samples: of each task.
+        waits: Whether the tasks have yet to run.
+        scores: Scores by ``task/metric``.
+        samples: Samples of each task.
     """
 
     def __init__(self, path: Path, wanted: bool) -> None:
@@ -250,7 +250,7 @@ class _Harness:
             self.waits = False
 
     def keep(self, found: tuple[Scores, dict[str, list[Any]]]) -> None:
-        """Keep what was found."""
+        """Write the results to the file."""
         write_json(self._path, found)
         self.scores, self.samples = found
 
@@ -265,14 +265,14 @@ class _Batch:
 
 
 class _Record:
-    """What was found, batch by batch, in a file that an interrupted evaluation goes on from.
+    """Results of batches, kept in a file for resuming an interrupted evaluation.
 
     Args:
-        path: the file.
+        path: The file.
 
     Attributes:
-        found: of the items of each batch, by its number.
-        seconds: that all batches took.
+        found: Results of each batch's items, by the number of the batch.
+        seconds: Total duration of the batches in seconds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -281,11 +281,11 @@ class _Record:
         self.found: dict[int, list[Found]] = {}
         self.seconds = 0.0
         for line in read_lines(path):
-            with suppress(LoramError):  # done again
+            with suppress(LoramError):  # an unreadable batch is scored again
                 self._keep(as_type(_Batch, line, str(path)))
 
     def add(self, number: int, found: list[Found], seconds: float) -> None:
-        """Keep what a batch's items were found to be."""
+        """Append the results of a batch's items to the file."""
         batch = _Batch(number, found, seconds)
         with self._adding, open(self._path, "a") as file:
             file.write(json.dumps(asdict(batch)) + "\n")

@@ -1,4 +1,4 @@
-"""The export stage: a base or merged model in, one GGUF file out."""
+"""The export stage: writes a base or merged model as one GGUF file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from loram_ray.runtime.progress import Reporter
 
 
 def export(config: ExportConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Write a model as GGUF, for llama.cpp and what is built on it, one tensor in memory at a time.
+    """Write a model as GGUF, for llama.cpp and its derivatives, holding one tensor in memory.
 
-    It runs in this process; ``ray_config`` is not used.
+    This stage runs in the calling process; ``ray_config`` is unused.
 
     Raises:
-        LoramError: a pruned or quantised model, a family, a computation or a tokenizer that
-            llama.cpp does not have, or no gguf package.
+        LoramError: The model is pruned or quantised, llama.cpp does not support its family,
+            computation or tokenizer, or the gguf package is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
         raise LoramError("export needs the gguf package; pip install 'loram-ray[gguf]'")

@@ -1,4 +1,4 @@
-"""The merge stage: base and adapter, or dense delta, in; a full-precision model out."""
+"""The merge stage: merges an adapter or a dense delta into its base, in full precision."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ GENERATION_FILE = "generation_config.json"
 _EXACT = 1e-3
 _MORE_THAN_ROUNDING = 10
 _FELT, _LOST = 0.1, 0.5
-"""Errors of merged logits, as shares of what the adapter changes in them: what float32 may do, how
-many times the share that rounding takes of a weight's change, what is worth a line, too much."""
+"""Limits on the merged logits' error, as shares of the adapter's change of the logits: the error of
+float32, the multiple of the weights' rounding error, the error to report, the error to refuse."""
 
 
 def merge(config: MergeConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Merge a LoRA, or a delta, into its base, tensor by tensor; the sum is formed in float32.
+    """Merge a LoRA or a delta into its base, tensor by tensor; the sum is computed in float32.
 
-    It runs in this process; ``ray_config`` is not used.
+    This stage runs in the calling process; ``ray_config`` is unused.
 
     Raises:
-        LoramError: an adapter of another base, or a base that is pruned, quantised or damaged.
+        LoramError: The adapter is for another base, or the base is pruned, quantised or damaged.
     """
     base = BaseModel.open(config.base, "merge.base")
     family = base.family
@@ -84,24 +84,24 @@ def merge(config: MergeConfig, ray_config: RayConfig | None = None) -> StageResu
 
 
 def _learnt_ends(base: BaseModel, adapter: Path) -> dict[str, Any] | None:
-    """Generation's settings with the token that closes a learnt answer, where they lack it.
+    """Return generation settings that end at the token learnt from answers, if the base's do not.
 
-    Training on conversations teaches the token with which the chat template closes an answer; where
-    the base's settings do not end generation there, whoever serves the merged model runs past it.
+    Training on conversations teaches the token with which the chat template closes an answer. If
+    the base's settings do not end generation at this token, the merged model generates past it.
 
     Returns:
-        Content of the file of settings, or None where the base's own will do.
+        The content of the settings file, or None if the base's own settings suffice.
     """
     template = own_template(adapter)
     try:
         tokenizer = load_tokenizer(base.directory, template, "merge.adapter")
     except LoramError:
-        return None  # a base without a tokenizer: it is served with another's files
+        return None  # a base without a tokenizer is served with another's files
     if not tokenizer.chat_template:
         return None
     path = base.directory / GENERATION_FILE
     settings: dict[str, Any] = read_json(path) if path.exists() else {}
-    if not settings:  # what transformers takes from config.json then
+    if not settings:  # transformers then uses those of config.json
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         settings = {k: base.config[k] for k in names if base.config.get(k) is not None}
     listed = settings.get("eos_token_id")
@@ -113,7 +113,7 @@ def _learnt_ends(base: BaseModel, adapter: Path) -> dict[str, Any] | None:
 
 
 def _require_base(change: Change, identity: str, base: str) -> None:
-    """Refuse an adapter whose manifest names another base, or that was not recovered."""
+    """Raise an error for an adapter of another base, or one that was not recovered."""
     manifest = read_manifest(change.directory)
     if manifest is None:
         return
@@ -130,7 +130,7 @@ def _require_base(change: Change, identity: str, base: str) -> None:
 
 
 def _stored_name(module: str, checkpoint: Checkpoint, family: Architecture) -> str:
-    """Name of the tensor that a module's delta is added to, or that a tied head starts from."""
+    """Return the name of the tensor that a module's delta is added to, the embedding if tied."""
     name = family.weight_name(module, checkpoint.location)
     if name is None:
         raise LoramError(f"merge.adapter adapts {module}, the base has no such module; check it")
@@ -153,15 +153,15 @@ def _write(
     targets: dict[str, str],
     max_shard_bytes: int,
 ) -> float:
-    """Write the model; return the largest share of a weight's change that rounding took or gave."""
+    """Write the model; return the largest relative rounding error of a weight's change."""
     checkpoint, family = base.checkpoint, base.family
     specs, config = checkpoint.specs, dict(base.config)
     head, embeddings = f"{family.output_head}.weight", f"{family.embeddings}.weight"
     untied = targets.get(embeddings) == family.output_head
-    if untied:  # the head changes and the embedding does not: they cannot share a tensor any more
+    if untied:  # the changed head can no longer share the embedding's tensor
         specs[head] = specs[embeddings]
         targets = {head if name == embeddings else name: m for name, m in targets.items()}
-    if head in targets:  # also where a tied base stores the same tensor twice
+    if head in targets:  # also if a tied base stores the same tensor twice
         config["tie_word_embeddings"] = False
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(target.path, nbytes)
@@ -187,7 +187,7 @@ def _write(
 
 
 def _share_rounded(weight: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of what rounding a changed weight to its dtype does, over that of the change."""
+    """Return the norm of a changed weight's rounding error, relative to the norm of the change."""
     change = torch.linalg.vector_norm(exact - weight.float())
     rounding = torch.linalg.vector_norm(exact - exact.to(weight.dtype).float())
     return float(rounding / change) if change else 0.0
@@ -196,7 +196,7 @@ def _share_rounded(weight: torch.Tensor, exact: torch.Tensor) -> float:
 def _require_parity(
     target: StageDirectory, base: Path, change: Change, family: Architecture, rounded: float
 ) -> None:
-    """Refuse a merged model that is not base and adapter, and say where rounding is felt."""
+    """Raise an error if the merged model differs from base and adapter; report notable rounding."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = parity_of(base, change, target.path, family, device)
     if found.modules < len(change.modules):

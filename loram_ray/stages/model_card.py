@@ -1,4 +1,4 @@
-"""The README.md of a model to train on: where it comes from, what it learnt, how to train on it."""
+"""README.md of a model to train on: its origin, its alignment and how to train on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loram_ray.utils.printing import markdown
 
 CARD_FILE = "README.md"
 SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
-"""Details of a pruned or aligned model's manifest that the card shows."""
+"""Entries of a pruned or aligned model's manifest that the card shows."""
 _USE = "## Use"
 
 
@@ -36,16 +36,16 @@ def model_card(
     last: dict[str, Any],
     steps: int,
 ) -> str:
-    """Write a card as hubs show it: YAML for machines, then Markdown.
+    """Return an aligned model's card in the hub's format: YAML, then Markdown.
 
     Args:
-        config: of the alignment.
-        plan: of the pruning.
-        pruned: manifest of the pruned model.
-        sources: of the corpus.
-        first: metrics before the first step, where something is held out.
-        last: metrics of the last step.
-        steps: optimiser steps done.
+        config: Configuration of the alignment.
+        plan: Pruning plan.
+        pruned: Manifest of the pruned model.
+        sources: Sources of the corpus.
+        first: Metrics before the first step, if there is held-out text.
+        last: Metrics of the last step.
+        steps: Number of completed optimiser steps.
     """
     rows = {
         **_origin(config.base, plan, pruned),
@@ -73,24 +73,24 @@ def model_card(
 
 
 def pruned_card(base: str | None, plan: PruningPlan, pruned: Manifest, name: str) -> str:
-    """Write the card of a model that is pruned and not aligned.
+    """Return the card of a model that is pruned but not aligned.
 
     Args:
-        base: that was pruned, named if it is a hub id.
-        plan: of the pruning.
-        pruned: manifest of the pruned model.
-        name: of its directory.
+        base: Base model; it is named only if it is a hub id.
+        plan: Pruning plan.
+        pruned: Manifest of the pruned model.
+        name: Name of the pruned model's directory.
     """
     return _card(name, "pruned", base, plan, _origin(base, plan, pruned), [])
 
 
 def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
-    """Return the card of a quantised model, from that of the model that was quantised.
+    """Return the card of a quantised model, based on the original model's card.
 
     Args:
-        card: of the model that was quantised.
-        name: of the quantised model's directory.
-        details: of the quantised model's manifest.
+        card: Card of the model before quantisation.
+        name: Name of the quantised model's directory.
+        details: Details of the quantised model's manifest.
     """
     head, body = _split_head(card)
     head["tags"] = [*head.get("tags", []), *NF4.tags]
@@ -113,7 +113,7 @@ def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
 
 
 def _origin(base: str | None, plan: PruningPlan, pruned: Manifest) -> dict[str, str]:
-    """Rows of the table on base and pruning."""
+    """Return the table rows on the base and the pruning."""
     sizes = pruned.details
     named = "" if base is None else f"{hub_id(base) or 'a local model'}, "
     return {
@@ -160,12 +160,12 @@ def _card(
 
 
 def _yaml(head: dict[str, Any]) -> str:
-    """The part of a card that is for machines."""
+    """Return the YAML front matter of a card."""
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
 
 
 def _split_head(card: str) -> tuple[dict[str, Any], str]:
-    """The YAML of a card and its text; a card of others may have no YAML, or no list of tags."""
+    """Split a card into YAML and text; cards of other tools may lack YAML or a list of tags."""
     before, _, rest = card.partition("---\n")
     written, end, body = rest.partition("---\n")
     if before.strip() or not end:
@@ -180,7 +180,7 @@ def _split_head(card: str) -> tuple[dict[str, Any], str]:
 
 
 def hub_id(base: str | None) -> str | None:
-    """The base, where it is named as on a hub: no path of a machine goes into a card."""
+    """Return the base if it is a hub id; local paths must not appear in a card."""
     return base if base is not None and is_repo(base) and not os.path.exists(base) else None
 
 

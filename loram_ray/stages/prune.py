@@ -1,4 +1,4 @@
-"""The prune stage: base weights stream in, what a criterion keeps of them streams out."""
+"""The prune stage: streams base weights in, and the kept weights out."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ from loram_ray.runtime.progress import Reporter
 
 
 def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Prune a base model into a directory that holds the pruned model and its plan.
+    """Prune a base model into a directory with the pruned model and its pruning plan.
 
-    Random and magnitude pruning read one tensor at a time. The other criteria run the base layer
-    after layer over calibration text, in Ray actors, and have one decoder layer in memory, whatever
-    the depth of the model; a calibration that was cut goes on at its layer.
+    Random and magnitude pruning read one tensor at a time. The other criteria run the base over
+    calibration text, in Ray actors, with one decoder layer in memory at a time, regardless of the
+    model's depth. An interrupted calibration resumes at its layer.
 
     Raises:
-        LoramError: an unsupported or damaged base, a ratio, pattern or layer range that the model
-            cannot take, too little text, an output that holds something else, a full disk.
+        LoramError: The base is unsupported or damaged, the model does not support a ratio, pattern
+            or layer range, there is too little text, the output holds something else, or the disk
+            is full.
     """
     base = BaseModel.open(config.base, "prune.base")
     geometry = base.geometry
@@ -73,12 +74,12 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
 
 
 def _texts(config: PruneConfig) -> list[str]:
-    """Where the text of the calibration is."""
+    """Return the paths of the calibration text."""
     return [source.path for source in config.calibration.sources] if config.calibration else []
 
 
 def _settings(config: PruneConfig, family: Architecture) -> dict[str, Any]:
-    """What determines the result, besides the inputs."""
+    """Return the settings that determine the result, besides the inputs."""
     settings = config.identity()
     if family.norms and config.pattern == STRUCTURED:
         settings["norm_mean"] = NORM_MEAN
@@ -86,7 +87,7 @@ def _settings(config: PruneConfig, family: Architecture) -> dict[str, Any]:
 
 
 def _parents(config: PruneConfig, base: BaseModel) -> dict[str, str]:
-    """Digests of what the pruned model follows from, besides the settings."""
+    """Return the digests of the pruned model's inputs."""
     identity = base.fingerprint
     parents = {"base": identity}
     if config.scores is not None:
@@ -106,7 +107,7 @@ def _parents(config: PruneConfig, base: BaseModel) -> dict[str, str]:
 
 
 def _require_layers(base: BaseModel, layers: tuple[int, int]) -> None:
-    """Refuse layers to prune that are not of one kind."""
+    """Raise an error if the layers to prune are not of one kind."""
     for layer in range(*layers):
         modules = base.family.modules(layer, base.geometry)
         _require_experts(layer, modules, base.checkpoint)
@@ -115,7 +116,7 @@ def _require_layers(base: BaseModel, layers: tuple[int, int]) -> None:
 def _require_experts(
     layer: int, modules: list[tuple[str, CoupledLinear, int | None]], checkpoint: Checkpoint
 ) -> None:
-    """Refuse a layer of a mixture-of-experts family that has attention but no experts."""
+    """Raise an error for a layer of a mixture-of-experts family with attention but no experts."""
     stored = {
         linear.per_expert
         for module, linear, _ in modules
@@ -132,7 +133,7 @@ def _require_experts(
 def _require_pattern(
     base: BaseModel, pattern: Pattern, ratios: dict[int, float]
 ) -> dict[int, float]:
-    """Ratio of each pruned layer, after checking that the pattern fits every linear."""
+    """Return each pruned layer's ratio; raise an error if the pattern does not fit every linear."""
     specs = base.checkpoint.specs
     for layer in ratios:
         for entry in layer_linears(base.family, base.geometry, layer):
@@ -142,7 +143,7 @@ def _require_pattern(
 
 @dataclass(frozen=True)
 class _Pruning:
-    """The work of the stage."""
+    """The stage's work."""
 
     config: PruneConfig
     base: BaseModel
@@ -194,7 +195,7 @@ class _Pruning:
         )
 
     def _masked_plan(self, target: StageDirectory) -> PruningPlan:
-        """Gather the layers' masks in one file, and make the plan of them."""
+        """Collect the layers' masks in one file, and create the plan from them."""
         specs = self.base.checkpoint.specs
         shapes, layer_of = {}, {}
         for layer in self.ratios:

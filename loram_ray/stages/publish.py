@@ -1,4 +1,4 @@
-"""Publishing: a finished directory becomes a commit of a hub repository."""
+"""Publishing: uploads a finished directory as a commit to a hub repository."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from loram_ray.utils.parsing import read_json, read_text
 PUBLISHED = ("prune", "align", "quantize", "recover")
 _MODEL_CONFIG_FILE = "config.json"
 _BASE_OF_ADAPTER, _ORIGIN_OF_MODEL = "base_model_name_or_path", "_name_or_path"
-# What stages write themselves; a tokenizer's vocabulary may well hold what looks like a path.
+# Files that stages write. A tokenizer's vocabulary may contain text that looks like a path.
 _OWN_TEXT = (MANIFEST_FILE, _MODEL_CONFIG_FILE, ADAPTER_CONFIG_FILE, "README.md", "metrics.jsonl")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/([\w.-]+)(?:/[\w.-]+)+")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -39,14 +39,14 @@ _REFUSED = (401, 403)
 
 @dataclass(frozen=True)
 class PublishResult:
-    """A publication.
+    """Result of a publication.
 
     Attributes:
-        url: of the repository.
-        commit: hash of the commit that holds the directory.
-        files: number of the directory's files.
-        bytes: of them together.
-        changed: False where the repository held the same files before.
+        url: Address of the repository.
+        commit: Hash of the commit that holds the directory.
+        files: Number of the directory's files.
+        bytes: Total size of the files in bytes.
+        changed: False if the repository already held the same files.
     """
 
     url: str
@@ -59,15 +59,15 @@ class PublishResult:
 def publish(config: PublishConfig, ray_config: RayConfig | None = None) -> PublishResult:
     """Upload a finished directory to a hub repository, as one commit.
 
-    The files are those of its manifest, after their hashes were checked, and the manifest. What the
-    repository holds already is not sent again; weights that it holds under other names, of an
-    earlier publication, are deleted in the same commit.
+    The files are the manifest and those that it lists, after their hashes are checked. Files that
+    the repository already holds are not sent again. Weights of an earlier publication under other
+    names are deleted in the same commit.
 
-    It runs in this process; ``ray_config`` is not used.
+    This function runs in the calling process; ``ray_config`` is unused.
 
     Raises:
-        LoramError: not a finished directory, one that names paths of this machine or links to
-            them, no token, or a token that may not write there.
+        LoramError: The directory is not finished, names local paths or contains links, or there is
+            no token or the token has no write access.
     """
     manifest = require_stage(config.directory, PUBLISHED, "publish.directory")
     _refuse_links(config.directory, manifest)
@@ -107,10 +107,10 @@ def publish(config: PublishConfig, ray_config: RayConfig | None = None) -> Publi
 
 
 def _contents(config: PublishConfig, manifest: Manifest) -> dict[str, Path | bytes]:
-    """What is uploaded by name: files as they are, but for configurations that name a local path.
+    """Return what is uploaded, by name: files, or new content for configurations with local paths.
 
     Raises:
-        LoramError: an adapter whose base has no name on the hub.
+        LoramError: The adapter's base has no name on the hub.
     """
     contents: dict[str, Path | bytes] = {name: config.directory / name for name in manifest.files}
     changed: dict[str, bytes] = {}
@@ -142,7 +142,7 @@ def _contents(config: PublishConfig, manifest: Manifest) -> dict[str, Path | byt
 
 
 def _refuse_links(directory: Path, manifest: Manifest) -> None:
-    """Refuse files that lie elsewhere: whoever made the directory may have linked secrets."""
+    """Raise an error for files outside the directory, as links may point to secrets."""
     root = directory.resolve()
     for name in (*manifest.files, MANIFEST_FILE):
         if not (directory / name).resolve().is_relative_to(root):
@@ -153,7 +153,7 @@ def _refuse_links(directory: Path, manifest: Manifest) -> None:
 
 
 def _refuse_local_paths(directory: Path, contents: dict[str, Path | bytes]) -> None:
-    """Refuse text of ours that names a directory of this machine."""
+    """Raise an error for files written by stages that contain a local path."""
     for name in _OWN_TEXT:
         content = contents.get(name)
         if content is None:

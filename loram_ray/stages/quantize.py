@@ -1,4 +1,4 @@
-"""The quantize stage: a pruned or aligned model in, the same in NF4 out."""
+"""The quantize stage: converts a pruned or aligned model to NF4."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from loram_ray.utils.parsing import read_text
 
 
 def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Write a model's linears in NF4 with double quantisation, for QLoRAM's training on less.
+    """Write a model's linears in NF4 with double quantisation, for QLoRAM's low-memory training.
 
-    The weights are read twice, one at a time, and quantised on a GPU where there is one. The output
-    loads with ``AutoModelForCausalLM.from_pretrained`` as it is, and `train` takes it.
+    The weights are read twice, one at a time, and quantised on a GPU if there is one. The output
+    loads with ``AutoModelForCausalLM.from_pretrained``, and `train` accepts it.
 
-    It runs in this process; ``ray_config`` is not used.
+    This stage runs in the calling process; ``ray_config`` is unused.
 
     Raises:
-        LoramError: not a structurally pruned or aligned model, or one that is damaged.
+        LoramError: The model is not structurally pruned or aligned, or it is damaged.
     """
     _refuse_quantized(config.model)
     manifest = require_stage(config.model, ("prune", "align"), "quantize.model")
@@ -65,7 +65,7 @@ def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> Sta
 
 
 def _refuse_quantized(model: Path) -> None:
-    """Refuse the output of this stage, and say so rather than that its stage is another."""
+    """Raise an error with a specific message for a model that is already quantised."""
     manifest = read_manifest(model)
     if manifest is not None and manifest.stage == "quantize":
         raise LoramError(
@@ -76,11 +76,11 @@ def _refuse_quantized(model: Path) -> None:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What will be written.
+    """Outline of the output.
 
     Attributes:
-        specs: every tensor, in order.
-        parts: of each quantised weight, by its name: what follows that in the names stored.
+        specs: Specification of every tensor, in order.
+        parts: Suffixes of the stored tensor names, by the name of the quantised weight.
     """
 
     specs: dict[str, TensorSpec]
@@ -133,10 +133,10 @@ def _write(
 def _outline(
     checkpoint: Checkpoint, directory: Path, device: torch.device, reporter: Reporter
 ) -> _Outline:
-    """Find out what will be stored: headers come before values, and some lengths follow from these.
+    """Determine what will be stored: headers precede values, and some lengths depend on values.
 
     Raises:
-        LoramError: a linear that is not stored, or in a dtype that has no NF4.
+        LoramError: A linear is not stored, or has a dtype that cannot be quantised to NF4.
     """
     from loram_ray.models.nf4 import QUANTIZABLE, linears_to_quantize, scales, stored_specs
 

@@ -1,4 +1,4 @@
-"""The recover stage: a pruned adapter in, an adapter of the base out."""
+"""The recover stage: makes an adapter of the base from an adapter of the pruned model."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from loram_ray.runtime.progress import Reporter
 def recovery_in(
     folder: Path, model: Path, base: str | None, correction: bool | None
 ) -> tuple[Path, RecoverConfig | None]:
-    """Where a training's output goes, and how that is carried to the base.
+    """Return the output directory of a training, and the configuration of its recovery.
 
     Args:
-        folder: of the training, whose ``adapter`` is what is used in the end.
-        model: that is trained on.
-        base: to recover for, or None.
-        correction: as `RecoverConfig` has it.
+        folder: Directory of the training. Its ``adapter`` is the final adapter.
+        model: Model to train on.
+        base: Base to recover for, or None.
+        correction: Setting of the same name in `RecoverConfig`.
 
     Returns:
-        ``adapter``, and None where there is nothing to recover.
+        The training's output directory, and None if there is nothing to recover.
     """
     adapter = folder / "adapter"
     if base is None or not PruningPlan.is_in(model):
@@ -67,15 +67,15 @@ def recovery_in(
 
 
 def require_recovery(model: Path, correction: bool | None, key: str) -> None:
-    """Refuse before training on a model what its adapters' recovery would refuse after it.
+    """Raise an error before training if recovery would fail after it.
 
     Args:
-        model: that is trained on.
-        correction: as `RecoverConfig` has it.
-        key: of the configuration that says it, to name.
+        model: Model to train on.
+        correction: Setting of the same name in `RecoverConfig`.
+        key: Configuration key of the setting, for messages.
 
     Raises:
-        LoramError: a correction after non-structured pruning.
+        LoramError: A correction is requested after non-structured pruning.
     """
     plan = PruningPlan.load_if_any(model) if correction else None
     if plan is not None:
@@ -83,16 +83,16 @@ def require_recovery(model: Path, correction: bool | None, key: str) -> None:
 
 
 def recover(config: RecoverConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Carry a pruned adapter to the base; the result is a plain PEFT LoRA for it.
+    """Recover an adapter for the base from an adapter of the pruned model, as a standard PEFT LoRA.
 
-    After non-structured pruning that LoRA is the nearest of its rank, and ``form`` delta writes
-    exactly what was trained. The base's fingerprint and shapes are read, and its weights only for
-    the correction, a block of rows at a time.
+    After non-structured pruning, this LoRA is the best approximation of its rank; the form
+    ``delta`` stores the trained update exactly. Only the base's fingerprint and shapes are read.
+    Its weights are read for the correction alone, one block of rows at a time.
 
-    It runs in this process; ``ray_config`` is not used.
+    This stage runs in the calling process; ``ray_config`` is unused.
 
     Raises:
-        LoramError: an adapter that is not of this base, or that recovery cannot express.
+        LoramError: The adapter is not of this base, or recovery cannot express it.
     """
     manifest = require_stage(config.adapter, ("train",), "recover.adapter")
     plan = PruningPlan.load(config.adapter)
@@ -146,7 +146,7 @@ def recover(config: RecoverConfig, ray_config: RayConfig | None = None) -> Stage
 
 
 def _require_options(config: RecoverConfig, plan: PruningPlan) -> None:
-    """Refuse options that are for another kind of pruning than the adapter's."""
+    """Raise an error for options that do not apply to the adapter's kind of pruning."""
     if plan.masks is None and (config.form == "delta" or config.svd_rank is not None):
         key = "form must be adapter" if config.form == "delta" else "svd_rank must be left out"
         raise LoramError(
@@ -164,7 +164,7 @@ def _recovered_spec(
     plan: PruningPlan,
     base_specs: dict[str, TensorSpec],
 ) -> TensorSpec:
-    """Shape of a recovered tensor, after checking it against the plan and the base."""
+    """Return a recovered tensor's shape; raise an error if the plan and the base do not match."""
     module, side = split_name(name, adapter.directory)
     kept = plan.kept(module)
     axis = 0 if side == "B" else 1
@@ -184,13 +184,13 @@ def _recovered_spec(
 
 
 def _shape_of(module: str, adapter: Adapter, specs: dict[str, TensorSpec]) -> tuple[int, int]:
-    """Shape ``[out, in]`` that an adapter of these tensors changes."""
+    """Return the shape ``[out, in]`` of the weight that an adapter's tensors change."""
     rows, columns = (specs[tensor_name(module, side)].shape for side in "BA")
     return rows[0], columns[1]
 
 
 def _base_weight(module: str, plan: PruningPlan, base_specs: dict[str, TensorSpec]) -> TensorSpec:
-    """The base's weight of a module; a tied output head has the embedding's."""
+    """Return the base's weight of a module; for a tied output head, the embedding's."""
     name = plan.architecture.weight_name(module, base_specs)
     if name is None:
         raise LoramError(
@@ -210,7 +210,7 @@ def _write(
     nbytes = sum(spec.nbytes for spec in specs.values())
     require_space(target.path, nbytes)
     writer = TensorWriter(target.path / ADAPTER_FILE, specs)
-    scratch: dict[TensorSpec, torch.Tensor] = {}  # one per shape: memory once touched is fast
+    scratch: dict[TensorSpec, torch.Tensor] = {}  # one per shape, as reused memory is fast
     try:
         with Reporter("recover", total=nbytes, unit="B") as reporter:
             for module in adapter.modules:
@@ -233,7 +233,7 @@ def _write(
         "auto_mapping": None,
     }
     if adapted_experts(adapter, plan.architecture):
-        config["lora_dropout"] = 0.0  # PEFT refuses it on fused experts, inference has none
+        config["lora_dropout"] = 0.0  # PEFT rejects it on fused experts, inference has none
     (target.path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     target.details.update(
         parameters=sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values()),

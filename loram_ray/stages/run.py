@@ -1,4 +1,4 @@
-"""The run: every stage of one configuration in order, and a comparison at the end."""
+"""The run: all stages of one configuration in order, and a comparison of the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESULTS_FILE = "results.json"
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run: its name in the run, and its configuration."""
+    """A step of a run: its name and the configuration of its stage."""
 
     name: str
     config: Section
@@ -40,12 +40,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the comparison.
+    """A row of the comparison.
 
     Attributes:
-        name: what is compared.
-        evaluation: name of the step that scored it.
-        training: name of the step that trained its adapter, or None.
+        name: Name of the compared model.
+        evaluation: Name of the step that scored it.
+        training: Name of the step that trained its adapter, or None.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Row:
 
 @dataclass
 class RunResult:
-    """What a run made.
+    """Result of a run.
 
     Attributes:
-        output: directory of the run.
-        stages: details of each step, by name, with ``seconds`` and ``skipped``.
-        rows: the comparison, best read with `table`.
+        output: Directory of the run.
+        stages: Details of each step by name, with ``seconds`` and ``skipped``.
+        rows: Rows of the comparison.
     """
 
     output: Path
@@ -69,10 +69,10 @@ class RunResult:
 
 
 def run(config: RunConfig, ray_config: RayConfig | None = None) -> RunResult:
-    """Run every configured stage, skipping what is complete and resuming what is not.
+    """Run every configured stage, skipping complete stages and resuming interrupted ones.
 
     Raises:
-        LoramError: as the stages do.
+        LoramError: As for the stages.
     """
     steps, rows = plan_steps(config)
     if not steps:
@@ -98,7 +98,7 @@ def run(config: RunConfig, ray_config: RayConfig | None = None) -> RunResult:
 
 
 def cpus_for_models(sections: Iterable[Section]) -> int:
-    """Logical CPUs that pruning and alignment want at a time."""
+    """Return the maximum number of logical CPUs that pruning and alignment use at a time."""
     return max([1, *map(_cpus_for, sections)])
 
 
@@ -129,7 +129,7 @@ def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
 
 
 def _require_something_of_loram(config: RunConfig) -> None:
-    """Refuse to evaluate LoRAM as a delta, which is no adapter, or by the base alone."""
+    """Raise an error if the evaluation would score a delta as an adapter, or only the base."""
     evaluate, recover = config.evaluate, config.recover
     if evaluate is None or recover is None or not recovers_delta(recover):
         return
@@ -142,7 +142,7 @@ def _require_something_of_loram(config: RunConfig) -> None:
 
 
 def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
-    """LoRAM without alignment, and LoRA on the full base, on the same data."""
+    """Yield steps to train LoRAM without alignment and LoRA on the full base, on the same data."""
     if config.train is None or config.prune is None or config.recover is None:
         raise LoramError("baselines needs the sections prune, train and recover; add them")
     root = config.output / "baselines"
@@ -210,7 +210,7 @@ def _summary(name: str, stage: StageResult, seconds: float) -> str:
 
 
 def _row(row: Row, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One line of the comparison, from what the steps measured."""
+    """Return a row of the comparison from the steps' results."""
     scores = stages[row.evaluation]["details"]
     training = stages[row.training]["details"] if row.training else {}
     return {
@@ -228,9 +228,9 @@ def _row(row: Row, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def loram_keeps(rows: list[dict[str, Any]], metric: str = "answer_perplexity") -> float | None:
-    """LoRAM's gain over the untouched base as a share of full LoRA's.
+    """Return LoRAM's gain over the untouched base as a share of full LoRA's gain.
 
-    None where a row is missing or full LoRA gained nothing.
+    None if a row is missing or full LoRA gained nothing.
     """
     found = {row["name"]: row.get(metric) for row in rows}
     base, loram = found.get("full base, untouched"), found.get("LoRAM")

@@ -1,6 +1,6 @@
-"""The train stage: a model and examples in, an adapter out.
+"""The train stage: trains an adapter on a model with examples.
 
-What only the actor needs is imported there: transformers and PEFT take seconds.
+Transformers and PEFT take seconds to import, so only the actor imports them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from loram_ray.runtime.cluster import (
 from loram_ray.runtime.progress import METRICS_FILE, Reporter, follow
 
 Training = Callable[[TrainConfig, Path, Path], TrainingSummary]
-"""Trains by a configuration with absolute paths, given a work directory and an output."""
+"""Trains with a configuration of absolute paths, a work directory and an output directory."""
 
 
 def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResult:
-    """Train a LoRA on a frozen model (LoRAM, step 3), in a Ray actor with a GPU where there is one.
+    """Train a LoRA on a frozen model (LoRAM, step 3), in a Ray actor, on a GPU if there is one.
 
-    The output is a standard PEFT directory with the model's shapes; trained on a pruned model it
-    holds the pruning plan too. Training continues from its last checkpoint.
+    The output is a standard PEFT directory with the model's shapes. If the model is pruned, it also
+    contains the pruning plan. Training resumes from its last checkpoint.
 
     Raises:
-        LoramError: not a model, no usable example, a cluster or a GPU too small, a loss that is not
-            finite.
+        LoramError: There is no model or no usable example, the cluster or the GPU is too small, or
+            a loss is not finite.
     """
     cpus = config.cpus or os.cpu_count() or 1
 
@@ -73,15 +73,15 @@ def train(config: TrainConfig, ray_config: RayConfig | None = None) -> StageResu
 def train_by(
     config: TrainConfig, training: Training, identity: tuple[str, str] | None = None
 ) -> StageResult:
-    """The stage around a training that someone carries out.
+    """Run the train stage with a given training function.
 
     Args:
-        config: of the stage.
-        training: called unless the output is complete.
-        identity: the model's digest and its base's fingerprint, if they are known.
+        config: Configuration of the stage.
+        training: Training function, called unless the output is complete.
+        identity: Digest of the model and fingerprint of its base, if they are known.
 
     Raises:
-        LoramError: as `train` does.
+        LoramError: As for `train`.
     """
     model_digest, base_fingerprint = identity or BaseModel(config.model, "train.model").identify()
     parents = {"model": model_digest, "data": digest_of_rows(config.data, "train.data")}
@@ -102,35 +102,35 @@ def train_by(
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What determines the adapter besides the inputs."""
+    """Return the settings that determine the adapter, besides the inputs."""
     settings = config.identity()
-    if config.evaluates:  # which checkpoint is kept follows from them
+    if config.evaluates:  # they determine which checkpoint is kept
         settings |= {"eval_every": config.eval_every, "patience": config.patience}
     return settings
 
 
 def digest_of_rows(data: str, key: str) -> str:
-    """Digest of the files that rows are in.
+    """Return the digest of the files that hold rows.
 
     Args:
-        data: as the configuration has it.
-        key: of the configuration, to name.
+        data: File, directory or glob, as in the configuration.
+        key: Configuration key of the data, for messages.
     """
     return digest_of([identify_rows(file) for file in list_files(data, key, EXAMPLES)])
 
 
 @functools.lru_cache(maxsize=64)
 def _forms_of(data: str, key: str, digest: str) -> frozenset[str]:
-    """`forms_of` rows, which many trainings may share; their digest tells them from others."""
+    """Return `forms_of` rows, cached by digest, as many trainings may share them."""
     return forms_of(data, key)
 
 
 def settings_of_rows(config: TrainConfig, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What an identity holds of how rows are read: nothing of plain questions with answers.
+    """Return the settings of an identity that describe how rows are read; empty for standard rows.
 
     Args:
-        config: of a training.
-        digests: of its rows, as ``data`` and ``eval_data``.
+        config: Configuration of the training.
+        digests: Digests of the rows under ``data`` and ``eval_data``.
     """
     forms = _forms_of(config.data, "train.data", digests["data"])
     if config.eval_data is not None:
@@ -141,7 +141,7 @@ def settings_of_rows(config: TrainConfig, digests: Mapping[str, str]) -> dict[st
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """The configuration with inputs that a process elsewhere finds."""
+    """Return the configuration with absolute paths, for a process elsewhere."""
     return config.model_copy(
         update={
             "model": config.model.resolve(),
@@ -166,7 +166,7 @@ def _write(target: StageDirectory, config: TrainConfig, training: Training) -> N
 
 
 def train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> TrainingSummary:
-    """In the actor: refuse a training that its GPU cannot hold, or carry it out."""
+    """Train in the actor, after checking that the GPU has enough memory."""
     from loram_ray.finetuning.trainer import train_adapter
 
     require_room(config)
@@ -174,19 +174,19 @@ def train_where_it_fits(config: TrainConfig, work: Path, output: Path) -> Traini
 
 
 def require_room(config: TrainConfig, adapters: int = 1) -> None:
-    """Refuse a training that needs more memory than the share of this process's GPU.
+    """Raise an error if a training needs more memory than its share of this process's GPU.
 
     Args:
-        config: the stage's configuration.
-        adapters: such trainings at a time, on one copy of the model.
+        config: Configuration of the stage.
+        adapters: Number of such trainings at a time on one copy of the model.
 
     Raises:
-        LoramError: it does; the message says what would fit.
+        LoramError: The memory does not suffice; the message says what would fit.
     """
     if torch.cuda.is_available():
         from loram_ray.estimating.gpu_check import require_memory
 
         free, whole = torch.cuda.mem_get_info()
-        if config.gpus < 1:  # a training that wants more fails itself, and not its neighbour
+        if config.gpus < 1:  # a training beyond its share fails itself and not its neighbour
             torch.cuda.set_per_process_memory_fraction(config.gpus)
         require_memory(config, min(free, int(config.gpus * whole)), adapters)
