@@ -424,7 +424,7 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_criteria_are_compared_by_their_command(checkout: Path) -> None:
-    path = REPOSITORY / "jobs" / "compare_criteria.py"
+    path = REPOSITORY / "tests" / "benchmarks" / "criteria.py"
     arguments = ["--inputs", "runs/demo/inputs", "--output", "runs/criteria", "--quick"]
     done = subprocess.run(
         [sys.executable, path, *arguments, "--only", "random"],

@@ -1,7 +1,7 @@
 """Every pruning criterion on a real model: perplexity after pruning, and after LoRAM.
 
     python jobs/prepare_demo.py --output runs/demo/inputs
-    python jobs/compare_criteria.py --inputs runs/demo/inputs --output runs/criteria
+    python tests/benchmarks/criteria.py --inputs runs/demo/inputs --output runs/criteria
 
 Each criterion prunes layers 4 to 27 of SmolLM2-135M at two ratios; the pruned models are scored on
 held-out text, then aligned briefly, a LoRA is trained on each and recovered, and the base with it
@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prepare_demo import write_lines
-
 import loram_ray as lr
 from loram_ray.evaluation.uncertainty import share_of_gain
 from loram_ray.runtime.cluster import ray_session
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "jobs"))
+
+from prepare_demo import write_lines  # noqa: E402
 
 SEQUENCE = 256
 HOLD_OUT_EVERY, HELD_OUT = 25, 24
