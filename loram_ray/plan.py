@@ -1,7 +1,7 @@
-"""The pruning plan: which GQA groups and neurons of each layer were kept.
+"""Pruning plans: the GQA groups and neurons that pruning kept in each layer.
 
-A plan is what a user needs, besides the pruned model, to carry an adapter back to the base: it
-turns the kept units of a layer into the kept rows or columns of each of its linears.
+A plan is what recovery needs, besides the pruned model, to bring an adapter back to the base. It
+maps the kept units of a layer to the kept rows or columns of each of its linears.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ _FORMAT = "1"
 
 
 def kept_neuron_count(intermediate_size: int, ratio: float) -> int:
-    """Neurons kept of ``d_ff`` at a ratio: ``d_ff - ceil(ratio * d_ff)`` (LoRAM's counts).
+    """Return the number of kept neurons, ``d_ff - ceil(ratio * d_ff)`` (LoRAM's counts).
 
-    The ratio is taken as the decimal number that was written, so 0.35 of 100 is exactly 35.
+    The ratio is read as an exact decimal, so 0.35 of 100 is exactly 35.
     """
     return intermediate_size - math.ceil(Fraction(str(ratio)) * intermediate_size)
 
 
 def kept_kv_head_count(num_heads: int, num_kv_heads: int, ratio: float) -> int:
-    """KV heads kept: ``n_kv - int(ratio * n_kv)`` under GQA, ``int(n * (1 - ratio))`` under MHA."""
+    """Return the number of kept KV heads.
+
+    It is ``n_kv - int(ratio * n_kv)`` under GQA and ``int(n * (1 - ratio))`` under MHA.
+    """
     exact = Fraction(str(ratio))
     if num_kv_heads == num_heads:
         return int(num_heads * (1 - exact))
@@ -50,16 +53,16 @@ class KeptUnits:
     """The kept units of one layer.
 
     Attributes:
-        kv_heads: ascending indices of kept KV heads, int64 ``[kept]``.
-        neurons: ascending indices of kept intermediate neurons, int64 ``[kept]``, or
-            ``[experts, kept]`` where each expert has its own.
+        kv_heads: Ascending indices of the kept KV heads, int64 ``[kept]``.
+        neurons: Ascending indices of the kept intermediate neurons, int64 ``[kept]``, or
+            ``[experts, kept]`` if each expert keeps its own.
     """
 
     kv_heads: torch.Tensor
     neurons: torch.Tensor
 
     def of(self, unit: Unit, expert: int | None = None) -> torch.Tensor:
-        """Kept indices in units of ``unit``; of one expert, or of all where none is given."""
+        """Return the kept indices of a kind of unit, for one expert or for all (the default)."""
         if unit is not Unit.NEURON:
             return self.kv_heads
         return self.neurons if expert is None else self.neurons[expert]
@@ -70,9 +73,9 @@ class KeptIndices:
     """The kept rows (axis 0) or columns (axis 1) of one linear's weight ``[out, in]``.
 
     Attributes:
-        axis: pruned dimension of the weight.
-        index: ascending indices kept of it, int64 ``[kept]``.
-        full_size: length of that dimension in the base.
+        axis: Pruned dimension of the weight.
+        index: Ascending kept indices along that dimension, int64 ``[kept]``.
+        full_size: Size of that dimension in the base.
     """
 
     axis: int
@@ -82,22 +85,22 @@ class KeptIndices:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What a pruning kept of each layer, and what it was chosen from.
+    """The units or weights that pruning kept, and the settings that selected them.
 
-    A structured pruning keeps units; a non-structured one keeps single weights, which its masks
-    say, and every shape stays.
+    Structured pruning keeps whole units. Non-structured pruning keeps single weights, recorded in
+    `masks`, and leaves every shape unchanged.
 
     Attributes:
-        model_type: family of the base.
-        geometry: sizes of the base.
-        method: criterion that chose the units.
-        ratio: share pruned of each pruned layer.
-        seed: seed of the choice.
-        layer_range: first pruned layer and the one after the last.
-        base_fingerprint: identity of the base, see `manifest.fingerprint`.
-        layers: kept units of each pruned layer; a layer that is not in it is whole.
-        pattern: ``structured``, ``unstructured``, or ``n:m`` for n zeros of each m weights.
-        masks: kept weights of a non-structured pruning; its `layers` are empty.
+        model_type: Family of the base.
+        geometry: Sizes of the base.
+        method: Criterion that selected the units.
+        ratio: Pruned share of each pruned layer.
+        seed: Random seed of the selection.
+        layer_range: Pruned layers, as ``(first, end)`` with ``end`` excluded.
+        base_fingerprint: Identity of the base, see `manifest.fingerprint`.
+        layers: Kept units by layer number; layers not listed are unpruned.
+        pattern: ``structured``, ``unstructured``, or ``n:m`` for n zeros in each m weights.
+        masks: Kept weights of non-structured pruning, for which `layers` is empty.
     """
 
     model_type: str
@@ -113,11 +116,11 @@ class PruningPlan:
 
     @property
     def architecture(self) -> Architecture:
-        """The family's description."""
+        """The description of the base's family."""
         return architecture_of(self.model_type)
 
     def kept(self, module: str) -> KeptIndices | None:
-        """Kept rows or columns of the linear at this full path, or None where it is whole.
+        """Return the kept rows or columns of the linear at this full path; None if it is unpruned.
 
         A norm over pruned features has kept rows, too.
         """
@@ -128,7 +131,7 @@ class PruningPlan:
         return _kept_indices(self.geometry, linear, self.layers[layer], expert)
 
     def pruned_shape(self, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape after pruning of a weight ``[out, in]`` or bias ``[out]`` of this linear."""
+        """Return the pruned shape of this linear's weight ``[out, in]`` or bias ``[out]``."""
         kept = self.kept(module)
         if kept is None or (len(shape) == 1 and kept.axis == 1):
             return shape
@@ -137,7 +140,7 @@ class PruningPlan:
         return tuple(pruned)
 
     def linear_shapes(self, base_specs: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
-        """Shape ``[out, in]`` of every linear that pruning changes, by full path."""
+        """Return the pruned shape ``[out, in]`` of every changed linear, by full path."""
         shapes = {}
         for name, spec in base_specs.items():
             module = name.removesuffix(".weight")
@@ -147,7 +150,15 @@ class PruningPlan:
         return shapes
 
     def select(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Cut a base parameter (full name, with ``.weight`` or ``.bias``) to what is kept of it."""
+        """Select the kept rows or columns of a base parameter.
+
+        Args:
+            parameter: Full name, with ``.weight`` or ``.bias``.
+            tensor: Value of the parameter in the base.
+
+        Raises:
+            LoramError: If the tensor does not have the size that the plan expects.
+        """
         module, _, kind = parameter.rpartition(".")
         kept = self.kept(module)
         if kept is None or (kind == "bias" and kept.axis == 1):
@@ -160,10 +171,10 @@ class PruningPlan:
         return tensor.index_select(kept.axis, kept.index)
 
     def require_base(self, fingerprint: str, what: str = "this base") -> None:
-        """Refuse a base that the plan was not made for.
+        """Check that the plan was made for a base.
 
         Raises:
-            LoramError: the fingerprints differ.
+            LoramError: If the fingerprints differ.
         """
         if fingerprint != self.base_fingerprint:
             raise LoramError(
@@ -173,7 +184,7 @@ class PruningPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything the plan says; equal plans have equal digests."""
+        """SHA-256 of the plan's content; equal plans have equal digests."""
         digest = hashlib.sha256(json.dumps(self._describe(), sort_keys=True).encode())
         for name, tensor in self._tensors().items():
             digest.update(name.encode() + tensor.numpy().tobytes())
@@ -200,7 +211,7 @@ class PruningPlan:
         return {"sha256": self.masks.sha256, "shapes": shapes}
 
     def mask(self, module: str) -> torch.Tensor | None:
-        """Kept weights of the linear at this full path, bool ``[out, in]``; None where all are."""
+        """Return a linear's mask by full path, bool ``[out, in]``; None if it has none."""
         if self.masks is None or module not in self.masks.shapes:
             return None
         return self.masks.read(module)
@@ -215,7 +226,7 @@ class PruningPlan:
     def save(self, directory: Path | str) -> str:
         """Write ``pruning_plan.safetensors`` into a directory; return the file's SHA-256.
 
-        The masks' file comes to lie beside it.
+        The masks' file, if there is one, is linked into the same directory.
         """
         if self.masks is not None:
             self.masks.link_into(Path(directory))
@@ -229,15 +240,15 @@ class PruningPlan:
 
     @staticmethod
     def is_in(directory: Path | str) -> bool:
-        """Whether a directory holds a plan: that of a pruned model, or of an adapter of one."""
+        """Return whether a directory holds a plan, as pruned models and their adapters do."""
         return os.path.lexists(Path(directory) / PLAN_FILE)
 
     @classmethod
     def load_if_any(cls, directory: Path | str) -> PruningPlan | None:
-        """Read a directory's plan; None where it holds none, as a base and its adapters.
+        """Read a directory's plan; return None if it holds none, as bases and their adapters do.
 
         Raises:
-            LoramError: the plan is corrupt, or its format is unknown.
+            LoramError: If the plan is corrupt or its format is unknown.
         """
         return cls.load(directory) if cls.is_in(directory) else None
 
@@ -246,7 +257,7 @@ class PruningPlan:
         """Read the plan of a pruned model, an aligned model or a pruned adapter.
 
         Raises:
-            LoramError: there is no plan, it is corrupt, or its format is unknown.
+            LoramError: If the plan is missing or corrupt, or its format is unknown.
         """
         from loram_ray.artifacts.schemas import WrittenPlan
         from loram_ray.utils.parsing.documents import checked
@@ -333,16 +344,16 @@ def unit_sums(
     """Sum a vector along a linear's pruned dimension over the indices of each unit.
 
     Args:
-        geometry: sizes of the base.
-        linear: the coupled linear.
-        per_index: ``[size of the pruned dimension]``.
+        geometry: Sizes of the base.
+        linear: The coupled linear.
+        per_index: Values to sum, ``[size of the pruned dimension]``.
 
     Returns:
-        ``[count]`` per kind of unit; the query heads of a KV head count with it, under
-        ``Unit.KV_HEAD``, and all sections of a fused projection are summed.
+        Sums ``[count]`` by kind of unit. The query heads of a KV head are summed with it, under
+        ``Unit.KV_HEAD``. All sections of a fused projection are included.
 
     Raises:
-        ValueError: the vector has another length than the dimension.
+        ValueError: If the vector's length is not the size of the dimension.
     """
     counts = [geometry.count(unit) for unit in linear.sections]
     widths = [geometry.width(unit) for unit in linear.sections]

@@ -1,4 +1,4 @@
-"""What stages leave on disk: tensors, manifests, adapters, whole output directories."""
+"""Files that stages write: tensors, manifests, adapters and output directories."""
 
 FORMAT = 1
-"""Version of the format in which stages write their directories."""
+"""Version of the format of stage directories."""

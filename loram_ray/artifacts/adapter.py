@@ -1,4 +1,4 @@
-"""PEFT LoRA directories read without loading a model: shapes, scales, and what is refused."""
+"""PEFT LoRA directories, read without loading a model: shapes, scales and checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loram_ray.utils.patterns import match_patterns
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-_DEFAULT = 8  # r and lora_alpha of PEFT
+_DEFAULT = 8  # PEFT's default for r and lora_alpha
 _PREFIX = "base_model.model."
 _KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -30,10 +30,10 @@ class Adapter:
     """A PEFT LoRA directory.
 
     Attributes:
-        directory: where it is.
-        config: its ``adapter_config.json``.
-        file: its tensors; close it after use.
-        modules: adapted module paths, in the file's order.
+        directory: Directory of the adapter.
+        config: Content of ``adapter_config.json``.
+        file: Open file of the adapter's tensors; close it after use.
+        modules: Paths of the adapted modules, in the file's order.
     """
 
     def __init__(self, directory: Path | str, key: str) -> None:
@@ -53,7 +53,7 @@ class Adapter:
             raise
 
     def _require_pair(self, module: str) -> None:
-        """Refuse a module without A ``[r, in]`` and B ``[out, r]``."""
+        """Check that a module has A ``[r, in]`` and B ``[out, r]``."""
         a, b = (self.file.specs.get(tensor_name(module, side)) for side in "AB")
         if a is None or b is None:
             missing = "lora_A" if a is None else "lora_B"
@@ -65,7 +65,7 @@ class Adapter:
             )
 
     def _by_pattern(self, setting: str) -> dict[str, Any]:
-        """Values of a setting by module, for the modules that one of its patterns matches."""
+        """Return a setting's values by module, for the modules that one of its patterns matches."""
         patterns: dict[str, Any] = self.config.get(setting) or {}
         name = f"{self.directory / CONFIG_FILE}: {setting}"
         return {
@@ -74,26 +74,29 @@ class Adapter:
         }
 
     def read(self, module: str, side: str) -> torch.Tensor:
-        """A ``[r, in]`` or B ``[out, r]`` of a module.
+        """Return A ``[r, in]`` or B ``[out, r]`` of a module.
 
         Raises:
-            LoramError: it holds NaN or infinity.
+            LoramError: If it contains NaN or infinity.
         """
         name = tensor_name(module, side)
         return require_finite(name, self.file.read(name), self.file.path)
 
     def rank(self, module: str) -> int:
-        """Rank r of a module's A ``[r, in]`` and B ``[out, r]``."""
+        """Return the rank r of a module's A ``[r, in]`` and B ``[out, r]``."""
         return self.file.specs[tensor_name(module, "A")].shape[0]
 
     def scale(self, module: str) -> float:
-        """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with rsLoRA, after the patterns."""
+        """Return a module's ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+
+        Values set by patterns take precedence.
+        """
         rank = self.rank(module)
         alpha = self._alphas.get(module, self.config.get("lora_alpha", _DEFAULT))
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def close(self) -> None:
-        """Close its file."""
+        """Close the adapter's file."""
         self.file.close()
 
     def __enter__(self) -> Adapter:
@@ -104,14 +107,14 @@ class Adapter:
 
 
 def require_readable(directory: Path, key: str) -> None:
-    """Refuse an adapter that PEFT would fail on, or read for ever, whatever its settings are.
+    """Check that PEFT can read an adapter without failing or hanging, whatever its settings.
 
     Args:
-        directory: the adapter.
-        key: configuration key or option it came from, for messages.
+        directory: Directory of the adapter.
+        key: Configuration key or option that named it, for messages.
 
     Raises:
-        LoramError: its configuration or its tensors' file is damaged, or the two disagree.
+        LoramError: If its configuration or its file of tensors is damaged, or the two disagree.
     """
     config = read_adapter_config(directory, key)
     with TensorFile(directory / ADAPTER_FILE) as file:
@@ -138,7 +141,7 @@ def require_readable(directory: Path, key: str) -> None:
 
 
 def own_template(directory: Path | None) -> Path | None:
-    """The chat template that an adapter was trained with, if that was not its model's."""
+    """Return the chat template an adapter was trained with, if it differs from its model's."""
     path = None if directory is None else directory / TEMPLATE_FILE
     return path if path is not None and path.is_file() else None
 
@@ -151,15 +154,15 @@ def copy_template(source: Path, target: Path) -> None:
 
 
 def tensor_name(module: str, side: str) -> str:
-    """PEFT's name of a module's A or B."""
+    """Return PEFT's name of a module's A or B."""
     return f"{_PREFIX}{module}.lora_{side}.weight"
 
 
 def split_name(name: str, directory: Path) -> tuple[str, str]:
-    """Return module path and side (A or B) of a tensor's name.
+    """Return the module path and the side (A or B) of a tensor's name.
 
     Raises:
-        LoramError: the tensor is neither.
+        LoramError: If the tensor is neither an A nor a B.
     """
     match = _KIND.fullmatch(name)
     if match is None and name.endswith(".base_layer.weight"):
@@ -176,14 +179,15 @@ def split_name(name: str, directory: Path) -> tuple[str, str]:
 
 
 def read_adapter_config(directory: Path, key: str) -> dict[str, Any]:
-    """Return the dictionary in an adapter's ``adapter_config.json``.
+    """Return the content of an adapter's ``adapter_config.json``.
 
     Args:
-        directory: the adapter.
-        key: configuration key it came from, for messages.
+        directory: Directory of the adapter.
+        key: Configuration key that named it, for messages.
 
     Raises:
-        LoramError: it is missing, not JSON, or a value has another type or an absurd size.
+        LoramError: If the file is missing or not JSON, or a value has a wrong type or an absurd
+            size.
     """
     from loram_ray.artifacts.model_config import AdapterConfig
     from loram_ray.utils.parsing.documents import checked

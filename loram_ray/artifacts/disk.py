@@ -1,4 +1,4 @@
-"""Telling a full disk from other errors."""
+"""Detection of full disks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk."""
 _SPACE = 2**20
-"""Bytes of a disk that has space left after a write has failed."""
+"""Free bytes, after a failed write, from which on a disk does not count as full."""
 
 
 def full_disk(stage: str, where: Path, step: int) -> str:
-    """The line that says so of a stage's training."""
+    """Return the error message for training that stopped because the disk is full."""
     return (
         f"{stage}: the disk of {where} is full at step {step}; free some space and run the same "
         "command again"
@@ -21,9 +21,10 @@ def full_disk(stage: str, where: Path, step: int) -> str:
 
 
 def is_full(error: Exception, folder: Path) -> bool:
-    """Whether an error came of the disk that a folder is on, or would be on, being full.
+    """Return whether an error was caused by a full disk under a folder, which need not exist yet.
 
-    Libraries that write in C++ or Rust say neither errno nor the reason, so the disk is asked.
+    Libraries written in C++ or Rust report neither an errno nor the reason, so the free space of
+    the disk is checked.
     """
     number = getattr(error, "errno", None)
     if number is not None:

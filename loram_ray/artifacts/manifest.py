@@ -1,7 +1,8 @@
-"""Manifests: what a directory says of itself, and what a model is known by.
+"""Manifests of stage directories, and fingerprints of models.
 
-Each stage leaves ``manifest.json`` beside its files: the stage, its settings, its parents, the
-versions, and the size and SHA-256 of each file. A base has no manifest; its fingerprint names it.
+Each stage writes ``manifest.json`` beside its files: the stage, its settings, its parents, package
+versions, and the size and SHA-256 of each file. A base has no manifest; its fingerprint identifies
+it.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ _SAMPLE_PIECES, _SAMPLE_BYTES = 16, 256
 
 
 def digest_of(value: object) -> str:
-    """SHA-256 of a value's canonical JSON."""
+    """Return the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> str:
-    """Identity of a model directory that stays cheap on 140 GB.
+    """Return the identity of a model directory, cheap to compute even for 140 GB.
 
-    SHA-256 over its configuration, every tensor's name, shape and dtype, and 16 spans of 256 bytes
-    of each tensor (the whole tensor where it is smaller). Two fine-tunes of one model differ in it.
+    It is the SHA-256 of the configuration, of every tensor's name, shape and dtype, and of 16 spans
+    of 256 bytes from each tensor (or the whole tensor if it is smaller). Two fine-tunes of one
+    model have different fingerprints.
 
     Args:
-        checkpoint: the model's weights.
-        config: content of its ``config.json``, if that was read.
+        checkpoint: Weights of the model.
+        config: Content of ``config.json``; read from the directory by default.
     """
     config = read_model_config(checkpoint.directory) if config is None else config
     kept = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
@@ -52,20 +54,20 @@ def fingerprint(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None)
 
 
 def read_model_config(directory: Path | str) -> dict[str, Any]:
-    """Return the dictionary in a model directory's ``config.json``.
+    """Return the content of a model directory's ``config.json``.
 
     Raises:
-        LoramError: it is missing or not JSON, or a file of the model cannot be read.
+        LoramError: If it is missing or not JSON, or a file of the model cannot be read.
     """
     require_regular_files(directory)
     return read_config_file(Path(directory) / "config.json")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a model's configuration, whatever its name.
+    """Return the content of a model's configuration file, whatever its name.
 
     Raises:
-        LoramError: it is missing, not JSON, or a value has another type or an absurd size.
+        LoramError: If it is missing or not JSON, or a value has a wrong type or an absurd size.
     """
     from loram_ray.artifacts.model_config import ModelConfig
     from loram_ray.utils.parsing.documents import checked
@@ -80,18 +82,18 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage directory says of itself.
+    """Manifest of a stage directory.
 
     Attributes:
-        stage: prune, align, train, recover, merge, evaluate, quantize.
-        identity: digest of the stage's settings and inputs; the same work has the same identity.
-        base_fingerprint: the base model at the root of the lineage.
-        parents: digest of the manifest of each input, by role.
-        settings: the stage's configuration.
-        details: results worth keeping (parameters, bytes, tokens, steps, seconds).
-        files: ``{name: {"bytes": int, "sha256": str}}``.
-        versions: packages that wrote it.
-        created: seconds since the epoch.
+        stage: Name of the stage: prune, align, train, recover, merge, evaluate or quantize.
+        identity: Digest of the stage's settings and inputs; the same work has the same identity.
+        base_fingerprint: Fingerprint of the base at the root of the lineage.
+        parents: Digest of each input's manifest, by role.
+        settings: Configuration of the stage.
+        details: Results worth keeping (parameters, bytes, tokens, steps, seconds).
+        files: Size and hash of each file, ``{name: {"bytes": int, "sha256": str}}``.
+        versions: Versions of the packages that wrote the directory.
+        created: Creation time in seconds since the epoch.
     """
 
     stage: str
@@ -113,16 +115,16 @@ class Manifest:
 
 
 def read_manifest(directory: Path | str) -> Manifest | None:
-    """Return a directory's manifest, or None where there is none.
+    """Return a directory's manifest, or None if it has none.
 
     Raises:
-        LoramError: it is there but cannot be read.
+        LoramError: If the manifest cannot be read.
     """
     from loram_ray.artifacts.schemas import WrittenManifest
     from loram_ray.utils.parsing.documents import checked
 
     path = Path(directory) / MANIFEST_FILE
-    if not os.path.lexists(path):  # which raises nothing, where the name is too long for one
+    if not os.path.lexists(path):  # does not raise if the name is too long
         return None
     remedy = "make the directory again"
     data, name = read_bytes(path, remedy=remedy), f"{path} is not a manifest"
@@ -132,15 +134,16 @@ def read_manifest(directory: Path | str) -> Manifest | None:
 
 
 def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> Manifest:
-    """Return the manifest of an input directory after checking every file against it.
+    """Check every file of an input directory against its manifest and return the manifest.
 
     Args:
-        directory: the input.
-        stages: stages that may have written it.
-        key: the configuration key it came from, for the message.
+        directory: Input directory.
+        stages: Stages that may have written it.
+        key: Configuration key that named it, for messages.
 
     Raises:
-        LoramError: not such a directory, or a file is missing, truncated or changed.
+        LoramError: If none of the stages wrote the directory, or a file is missing, truncated or
+            changed.
     """
     manifest = read_manifest(directory)
     if manifest is None or manifest.stage not in stages:
@@ -161,7 +164,7 @@ def require_sizes(directory: Path | str, manifest: Manifest, keys: Iterable[str]
     """Return sizes from a manifest's details.
 
     Raises:
-        LoramError: one is missing, or no whole number.
+        LoramError: If a size is missing or not a whole number.
     """
     for key in keys:
         size = manifest.details.get(key)
@@ -174,7 +177,7 @@ def require_sizes(directory: Path | str, manifest: Manifest, keys: Iterable[str]
 
 
 def require_files(directory: Path, manifest: Manifest) -> None:
-    """Refuse a directory that lacks a file of its manifest, or has one of another size."""
+    """Check that a directory has all files of its manifest, with the recorded sizes."""
     for name, entry in manifest.files.items():
         path = directory / name
         size = path.stat().st_size if path.exists() else -1
@@ -187,11 +190,11 @@ def require_files(directory: Path, manifest: Manifest) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON durably: to a sibling, synced, renamed."""
+    """Write JSON durably: write a sibling file, sync it and rename it."""
     write_atomic(path, json.dumps(value, indent=1, default=str) + "\n", durably=True)

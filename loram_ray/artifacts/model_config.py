@@ -1,7 +1,7 @@
-"""What is read of a model's ``config.json``, with types and bounds.
+"""Schema of the keys read from a model's ``config.json``, with types and bounds.
 
-The bounds are far above any published model. They refuse sizes for which nothing could be computed
-before memory or time is spent on them.
+The bounds are far above any published model. They reject sizes that could not be computed before
+any memory or time is spent on them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ModelConfig(Document):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.text_config is None:  # of a text model, which needs them
+        if self.text_config is None:  # a text model, which needs them
             for key in _NEEDED:
                 if getattr(self, key) is None:
                     raise ValueError(f"{key} must be given")
@@ -104,7 +104,7 @@ class ModelConfig(Document):
 
 
 class AdapterConfig(Document):
-    """Keys of a LoRA's ``adapter_config.json`` that say what function it is."""
+    """Keys of a LoRA's ``adapter_config.json`` that determine what it computes."""
 
     peft_type: str | None = None
     base_model_name_or_path: str | None = None

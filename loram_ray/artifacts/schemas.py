@@ -1,6 +1,6 @@
-"""What this package's own files hold, with types and bounds: manifests, plans, indices.
+"""Schemas of this package's own files, with types and bounds: manifests, plans and indices.
 
-Imported where a file is read: the mathematics does without pydantic.
+This module is imported only where a file is read, so the mathematics does not need pydantic.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from loram_ray.utils.parsing.documents import Document
 
 
 class _File(Document):
-    """A file as a manifest describes it."""
+    """Entry of a file in a manifest."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class WrittenManifest(Document):
-    """A manifest as it is written."""
+    """Schema of a manifest."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,7 +51,7 @@ _Size = Annotated[int, Field(ge=1, le=10**7)]
 
 
 class _Geometry(Document):
-    """A `Geometry` as it is written."""
+    """Schema of a stored `Geometry`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,14 +65,14 @@ class _Geometry(Document):
 
 
 class _Masks(Document):
-    """`Masks` as they are written."""
+    """Schema of stored `Masks`."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     shapes: dict[str, Annotated[list[_Size], Field(min_length=2, max_length=2)]]
 
 
 class WrittenPlan(Document):
-    """A `PruningPlan` as it is written."""
+    """Schema of a stored `PruningPlan`."""
 
     format: str
     model_type: str
@@ -89,7 +89,7 @@ class WrittenPlan(Document):
 
 
 class WrittenIndex(Document):
-    """The index of sharded files."""
+    """Schema of the index of sharded files."""
 
     weight_map: dict[str, str]
 

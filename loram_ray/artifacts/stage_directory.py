@@ -1,7 +1,7 @@
 """Atomic stage directories.
 
-A stage writes to a hidden sibling of its output and renames it at the end, so a directory that
-exists is complete.
+A stage writes to a hidden sibling of its output and renames it on completion, so an output
+directory that exists is complete.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _VERSIONS_OF = ("loram-ray", "torch", "transformers", "peft", "ray", "deepspeed"
 
 @dataclass(frozen=True)
 class StageResult:
-    """A completed stage.
+    """Result of a completed stage.
 
     Attributes:
-        output: its directory.
-        manifest: what the directory says of itself.
-        skipped: True where the directory was complete before.
+        output: Output directory of the stage.
+        manifest: Manifest of the output directory.
+        skipped: Whether the output was already complete.
     """
 
     output: Path
@@ -58,14 +58,15 @@ class StageResult:
 
 
 class StageDirectory:
-    """A stage's output under construction.
+    """Output of a stage under construction.
 
     Attributes:
-        path: where to write; renamed to the output when the stage completes.
-        work: checkpoints and caches that outlive an interruption; removed on completion.
-        lock: held while the stage runs.
-        details: goes into the manifest.
-        hashes: SHA-256 of files already known, to hash no file twice.
+        path: Directory to write to; renamed to the output on completion.
+        work: Directory of checkpoints and caches that survive an interruption; removed on
+            completion.
+        lock: Lock file held while the stage runs.
+        details: Results to record in the manifest.
+        hashes: SHA-256 of files that are already hashed, by name, to hash no file twice.
     """
 
     def __init__(self, output: Path) -> None:
@@ -89,17 +90,17 @@ def run_stage(
     """Run a stage's ``write`` unless its output is complete.
 
     Args:
-        output: directory to make.
-        stage: the stage's name.
-        settings: what determines the result, besides the inputs; kept in the manifest.
-        parents: digest of each input, by role.
-        base_fingerprint: the base at the root of the lineage.
-        write: writes the files into ``StageDirectory.path``.
-        reads: local inputs, which the output must be neither in nor around.
+        output: Output directory.
+        stage: Name of the stage.
+        settings: Settings that determine the result, besides the inputs; recorded in the manifest.
+        parents: Digest of each input, by role.
+        base_fingerprint: Fingerprint of the base at the root of the lineage.
+        write: Function that writes the files into ``StageDirectory.path``.
+        reads: Local inputs; the output must not contain one or lie inside one.
 
     Raises:
-        LoramError: the output holds something else or is no place for a directory, another process
-            writes it, or the disk is full.
+        LoramError: If the output holds something else or cannot be a directory, another process is
+            writing it, or the disk is full.
     """
     identity = digest_of([FORMAT, stage, settings, parents])
     manifest = read_manifest(output) if os.path.isdir(output) else None
@@ -117,9 +118,10 @@ def run_stage(
 
 @contextmanager
 def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory]:
-    """Yield a directory that becomes ``output`` whole, or not at all.
+    """Yield a directory that becomes ``output`` as a whole, or not at all.
 
-    Work of an interrupted run is kept in ``work`` if it has the same identity, else cleared.
+    Files in ``work`` of an interrupted run are kept if its identity is the same, and removed
+    otherwise.
     """
     target = StageDirectory(output)
     with _naming_full_disks(target):
@@ -144,7 +146,7 @@ def _stage_directory(output: Path, lineage: Manifest) -> Iterator[StageDirectory
 
 @contextmanager
 def _parents(output: Path) -> Iterator[None]:
-    """Make the directories that an output lies in, and remove those that stay empty if it fails."""
+    """Create the parents of an output, and remove those that stay empty if the stage fails."""
     made = [path for path in output.parents if not os.path.lexists(path)]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -157,16 +159,16 @@ def _parents(output: Path) -> Iterator[None]:
 
 
 def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = ()) -> None:
-    """Refuse an output where no directory can be made, or that would change what is read.
+    """Check that the output directory can be created and would not change what is read.
 
     Args:
-        output: directory to make.
-        key: its configuration key, for messages.
-        reads: local inputs; what does not exist is no local input.
+        output: Output directory.
+        key: Configuration key of the output, for messages.
+        reads: Inputs of the stage; those that do not exist are not local and are ignored.
 
     Raises:
-        LoramError: it is the current directory, has no name of its own, is a symbolic link, lies
-            below a file, or is in or around an input.
+        LoramError: If the output is the current directory, has no name of its own, is a symbolic
+            link, lies below a file, contains an input or lies inside one.
     """
     if os.path.exists(output) and output.samefile("."):
         raise LoramError(
@@ -199,10 +201,10 @@ def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = (
 
 
 def require_free(output: Path, key: str) -> None:
-    """Refuse an output directory that holds something else.
+    """Check that an output directory does not hold something else.
 
     Raises:
-        LoramError: it exists and is not an empty directory.
+        LoramError: If it exists and is not an empty directory.
     """
     if output.is_dir() and not any(output.iterdir()):
         return
@@ -214,10 +216,10 @@ def require_free(output: Path, key: str) -> None:
 
 
 def require_space(directory: Path, nbytes: int) -> None:
-    """Refuse to start writing ``nbytes`` where they do not fit.
+    """Check that ``nbytes`` fit on the disk before writing them.
 
     Raises:
-        LoramError: the file system of ``directory`` has less left.
+        LoramError: If the file system of ``directory`` has less free space.
     """
     free = shutil.disk_usage(directory).free
     if free < nbytes:
@@ -250,7 +252,7 @@ def _publish(target: StageDirectory) -> None:
 
 
 def _clear(target: StageDirectory) -> None:
-    """Remove what is half-written, and the work directory where nothing was saved in it."""
+    """Remove unfinished output, and the work directory if nothing was saved in it."""
     shutil.rmtree(target.path, ignore_errors=True)
     if {path.name for path in target.work.glob("*")} <= {_IDENTITY_NOTE}:
         shutil.rmtree(target.work, ignore_errors=True)
@@ -277,13 +279,13 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _exclusive(lock: Path, output: Path) -> Iterator[None]:
-    """Hold an advisory lock that the kernel releases when its process dies."""
+    """Hold an advisory lock that the kernel releases when the process dies."""
     descriptor = open_lock(lock)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(os.fstat(descriptor), lock.stat())
-        except (BlockingIOError, FileNotFoundError):  # held, or just let go and removed
+        except (BlockingIOError, FileNotFoundError):  # held, or just released and removed
             held = False
         if not held:
             raise LoramError(
@@ -299,7 +301,7 @@ def _exclusive(lock: Path, output: Path) -> Iterator[None]:
 
 @contextmanager
 def _naming_full_disks(target: StageDirectory) -> Iterator[None]:
-    """Name the output in errors of writing it; what is read elsewhere is named by the command."""
+    """Name the output in errors of writing it; the command names the files that it reads."""
     output = target.output
     try:
         yield
@@ -317,7 +319,7 @@ def _naming_full_disks(target: StageDirectory) -> Iterator[None]:
 
 
 def _is_of(error: OSError, target: StageDirectory) -> bool:
-    """Whether an error is of a file that the stage writes, or of a parent of its output."""
+    """Return whether an error concerns a file that the stage writes or a parent of its output."""
     names = (error.filename, error.filename2)
     paths = [Path(os.fsdecode(name)).absolute() for name in names if isinstance(name, str | bytes)]
     own = [path.absolute() for path in (target.path, target.work, target.lock, target.output)]

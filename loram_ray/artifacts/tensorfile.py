@@ -1,10 +1,11 @@
-"""Safetensors read and written one tensor at a time.
+"""Reading and writing of safetensors files, one tensor at a time.
 
-The safetensors library writes a file from a dictionary that holds every tensor, and reads through
-a memory map whose touched pages count as the process's memory. Pruning, recovery and merging must
-not grow with the model, so this module reads with ``pread`` into a buffer of one tensor and writes
-the header first, then tensor after tensor. The format is the library's own, and files of either
-side are read by the other: an eight-byte little-endian header length, a JSON header, the data.
+The safetensors library writes a file from a dictionary that holds every tensor, and reads through a
+memory map whose touched pages count as memory of the process. The memory of pruning, recovery and
+merging must not grow with the model, so this module reads with ``pread`` into a buffer of one
+tensor, and writes the header first and then one tensor after another. The format is the library's
+own, so each can read the other's files: an eight-byte little-endian header length, a JSON header
+and the data.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MODEL = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SIZE = 2**60
-"""Above any file's bytes, and below what an index of torch holds."""
+"""Upper bound of sizes: above the bytes of any file, and below the limit of torch's indices."""
 _MAX_RANK = 16
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -55,7 +56,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one tensor, known before its values are."""
+    """Shape and dtype of a tensor whose values need not exist yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -66,18 +67,18 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def empty(self) -> torch.Tensor:
-        """An uninitialised tensor of this shape and dtype."""
+        """Return an uninitialised tensor of this shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype)
 
 
 class TensorFile:
-    """A safetensors file, validated on opening, whose tensors are read one at a time.
+    """A safetensors file that is validated on opening and read one tensor at a time.
 
     Args:
-        path: the file.
+        path: Path of the file.
 
     Raises:
-        LoramError: the file is missing, truncated or not a safetensors file.
+        LoramError: If the file is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -89,7 +90,7 @@ class TensorFile:
             except BaseException:
                 self.close()
                 raise
-        except (OSError, ValueError) as error:  # ValueError: a path that is none
+        except (OSError, ValueError) as error:  # ValueError: an invalid path
             reason = error.strerror if isinstance(error, OSError) else error
             raise LoramError(
                 f"{self.path} could not be read ({reason}); restore the file"
@@ -149,7 +150,7 @@ class TensorFile:
         return _DTYPES[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in a buffer of its own."""
+        """Return one tensor in its own buffer."""
         spec = self.specs[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.nbytes:
@@ -157,11 +158,11 @@ class TensorFile:
         return tensor
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return some rows of one tensor in a buffer of their own.
+        """Return some rows of one tensor in their own buffer.
 
         Args:
-            name: of a tensor ``[out, ...]``.
-            rows: their indices, ascending, int64; those that follow one another are read together.
+            name: Name of a tensor ``[out, ...]``.
+            rows: Ascending row indices, int64 ``[n]``; consecutive rows are read together.
         """
         spec = self.specs[name]
         part = TensorSpec((len(rows), *spec.shape[1:]), spec.dtype)
@@ -206,12 +207,12 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Writes one safetensors file, tensor after tensor, in the order of ``specs``.
+    """Writer of one safetensors file, tensor by tensor, in the order of ``specs``.
 
     Args:
-        path: the file to make.
-        specs: every tensor's shape and dtype, in writing order.
-        metadata: strings kept in the file's header.
+        path: Path of the new file.
+        specs: Shape and dtype of every tensor, in writing order.
+        metadata: Strings to store in the file's header.
     """
 
     def __init__(
@@ -244,10 +245,11 @@ class TensorWriter:
             hashing.result()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor.
+        """Write the next tensor.
 
         Raises:
-            ValueError: the tensor is not the next one announced, or has another shape or dtype.
+            ValueError: If the tensor is not the next one in ``specs``, or has another shape or
+                dtype.
         """
         expected = self._pending.pop() if self._pending else None
         if name != expected:
@@ -268,23 +270,23 @@ class TensorWriter:
         return self._hash.hexdigest()
 
     def abort(self) -> None:
-        """Close without completing; the file is left as it is."""
+        """Close the file without completing it."""
         self._hasher.shutdown()
         self._file.close()
 
 
 class Checkpoint:
-    """The tensors of a directory: one ``model.safetensors`` or shards with an index.
+    """Tensors of a directory with one ``model.safetensors`` or with shards and an index.
 
     Args:
-        directory: where they are.
-        stem: what their files' names begin with.
+        directory: Directory of the files.
+        stem: Prefix of the files' names.
 
     Attributes:
-        entry: name of the file with all tensors, or of the index.
+        entry: Name of the file with all tensors, or of the index.
 
     Raises:
-        LoramError: a file is missing, truncated or corrupt, or only pickled weights are there.
+        LoramError: If a file is missing, truncated or corrupt, or the only weights are pickled.
     """
 
     def __init__(self, directory: Path | str, stem: str = MODEL) -> None:
@@ -331,7 +333,7 @@ class Checkpoint:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor's shape and dtype, in the order of the files."""
+        """Shape and dtype of every tensor, in the order of the files."""
         return {name: self.files[file].specs[name] for name, file in self.location.items()}
 
     @property
@@ -343,7 +345,7 @@ class Checkpoint:
         """Return one tensor.
 
         Raises:
-            LoramError: it holds NaN or infinity.
+            LoramError: If it contains NaN or infinity.
         """
         file = self.files[self.location[name]]
         return require_finite(name, file.read(name), file.path)
@@ -352,18 +354,18 @@ class Checkpoint:
         """Return some rows of one tensor, see `TensorFile.read_rows`.
 
         Raises:
-            LoramError: they hold NaN or infinity.
+            LoramError: If they contain NaN or infinity.
         """
         file = self.files[self.location[name]]
         return require_finite(name, file.read_rows(name, rows), file.path)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every name and tensor, one tensor in memory at a time."""
+        """Yield every name and tensor, with one tensor in memory at a time."""
         for name in self.location:
             yield name, self.read(name)
 
     def close(self) -> None:
-        """Close every file."""
+        """Close all files."""
         for file in self.files.values():
             file.close()
 
@@ -375,13 +377,13 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes a model directory's weights in shards, in the order announced.
+    """Writer of a model directory's weights, in shards, in the order of ``specs``.
 
     Args:
-        directory: an existing directory.
-        specs: every tensor's shape and dtype, in writing order.
-        max_shard_bytes: upper bound of a shard (one larger tensor has a shard of its own).
-        stem: what the files' names begin with.
+        directory: Existing directory.
+        specs: Shape and dtype of every tensor, in writing order.
+        max_shard_bytes: Maximum size of a shard; a larger tensor gets its own shard.
+        stem: Prefix of the files' names.
     """
 
     def __init__(
@@ -406,7 +408,7 @@ class CheckpointWriter:
         return f"{self._stem}{piece}.safetensors"
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor, opening the next shard where one is full."""
+        """Write the next tensor, starting a new shard when the current one is full."""
         if self._writer is None:
             self._current += 1
             names = self._shards[self._current]
@@ -445,15 +447,15 @@ class CheckpointWriter:
 
 
 def require_finite(name: str, tensor: torch.Tensor, place: Path | str) -> torch.Tensor:
-    """Return a tensor after refusing one that holds NaN or infinity; integers are let pass.
+    """Return a tensor after checking that it is finite; integer tensors always pass.
 
     Args:
-        name: of the tensor.
-        tensor: of any shape, on any device.
-        place: file or directory that it was read from.
+        name: Name of the tensor, for the message.
+        tensor: Tensor of any shape, on any device.
+        place: File or directory that it was read from, for the message.
 
     Raises:
-        LoramError: it does; the message names it.
+        LoramError: If the tensor contains NaN or infinity.
     """
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return tensor
@@ -468,7 +470,7 @@ def require_finite(name: str, tensor: torch.Tensor, place: Path | str) -> torch.
 
 
 def index_file(stem: str) -> str:
-    """Name of the index of sharded files."""
+    """Return the name of the index of sharded files."""
     return f"{stem}.safetensors.index.json"
 
 

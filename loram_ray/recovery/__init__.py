@@ -1,1 +1,1 @@
-"""From an adapter of a pruned model to one of the base."""
+"""Recovery: from an adapter of a pruned model to an adapter of the base."""

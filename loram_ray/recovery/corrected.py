@@ -1,4 +1,4 @@
-"""The LoRA correction in recovery: which model it is of, and weights read a block at a time."""
+"""The LoRA correction in recovery: the choice of its model, and weights read block by block."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from loram_ray.recovery.correction import limited, orthonormal, projected
 from loram_ray.recovery.scatter import squared_norm
 from loram_ray.runtime.progress import say
 
-_MOVING = ("align", "quantize")  # stages after which the kept weights are no longer the base's
-BLOCK_ELEMENTS = 2**22  # of a weight, in memory at a time; 16 MB in float32
+_MOVING = ("align", "quantize")  # stages that change the kept weights
+BLOCK_ELEMENTS = 2**22  # elements of a weight in memory at a time; 16 MB in float32
 
 
 def corrects(config: RecoverConfig, manifest: Manifest) -> bool:
-    """Whether an adapter of structured pruning is corrected: as asked, or where its model moved.
+    """Return whether to correct an adapter of structured pruning.
+
+    By default it is corrected if its model was aligned or quantised.
 
     Args:
-        config: the stage's configuration.
-        manifest: of the adapter.
+        config: Configuration of the stage.
+        manifest: Manifest of the adapter.
     """
     if config.correction is None:
         return manifest.details.get("model_stage") in _MOVING
@@ -38,15 +40,15 @@ def corrects(config: RecoverConfig, manifest: Manifest) -> bool:
 
 
 def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
-    """Refuse a correction after non-structured pruning.
+    """Reject a correction after non-structured pruning.
 
     Args:
-        plan: of the pruning.
-        key: of the configuration that asks for it, to name.
-        which: what has such a pruning, for the message.
+        plan: Plan of the pruned model.
+        key: Configuration key that asks for the correction, for the message.
+        which: Subject that has such a pruning, for the message.
 
     Raises:
-        LoramError: the pruning is not structured.
+        LoramError: If the pruning is not structured.
     """
     if plan.masks is not None:
         raise LoramError(
@@ -56,15 +58,15 @@ def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
 
 
 def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> Path:
-    """Return the directory of the model that an adapter was trained on, after checking that it is.
+    """Return the directory of the model an adapter was trained on, after verifying its digest.
 
     Args:
-        config: the stage's configuration.
-        adapter: trained by the train stage.
-        manifest: the adapter's.
+        config: Configuration of the stage.
+        adapter: Adapter written by the train stage.
+        manifest: Manifest of the adapter.
 
     Raises:
-        LoramError: it is not there, it is damaged, or it is another one.
+        LoramError: If the model is missing, damaged, or not the one the adapter was trained on.
     """
     named = adapter.config.get("base_model_name_or_path")
     model = config.model or Path(str(named))
@@ -84,13 +86,13 @@ def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> P
 
 
 class Correction:
-    """Corrects the pairs of an adapter, one after another, and keeps count.
+    """Correction of an adapter's pairs A and B, one at a time, with totals.
 
     Args:
-        base: the base's weights.
-        model: those that the adapter was trained on, in NF4 or in full.
-        plan: what was kept of the base.
-        limit: lambda.
+        base: Weights of the base.
+        model: Weights that the adapter was trained on, in NF4 or full precision.
+        plan: Plan of the pruned model.
+        limit: The limit lambda of the correction, see `limited`.
     """
 
     def __init__(
@@ -105,16 +107,16 @@ class Correction:
     def pair(
         self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the corrected pair; the same where nothing is to be corrected.
+        """Return the corrected pair, or the given one if it needs no correction.
 
         Args:
-            module: path of the linear.
-            a: ``[r, in]``, as trained.
-            b: ``[out, r]``, as trained.
+            module: Path of the linear.
+            a: A ``[r, in]``, as trained.
+            b: B ``[out, r]``, as trained.
             scale: LoRA's alpha / r, or alpha / sqrt(r).
 
         Returns:
-            A' ``[r, in]`` and B' less the correction ``[out, r]``, in the dtypes of A and B.
+            A' ``[r, in]`` and B' minus the correction ``[out, r]``, in the dtypes of A and B.
         """
         new_a, new_b = orthonormal(a, b)
         learnt = squared_norm(new_b)
@@ -129,9 +131,9 @@ class Correction:
         return new_a.to(a.dtype), (new_b - change).to(b.dtype)
 
     def details(self) -> dict[str, Any]:
-        """What was corrected, relative to what was learnt, in the Frobenius norm.
+        """Return the size of the correction relative to the trained adapter, in the Frobenius norm.
 
-        A warning is shown where that is nothing.
+        Shows a warning if nothing was corrected.
         """
         if not self._norms:
             say(
@@ -146,7 +148,7 @@ class Correction:
         }
 
     def _differences(self, module: str) -> Iterator[torch.Tensor]:
-        """Yield ``W_0[kept] - W_E`` of a linear in blocks of rows, float32, all in one buffer."""
+        """Yield ``W_0[kept] - W_E`` of a linear in float32 blocks of rows that share one buffer."""
         family, kept = self._plan.architecture, self._plan.kept(module)
         name = _weight(family.weight_name(module, self._base_specs), module, self._base)
         height, width = self._base_specs[name].shape
@@ -171,7 +173,7 @@ class Correction:
             first = last
 
     def _dequantized(self, name: str) -> torch.Tensor | None:
-        """A weight that is stored in NF4, as training computes with it; None where it is not."""
+        """Return an NF4 weight, dequantised as in training; None if it is not stored in NF4."""
         from loram_ray.models.nf4 import dequantize_weight
 
         if NF4.state_of(name) not in self._model_specs:

@@ -1,8 +1,8 @@
-"""Adapters of single experts, and what PEFT needs to put them on a base with fused experts.
+"""Adapters of single experts, and the conditions under which PEFT loads them on fused experts.
 
-transformers holds all experts of a layer in one parameter per projection, gate and up together.
-PEFT converts an adapter of single experts when it loads it: ranks of gate and up are added, and
-their alphas. That is the same function only for the adapters that are let pass here.
+transformers stores all experts of a layer in one parameter per projection, with gate and up fused.
+PEFT converts an adapter of single experts on loading: it adds the ranks of gate and up, and their
+alphas. The result is the same function only for the adapters that this module accepts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def adapted_experts(adapter: Adapter, family: Architecture) -> dict[str, Coupled
 def require_fusable_experts(
     adapter: Adapter, family: Architecture, base_parameters: Iterable[str]
 ) -> None:
-    """Refuse an adapter whose experts PEFT would change, or not find, on the base.
+    """Reject an adapter whose experts PEFT would change, or not find, on the base.
 
     Args:
-        adapter: of the base's shapes or of pruned ones.
-        family: of the base.
-        base_parameters: names of the base's parameters on disk.
+        adapter: Adapter in the base's shapes or in pruned shapes.
+        family: Family of the base.
+        base_parameters: Names of the base's parameters on disk.
 
     Raises:
-        LoramError: it is one; the message says why.
+        LoramError: If PEFT would not reproduce the adapter; the message says why.
     """
     experts = adapted_experts(adapter, family)
     why = _why_not(adapter, family, experts, base_parameters) if experts else None

@@ -23,13 +23,13 @@ from loram_ray.runtime.progress import Reporter, say
 def write_delta(
     target: StageDirectory, adapter: Adapter, plan: PruningPlan, shapes: dict[str, tuple[int, int]]
 ) -> None:
-    """Write ``scale * (B A) * M`` of each adapted linear, float32, one in memory at a time.
+    """Write ``scale * (B A) * M`` of each adapted linear in float32, with one in memory at a time.
 
     Args:
-        target: the stage's directory.
-        adapter: trained under the plan's masks.
-        plan: of the pruned model.
-        shapes: ``[out, in]`` of each adapted linear, by module path.
+        target: Output directory of the stage.
+        adapter: Adapter trained with the plan's masks.
+        plan: Plan of the pruned model.
+        shapes: Shape ``[out, in]`` of each adapted linear, by module path.
     """
     specs = {f"{m}.weight": TensorSpec(shape, torch.float32) for m, shape in shapes.items()}
     nbytes = sum(spec.nbytes for spec in specs.values())
@@ -53,21 +53,21 @@ def write_truncated(
     shapes: dict[str, tuple[int, int]],
     config: RecoverConfig,
 ) -> None:
-    """Write a plain PEFT LoRA whose products are nearest to the masked ones.
+    """Write a plain PEFT LoRA whose products are the closest to the masked ones.
 
-    LoRA's scale is put into the matrices: each module's alpha is its rank. Linears that have no
-    mask keep their matrices. The relative error, in the Frobenius norm, of each masked module and
-    of all together goes into the manifest.
+    LoRA's scale is folded into the matrices, and each module's alpha equals its rank. Linears
+    without a mask keep their matrices. The manifest records the relative error in the Frobenius
+    norm, per masked module and in total.
 
     Args:
-        target: the stage's directory.
-        adapter: trained under the plan's masks.
-        plan: of the pruned model.
-        shapes: ``[out, in]`` of each adapted linear, by module path.
-        config: the stage's configuration.
+        target: Output directory of the stage.
+        adapter: Adapter trained with the plan's masks.
+        plan: Plan of the pruned model.
+        shapes: Shape ``[out, in]`` of each adapted linear, by module path.
+        config: Configuration of the stage.
 
     Raises:
-        LoramError: experts of different ranks, which PEFT cannot put on a base that fuses them.
+        LoramError: If experts have different ranks, which PEFT cannot load on fused experts.
     """
     ranks = {m: _rank(adapter, m, plan, shape, config) for m, shape in shapes.items()}
     settings = _peft_config(adapter, ranks, plan, config)
@@ -133,7 +133,7 @@ def _rank(
 def _peft_config(
     adapter: Adapter, ranks: dict[str, int], plan: PruningPlan, config: RecoverConfig
 ) -> dict[str, Any]:
-    """PEFT's configuration of an adapter whose modules have an alpha equal to their rank."""
+    """Return PEFT's configuration of an adapter in which each module's alpha equals its rank."""
     experts = adapted_experts(adapter, plan.architecture)
     of_experts = sorted({ranks[module] for module in experts})
     if len(of_experts) > 1:
@@ -145,7 +145,7 @@ def _peft_config(
     others = {module: own for module, own in ranks.items() if own != rank}
     return {
         **adapter.config,
-        # PEFT refuses dropout on fused experts, inference has none
+        # PEFT rejects dropout on fused experts; inference has none
         **({"lora_dropout": 0.0} if experts else {}),
         "base_model_name_or_path": config.base,
         "inference_mode": True,

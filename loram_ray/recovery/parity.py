@@ -1,7 +1,7 @@
-"""Whether a merged model does what its base does with the adapter beside it.
+"""Parity of a merged model with its base plus adapter.
 
-Both are run on a few tokens, one decoder layer in memory at a time, in float32: what is compared is
-the stored weights, not how some hardware multiplies them.
+Both run on a few tokens in float32, with one decoder layer in memory at a time. This compares the
+stored weights, independently of the hardware's arithmetic.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from loram_ray.recovery.deltas import Change
 
 _SEQUENCES, _TOKENS = 2, 32
 _ROUNDINGS = 32
-"""Float32 roundings, of logits of average size, that two ways of computing logits may differ by."""
+"""Accepted float32 error between two ways of computing logits, in epsilons times their RMS."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How near two models' logits are.
+    """Distance between two models' logits.
 
     Attributes:
-        effect: root mean square of what the adapter changes in the base's logits.
-        error: root mean square of what the merged model's logits are away from those of base and
-            adapter.
-        kl: mean Kullback-Leibler divergence of the merged model's next-token distribution from that
-            of base and adapter, in nats.
-        agreement: share of positions whose likeliest token is the same.
-        modules: changed linears that were run; if not all of them, the rest says nothing.
-        scale: root mean square of the base's logits.
+        effect: Root mean square of the adapter's change of the base's logits.
+        error: Root mean square difference between the logits of the merged model and those of the
+            base with its adapter.
+        kl: Mean Kullback-Leibler divergence of the merged model's next-token distribution from that
+            of the base with its adapter, in nats.
+        agreement: Share of positions with the same most likely token.
+        modules: Number of changed linears that were run; if some were not, the other values are
+            meaningless.
+        scale: Root mean square of the base's logits.
     """
 
     effect: float
@@ -49,12 +50,12 @@ class Parity:
 
     @property
     def is_float_error(self) -> bool:
-        """Whether computing the logits in float32 explains the error."""
+        """Whether float32 rounding of the logits explains the error."""
         return self.error <= _ROUNDINGS * torch.finfo(torch.float32).eps * self.scale
 
     @property
     def relative_error(self) -> float:
-        """The error as a share of the effect; 1 is what not merging at all would give."""
+        """Error as a share of the effect; a model without the merge would have 1."""
         return self.error / self.effect if self.effect else float(self.error > 0)
 
 
@@ -62,14 +63,14 @@ class Parity:
 def parity_of(
     base: Path, change: Change, merged: Path, family: Architecture, device: str
 ) -> Parity:
-    """Compare a merged model with its base and the change beside it.
+    """Compare a merged model with its base and the unmerged change.
 
     Args:
-        base: model directory.
-        change: what was merged.
-        merged: model directory.
-        family: of both.
-        device: where a layer runs.
+        base: Directory of the base.
+        change: The merged change.
+        merged: Directory of the merged model.
+        family: Family of both models.
+        device: Device on which layers run.
     """
     with (
         closing(LayerStream(base, family, "fp32", device)) as first,
@@ -101,7 +102,7 @@ def parity_of(
 
 @contextmanager
 def _beside(change: Change, linears: dict[str, nn.Linear]) -> Iterator[int]:
-    """Have the linears add what the change adds; tells how many of them do."""
+    """Add the change to the outputs of the linears inside the block; yield the number changed."""
 
     def add(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
         return output + change.applied(inputs[0], name)

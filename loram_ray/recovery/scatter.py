@@ -1,12 +1,12 @@
 """Recovery of LoRA matrices, and merging: the mathematics of LoRAM's steps 4 and 5.
 
-Structured pruning. For a linear with kept indices K: rows pruned, ``B_full[K, :] = B_pruned`` and A
-is unchanged; columns pruned, ``A_full[:, K] = A_pruned`` and B is unchanged; everything else is
-zero. Then ``B_full A_full = S_out^T (B_pruned A_pruned) S_in`` exactly, S being the selection
-matrices.
+Structured pruning. For a linear with kept indices K: if rows were pruned, ``B_full[K, :] =
+B_pruned`` and A is unchanged; if columns were pruned, ``A_full[:, K] = A_pruned`` and B is
+unchanged. All other entries are zero. Then ``B_full A_full = S_out^T (B_pruned A_pruned) S_in``
+exactly, where S are the selection matrices.
 
-Non-structured pruning. What was trained is ``s (B A) * M``, which has not A's rank: it is recovered
-as it is, or as the nearest product of two matrices of some rank.
+Non-structured pruning. The trained change is ``s (B A) * M``, whose rank may exceed that of A. It
+is recovered exactly as a dense delta, or as the closest product of two matrices of a given rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OVERSAMPLING, _POWER_ITERATIONS = 16, 4
 
 
 def is_scattered(side: str, kept: KeptIndices | None) -> bool:
-    """True where this matrix has the pruned dimension: B of pruned rows, A of pruned columns."""
+    """Return whether a matrix has the pruned dimension: B for rows, A for columns."""
     return kept is not None and (side == "B") == (kept.axis == 0)
 
 
@@ -30,12 +30,12 @@ def recover_tensor(
 
     Args:
         tensor: A ``[r, in]`` or B ``[out, r]``.
-        side: ``A`` or ``B``.
-        kept: kept rows or columns of the linear, or None where it is whole.
-        out: a tensor of the result's shape and dtype to fill and return, instead of a new one.
+        side: Name of the matrix, ``A`` or ``B``.
+        kept: Kept rows or columns of the linear, or None if it is unpruned.
+        out: Optional output tensor of the result's shape and dtype.
 
     Returns:
-        A ``[r, full in]`` or B ``[full out, r]`` of the same dtype; the tensor itself where its
+        A ``[r, full in]`` or B ``[full out, r]`` of the same dtype, or the tensor itself if its
         side was not pruned.
     """
     if not is_scattered(side, kept):
@@ -52,12 +52,12 @@ def recover_tensor(
 def merged_weight(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """``weight + scale * b @ a`` formed in float32, in the weight's dtype.
+    """Compute ``weight + scale * b @ a`` in float32 and return it in the weight's dtype.
 
     Args:
-        weight: ``[out, in]``.
-        a: ``[r, in]``.
-        b: ``[out, r]``.
+        weight: Weight of the linear, ``[out, in]``.
+        a: A ``[r, in]``.
+        b: B ``[out, r]``.
         scale: LoRA's alpha / r, or alpha / sqrt(r).
     """
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
@@ -66,13 +66,13 @@ def merged_weight(
 def dense_delta(
     a: torch.Tensor, b: torch.Tensor, scale: float, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """``scale * (b @ a) * mask``: what an adapter adds to a weight, float32 ``[out, in]``.
+    """Compute an adapter's weight change ``scale * (b @ a) * mask``, float32 ``[out, in]``.
 
     Args:
-        a: ``[r, in]``.
-        b: ``[out, r]``.
+        a: A ``[r, in]``.
+        b: B ``[out, r]``.
         scale: LoRA's alpha / r, or alpha / sqrt(r).
-        mask: bool ``[out, in]``, or None where every weight was kept.
+        mask: Kept weights, bool ``[out, in]``, or None if all were kept.
     """
     delta = (b.float() @ a.float()).mul_(scale)
     return delta if mask is None else delta.mul_(mask)
@@ -81,16 +81,16 @@ def dense_delta(
 def truncated(
     delta: torch.Tensor, rank: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The nearest product of the given rank, by randomised SVD (Halko et al. 2011), seeded.
+    """Compute the closest product of a given rank by seeded randomised SVD (Halko et al. 2011).
 
     Args:
-        delta: float32 ``[out, in]``.
-        rank: at most ``min(out, in)``.
-        dtype: of A and B.
+        delta: Weight change, float32 ``[out, in]``.
+        rank: Rank of the product, at most ``min(out, in)``.
+        dtype: Data type of A and B.
 
     Returns:
-        A ``[rank, in]`` and B ``[out, rank]``, with the singular values shared out between them,
-        and the squared Frobenius norm of what ``B A``, rounded to their dtype, misses.
+        A ``[rank, in]`` and B ``[out, rank]``, which share the singular values equally, and the
+        squared Frobenius norm of the residual ``delta - B A`` after rounding to their dtype.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -104,5 +104,5 @@ def truncated(
 
 
 def squared_norm(matrix: torch.Tensor) -> float:
-    """Squared Frobenius norm, summed in float64."""
+    """Return the squared Frobenius norm, summed in float64."""
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2

@@ -1,9 +1,9 @@
-"""What serves a recovered adapter, and how.
+"""Serving of a recovered adapter with vLLM.
 
-vLLM reads PEFT's directory (``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py``, as they stand
-in 2026): it scales every module by the configuration's ``lora_alpha / r``, or by its root with
-rsLoRA, and knows no patterns; ``--max-lora-rank`` takes some numbers only; and most of its models
-refuse a LoRA on the output head or the embeddings.
+vLLM reads PEFT's directory (``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py``, as of 2026).
+It scales every module by the configuration's ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
+rsLoRA, and ignores patterns. ``--max-lora-rank`` only takes certain values, and most of its models
+reject a LoRA on the output head or the embeddings.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from loram_ray.architectures import Architecture
 from loram_ray.artifacts.adapter import Adapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` may be."""
+"""Values that ``--max-lora-rank`` accepts."""
 
 
 def vllm_options(adapter: Adapter) -> str:
-    """Options of ``vllm serve BASE`` for an adapter that it takes."""
+    """Return the options of ``vllm serve BASE`` for an adapter that vLLM supports."""
     rank = max(adapter.rank(module) for module in adapter.modules)
     most = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     return f"--enable-lora --max-lora-rank {most}"
 
 
 def why_not_vllm(adapter: Adapter, family: Architecture) -> str | None:
-    """Why vLLM would not take an adapter, or would scale it otherwise; None where it does.
+    """Return why vLLM would reject or misscale an adapter; None if vLLM supports it.
 
     Args:
-        adapter: of the base's shapes.
-        family: of the base.
+        adapter: Adapter in the base's shapes.
+        family: Family of the base.
     """
     outside = [m for m in (family.output_head, family.embeddings) if m in adapter.modules]
     if outside:
@@ -47,7 +47,7 @@ def why_not_vllm(adapter: Adapter, family: Architecture) -> str | None:
 
 
 def serving_note(adapter: Adapter, family: Architecture) -> str:
-    """One line on serving an adapter by vLLM."""
+    """Return one line on how to serve an adapter with vLLM."""
     reason = why_not_vllm(adapter, family)
     if reason is not None:
         return f"not as an adapter ({reason}); loram merge makes a model that it serves"
