@@ -1,7 +1,7 @@
-"""The table of commands: what the command line, ``loram submit``, run files and Python offer.
+"""The table of commands, shared by the command line, ``loram submit``, run files and Python.
 
-A new command needs a row here, a model of its section in ``config`` and a function. Both are named
-by their dotted paths below ``loram_ray``, so that reading the table imports nothing.
+A new command needs a row here, a section in ``config`` and a function. Both are given as dotted
+paths below ``loram_ray``, so that reading the table imports nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ class Command:
     """A command, which is also a section of a run file and a function ``name(section, ray)``.
 
     Attributes:
-        name: What the user types.
+        name: Name on the command line.
         section: Dotted path of the pydantic model that holds its settings.
         function: Dotted path of the function that does the work.
         panel: Heading in ``loram --help``.
         example: Arguments of a typical call.
-        uses_ray: Whether it starts or joins Ray.
-        reads: Other sections of a run file that it reads.
+        uses_ray: Whether the command starts or joins Ray.
+        reads: Other sections of a run file that the command reads.
         printer: Dotted path of the function that prints the result.
-        preview: Dotted path of what ``--preview N`` calls instead, if there is such an option.
+        preview: Dotted path of the function that ``--preview N`` calls instead, if the command has
+            this option.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Command:
         return imported(self.section)
 
     def __call__(self, section: Any, ray_config: Any = None) -> Any:
-        """Do what the command does."""
+        """Run the command."""
         return imported(self.function)(section, ray_config)
 
 
@@ -165,23 +166,23 @@ COMMANDS = (
         printer="cli.results.show_publication",
     ),
 )
-"""All of them, in the order of the help."""
+"""All commands, in the order of the help."""
 
 COMMAND_OF = {command.name: command for command in COMMANDS}
 SECTIONS_OF_A_RUN = tuple(name for name in COMMAND_OF if name != "run")
 
 
 def imported(path: str) -> Any:
-    """The object at a dotted path below ``loram_ray``."""
+    """Import and return the object at a dotted path below ``loram_ray``."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(f"loram_ray.{module}"), name)
 
 
 def command_of(section: Any) -> Command:
-    """The command that a section belongs to.
+    """Return the command that a section belongs to.
 
     Raises:
-        TypeError: No command takes it.
+        TypeError: No command accepts the section.
     """
     name = type(section).__name__
     for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""Options of PEFT's LoRA under which an adapter cannot be recovered to the base's shapes."""
+"""Options of PEFT's LoRA that prevent recovery to the base's shapes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ NOT_RECOVERED = {
     "use_qalora": "QA-LoRA pools the inputs of A, which the base has more of",
     "use_bdlora": "BD-LoRA's matrices are block-diagonal",
 }
-"""Options that make an adapter more than ``alpha / r * B A`` on single linears, or that belong to
-the pruned model, and the reasons: A and B in other places would be another function."""
+"""Options and the reasons why they are not supported. Either the adapter is more than
+``alpha / r * B A`` on single linears, or it belongs to the pruned model. In both cases, A and B in
+other places would compute another function."""
 _INITIALISATIONS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def is_chosen(value: object) -> bool:
-    """Return whether an option has a value other than its default, off."""
+    """Return whether an option has a value other than its default, which is off."""
     return bool(value) and value != "none"
 
 
 def changes_frozen_weights(initialisation: object) -> bool:
-    """Return whether an initialisation takes something out of the frozen weights."""
+    """Return whether an initialisation removes something from the frozen weights."""
     return isinstance(initialisation, str) and initialisation.lower().startswith(_INITIALISATIONS)

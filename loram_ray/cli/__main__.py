@@ -1,8 +1,8 @@
-"""The process of the ``loram`` command, and of ``python -m loram_ray.cli``."""
+"""Entry point of the ``loram`` command and of ``python -m loram_ray.cli``."""
 
 from loram_ray.runtime.interruption import end_early
 
-end_early()  # before the imports of the command, which take seconds
+end_early()  # before the command's imports, which take seconds
 
 from loram_ray.cli.main import main  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Commands of the command line, made from the table of commands."""
+"""Commands of the command line, created from the table of commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WIDEST = 24
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add every command of the table."""
+    """Add every command of the table to the app."""
     for command in COMMANDS:
         app.command(
             command.name,
@@ -60,18 +60,18 @@ def _function_of(command: Command) -> Callable[..., None]:
 
 
 def given_flags(command: Command, given: dict[str, Any]) -> list[tuple[Flag, str]]:
-    """The options of a section that were given, with their texts.
+    """Return the options of a section that were given, with their texts.
 
     Args:
         command: The command.
-        given: Values by the names of the parameters that typer parsed.
+        given: Values by the parameter names that typer parsed.
     """
     texts = ((flag, _text(flag, given)) for flag in flags_for(command))
     return [(flag, text) for flag, text in texts if text is not None]
 
 
 def _text(flag: Flag, given: dict[str, Any]) -> str | None:
-    """What was given for a key, as text; None for nothing."""
+    """Return the text given for a key; None if the option was not given."""
     value = given[_parameter(flag.key)]
     if given.get(_off(flag.key)) is not None:
         value = False
@@ -81,7 +81,7 @@ def _text(flag: Flag, given: dict[str, Any]) -> str | None:
 
 
 class _Configured(TyperCommand):
-    """A command with an option for each key of its section, made when it is called."""
+    """Command with an option for each key of its section, created when it is called."""
 
     row: Command
 
@@ -93,17 +93,17 @@ class _Configured(TyperCommand):
         return _made_by_typer(options)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The options of the section, and those that all commands have."""
+        """Return the section's options and those that all commands have."""
         return [*self._options, *super().get_params(ctx)]
 
     def invoke(self, ctx: Any) -> Any:
-        """Call the function with the section's options beside its own."""
+        """Call the function with its own options; store the section's options in the context."""
         ctx.meta[_GIVEN] = {option.name: ctx.params.pop(option.name) for option in self._options}
         return super().invoke(ctx)
 
 
 def _made_by_typer(options: list[inspect.Parameter]) -> list[Any]:
-    """The options that typer makes of a function's parameters."""
+    """Return the options that typer creates from a function's parameters."""
 
     def function(**_: Any) -> None: ...
 
@@ -114,7 +114,7 @@ def _made_by_typer(options: list[inspect.Parameter]) -> list[Any]:
 
 
 def _options_of(flag: Flag) -> Iterator[inspect.Parameter]:
-    """A key's option; a switch has another to turn it off, which is hidden where it is off."""
+    """Yield a key's option; if a switch is off by default, its negative form is hidden."""
     shown: Any = {"help": _sentence(flag), "hidden": flag.hidden, "rich_help_panel": _panel(flag)}
     if flag.kind is not Kind.SWITCH:
         metavar, completion = _metavar(flag), _completion(flag)
@@ -140,7 +140,7 @@ def _preview_option() -> inspect.Parameter:
 
 
 def _parameter_of(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    option.show_default = False  # the help has it
+    option.show_default = False  # the help text contains it
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
@@ -148,23 +148,23 @@ def _parameter_of(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 
 def _parameter(key: str) -> str:
-    """The name of a key's parameter."""
+    """Return the name of a key's parameter."""
     return key.replace(".", "__")
 
 
 def _off(key: str) -> str:
-    """The name of the parameter that turns a switch off."""
+    """Return the name of the parameter that turns a switch off."""
     return f"{_parameter(key)}__off"
 
 
 def _metavar(flag: Flag) -> str:
-    """What stands for a value: its choices, if they fit into a column."""
+    """Return the placeholder of a value: its choices, if they fit into a column."""
     choices = f"[{'|'.join(flag.choices)}]"
     return choices if flag.choices and len(choices) <= _WIDEST else flag.kind.value
 
 
 def _sentence(flag: Flag) -> str:
-    """What a key is for, and its default."""
+    """Return the description of a key, with its choices and default."""
     words = [flag.help]
     if flag.choices and _metavar(flag) == flag.kind.value:
         words.append(f"[{'|'.join(flag.choices)}]")
@@ -176,7 +176,7 @@ def _sentence(flag: Flag) -> str:
 
 
 def _panel(flag: Flag) -> str:
-    """The part of the help that an option is in: one for each section inside."""
+    """Return the option's panel in the help; each nested section has its own."""
     head, dot, _ = flag.key.rpartition(".")
     return f"Settings of {head}" if dot else "Settings"
 
@@ -194,7 +194,7 @@ def _help(command: Command) -> str:
 
 
 def _epilog(command: Command) -> str:
-    """Keys of what stands in lists and dictionaries, which no option is for."""
+    """Return the help on keys inside lists and dictionaries, which have no options."""
     lines = [*_items(command.model, "")] if command.name != "run" else []
     return escape("\n\n".join(["Keys of the items of lists:", *lines])) if lines else ""
 
@@ -214,13 +214,13 @@ def _items(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _place(annotation: Any) -> str:
-    """How a dotted key names an item: by number or by key."""
+    """Return how a dotted key refers to an item: by number or by key."""
     places: dict[Any, str] = {tuple: ".N", dict: ".KEY"}
     return places.get(get_origin(annotation), "")
 
 
 def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> Iterator[str]:
-    """One line a key: name, default, meaning; the keys of sections inside follow."""
+    """Yield one line per key with name, default and meaning, including keys of nested sections."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         default = field.default if defaults is None else getattr(defaults, name)

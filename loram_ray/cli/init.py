@@ -1,4 +1,4 @@
-"""loram init: a commented run file to start from."""
+"""loram init: writes a commented run file to start from."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def init_command(
 def run_file(
     base: str, data: str, text: str | None, test: str | None, directory: Path, file: Path
 ) -> str:
-    """The text of a run file, with sections for alignment and evaluation or comments on them."""
+    """Return the text of a run file, with or without sections for alignment and evaluation."""
     align = _ALIGN.format(text=_scalar(text or "text.jsonl"))
     evaluate = _EVALUATE.format(test=_scalar(test or "test.jsonl"))
     return _TEMPLATE.format(
@@ -125,7 +125,7 @@ def run_file(
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML writes it in one line."""
+    """Return text as a one-line YAML scalar."""
     dumped: str = yaml.safe_dump([text], width=10**6, allow_unicode=True, default_flow_style=True)
     return dumped.strip()[1:-1]
 

@@ -1,4 +1,4 @@
-"""loram submit and loram jobs: the same commands on a cluster."""
+"""loram submit and loram jobs: run the same commands on a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``loram`` command: parse, call a stage, print. Nothing else."""
+"""The ``loram`` command: parses arguments, calls a stage and prints the result."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def _show_piece(text: str) -> None:
 
 
 def _questions(prompt: str | None) -> Iterator[str]:
-    """The one that is given, or all of standard input, or line after line from a terminal."""
+    """Yield the given question, or all of standard input, or each line typed on a terminal."""
     if prompt is not None or not sys.stdin.isatty():
         question = (prompt if prompt is not None else sys.stdin.read()).strip()
         if not question:
@@ -274,29 +274,29 @@ app.add_typer(cli_jobs.app, name="jobs", rich_help_panel=CLUSTER)
 
 
 def _run_app() -> int:
-    """Parse the arguments and run what they name; the exit code."""
+    """Parse the arguments and run the command; return the exit code."""
     code = typer.main.get_command(app).main(prog_name="loram", standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 
 def main(work: Callable[[], int | None] = _run_app) -> None:
-    """Run the command; a user's mistake is one line and exit code 2, a failure is exit code 1.
+    """Run the command: one line and exit code 2 for a user's mistake, exit code 1 for a failure.
 
-    An interruption is one line, too; the exit code says by which signal.
+    An interruption prints one line too, and its exit code depends on the signal.
 
     Args:
-        work: What the command does; returns its exit code.
+        work: Does the command's work and returns its exit code.
     """
     try:
         with safe_streams():
             _run_command(work)
-    except LoramError as error:  # of standard output itself
+    except LoramError as error:  # standard output itself failed
         print(f"loram: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _run_command(work: Callable[[], int | None]) -> None:
-    # bitsandbytes warns that a kernel nobody asked for is not installed
+    # bitsandbytes warns about a missing kernel that is not needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with Interruption() as interruption:
         try:
@@ -313,7 +313,7 @@ def _run_command(work: Callable[[], int | None]) -> None:
 
 
 def _end(ending: Ending) -> None:
-    """End at once: threads that were interrupted must not go on while Python is taken down."""
+    """End at once, as interrupted threads must not run during Python's shutdown."""
     print(f"loram: {ending.line}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -322,7 +322,7 @@ def _end(ending: Ending) -> None:
 
 
 def _tell(error: BaseException) -> int:
-    """Print an error, one line for each mistake; return the exit code."""
+    """Print an error, one line for each mistake, and return the exit code."""
     notes = "; ".join(getattr(error, "__notes__", ()))
     root = root_cause(error)
     if isinstance(root, LoramError):
@@ -340,9 +340,9 @@ def _tell(error: BaseException) -> int:
 
 
 def _usage(error: BaseException) -> list[str] | None:
-    """The lines on a mistake in the arguments; None for any other error."""
+    """Return the lines on a mistake in the arguments; None for any other error."""
     if not isinstance(error, _USAGE_ERROR):
         return None
     path = error.ctx.command_path if error.ctx is not None else "loram"
-    message = error.format_message().strip()  # none where the help was shown instead
+    message = error.format_message().strip()  # empty if the help was shown instead
     return [f"{message.rstrip('.')}; see {path} --help"] if message else []

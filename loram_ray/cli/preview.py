@@ -1,4 +1,4 @@
-"""loram train --preview: the tokens of the first examples, instead of a training."""
+"""loram train --preview: shows the tokens of the first examples instead of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loram_ray.utils.printing import plain
 
 
 def show_examples(section: Any, examples: int, as_json: bool) -> None:
-    """Print examples' tokens, and which of them carry loss; rows that cannot be used on stderr."""
+    """Print the tokens of examples and which of them carry loss; unusable rows go to stderr."""
     shown = []
     for row in preview(section, examples):
         if isinstance(row, Preview):

@@ -1,4 +1,4 @@
-"""What each command prints when it is done: a summary for people, or JSON."""
+"""Output of each finished command: a summary for people, or JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loram_ray.utils.printing import plain, show
 
 
 def show_stage(name: str, result: Any, as_json: bool) -> None:
-    """Print the directory that a stage wrote, and its details."""
+    """Print a stage's output directory and its details."""
     if as_json:
         print_json({"output": str(result.output), **asdict(result.manifest)})
         return
@@ -100,7 +100,7 @@ def _show_output(name: str, result: Any) -> None:
 
 
 def _spread(values: dict[str, float]) -> str:
-    """One line on a number for each of many linears."""
+    """Return one line that summarises a number over many linears."""
     least, most = min(values.values()), max(values.values())
     return f"{least:.3g} to {most:.3g}, one for each of {len(values)} in manifest.json"
 

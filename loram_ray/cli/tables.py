@@ -1,4 +1,4 @@
-"""What the commands share: their options, and what they print."""
+"""Options and output that the commands share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def console(width: int) -> PlainConsole:
-    """Standard output as a console: as wide as the terminal, or this many characters."""
+    """Return a console for standard output, as wide as the terminal or ``width`` characters."""
     return PlainConsole(width=None if sys.stdout.isatty() else width)
 
 
@@ -39,7 +39,7 @@ def print_json(value: object) -> None:
 
 
 def print_tasks(rows: list[dict[str, Any]]) -> None:
-    """Print what became of a batch's tasks."""
+    """Print the results of a batch's tasks."""
     table = Table(title="Tasks")
     for key in ("name", "state", "steps", "loss", "held-out loss", "seconds"):
         table.add_column(key, justify="left" if key in ("name", "state") else "right")
@@ -59,7 +59,7 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
 
 
 def print_trials(rows: list[dict[str, Any]]) -> None:
-    """Print what became of a sweep's trials, the best first."""
+    """Print the results of a sweep's trials, the best first."""
     judged = any(row["base_loss"] is not None for row in rows)
     table = Table(title="Trials")
     table.add_column("name", overflow="fold")
@@ -106,7 +106,7 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def print_systems(rows: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
-    """Print a comparison's systems, and what becomes of the claims."""
+    """Print a comparison's systems and the results of its claims."""
     from loram_ray.studies.comparison_table import COLUMNS, cells_of, difference_of
 
     table = Table(title="Systems")
@@ -127,7 +127,7 @@ def print_systems(rows: list[dict[str, Any]], claims: list[dict[str, Any]]) -> N
 
 
 def print_comparison(rows: list[dict[str, Any]]) -> None:
-    """Print a run's rows, and how much of full LoRA's gain was kept."""
+    """Print a run's rows, and the share of full LoRA's gain that was kept."""
     from loram_ray.stages.run import loram_keeps
 
     measured = [k for k in ("answer_perplexity", "text_perplexity", "exact_match") if k in rows[0]]

@@ -1,4 +1,4 @@
-"""Options of the command line, made from the models of the configuration."""
+"""Command-line options, created from the configuration's models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loram_ray.config.run import STAGES, RunConfig
 
 
 class Kind(Enum):
-    """How the text of an option is read."""
+    """How the text of an option is parsed."""
 
     TEXT = "TEXT"
     PATH = "PATH"
@@ -33,18 +33,18 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Flag:
-    """One option: a key of a section.
+    """A command-line option for a key of a section.
 
     Attributes:
         key: Dotted key below the section, e.g. ``lora.r``.
-        kind: How its text is read.
-        help: What it is for.
-        default: Its default as text; None for none.
-        required: Whether the command cannot do without.
-        choices: The values that it takes, if they are few.
-        hidden: Whether it is left out of the help.
+        kind: How the text is parsed.
+        help: Description.
+        default: Default as text; None for none.
+        required: Whether the option must be given.
+        choices: Allowed values, if they can be listed.
+        hidden: Whether the option is left out of the help.
         shorthand: Nested key that is set if the value is not a mapping.
-        of_the_run: Whether its key is one of the whole run file, as ``ray.address``.
+        of_the_run: Whether the key belongs to the run file itself, such as ``ray.address``.
     """
 
     key: str
@@ -59,12 +59,12 @@ class Flag:
 
     @property
     def option(self) -> str:
-        """As it is typed, with dashes; underscores are taken, too."""
+        """The option as typed, with dashes; underscores are accepted too."""
         return option_of(self.key)
 
 
 def option_of(key: str) -> str:
-    """The option of a dotted key, e.g. ``--lora.rank-pattern``."""
+    """Return the option of a dotted key, e.g. ``--lora.rank-pattern``."""
     return f"--{key.replace('_', '-')}"
 
 
@@ -75,14 +75,14 @@ def flags_of(
     required: bool = True,
     hidden: bool = False,
 ) -> Iterator[Flag]:
-    """The options of a section, those of sections inside among them.
+    """Yield the options of a section and its nested sections.
 
     Args:
-        model: Of the section.
-        prefix: In front of each key.
-        defaults: Values of the keys, where the section around it sets them.
+        model: Model of the section.
+        prefix: Prefix of each key.
+        defaults: Values of the keys, if the outer section sets them.
         required: Whether keys without a default must be given.
-        hidden: Whether the help leaves them out.
+        hidden: Whether the help leaves the options out.
     """
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -107,12 +107,12 @@ def flags_of(
 
 
 def keys_of(field: FieldInfo) -> KeysOf | None:
-    """The mark of a field that holds keys of another section, if it is one."""
+    """Return the marker of a field that holds keys of another section, if any."""
     return next((mark for mark in field.metadata if isinstance(mark, KeysOf)), None)
 
 
 def _only_section(annotation: Any) -> type[Section] | None:
-    """The section that a field is, or may be beside None."""
+    """Return the section class of a field that is a section or an optional section."""
     options = _without_none(annotation)
     inside = section_types(options[0]) if len(options) == 1 else []
     return inside[0] if inside == options else None
@@ -133,7 +133,7 @@ def _flag(key: str, field: FieldInfo, default: Any, required: bool, hidden: bool
 
 
 def _shown(default: Any) -> str | None:
-    """A default as it is typed; None where there is nothing to show."""
+    """Return a default as it is typed; None if there is nothing to show."""
     if default is None or default == "" or default == () or default == {}:
         return None
     if isinstance(default, bool):
@@ -166,7 +166,7 @@ def _kind_of(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
 
 
 def _without_none(annotation: Any) -> list[Any]:
-    """The types that a value may have, None left out."""
+    """Return the types of a value, without None."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _without_none(get_args(annotation)[0])
@@ -176,7 +176,7 @@ def _without_none(annotation: Any) -> list[Any]:
 
 
 def flags_for(command: Command) -> list[Flag]:
-    """The options of a command: the keys of its section, and of Ray's if it uses Ray."""
+    """Return a command's options: the keys of its section, and Ray's if it uses Ray."""
     if command.name == "run":
         return [
             replace(flag, hidden=True, required=False) if flag.key.split(".")[0] in STAGES else flag

@@ -1,4 +1,4 @@
-"""From YAML and overrides to sections, and from broken rules to clear lines."""
+"""Loading of sections from YAML and overrides, with one clear line for each broken rule."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Loaded(NamedTuple):
-    """What one command needs.
+    """Configuration of one command.
 
     Attributes:
-        section: Of the command.
+        section: The command's section.
         ray: Settings of Ray.
         unread: Names of the run file's sections that the command does not read.
     """
@@ -41,12 +41,12 @@ def load_run(config: Path | str | None, overrides: Sequence[str] = ()) -> RunCon
     """Read a run file and apply overrides.
 
     Args:
-        config: a YAML file, or None to start from nothing.
-        overrides: ``dotted.key=value``; the value is text as it is written where the key is text
-            or a path, else YAML.
+        config: YAML file, or None to start from nothing.
+        overrides: Overrides in the form ``dotted.key=value``. The value is taken literally if the
+            key is text or a path, and parsed as YAML otherwise.
 
     Raises:
-        LoramError: the file or an override cannot be read, or a value breaks a rule.
+        LoramError: The file or an override cannot be read, or a value breaks a rule.
     """
     data = _settings(config, overrides)
     return validate(RunConfig, data, source=str(config) if config is not None else "--set")
@@ -58,18 +58,18 @@ def load_command(
     overrides: Sequence[str] = (),
     flags: Sequence[tuple[Flag, str]] = (),
 ) -> Loaded:
-    """Read what one command needs: from options, over ``--set``, over a run file.
+    """Read one command's configuration: options override ``--set``, which overrides a run file.
 
-    A run file with a base and an output is checked as a whole, any other for this command alone.
+    A run file with a base and an output is validated as a whole, any other for this command alone.
 
     Args:
         command: The command.
-        config: A YAML file, or None to start from nothing.
-        overrides: ``dotted.key=value``, as for `load_run`.
+        config: YAML file, or None to start from nothing.
+        overrides: Overrides in the form ``dotted.key=value``, as for `load_run`.
         flags: Options with their values.
 
     Raises:
-        LoramError: As for `load_run`; keys that were given as options are called so.
+        LoramError: As for `load_run`; keys that were given as options are named as such.
     """
     name = command.name
     prefix = "" if name == "run" else f"{name}."
@@ -94,9 +94,9 @@ def load_command(
 
 
 def _unread(command: Command, data: Mapping[str, Any]) -> list[str]:
-    """Sections of a run file that a command does not read, though a user may think so.
+    """Return the sections of a run file that a command unexpectedly does not read.
 
-    A run file describes a pipeline, so a stage says nothing of the other stages' sections.
+    A run file describes a pipeline, so the sections of other stages are not reported for a stage.
     """
     if command.name == "run":
         return []
@@ -107,12 +107,12 @@ def _unread(command: Command, data: Mapping[str, Any]) -> list[str]:
 
 
 def _with_options(prefix: str, given: Sequence[str], source: str | None) -> Callable[[str], str]:
-    """How a command words a broken rule: options by their names, other keys with their source.
+    """Return a function that words a broken rule, naming options or a key's source.
 
     Args:
-        prefix: Of the command's keys.
+        prefix: Prefix of the command's keys.
         given: Keys that were given as options.
-        source: Where the other keys come from; None where there are none.
+        source: Source of the other keys; None if there are none.
     """
 
     def named(line: str) -> str:
@@ -136,7 +136,7 @@ def _settings(config: Path | str | None, overrides: Sequence[str]) -> dict[str, 
     for override in overrides:
         apply_override(data, override)
     for stage in STAGES:
-        if stage in data and data[stage] is None:  # "recover:" alone asks for its defaults
+        if stage in data and data[stage] is None:  # "recover:" alone requests the defaults
             data[stage] = {}
     return data
 
@@ -145,7 +145,7 @@ def section_of(run: RunConfig | PartOfRun, stage: str) -> Any:
     """Return one stage's section.
 
     Raises:
-        LoramError: the run file has none.
+        LoramError: The run file has no such section.
     """
     section = getattr(run, stage)
     if section is None:
@@ -154,7 +154,7 @@ def section_of(run: RunConfig | PartOfRun, stage: str) -> Any:
 
 
 def accepts_a_run(function: F) -> F:
-    """Let a function ``stage(section, ray)`` take a whole run, too, as it once did."""
+    """Let a function ``stage(section, ray)`` accept a whole run too, for compatibility."""
     stage = function.__name__
 
     @functools.wraps(function)
@@ -177,13 +177,13 @@ def validate(
     source: str,
     named: Callable[[str], str] | None = None,
 ) -> Any:
-    """Validate a dictionary, turning each broken rule into one clear line.
+    """Validate a dictionary; raise an error with one clear line for each broken rule.
 
     Args:
-        model: Of the section.
-        data: Its keys and values.
-        source: Where they come from.
-        named: Words a line, instead of putting the source in front of it.
+        model: Section to validate against.
+        data: Keys and values.
+        source: Source of the data, for messages.
+        named: Words a line, instead of prefixing it with the source.
     """
     try:
         return model.model_validate(data)
@@ -195,8 +195,9 @@ def validate(
 def _causes(errors: Sequence[Any]) -> list[Any]:
     """Leave out errors that only follow from others.
 
-    Sections lack paths where ``base`` or ``output`` is wrong, and a list is said to be too short
-    where one of its items is wrong. Of a list's items the first wrong one stands for all.
+    If ``base`` or ``output`` is invalid, sections lack paths derived from them. If an item of a
+    list is invalid, the list is reported as too short. Of a list's invalid items, only the first is
+    reported.
     """
     shared = [error for error in errors if error["loc"] in (("base",), ("output",))]
     if shared:
@@ -234,7 +235,7 @@ def _describe(model: type[BaseModel], error: Any) -> str:
         case "missing":
             return f"{key} {_MISSING} to the config or pass --set {key}=…"
         case "value_error":
-            text = str(error["ctx"]["error"])  # of a section it begins with the key, of a key not
+            text = str(error["ctx"]["error"])  # only a section's text begins with the key
             return (f"{key} " if text.startswith("must ") else f"{key}." if location else "") + text
         case "path_type":
             return f"{key} must be a path, got {shown(error['input'])}; change the value"
@@ -242,11 +243,11 @@ def _describe(model: type[BaseModel], error: Any) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Names of the fields of the section at a location, for suggestions."""
+    """Return the field names of the section at a location, for suggestions."""
     current: type[BaseModel] = model
     by_kind: dict[str, type[Section]] = {}
     for part in location:
-        if part in by_kind:  # which section of several it is comes after its number
+        if part in by_kind:  # a section of several kinds is named after its number
             current = by_kind[part]
         elif part in current.model_fields:
             inside = section_types(current.model_fields[part].annotation)

@@ -1,4 +1,4 @@
-"""Values of ``--set key=value``: as they are written where a key is text, else YAML."""
+"""Values of ``--set key=value``: literal text if the key is text, YAML otherwise."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Set one value of a run's settings.
 
     Args:
-        data: the settings, changed in place.
-        override: ``dotted.key=value``.
+        data: Settings, changed in place.
+        override: Override in the form ``dotted.key=value``.
 
     Raises:
-        LoramError: it is no assignment, its value is not YAML where it must be, or the key
-            counts a list's items wrongly.
+        LoramError: The override is not an assignment, its value is not valid YAML where YAML is
+            required, or the key contains an invalid index of a list.
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -45,13 +45,13 @@ def apply_flag(data: dict[str, Any], flag: Flag, prefix: str, text: str) -> None
     A list may be written with commas: ``--lora.targets q_proj,v_proj``.
 
     Args:
-        data: The settings, changed in place.
+        data: Settings, changed in place.
         flag: The option.
-        prefix: In front of its key: ``prune.`` for a key of prune.
-        text: Its value.
+        prefix: Prefix of the key, e.g. ``prune.`` for a key of prune.
+        text: Text of the value.
 
     Raises:
-        LoramError: The value is not YAML where it must be.
+        LoramError: The value is not valid YAML where YAML is required.
     """
     key = flag.key if flag.of_the_run else f"{prefix}{flag.key}"
     if flag.shorthand and not text.startswith("{"):
@@ -66,7 +66,7 @@ def apply_flag(data: dict[str, Any], flag: Flag, prefix: str, text: str) -> None
 
 
 def set_value(data: dict[str, Any], key: str, value: Any, label: str) -> None:
-    """Set the value at a dotted key, and make the sections on the way to it."""
+    """Set the value at a dotted key, creating the sections on the way to it."""
     *parents, last = key.split(".")
     node: Any = data
     for parent in parents:
@@ -83,7 +83,7 @@ def set_value(data: dict[str, Any], key: str, value: Any, label: str) -> None:
 
 
 def _value(key: str, text: str, label: str) -> Any:
-    """The value that a text stands for at a key, which messages call by its label."""
+    """Parse the text of a key's value; messages refer to the key by ``label``."""
     for word in (key, text):
         if not is_unicode(word) or "\0" in word:
             remedy = "change it" if sys.getfilesystemencoding() == "utf-8" else "set PYTHONUTF8=1"
@@ -110,7 +110,7 @@ def _value(key: str, text: str, label: str) -> Any:
 
 
 def _place_in(node: Any, part: str, label: str) -> str | int:
-    """One part of a dotted key as it indexes a dictionary, or a list by number."""
+    """Convert one part of a dotted key to a dictionary key or a list index."""
     if not isinstance(node, list):
         return part
     if not (part.isascii() and part.isdecimal() and len(part) < 10) or int(part) >= len(node):
@@ -122,9 +122,9 @@ def _place_in(node: Any, part: str, label: str) -> str | int:
 
 
 def _kinds(annotation: Any, parts: Sequence[str], metadata: Sequence[Any] = ()) -> list[Any]:
-    """Types that a value at the end of a dotted key may have; empty for an unknown key.
+    """Return the types of the value at a dotted key; empty for an unknown key.
 
-    Text is `str` or `Path`, None is none, anything else stands for itself.
+    Text is `str` or `Path`, None stands for NoneType, and any other type stands for itself.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -148,7 +148,7 @@ def _kinds(annotation: Any, parts: Sequence[str], metadata: Sequence[Any] = ()) 
 
 
 def _ends(annotation: Any) -> list[Any]:
-    """The types of a value."""
+    """Return the types of a value that is not a section."""
     if get_origin(annotation) is Literal:
         return sorted({type(value) for value in get_args(annotation)}, key=repr)
     return [None if annotation is type(None) else annotation]

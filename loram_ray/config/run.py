@@ -1,4 +1,4 @@
-"""The run file: a section for each stage, and the paths between them."""
+"""The run file: a section for each stage, and the paths that connect them."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class RunConfig(_Settings):
 
 
 class PartOfRun(_Settings):
-    """What one command reads of a run file that is not a whole run."""
+    """The part of a run file that one command reads, if the file is not a whole run."""
 
     base: str | None = None
     output: Path | None = None
 
 
 def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Give each section what follows from the rest of the run file.
+    """Fill in each section's defaults that depend on the rest of the run file.
 
-    These are the paths that follow from the run's base, output and other sections, and the
-    settings of other sections that a command reads.
+    These are paths derived from the run's base, output and other sections, and settings of other
+    sections that a command reads.
     """
     filled = dict(data)
     base = given if isinstance(given := filled.get("base"), str) else None
@@ -82,7 +82,7 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
 def _with_shared(
     section: Section | Mapping[str, Any], model: type[Section], run: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A section's settings over those that it shares with other sections of the run."""
+    """Return a section's settings, merged over those shared with other sections of the run."""
     given = _given(section)
     for key, field in model.model_fields.items():
         mark = next((mark for mark in field.metadata if isinstance(mark, KeysOf)), None)
@@ -97,7 +97,7 @@ def _with_shared(
 
 
 def _given(section: Any) -> dict[str, Any]:
-    """What a section was given, validated or not."""
+    """Return the values that were given to a section, validated or not."""
     if isinstance(section, Section):
         return {key: _plain(getattr(section, key)) for key in section.model_fields_set}
     return dict(section) if isinstance(section, Mapping) else {}
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 def _special_paths(
     filled: Mapping[str, Any], base: str | None, root: Path
 ) -> dict[str, dict[str, Any]]:
-    """Paths by section, beside ``base`` and a directory of the section's own name."""
+    """Return the paths of each section, except ``base`` and directories with the section's name."""
 
     def output(stage: str, folder: str) -> Path:
         section = filled.get(stage)
@@ -125,7 +125,7 @@ def _special_paths(
     small = pruned if filled.get("align") is None else aligned
     loram: dict[str, Any] = {"model": base, "adapter": adapter}
     if filled.get("merge") is not None and recovers_delta(filled.get("recover")):
-        loram = {"model": str(merged)}  # a delta is no adapter
+        loram = {"model": str(merged)}  # a delta is not an adapter
     train = filled.get("train")
     template = dict(train).get("chat_template") if isinstance(train, Section | Mapping) else None
     if isinstance(template, str | Path):
@@ -148,7 +148,7 @@ def _special_paths(
 
 
 def _first_task(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Data of the first task of compare, sweep or batch, for train and for evaluate."""
+    """Return the data of the first task of compare, sweep or batch, for train and for evaluate."""
     tasks = _given(run.get("compare")).get("tasks")
     if isinstance(tasks, Mapping) and tasks:
         task = _given(next(iter(tasks.values())))
@@ -163,6 +163,6 @@ def _first_task(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def recovers_delta(recover: Any) -> bool:
-    """Whether a ``recover`` section, validated or not, writes a delta."""
+    """Return whether a ``recover`` section, validated or not, writes a delta."""
     section = dict(recover) if isinstance(recover, Section | Mapping) else {}
     return section.get("form") == "delta"
