@@ -33,9 +33,9 @@ import psutil
 import yaml
 
 HOST = "127.0.0.1"
-_HEAD = "ray.head.default"  # as Ray's provider of such nodes calls it
+_HEAD = "ray.head.default"  # the name that Ray's provider of such nodes uses
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Where it is 0, Ray takes 127.0.0.1 for this machine's address, and listens on nothing else."""
+"""If 0, Ray uses 127.0.0.1 as this machine's address and listens on no other."""
 _RAY = """
 import ray._private.ray_constants as constants
 import ray._private.services as services
@@ -48,7 +48,7 @@ _ATTEMPTS = 3
 
 
 class _NotStarted(SystemExit):
-    """A node did not start, or nobody heard of it."""
+    """A node did not start, or is not known to the head."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Local:
     """A running cluster.
 
     Attributes:
-        folder: of its session and its token.
-        port: of the head node.
-        dashboard: its address.
-        environment: what its users set.
+        folder: Directory of the session and the token.
+        port: Port of the head node.
+        dashboard: Address of the dashboard.
+        environment: Environment variables that clients must set.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Local:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind((HOST, 0))
         return int(found.getsockname()[1])
@@ -87,18 +87,19 @@ def cluster(
     dashboard_port: int | None = None,
     idle_minutes: float = 1.0,
 ) -> Iterator[Local]:
-    """Have a cluster inside the block.
+    """Return a context in which a cluster runs.
 
     Args:
-        folder: for its session; a path of at most about 50 characters, for sockets are in it.
-        workers: nodes beside the head.
-        cpus: logical CPUs of each.
-        gpus: numbers of GPUs that each says it has.
-        autoscale: workers that may come beside those, when work waits.
-        head_cpus: logical CPUs of the head.
-        port: of the head; default: a free one.
-        dashboard_port: default: a free one.
-        idle_minutes: after which a worker that came goes.
+        folder: Directory of the session, with a path of at most about 50 characters, as it contains
+            sockets.
+        workers: Number of nodes besides the head.
+        cpus: Logical CPUs of each worker.
+        gpus: Number of GPUs that each worker claims to have.
+        autoscale: Maximum number of additional workers, started when work waits.
+        head_cpus: Logical CPUs of the head.
+        port: Port of the head. Default: a free one.
+        dashboard_port: Port of the dashboard. Default: a free one.
+        idle_minutes: Idle time in minutes after which an additional worker ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / "token"
@@ -140,7 +141,7 @@ def cluster(
             try:
                 _start_all(local, head, [worker] * workers, started, nodes)
                 break
-            except _NotStarted:  # a port that was free may be another's by now
+            except _NotStarted:  # a port that was free may be taken by now
                 if not left:
                     raise
                 _end(nodes, folder)
@@ -157,7 +158,7 @@ def _start_all(
     environment: dict[str, str],
     nodes: list[subprocess.Popen[bytes]],
 ) -> None:
-    """Start a cluster's head and its workers, which join ``nodes`` one by one."""
+    """Start a cluster's head and its workers, appending each process to ``nodes``."""
     dashboard_port = int(local.dashboard.rpartition(":")[2])
     line = ["--head", "--port", str(local.port), "--dashboard-host", HOST, "--num-gpus", "0"]
     line += ["--dashboard-port", str(dashboard_port), "--temp-dir", str(local.folder / "ray")]
@@ -175,7 +176,7 @@ def _start_all(
 def _autoscaling(
     port: int, head_cpus: int, cpus: int, gpus: int, most: int, idle_minutes: float
 ) -> dict[str, object]:
-    """The configuration of Ray's autoscaler for nodes that are processes."""
+    """Return the configuration of Ray's autoscaler for nodes that are processes."""
     commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
     return {
         "cluster_name": "loram-local",
@@ -183,7 +184,7 @@ def _autoscaling(
             "type": "fake_multinode",
             "gcs_address": f"{HOST}:{port}",
             "use_node_id_as_ip": True,  # all nodes have one address
-            "disable_node_updaters": True,  # a lost node is replaced: no SSH could mend it
+            "disable_node_updaters": True,  # a lost node is replaced, SSH could not repair it
         },
         "auth": {},
         "max_workers": most,
@@ -211,7 +212,7 @@ def _autoscaling(
 def _start(
     arguments: Sequence[str], environment: dict[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start a node with ports of its own."""
+    """Start a node with its own ports."""
     ports = (
         "dashboard-agent-listen",
         "dashboard-agent-grpc",
@@ -220,7 +221,7 @@ def _start(
     )
     line = [sys.executable, "-c", _RAY, "start", *arguments, "--block", "--disable-usage-stats"]
     line += [f"--{name}-port={free_port()}" for name in ports]
-    line += ["--min-worker-port=0", "--max-worker-port=0"]  # any that is free
+    line += ["--min-worker-port=0", "--max-worker-port=0"]  # any free port
     with log.open("wb") as output:
         return subprocess.Popen(
             line, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -234,7 +235,7 @@ def _listens(port: int) -> bool:
 
 
 def _alive(local: Local) -> int:
-    """Nodes that the head knows of: who asks for more than they have is refused."""
+    """Return the number of alive nodes; requests beyond their resources are refused."""
     token = local.environment["RAY_AUTH_TOKEN"]
     request = urllib.request.Request(
         f"{local.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
@@ -255,7 +256,7 @@ def _wait_until(ready: Callable[[], bool], node: subprocess.Popen[bytes], log: P
 
 
 def _end(nodes: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
-    """End the nodes with all that they started, and no other process."""
+    """End the nodes and all processes that they started, and no others."""
     ours = {}
     for node in nodes:
         with contextlib.suppress(psutil.NoSuchProcess):

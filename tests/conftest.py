@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # which inherits what its parent has set here
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker inherits its parent's settings
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # seconds; a checkpoint may wait so long
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # seconds a checkpoint may wait
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -28,7 +28,7 @@ LONGEST = ("test_documents.py", "test_faults.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, which would otherwise keep one worker busy at the end."""
+    """Run the longest files first, as they would otherwise keep one worker busy at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def loud() -> LlamaForCausalLM:
-    """A model whose weights are large enough for answers that differ from question to question."""
+    """A model with weights large enough for answers that differ between questions."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(tiny.llama_config(layers=2)).eval()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def loud() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def loud_directory(loud: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That model as a directory."""
+    """Directory of the ``loud`` model."""
     directory = tmp_path_factory.mktemp("models") / "loud"
     loud.save_pretrained(directory)
     tiny.tokenizer().save_pretrained(directory)
@@ -61,7 +61,7 @@ def loud_directory(loud: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base with half of the heads and neurons of its two middle layers."""
+    """The base with half of the heads and neurons of its two middle layers pruned."""
     output = tmp_path_factory.mktemp("finetuning") / "pruned"
     lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
     return output
@@ -83,7 +83,7 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = Path(__file__).parents[1] / ".cache"
     cache.mkdir(exist_ok=True)
     directory = cache / "smollm2"
-    with alone(cache):  # tests in another process want it, too
+    with alone(cache):  # tests in other processes use it too
         if not directory.exists():
             prepare_demo.write_base(directory)
     return directory
@@ -91,14 +91,14 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def until_the_end() -> Iterator[contextlib.ExitStack]:
-    """What is closed after the last test."""
+    """An exit stack that is closed after the last test."""
     with contextlib.ExitStack() as stack:
         yield stack
 
 
 @pytest.fixture(scope="module")
 def embedded_ray(until_the_end: contextlib.ExitStack) -> None:
-    """One embedded Ray for all tests that need one; started again if a module has ended it."""
+    """One embedded Ray for all tests that need one; restarted if a module has ended it."""
     import ray
 
     from loram_ray.config import RayConfig
@@ -110,5 +110,5 @@ def embedded_ray(until_the_end: contextlib.ExitStack) -> None:
 
 @pytest.fixture
 def loram(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> command.Command:
-    """The command, in this process."""
+    """The ``loram`` command, run in this process."""
     return command.Command(monkeypatch, capsys)

@@ -3,11 +3,11 @@
     python jobs/prepare_demo.py --output runs/demo/inputs
     python tests/benchmarks/criteria.py --inputs runs/demo/inputs --output runs/criteria
 
-Each criterion prunes layers 4 to 27 of SmolLM2-135M at two ratios; the pruned models are scored on
-held-out text, then aligned briefly, a LoRA is trained on each and recovered, and the base with it
-is scored on held-out answers. Everything is done by the stages that the ``loram`` command calls, so
-a run that was cut goes on where it stopped. The table is written to ``table.md`` after every row;
-``--only taylor flap`` does some criteria, ``--pruning-only`` leaves LoRAM out.
+Each criterion prunes layers 4 to 27 of SmolLM2-135M at two ratios. The pruned models are scored on
+held-out text and then briefly aligned. A LoRA is trained on each and recovered, and the base with
+this LoRA is scored on held-out answers. All work is done by the stages of the ``loram`` command, so
+an interrupted run resumes where it stopped. The table is written to ``table.md`` after every row.
+``--only taylor flap`` restricts the criteria, and ``--pruning-only`` leaves LoRAM out.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ALIGN_EVERY = 10
 
 @dataclass(frozen=True)
 class Criterion:
-    """A row's pruning.
+    """Pruning of a row.
 
     Attributes:
-        name: in the table.
-        settings: of the prune stage.
-        scores_of: the row whose scores it uses, or None to calibrate.
+        name: Name in the table.
+        settings: Settings of the prune stage.
+        scores_of: Row whose scores are reused, or None to calibrate.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Criterion:
 
     @property
     def folder(self) -> str:
-        """A name for its directories."""
+        """Name of the row's directories."""
         return "-".join(str(v).replace(":", "of") for v in self.settings.values())
 
 
 def criteria() -> list[Criterion]:
-    """All of them, by kind and ratio."""
+    """Return all criteria, by kind and ratio."""
     structured = [
         ("random", {"method": "random"}),
         ("magnitude", {"method": "magnitude"}),
@@ -92,9 +92,9 @@ class Study:
     """The stages of every row.
 
     Args:
-        inputs: made by prepare_demo.
-        output: where everything goes.
-        quick: tiny settings, to see that all of it runs.
+        inputs: Directory made by prepare_demo.
+        output: Directory to write everything to.
+        quick: Whether to use tiny settings, to check that everything runs.
     """
 
     def __init__(self, inputs: Path, output: Path, quick: bool) -> None:
@@ -109,7 +109,7 @@ class Study:
         write_lines(output / "alignment.jsonl", iter(kept[::ALIGN_EVERY]))
 
     def pruned(self, criterion: Criterion) -> Path:
-        """Prune by a criterion."""
+        """Prune with a criterion."""
         calibration = lr.CalibrationConfig(
             sources=[{"path": str(self.text)}],
             samples=8 if self._quick else 32,
@@ -127,7 +127,7 @@ class Study:
         return lr.prune(config).output
 
     def folder(self, criterion: Criterion) -> Path:
-        """Directory of a row."""
+        """Return the directory of a row."""
         return self.output / criterion.folder
 
     def aligned(self, criterion: Criterion) -> Path:
@@ -173,7 +173,7 @@ class Study:
         return self._merged(lr.recover(recovery).output, folder)
 
     def full_lora(self, folder: Path) -> Path:
-        """LoRA on the base itself, merged."""
+        """Train a LoRA on the base itself, and return the merged model."""
         return self._merged(self._trained(Path(self.base), folder / "adapter"), folder)
 
     def _trained(self, model: Path, output: Path) -> Path:
@@ -195,7 +195,7 @@ class Study:
         return lr.merge(merging).output
 
     def text_perplexity(self, model: Path | str, folder: Path) -> float:
-        """Perplexity of the held-out text."""
+        """Return the perplexity of the held-out text."""
         config = lr.EvaluateConfig(
             model=str(model),
             output=folder / "text_scores",
@@ -207,7 +207,7 @@ class Study:
         return lr.evaluate(config).manifest.details["text_perplexity"]
 
     def answer_perplexity(self, model: Path | str, folder: Path) -> float:
-        """Perplexity of the held-out answers."""
+        """Return the perplexity of the held-out answers."""
         config = lr.EvaluateConfig(
             model=str(model),
             output=folder / "answer_scores",
@@ -218,12 +218,12 @@ class Study:
 
     @staticmethod
     def gain_kept(base: float, adapted: float, full: float) -> float:
-        """Of perplexities of answers: what one gains as a share of what full LoRA does."""
+        """Return a gain in answer perplexity as a share of full LoRA's gain."""
         return share_of_gain("answer_perplexity", base, adapted, full)
 
 
 def as_markdown(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
-    """The table."""
+    """Return the table as Markdown."""
     lines = [
         "| pattern | ratio | criterion | parameters left | text perplexity, pruned "
         "| answer perplexity, LoRAM | gain kept |",

@@ -42,7 +42,7 @@ def random_plan(
     seed: int,
     base_fingerprint: str,
 ) -> PruningPlan:
-    """The plan of LoRAM-Rand."""
+    """Return a random pruning plan, as in LoRAM-Rand."""
     ratios = layer_ratios(ratio, None, layers)
     kept = keep_units(random_scores(geometry, layers, seed), geometry, ratios)
     return PruningPlan(
@@ -51,7 +51,7 @@ def random_plan(
 
 
 def token_ids(vocabulary: int, seed: int = 0) -> torch.Tensor:
-    """Random tokens ``[2, 12]``."""
+    """Return random token ids, int64 ``[2, 12]``."""
     return torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(seed))
 
 
@@ -63,7 +63,7 @@ def logits_of(model: PreTrainedModel | peft.PeftModel, ids: torch.Tensor) -> tor
 def with_random_adapter(
     model: PreTrainedModel, seed: int = 0, **settings: object
 ) -> peft.PeftModel:
-    """Put a LoRA on a model, with A and B drawn at random; B is not zero."""
+    """Put a LoRA with random A and non-zero random B on a model."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, **settings}
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def with_random_adapter(
 
 
 def write_trained(model: Path, adapted: peft.PeftModel, output: Path) -> StageResult:
-    """Write what the train stage writes for an adapter on the model in this directory."""
+    """Write the train stage's output for an adapter on the model in a directory."""
     digest, base_fingerprint = BaseModel(model, "train.model").identify()
 
     def write(target: StageDirectory) -> None:
@@ -89,14 +89,14 @@ def write_trained(model: Path, adapted: peft.PeftModel, output: Path) -> StageRe
 def train_randomly(
     model: Path, output: Path, seed: int = 0, **settings: object
 ) -> tuple[Path, peft.PeftModel]:
-    """Write a random adapter on a model directory; return its directory and the adapted model."""
+    """Write a random adapter of a model; return its directory and the adapted model."""
     adapted = with_random_adapter(load_model(model, "fp32"), seed, **settings)
     return write_trained(model, adapted, output).output, adapted
 
 
 @torch.no_grad()
 def zero_pruned(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """Zero, head by head and neuron by neuron, what a plan does not keep."""
+    """Zero the heads and neurons that a plan does not keep, one by one."""
     sizes = plan.geometry
     group = sizes.num_heads // sizes.num_kv_heads
     for number, units in plan.layers.items():
@@ -123,7 +123,7 @@ def _zero_rows(linear: torch.nn.Linear, start: int, count: int) -> None:
 
 
 def run_python(script: str, folder: Path, *arguments: object, with_loram_ray: bool) -> None:
-    """Run a script in a Python of its own, one to which loram_ray may be unknown."""
+    """Run a script in a separate Python process, which may be unable to import loram_ray."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, as they come and go."""
+"""Tracks the bytes of live tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Follows the storages that operations make; those alive at the start are counted, too.
+    """Tracks the storages that operations create, and those that exist at the start.
 
     Attributes:
-        now: bytes.
-        peak: most bytes at one time so far.
+        now: Size of the live storages in bytes.
+        peak: Maximum of ``now`` so far, in bytes.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,6 @@ class Allocations(TorchDispatchMode):
 
 
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages, those that they share once."""
+    """Return the bytes of the tensors' storages, counting shared storages once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,4 +1,4 @@
-"""Calibrations in this process, and what stock models give in their place."""
+"""Calibrations in this process, and the corresponding results of stock models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FUSED_NAMES = {
 
 
 class Recording(InProcess):
-    """A pool that keeps its jobs and their results, and looks at the work directory after each."""
+    """Pool that records its jobs and their results, and inspects the work directory after each."""
 
     def __init__(self, setup: CalibrationSpec) -> None:
         super().__init__(setup)
@@ -92,7 +92,7 @@ def coupled(base: Path, layers: tuple[int, int] = LAYERS) -> list[str]:
 
 
 def by_linear(model: PreTrainedModel, of: Callable[[torch.Tensor], Any]) -> dict[str, torch.Tensor]:
-    """A tensor of each weight of the stock model, by the name of the linear on disk."""
+    """Return a tensor for each weight of the stock model, by the linear's name on disk."""
     family = model.config.model_type
     found = {}
     for name, parameter in model.named_parameters():
@@ -116,7 +116,7 @@ def by_linear(model: PreTrainedModel, of: Callable[[torch.Tensor], Any]) -> dict
 def stock_gradients(
     base: Path, tokens: torch.Tensor
 ) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """By the stock model's own loss: it, gradients, mean squared gradients of single samples."""
+    """Return the stock model's loss, gradients, and mean squared gradients of single samples."""
     model = load_model(base, "fp32").eval()
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -131,7 +131,7 @@ def stock_gradients(
 
 
 def unit_of(name: str, index: int, sizes: Any) -> tuple[str, int]:
-    """To which KV head or neuron a row or column of a linear belongs."""
+    """Return the KV head or neuron that a row or column of a linear belongs to."""
     dim, group = sizes.head_dim, sizes.num_heads // sizes.num_kv_heads
     queries, keys = sizes.num_heads * dim, sizes.num_kv_heads * dim
     if name in ("q_proj", "o_proj") or (name == "qkv_proj" and index < queries):
@@ -173,10 +173,11 @@ def assert_scores(found: dict[int, LayerScores], expected: dict[int, LayerScores
 
 
 def stock_inputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Inputs of every linear of the stock model, by its name on disk: hooks on one whole pass.
+    """Return the inputs of every linear of the stock model, by its name on disk.
 
-    ``[sequences, tokens, in]``, or of an expert, whose linears the stock model does not have apart,
-    ``[its tokens, in]``, computed from what came to the experts.
+    They are recorded by hooks during one forward pass, ``[sequences, tokens, in]``. The stock model
+    fuses the linears of experts, so their inputs, ``[its tokens, in]``, are computed from the
+    inputs of the fused experts.
     """
     seen: dict[str, torch.Tensor] = {}
     family = model.config.model_type
@@ -223,22 +224,22 @@ class Calls(list[Job]):
     """Jobs of one stage's calibration, in order."""
 
     def layers_of(self, method: str) -> list[int]:
-        """The layer of each job of a method."""
+        """Return the layer of each job of a method."""
         return [layer_of(job) for job in self if job[0] == method]
 
 
 def layer_of(job: Job) -> int:
-    """The layer that a job is about; 0 for the embeddings."""
+    """Return the layer that a job processes; 0 for the embeddings."""
     first = 0 if job[0] == "embed" else job[1][0]
     return int(first.split(".")[2]) if isinstance(first, str) else int(first)
 
 
 class Lost(RuntimeError):
-    """A machine went away."""
+    """A simulated loss of a machine."""
 
 
 def prune(base: Path, output: Path, method: str, text: Path | None = None, **settings: Any) -> Path:
-    """Run the stage, over 6 short sequences where there is text."""
+    """Run the stage, calibrating on 6 short sequences if there is text."""
     calibration = settings.pop("calibration", {})
     if text is not None:
         calibration = {
@@ -262,7 +263,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def files(directory: Path) -> dict[str, str]:
-    """What a stage has written, but for its manifest, which holds the time."""
+    """Return the hashes of a stage's files, except the manifest, which contains the time."""
     return {name: sha for name, sha in tiny.tree(directory).items() if name != "manifest.json"}
 
 

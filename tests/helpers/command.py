@@ -1,4 +1,4 @@
-"""The command, run in this process as users run it, and what it leaves behind."""
+"""The ``loram`` command run in this process, and the files that it leaves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loram_ray.cli.main import main
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -20,7 +20,7 @@ class Ended(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The one line that a refused command prints."""
+        """The single line that a refused command prints."""
         assert self.code == 2, self
         lines = [line for line in self.err.splitlines() if line.startswith("loram: ")]
         assert len(lines) == 1 and "Traceback" not in self.err, self
@@ -46,7 +46,7 @@ class Command:
 
 
 def leftovers(folder: Path) -> set[str]:
-    """Names of what half-done work leaves."""
+    """Return the names of temporary files of interrupted work."""
     return {
         str(path.relative_to(folder))
         for path in folder.rglob(".*")

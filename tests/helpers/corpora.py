@@ -1,4 +1,4 @@
-"""Documents in files of every form, and small corpora of them."""
+"""Small corpora, with documents in files of every format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMPRESS = {"gz": gzip.compress, "zst": zstd}
 
 
 def save_to_disk(folder: Path, texts: list[str], shards: int = 2) -> Path:
-    """Lay out a dataset as ``datasets.Dataset.save_to_disk`` does."""
+    """Write a dataset in the layout of ``datasets.Dataset.save_to_disk``."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
     schema = pa.schema({"id": pa.int64(), "text": pa.string()})
@@ -62,7 +62,7 @@ TEXTS = [row["text"] for row in tiny.texts(40)] + ["ünïcödé – 日本語 �
 
 
 def write_form(folder: Path, form: str) -> Path:
-    """Write `TEXTS` in one of the forms that are read."""
+    """Write `TEXTS` in one of the supported formats."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     path = folder / f"data.{form}"
     kind, _, coding = form.partition(".")
@@ -91,7 +91,7 @@ def tokens_of(file: Path) -> list[int]:
 
 
 def texts_of(files: tuple[Path, ...] | list[Path]) -> list[str]:
-    """The documents of prepared files."""
+    """Return the documents of prepared files."""
     tokenizer = tiny.tokenizer()
     found = []
     for file in files:

@@ -1,4 +1,4 @@
-"""A tiny random stock model of each supported family, and what each keeps where."""
+"""Tiny random stock models of each supported family, and the layout of their weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-# A window shorter than the tests' inputs; layers 0 and 2 slide where a family alternates.
+# A window shorter than the tests' inputs; layers 0 and 2 slide if a family alternates.
 _SLIDING = {"sliding_window": 8}
 _ALTERNATING = {
     **_SLIDING,
@@ -55,7 +55,7 @@ MIXTURES = ("mixtral", "qwen3_moe")
 
 
 def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """The stock model; its norms, biases and routers are not as after initialisation."""
+    """Build the stock model, with non-default norms, biases and routers."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -106,10 +106,10 @@ def prune(base: Path, output: Path, **settings: Any) -> Path:
 def zero_pruned(
     model: PreTrainedModel, plan: PruningPlan, norm_mean: str = "kept"
 ) -> PreTrainedModel:
-    """Zero in the stock model, one head and one neuron at a time, what a plan does not keep.
+    """Zero the heads and neurons of the stock model that a plan does not keep, one by one.
 
-    A norm over all heads (OLMo 2) then has the mean square over all of them; over those kept, it is
-    as many times larger as there are fewer of them.
+    A norm over all heads (OLMo 2) then takes the mean square over all heads, zeros included. For
+    ``norm_mean`` "kept", it is scaled up to the mean over the kept heads.
     """
     sizes = plan.geometry
     if norm_mean == "kept" and hasattr(model.model.layers[0].self_attn, "q_norm"):
@@ -136,7 +136,7 @@ def zero_pruned(
 
 
 def of_kept(norm: Any, times: float) -> None:
-    """Have a norm's mean square times larger."""
+    """Scale a norm's mean square by a factor."""
 
     def forward(state: torch.Tensor) -> torch.Tensor:
         mean = state.double().pow(2).mean(-1, keepdim=True) * times

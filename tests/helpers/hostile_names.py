@@ -1,4 +1,4 @@
-"""Names that are markup, formulas, links or commands elsewhere."""
+"""Names that act as markup, formulas, links or commands in other programs."""
 
 from __future__ import annotations
 

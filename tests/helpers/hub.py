@@ -1,4 +1,4 @@
-"""A small model hub on loopback: repositories, uploads and commits as huggingface_hub asks for."""
+"""Small model hub on loopback with the repositories, uploads and commits of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGE = (".safetensors",)
 
 @dataclass
 class Repository:
-    """A repository: its commits on each branch, a commit being files by name."""
+    """A repository: the commits of each branch. A commit maps names to files."""
 
     private: bool
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b""}])
@@ -38,15 +38,15 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked.
+    """The server's content, and the requests that it received.
 
     Attributes:
-        endpoint: its address.
-        repositories: by owner/name.
-        objects: large files by SHA-256.
-        requests: method, path and Authorization header of each request.
-        read_only: whether every write is refused.
-        delay: seconds before each answer.
+        endpoint: Address of the server.
+        repositories: Repositories by owner/name.
+        objects: Large files by SHA-256.
+        requests: Method, path and Authorization header of each request.
+        read_only: Whether every write is refused.
+        delay: Delay of each response in seconds.
     """
 
     endpoint: str = ""
@@ -57,18 +57,18 @@ class Hub:
     delay: float = 0.0
 
     def asked(self, part: str, method: str = "POST") -> int:
-        """How many requests had this in their path."""
+        """Return the number of requests whose path contains a text."""
         return sum(part in path and method == used for used, path, _ in self.requests)
 
 
 def client(hub: Hub, folder: Path) -> dict[str, str]:
-    """Environment in which huggingface_hub uses this hub with its token."""
+    """Return the environment in which huggingface_hub uses this hub with its token."""
     return {
         "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(folder / "hub-home"),  # no login of the machine's user
+        "HF_HOME": str(folder / "hub-home"),  # ignores the user's login
         "HF_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",  # a storage service of its own
+        "HF_HUB_DISABLE_XET": "1",  # Xet is a separate storage service
     }
 
 
@@ -96,7 +96,7 @@ def _application(hub: Hub) -> Flask:
         hub.requests.append((request.method, request.path, given))
         time.sleep(hub.delay)
         if request.path.startswith("/objects/"):
-            return None  # a presigned address: no token goes there
+            return None  # a presigned address gets no token
         if given != f"Bearer {TOKEN}":
             return jsonify(error="Invalid username or password."), 401
         if hub.read_only and request.method == "POST":

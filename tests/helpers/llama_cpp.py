@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp itself: its log-probabilities and its tokens."""
+"""Log-probabilities and tokens of a GGUF file in llama.cpp."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ class Runtime:
     server: Any
 
     def log_probabilities(self, ids: Sequence[int], size: int, sampled: int) -> torch.Tensor:
-        """Of each token behind a prompt, float32 ``[size]``.
+        """Return the log-probability of each token after a prompt, float32 ``[size]``.
 
         Args:
-            ids: the prompt.
-            size: of the vocabulary.
-            sampled: a token that is text of its own, without which the answer lacks probabilities;
-                its bias decides what is sampled, and leaves the probabilities as they are.
+            ids: Token ids of the prompt.
+            size: Size of the vocabulary.
+            sampled: Id of a token with text of its own; without such a token the response has no
+                probabilities. A bias forces the server to sample it and does not change the
+                probabilities.
 
         Raises:
             ValueError: llama.cpp refuses the prompt.
@@ -50,12 +51,12 @@ class Runtime:
         return found
 
     def tokens(self, text: str) -> list[int]:
-        """Ids of a text, special tokens recognised and added as the file says."""
+        """Return the token ids of a text, with special tokens parsed and added as in the file."""
         request = {"content": text, "add_special": True, "parse_special": True}
         return list(self._post("/tokenize", request)["tokens"])
 
     def text(self, ids: Sequence[int]) -> str:
-        """What ids are the tokens of."""
+        """Return the text of token ids."""
         return str(self._post("/detokenize", {"tokens": list(ids)})["content"])
 
     def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def running(path: Path) -> Iterator[Runtime]:
     """Load a file; raises RuntimeError if llama.cpp does not.
 
     Keys and values are cached in float32, and attention is not fused. By default llama.cpp caches
-    them in float16, which alone moves a log-probability of the tests' models by 0.002 to 0.008.
+    them in float16, which alone changes log-probabilities of the tests' models by 0.002 to 0.008.
     """
     settings = xllamacpp.CommonParams()
     settings.model.path = str(path)
@@ -87,4 +88,4 @@ def running(path: Path) -> Iterator[Runtime]:
     try:
         yield runtime
     finally:
-        runtime.server = None  # which ends it
+        runtime.server = None  # ends the server

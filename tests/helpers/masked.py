@@ -1,4 +1,4 @@
-"""Models pruned to masks, masked adapters on them, and what those add to the weights."""
+"""Models pruned to masks, masked adapters on them, and the adapters' updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loram_ray.models.loading import load_model
 from loram_ray.plan import PruningPlan
 
 PREFIX = "base_model.model."
-# Settings of the adapter, by pattern: the two scales, and ranks and alphas of their own.
+# Settings of the adapter, by pattern: both scales, and separate ranks and alphas.
 SETTINGS: dict[str, dict[str, object]] = {
     "2:4": {"use_rslora": True},
     "unstructured": {
@@ -40,7 +40,7 @@ def lora_settings(**settings: object) -> peft.LoraConfig:
 
 
 def adapt(pruned: Path, **settings: object) -> peft.PeftModel:
-    """The pruned model with a random masked LoRA, as the train stage puts it on."""
+    """Return the pruned model with a random masked LoRA, as the train stage creates it."""
     adapted = put_adapter_on(load_model(pruned, "fp32"), pruned, lora_settings(**settings))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def adapt(pruned: Path, **settings: object) -> peft.PeftModel:
 
 @dataclass(frozen=True)
 class Case:
-    """A base, its masked model, and a random adapter trained on that."""
+    """A base, its masked model, and a random adapter trained on the masked model."""
 
     base: Path
     pruned: Path
@@ -64,11 +64,11 @@ class Case:
         return PruningPlan.load(self.pruned)
 
     def products(self) -> dict[str, torch.Tensor]:
-        """What the adapter adds to each weight, see `products`."""
+        """Return the adapter's update of each weight; see `products`."""
         return products(self.trained, self.plan, scales(self.adapted))
 
     def retrained(self, output: Path, dtype: torch.dtype) -> Case:
-        """The case with the adapter stored in another dtype."""
+        """Return the case with the adapter stored in another dtype."""
         for name, parameter in self.adapted.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
@@ -83,7 +83,7 @@ class Case:
 
 
 def make_case(folder: Path, pattern: str, base: Path | None = None, **settings: object) -> Case:
-    """Settings are the adapter's; a base is made unless one is given."""
+    """Create a case with the adapter's settings, and a base unless one is given."""
     base = base or tiny.write_base(folder / "base", seed=4)
     pruned = prune(base, folder / "pruned", pattern)
     adapted = adapt(pruned, **(settings or SETTINGS[pattern]))
@@ -92,7 +92,7 @@ def make_case(folder: Path, pattern: str, base: Path | None = None, **settings: 
 
 
 def scales(adapted: peft.PeftModel) -> dict[str, float]:
-    """PEFT's own scale of each adapted module."""
+    """Return PEFT's scale of each adapted module."""
     return {
         name.removeprefix(PREFIX): module.scaling["default"]
         for name, module in adapted.named_modules()
@@ -101,7 +101,7 @@ def scales(adapted: peft.PeftModel) -> dict[str, float]:
 
 
 def products(adapter: Path, plan: PruningPlan, scales: dict[str, float]) -> dict[str, torch.Tensor]:
-    """``s * (B A) * M`` of each adapted module, formed naively from the files."""
+    """Return ``s * (B A) * M`` of each adapted module, computed naively from the files."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     found = {}
     for name in [n for n in tensors if "lora_A" in n]:

@@ -1,4 +1,4 @@
-"""Tensors of a directory as they are stored, NF4 ones by the definition."""
+"""Tensors of a directory as they are stored; NF4 tensors are decoded by the definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def decoded(directory: Path, name: str) -> torch.Tensor:
-    """A stored weight by the definition of NF4 with double quantisation, element by element."""
+    """Decode a weight element by element, by the definition of NF4 with double quantisation."""
     parts = {stem: tensor for stem, tensor in stored(directory).items() if stem.startswith(name)}
     state = json.loads(bytes(parts[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
     packed = parts[name].flatten()

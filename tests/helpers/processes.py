@@ -1,4 +1,4 @@
-"""A small run, its commands in processes of their own, and what they leave behind."""
+"""A small run, its commands in separate processes, and the files that they leave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPTIMISER = {"learning_rate": 3e-3, "warmup_steps": 1}
 
 
 def write_run(folder: Path, base: Path, steps: int = 8, **sections: Any) -> Path:
-    """A run file of every stage, with paths relative to its folder, and its inputs."""
+    """Write a run file of every stage, with paths relative to its folder, and its inputs."""
     tiny.write_jsonl(folder / "data.jsonl", tiny.questions())
     tiny.write_jsonl(folder / "text.jsonl", tiny.texts())
     text = {"sources": [{"path": "text.jsonl"}], "sequence_length": 32}
@@ -86,12 +86,12 @@ def write_run(folder: Path, base: Path, steps: int = 8, **sections: Any) -> Path
 
 
 class CommandProcess:
-    """A ``loram`` command in a process group of its own, as a terminal starts it.
+    """A ``loram`` command in its own process group, as if started by a terminal.
 
     Args:
-        folder: where it runs; its output goes to files there.
-        words: of the command.
-        variables: of its environment, beside this process's.
+        folder: Directory in which the command runs and its output files are written.
+        words: Arguments of the command.
+        variables: Environment variables in addition to this process's.
     """
 
     def __init__(self, folder: Path, *words: str, **variables: str) -> None:
@@ -101,7 +101,7 @@ class CommandProcess:
             name: value for name, value in os.environ.items() if not name.startswith("RAY_")
         } | {
             "OMP_NUM_THREADS": "1",
-            "RAY_memory_monitor_refresh_ms": "0",  # other tests' memory is not ours to mind
+            "RAY_memory_monitor_refresh_ms": "0",  # ignores the memory that other tests use
             MARK: self.mark,
             **variables,
         }
@@ -118,15 +118,15 @@ class CommandProcess:
 
     @property
     def err(self) -> str:
-        """What it has said on standard error."""
+        """Standard error so far."""
         return self._err.read_text()
 
     def own_lines(self) -> list[str]:
-        """What it has said, without progress."""
+        """Return the lines of standard error without progress."""
         return [line for line in self.err.splitlines() if line.startswith("loram: ")]
 
     def when(self, reached: Callable[[], bool], seconds: float = 200) -> None:
-        """Wait for a moment, which must come before the command ends."""
+        """Wait for a condition that must be met before the command ends."""
         deadline = time.monotonic() + seconds
         while not reached():
             assert self.process.poll() is None, f"it ended before: {self.err[-2000:]}"
@@ -134,18 +134,18 @@ class CommandProcess:
             time.sleep(0.005)
 
     def send(self, number: int, group: bool = False) -> None:
-        """Send a signal to the process, or to its group, as a terminal does."""
+        """Send a signal to the process, or to its group as a terminal does."""
         if group:
             os.killpg(self.process.pid, number)
         else:
             os.kill(self.process.pid, number)
 
     def end(self, seconds: float = 300) -> int:
-        """Wait for the end; its exit code."""
+        """Wait for the end; return the exit code."""
         return self.process.wait(seconds)
 
     def processes(self) -> list[psutil.Process]:
-        """Those that it started, wherever they are now."""
+        """Return all processes that the command started, including reparented ones."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -155,7 +155,7 @@ class CommandProcess:
         return found
 
     def kill(self) -> None:
-        """End it and all that it started."""
+        """Kill the command and all processes that it started."""
         self.process.kill()
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -164,13 +164,13 @@ class CommandProcess:
 
 
 def default_signals() -> None:
-    """For a child process: a shell's background job ignores some signals."""
+    """Restore default signals in a child process, as shells ignore some for background jobs."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def contents(output: Path) -> dict[str, str]:
-    """Hashes of all weights that were made."""
+    """Return the hashes of all weights that were written."""
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output.rglob("*.safetensors"))
@@ -178,14 +178,14 @@ def contents(output: Path) -> dict[str, str]:
 
 
 def lines_in(path: Path) -> int:
-    """Lines of a file that may not be there yet."""
+    """Return the number of lines of a file, which may not exist yet."""
     with contextlib.suppress(OSError):
         return path.read_text().count("\n")
     return 0
 
 
 def has_bytes(directory: Path) -> bool:
-    """Whether a directory has a file with something in it."""
+    """Return whether a directory contains a non-empty file."""
     try:
         return any(entry.is_file() and entry.stat().st_size > 0 for entry in directory.rglob("*"))
     except OSError:

@@ -1,4 +1,4 @@
-"""Questions with choices, programs with tests, and tasks of lm-eval: small ones."""
+"""Small multiple-choice questions, programs with tests, and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RIGHT = [0, 1, 1, 1, 2, 0]
 PROBLEMS = [
     {
         "task_id": f"tiny/{n}",
-        "prompt": f"def f{n}(x):\n    return {n}\n#",  # what is generated is a comment
+        "prompt": f"def f{n}(x):\n    return {n}\n#",  # the generated text is a comment
         "test": f"def check(f):\n    assert f(1) == {right}",
         "entry_point": f"f{n}",
     }

@@ -1,4 +1,4 @@
-"""The recipes of large models, and those models' real shapes."""
+"""Recipes of large models, and the models' published shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 def llama(
     layers: int, hidden: int, neurons: int, heads: int, kv_heads: int, words: int, positions: int
 ) -> LlamaConfig:
-    """As the model's publisher describes it."""
+    """Return a configuration as published with the model."""
     return LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -25,7 +25,7 @@ def llama(
     )
 
 
-# The recipe, the base's shapes and parameters, and the pruned model's, where they are published.
+# The recipe, and the shapes and parameters of the base and the pruned model, if published.
 RECIPES = {
     "llama-3.1-70b": (llama(80, 8192, 28672, 64, 8, 128256, 131072), 70_553_706_496, "17.85"),
     "llama-2-70b": (llama(80, 8192, 28672, 64, 8, 32000, 4096), 68_976_648_192, "16.27"),

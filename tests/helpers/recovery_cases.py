@@ -1,4 +1,4 @@
-"""Bases and adapters to recover, and what a plan keeps of each module."""
+"""Bases and adapters to recover, and the kept positions of each module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loram_ray.plan import PruningPlan
 PREFIX = "base_model.model."
 
 
-# Sizes of the base, settings of the adapter.
+# Sizes of the base and settings of the adapter.
 CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "gqa": ({}, {}),
     "mha": ({"heads": 6, "kv_heads": 6, "hidden": 48}, {"r": 3}),
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 
 
 def make_pruned(folder: Path, ratio: float = 0.5, **sizes: object) -> tuple[Path, Path]:
-    """A base and its pruned model."""
+    """Create a base and its pruned model."""
     base = tiny.write_base(folder / "base", seed=4, **sizes)
     config = lr.PruneConfig(
         base=str(base), output=folder / "pruned", ratio=ratio, layers=(1, 3), seed=2
@@ -50,7 +50,7 @@ def make_pruned(folder: Path, ratio: float = 0.5, **sizes: object) -> tuple[Path
 
 
 def kept_of(module: str, plan: PruningPlan) -> tuple[list[int] | None, list[int] | None]:
-    """Kept rows and kept columns of a module, expanded from the units; None is all of them."""
+    """Return the kept rows and columns of a module, expanded from the units; None means all."""
     parts = module.split(".")
     if module == "lm_head" or int(parts[2]) not in plan.layers:
         return None, None

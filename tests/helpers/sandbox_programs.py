@@ -1,8 +1,8 @@
 """Programs, hostile and honest, with the verdict that each must get.
 
-``python tests/helpers/sandbox_programs.py`` runs them all and prints the verdicts as JSON, so that a test can
-run them as another user; ``measured`` runs them where no file system may be mounted, ``solutions``
-runs HumanEval's problems, read from the input.
+``python tests/helpers/sandbox_programs.py`` runs them all and prints the verdicts as JSON, so that
+a test can run them as another user. ``measured`` runs them without permission to mount file
+systems. ``solutions`` runs HumanEval's problems, read from standard input.
 """
 
 # ruff: noqa: E501 - a program in a line is read more easily than one in pieces
@@ -26,16 +26,16 @@ SORTS = "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]\n  
 
 @dataclass(frozen=True)
 class Program:
-    """A program and what must become of it.
+    """A program and its expected verdict.
 
     Attributes:
-        name: of the test.
-        source: whole; its first definition of ``f`` is the prompt's.
-        passes: the right verdict.
-        reason: part of the reason, if it must not pass.
-        test: ``check`` and what it needs; None runs the program without tests.
-        prompt: what the tests may use of it.
-        entry_point: what is tested.
+        name: Name of the test.
+        source: Complete source; its first definition of ``f`` belongs to the prompt.
+        passes: The expected verdict.
+        reason: Part of the expected reason if the program must not pass.
+        test: ``check`` and its dependencies; None runs the program without tests.
+        prompt: Part of the prompt that the tests may use.
+        entry_point: Name of the tested function.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Program:
 
 
 def forged(name: str, source: str, **more: str) -> Program:
-    """A program whose ``f`` is wrong, and which tries to pass all the same."""
+    """Create a program whose ``f`` is wrong and which tries to pass nevertheless."""
     prompt = more.get("prompt", PROMPT)
     return Program(name, f"{prompt}    return None\n\n{source}", False, **more)
 
 
 def alone(name: str, source: str, passes: bool, reason: str = "") -> Program:
-    """A program without tests."""
+    """Create a program without tests."""
     return Program(name, source, passes, reason, test=None)
 
 
@@ -333,7 +333,7 @@ _NODE = (
 
 
 def honest(name: str, source: str, test: str, prompt: str = "", entry_point: str = "f") -> Program:
-    """A program that does what its tests ask."""
+    """Create a program that satisfies its tests."""
     test = "def check(candidate):\n" + "".join(f"    {line}\n" for line in test.splitlines())
     return Program(name, prompt + source, True, "", test, prompt, entry_point)
 
@@ -443,13 +443,13 @@ PROGRAMS = [*FORGERIES, *FORGED_ENDS, *GREEDY, *HONEST]
 
 
 def run_all(programs: list[Program] = PROGRAMS) -> dict[str, tuple[bool, str]]:
-    """Verdicts by name."""
+    """Return the verdicts by name."""
     with ThreadPoolExecutor(4) as pool:
         return dict(zip([p.name for p in programs], pool.map(Program.run, programs), strict=True))
 
 
 def wrong(verdicts: dict[str, tuple[bool, str]]) -> dict[str, tuple[bool, str]]:
-    """Verdicts that are not what they must be."""
+    """Return the verdicts that differ from the expected ones."""
     return {
         p.name: verdicts[p.name]
         for p in PROGRAMS
@@ -459,9 +459,9 @@ def wrong(verdicts: dict[str, tuple[bool, str]]) -> dict[str, tuple[bool, str]]:
 
 
 def failing(problems: list[dict[str, str]]) -> list[str]:
-    """Which of HumanEval's problems do not get the right verdict.
+    """Return the ids of HumanEval's problems that get a wrong verdict.
 
-    Their own solutions must pass, and a body that does nothing must not.
+    A problem's own solution must pass, and a body that does nothing must not.
     """
 
     def is_wrong(problem: dict[str, str]) -> bool:

@@ -12,7 +12,7 @@ from loram_ray.evaluation.scoring import Plan, Scorer
 
 
 def score(config: EvaluateConfig) -> dict[str, float | int]:
-    """All scores of a configuration, as the stage has them."""
+    """Return all scores of a configuration, as the stage computes them."""
     plan, scorer = Plan(config), Scorer(config)
     found = {batch.number: scorer.score(*plan.asked(batch))[0] for batch in plan.batches}
     return scorer.size() | plan.scores(found)
@@ -20,7 +20,7 @@ def score(config: EvaluateConfig) -> dict[str, float | int]:
 
 @torch.no_grad()
 def naive_nll(model: LlamaForCausalLM, ids: list[int], first: int) -> float:
-    """Minus the log-probability of ``ids[first:]``, one forward a token, in float64 softmax."""
+    """Return the NLL of ``ids[first:]`` in nats: one forward pass per token, float64 softmax."""
     total = 0.0
     for position in range(first, len(ids)):
         logits = model(torch.tensor([ids[:position]])).logits[0, -1].double()

@@ -1,4 +1,4 @@
-"""Tasks of a batch, and each one's training by itself."""
+"""Tasks of a batch, and separate trainings of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAIN: dict[str, Any] = {
 
 
 def write_tasks(folder: Path, count: int) -> Path:
-    """As many files of small sums, each of its own."""
+    """Write ``count`` files of small sums, each different."""
     folder.mkdir()
     for number in range(count):
         rows = [
@@ -45,9 +45,9 @@ def same(left: Path, right: Path) -> bool:
 
 
 def alone(task: Any, folder: Path) -> Path:
-    """The task's training in this process, with nothing before it, on as many threads."""
+    """Train the task alone in this process, from the start and with as many threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(task.train.cpus)  # with others a product is summed in another order
+    torch.set_num_threads(task.train.cpus)  # other numbers of threads sum products in another order
     try:
         return run_directly(task.train, folder) / "adapter"
     finally:

@@ -1,4 +1,4 @@
-"""Tiny random models, a byte tokenizer and small data sets: what the tests' logic needs."""
+"""Tiny random models, a byte tokenizer and small data sets, for the logic under test."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ VOCABULARY = len(SPECIAL) + 256
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte tokenizer with a chat template.
+    """Create a byte tokenizer with a chat template.
 
-    It is a byte-level BPE with one merge, as llama.cpp loads none without. The bytes 0xFE and 0xFF
-    are merged into what is in the place of 0xC1: no text in UTF-8 has any of the three.
+    It is a byte-level BPE with one merge, as llama.cpp does not load a BPE without merges. The
+    bytes 0xFE and 0xFF are merged into a token that replaces 0xC1; UTF-8 text contains none of the
+    three.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["þÿ" if byte == "Á" else byte for byte in alphabet]
@@ -98,20 +99,20 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
 
 
 def questions(count: int = 40) -> list[dict[str, str]]:
-    """Small sums as prompts and completions."""
+    """Return small sums as prompts and completions."""
     pairs = ((i % 7, i % 5) for i in range(count))
     return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs]
 
 
 def texts(count: int = 60) -> list[dict[str, str]]:
-    """Documents of different lengths."""
+    """Return documents of different lengths."""
     return [
         {"text": f"Document {i}: " + "the quick brown fox. " * (1 + i % 6)} for i in range(count)
     ]
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Every path below a directory with the SHA-256 of its content: equal when nothing changed."""
+    """Return every path below a directory with the SHA-256 of its content, to detect changes."""
     return {
         str(path.relative_to(directory)): (
             hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
@@ -122,7 +123,7 @@ def tree(directory: Path) -> dict[str, str]:
 
 @contextmanager
 def disk(directory: Path, size: str) -> Iterator[None]:
-    """Have an empty file system of a size (``400k``, ``40m``) there; skip where none is allowed."""
+    """Mount an empty file system of a size such as ``400k``; skip the test if not permitted."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     try:
         done = subprocess.run(mount, capture_output=True, text=True)
@@ -137,7 +138,7 @@ def disk(directory: Path, size: str) -> Iterator[None]:
 
 
 def first_of(cases: Sequence[Any]) -> list[Any]:
-    """Cases of a slow test of which all but the first are for `make thorough`."""
+    """Mark all but the first case of a slow test for `make thorough`."""
     first, *others = cases
     marked = [
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough)
@@ -147,7 +148,7 @@ def first_of(cases: Sequence[Any]) -> list[Any]:
 
 
 def fast_of(cases: Sequence[Any], *fast: Any) -> list[Any]:
-    """Cases of a fast test of which all but a few are left to `make thorough`."""
+    """Mark all but a few cases of a fast test for `make thorough`."""
     marks = [pytest.mark.slow, pytest.mark.thorough]
     return [
         case

@@ -1,4 +1,4 @@
-"""Tokenizers that begin, end and decode texts as those of known families do."""
+"""Tokenizers that frame and decode texts as those of known families do."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from helpers import tiny
 
 
 def framed(before: str, after: str = "", **special: str) -> PreTrainedTokenizerFast:
-    """The byte tokenizer, putting special tokens around each text.
+    """Create the byte tokenizer with special tokens around each text.
 
     Args:
-        before: tokens in front, parted by spaces.
-        after: tokens behind.
-        special: names of `transformers`, such as ``bos_token``.
+        before: Tokens before the text, separated by spaces.
+        after: Tokens after the text, separated by spaces.
+        special: Special tokens by their names in `transformers`, such as ``bos_token``.
     """
     tokenizer = tiny.tokenizer()
     tokens = [*before.split(), *after.split()]
@@ -45,9 +45,9 @@ FRAMED = {
 
 
 def llama2() -> PreTrainedTokenizerFast:
-    """SentencePiece's ways as Llama 2's tokenizer has them, over bytes and some words.
+    """Create a SentencePiece tokenizer that behaves like Llama 2's, over bytes and some words.
 
-    A space is put in front of a text and taken away from the front of what is decoded.
+    A space is added in front of a text and removed from the front of decoded text.
     """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters = [chr(code) for code in range(33, 127)] + ["▁"]
@@ -82,7 +82,7 @@ def llama2() -> PreTrainedTokenizerFast:
 
 
 def joining() -> PreTrainedTokenizerFast:
-    """The byte tokenizer with merges of a line's end with what white space may follow it."""
+    """Create the byte tokenizer with merges of line ends and following white space."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "Ġ"), (":", "Ġ"), ("ĊĠ", "ĠĠ")]
     words = [*tiny.SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
@@ -101,7 +101,7 @@ def joining() -> PreTrainedTokenizerFast:
 
 
 def scripted(tokenizer: PreTrainedTokenizerFast, *rows: list[int]) -> LlamaForCausalLM:
-    """A model in which each token of a row is followed by the row's next one."""
+    """Create a model that predicts, after each token of a row, the row's next token."""
     config = tiny.llama_config(layers=1)
     config.vocab_size = len(tokenizer)
     model = LlamaForCausalLM(config).eval()
@@ -118,7 +118,7 @@ def scripted(tokenizer: PreTrainedTokenizerFast, *rows: list[int]) -> LlamaForCa
 
 
 def bytes_first(**settings: object) -> PreTrainedTokenizerFast:
-    """The byte tokenizer as Llama 3's is: token 0 is ``!``, and there is none for padding."""
+    """Create the byte tokenizer in Llama 3's style: token 0 is ``!``, without a padding token."""
     backend = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
     words = [word for word in backend["model"]["vocab"] if word not in tiny.SPECIAL]
     words.sort(key=lambda word: (word != "!", word))

@@ -60,7 +60,7 @@ def as_row(example: Example) -> dict[str, list[int]]:
 
 
 def started(settings: lr.TrainConfig, folder: Path) -> subprocess.Popen[bytes]:
-    """Begin a training in a process of its own, in ``work`` and ``adapter`` of a folder."""
+    """Start a training in a separate process, in a folder's ``work`` and ``adapter``."""
     code = (
         "import sys; from pathlib import Path; import loram_ray as lr;"
         "from loram_ray.finetuning.trainer import train_adapter;"
@@ -81,7 +81,7 @@ def wait_for_steps(path: Path, steps: int, seconds: float = 120) -> None:
 
 
 def difference(found: Path, expected: Path) -> float:
-    """Norm of two adapters' difference, as a share of the norm of what was learnt in B."""
+    """Return the norm of two adapters' difference, relative to the norm of the learnt B."""
     left, right = load_file(found / ADAPTER_FILE), load_file(expected / ADAPTER_FILE)
     assert left.keys() == right.keys()
     learnt = sum(float(right[name].square().sum()) for name in right if "lora_B" in name)

@@ -1,4 +1,4 @@
-"""Adapters: configurations that their tensors deny, patterns without end, and no adapters."""
+"""Bad adapters: configurations that contradict tensors, costly patterns, and other files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _OF_MERGE = (
     "fan_in_fan_out",
     "peft_type",
 )
-"""Settings that PEFT knows, and merge does not."""
+"""Settings that PEFT supports and merge does not."""
 _ENDLESS = ("([a-z_.0-9]+)+!", r"(\w+\.?)*!")
 
 

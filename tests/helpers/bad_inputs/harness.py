@@ -1,4 +1,4 @@
-"""What a row of the tables is, the folder it begins in, and what must come of it."""
+"""Rows of the tables, the folder that each runs in, and the checks on the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loram_ray.stages.prune import prune
 Change = Callable[[Path], object]
 BASE, PRUNED, TRAINED, ADAPTER = "base", "run/pruned", "run/adapter_pruned", "run/adapter"
 CPU_SECONDS, SECONDS = 5.0, 30.0
-"""Most CPU time and most time that a refusal takes; other processes may slow the latter."""
+"""Maximum CPU time and wall time of a refusal in seconds; other processes may affect the latter."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Row:
     """One bad input.
 
     Attributes:
-        name: of the row, unique.
-        command: words behind ``loram``, run in the folder.
-        names: what the line must name: a file or a key.
-        change: makes the folder's input bad.
-        environment: variables that are the bad input.
-        cpu_seconds: most CPU time it takes.
-        may_work: whether a right result is as good as a refusal.
+        name: Unique name of the row.
+        command: Arguments of ``loram``, run in the folder.
+        names: File or key that the error message must contain.
+        change: Makes the folder's input bad.
+        environment: Environment variables that are the bad input.
+        cpu_seconds: Maximum CPU time in seconds.
+        may_work: Whether a correct result is accepted as well as a refusal.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Row:
 
 
 def make_folder(folder: Path) -> Path:
-    """A folder with a base, what its stages wrote, data, results and a run file."""
+    """Create a folder with a base, outputs of its stages, data, results and a run file."""
     tiny.write_base(folder / BASE, layers=2, heads=4, kv_heads=2, hidden=16, intermediate=24)
     sharded = {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 16, "intermediate": 24}
     tiny.write_base(folder / "sharded", max_shard_size="20KB", **sharded)
@@ -90,11 +90,11 @@ def make_folder(folder: Path) -> Path:
 
 
 COMMANDS = ("prune", "train", "recover", "merge", "evaluate", "export", "quantize", "run", "align")
-"""Commands of the folder's run file, for inputs that each of them reads."""
+"""Commands of the folder's run file, for inputs that all of them read."""
 
 
 def stage(name: str, *overrides: str) -> tuple[str, ...]:
-    """A command with the folder's run file; ``train`` shows its first example only."""
+    """Return a command with the folder's run file; ``train`` only previews its first example."""
     words = [name, "--config", "run.yaml", *(["--preview", "1"] if name == "train" else [])]
     for override in overrides:
         words += ["--set", override]
@@ -102,12 +102,12 @@ def stage(name: str, *overrides: str) -> tuple[str, ...]:
 
 
 def in_turn(*names: str) -> Iterator[tuple[str, ...]]:
-    """Commands one after the other, again and again."""
+    """Cycle through commands."""
     return cycle(stage(name) for name in names)
 
 
 def given(key: str, value: str) -> Change:
-    """Write the run file with one value changed."""
+    """Return a change that writes the run file with one value replaced."""
 
     def change(folder: Path) -> None:
         settings = yaml.safe_load((folder / "run.yaml").read_text())
@@ -123,7 +123,7 @@ def given(key: str, value: str) -> Change:
 
 
 def edited(path: str, *keys: str | int, value: Any) -> Change:
-    """Set a value in a JSON file."""
+    """Return a change that sets a value in a JSON file."""
 
     def change(folder: Path) -> None:
         data = json.loads((folder / path).read_text())
@@ -137,7 +137,7 @@ def edited(path: str, *keys: str | int, value: Any) -> Change:
 
 
 def without(path: str, *keys: str) -> Change:
-    """Take a key out of a JSON file."""
+    """Return a change that removes a key from a JSON file."""
 
     def change(folder: Path) -> None:
         data = json.loads((folder / path).read_text())
@@ -151,7 +151,7 @@ def without(path: str, *keys: str) -> Change:
 
 
 def written(path: str, content: str | bytes) -> Change:
-    """Replace a file's content."""
+    """Return a change that replaces a file's content."""
 
     def change(folder: Path) -> None:
         data = content.encode() if isinstance(content, str) else content
@@ -179,7 +179,7 @@ device = _in_place(lambda place: place.symlink_to("/dev/zero"))
 missing = _in_place(lambda place: None)
 
 NO_FILES = {"fifo": fifo, "directory": directory, "loop": loop, "device": device}
-"""What can stand in place of a file."""
+"""Things that can take the place of a file."""
 
 NO_JSON = {
     "cut": '{"a": [1,',
@@ -196,11 +196,11 @@ NO_JSON = {
     "utf16": '{"a": 1}'.encode("utf-16"),
     "bytes": b'{"a": "\xff"}',
 }
-"""What is no document of JSON."""
+"""Contents that are not valid JSON documents."""
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Every path below a folder, with what changes where a file is written."""
+    """Return every path below a folder, with the properties that change when a file is written."""
     found: dict[str, tuple[int, ...]] = {}
     pending = [folder]
     while pending:
@@ -217,7 +217,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
 def check(
     row: Row, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
 ) -> None:
-    """Run a row in its folder, and hold what came of it against the rules."""
+    """Run a row in its folder and check the result."""
     row.change(folder)
     before = snapshot(folder)
     patch.chdir(folder)
@@ -248,6 +248,6 @@ def check(
 
 
 def copied(whole: Path, folder: Path) -> Path:
-    """A copy of the folder that a row may change."""
+    """Copy the folder for a row that changes it."""
     shutil.copytree(whole, folder, symlinks=True)
     return folder

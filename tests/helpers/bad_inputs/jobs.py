@@ -1,4 +1,4 @@
-"""The environment that a command runs in, jobs on a cluster, and runs of many trainings."""
+"""Bad environments of commands, jobs on a cluster, and runs of many trainings."""
 
 from __future__ import annotations
 

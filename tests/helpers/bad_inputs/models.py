@@ -1,4 +1,4 @@
-"""Models, tokenizers and chat templates: no documents, values that no model has, lying tensors."""
+"""Bad models, tokenizers and chat templates: invalid documents, values and tensor headers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _HEADERS: dict[str, Any] = {
 def tensor_file(
     path: str, header: Any, length: int | None = None, tail: bytes = b"\0" * 4
 ) -> Change:
-    """A safetensors file with this header, and a length that may lie."""
+    """Return a change that writes a safetensors file with a header and a possibly wrong length."""
     data = header if isinstance(header, bytes) else json.dumps(header).encode()
     return written(
         path, (len(data) if length is None else length).to_bytes(8, "little") + data + tail
@@ -163,7 +163,7 @@ def _rows() -> list[Row]:
     for key, values in _VALUES.items():
         for number, value in enumerate(values):
             name = f"config_{key}_{number}"
-            # A model type without layers of its own is another model's, and no error.
+            # A model type without layers of its own belongs to another model and is no error.
             rows.append(
                 Row(
                     name,

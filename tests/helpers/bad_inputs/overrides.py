@@ -1,4 +1,4 @@
-"""Values of ``--set``."""
+"""Bad values of ``--set``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run files: no YAML, no run file, or values that no stage takes."""
+"""Bad run files: invalid YAML, other documents, and values that no stage accepts."""
 
 from __future__ import annotations
 

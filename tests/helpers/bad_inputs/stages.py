@@ -1,4 +1,4 @@
-"""What stages wrote: manifests, plans, results and the corpus of a report, changed by others."""
+"""Altered outputs of stages: manifests, plans, results and the corpus of a report."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _GEOMETRY: dict[str, tuple[Any, ...]] = {
 
 
 def _plan(directory: str, change: Any) -> Change:
-    """Change what the plan of a directory says, and leave its tensors; the manifest goes along."""
+    """Return a change of a directory's plan and manifest that leaves the plan's tensors."""
 
     def at(folder: Path) -> None:
         path = folder / directory / "pruning_plan.safetensors"
