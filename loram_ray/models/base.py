@@ -1,4 +1,4 @@
-"""The model that a stage reads: where it is, what its ``config.json`` says, and its weights."""
+"""The model that a stage reads: its directory, its ``config.json`` and its weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from loram_ray.models.weights import ModelCheckpoint
 
 
 class BaseModel:
-    """A model directory; each of its parts is read once, when it is first used.
+    """A model directory whose parts are read lazily, each once.
 
-    Use it as a context manager, which closes the files of its weights.
+    Use it as a context manager to close the files of its weights.
 
     Args:
-        directory: the model.
-        key: configuration key that named it, for messages.
-        place: what the key said, for messages; default: the directory.
+        directory: Directory of the model.
+        key: Configuration key that named the model, for messages.
+        place: Value of that key, for messages; the directory by default.
     """
 
     def __init__(self, directory: Path, key: str, place: str | Path | None = None) -> None:
@@ -38,60 +38,61 @@ class BaseModel:
 
     @classmethod
     def open(cls, place: str | Path, key: str) -> BaseModel:
-        """Find a model, downloading a hub id once into the hub's cache.
+        """Open a model, downloading a hub id once into the hub's cache.
 
         Args:
-            place: a directory or a hub id.
-            key: configuration key it came from, for messages.
+            place: Directory or hub id of the model.
+            key: Configuration key that named it, for messages.
 
         Raises:
-            LoramError: neither a directory nor a model that the hub has and this machine may read.
+            LoramError: If it is neither a directory nor a model on the hub that this machine can
+                read.
         """
         return cls(resolve_base(place, key), key, place)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Content of ``config.json``, which is read once: copy it to change it."""
+        """Content of ``config.json``, cached; copy it before changing it."""
         return read_model_config(self.directory)
 
     @cached_property
     def family(self) -> Architecture:
-        """The model's family."""
+        """Family of the model."""
         return family_described(self.config, self.directory)
 
     @cached_property
     def geometry(self) -> Geometry:
-        """The sizes of the model."""
+        """Sizes of the model."""
         return self.family.geometry(self.config)
 
     @property
     def positions(self) -> int | None:
-        """Longest sequence that the model was made for; None where its config does not say."""
+        """Maximum sequence length in tokens, or None if the configuration does not set it."""
         return self.config.get("max_position_embeddings")
 
     @property
     def is_pruned(self) -> bool:
-        """Whether prune made it, or a stage made it from such a model."""
+        """Whether the model is pruned or derives from a pruned model."""
         return self.config.get("pruned_linears") is not None
 
     @cached_property
     def checkpoint(self) -> ModelCheckpoint:
-        """The weights, opened and checked against ``config.json``."""
+        """The open weights, checked against ``config.json``."""
         return ModelCheckpoint(self.directory, self.config)
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model from others, see `manifest.fingerprint`."""
+        """Identity of the model, see `manifest.fingerprint`."""
         return fingerprint(self.checkpoint, self.config)
 
     def identify(self) -> tuple[str, str]:
-        """Return the directory's digest and the fingerprint of the base that it comes from.
+        """Return the directory's digest and the fingerprint of its base.
 
-        A directory that a stage wrote is checked against its manifest. A merged model is a base in
-        its own right, as any other directory is.
+        A directory that a stage wrote is checked against its manifest. A merged model, like any
+        directory without a manifest, is its own base.
 
         Raises:
-            LoramError: not a model directory, or damaged.
+            LoramError: If it is not a model directory, or is damaged.
         """
         family_described(self.config, self.directory)
         manifest = None
@@ -99,24 +100,27 @@ class BaseModel:
             stages = ("prune", "align", "quantize", "merge")
             manifest = require_stage(self.directory, stages, self.key)
         if manifest is not None and manifest.stage != "merge":
-            ModelCheckpoint(self.directory, self.config).close()  # refuses a damaged model
+            ModelCheckpoint(self.directory, self.config).close()  # raises if the model is damaged
             return manifest.digest, manifest.base_fingerprint
         with self:
             return self.fingerprint, self.fingerprint
 
     def weight(self, module: str) -> torch.Tensor:
-        """The weight of a linear, ``[out, in]``.
+        """Return the weight of a linear, ``[out, in]``.
 
         Raises:
-            LoramError: it holds NaN or infinity.
+            LoramError: If it contains NaN or infinity.
         """
         return self.checkpoint.read(f"{module}.weight")
 
     def require_full(self, reason: str = "") -> None:
-        """Refuse a model that is pruned or quantised.
+        """Check that the model is neither pruned nor quantised.
 
         Args:
-            reason: why a quantised one is refused, to follow on "is quantised".
+            reason: Why a quantised model is rejected; the message appends it to "is quantised".
+
+        Raises:
+            LoramError: If it is pruned or quantised.
         """
         if self.is_pruned:
             raise LoramError(
@@ -129,7 +133,7 @@ class BaseModel:
             )
 
     def close(self) -> None:
-        """Close the files of the weights, if they were opened."""
+        """Close the files of the weights if they are open."""
         checkpoint = self.__dict__.pop("checkpoint", None)
         if checkpoint is not None:
             checkpoint.close()

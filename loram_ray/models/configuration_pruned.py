@@ -13,14 +13,15 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 
 class Pruned:
-    """What a pruned model's configuration says beyond its family's stock configuration.
+    """Settings that pruned models add to their family's stock configuration.
 
     Attributes:
-        pruned_linears: ``{module path: [out_features, in_features]}`` of the linears that pruning
-            changed.
-        masked_linears: paths of linears whose zero weights stay zero in training.
-        pruned_norm_mean: what a norm over pruned features takes its mean square over: ``kept``
-            features, or, where it is not said, all that the base has, as if the pruned were zero.
+        pruned_linears: Shapes of the linears that pruning changed, ``{module path: [out_features,
+            in_features]}``.
+        masked_linears: Paths of the linears whose zero weights stay zero in training.
+        pruned_norm_mean: Denominator of the mean square in norms over pruned features: ``kept``
+            counts the kept features; None counts all features of the base, as if the pruned ones
+            were zero.
     """
 
     pruned_linears: dict[str, list[int]] | None = None
@@ -59,7 +60,7 @@ class PrunedGemma2Config(Pruned, Gemma2Config):
 
 
 class PrunedGemma3Config(Pruned, Gemma3TextConfig):
-    """Configuration of a pruned Gemma 3 of text alone."""
+    """Configuration of a pruned text-only Gemma 3."""
 
     model_type = "loram_gemma3_text"
 

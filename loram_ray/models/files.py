@@ -1,4 +1,4 @@
-"""Model directories: finding them, their family, and their files other than weights.
+"""Model directories: location, family, and files other than weights.
 
 Nothing here needs transformers, whose modelling code takes seconds to import.
 """
@@ -17,8 +17,9 @@ from loram_ray.errors import LoramError, first_line
 from loram_ray.plan import PruningPlan
 
 NORM_MEAN = "kept"
-"""What new pruned models' norms over pruned features take their mean over: the features kept. For
-OLMo 2 that was better than over all in 18 of 18 prunings (ratio 0.625: perplexity 9.90, not 10.72).
+"""How norms over pruned features compute their mean in new pruned models: over the kept features
+only. On OLMo 2 this was better than over all features in 18 of 18 prunings (ratio 0.625: perplexity
+9.90 instead of 10.72).
 """
 
 _CONFIGURATION_FILE = Path(__file__).with_name("configuration_pruned.py")
@@ -41,11 +42,11 @@ def resolve_base(base: str | Path, key: str) -> Path:
     """Return the directory of a base model, downloading a hub id once into the hub's cache.
 
     Args:
-        base: a directory or a hub id.
-        key: configuration key it came from, for messages.
+        base: Directory or hub id of the model.
+        key: Configuration key that named it, for messages.
 
     Raises:
-        LoramError: neither a directory nor a model that the hub has and this machine may read.
+        LoramError: If it is neither a directory nor a model on the hub that this machine can read.
     """
     path = Path(base)
     if path.is_dir():
@@ -72,7 +73,7 @@ def family_of(directory: Path | str) -> Architecture:
     """Return the family of a base, pruned or aligned model directory.
 
     Raises:
-        LoramError: no ``config.json``, or a family that is not supported.
+        LoramError: If ``config.json`` is missing or the family is not supported.
     """
     return family_described(read_model_config(directory), directory)
 
@@ -81,11 +82,11 @@ def family_described(config: Mapping[str, Any], directory: Path | str) -> Archit
     """Return the family that a model's ``config.json`` describes.
 
     Args:
-        config: content of the file.
-        directory: where it is, for messages.
+        config: Content of ``config.json``.
+        directory: Directory of the model, for messages.
 
     Raises:
-        LoramError: a family that is not supported, or a model that does more than text.
+        LoramError: If the family is not supported, or the model is not text-only.
     """
     text = config.get("text_config")
     if isinstance(text, dict):
@@ -98,19 +99,21 @@ def family_described(config: Mapping[str, Any], directory: Path | str) -> Archit
 
 
 def stock_model_type(model_type: str | None) -> str | None:
-    """``llama`` for both ``llama`` and ``loram_llama``."""
+    """Return the stock model type: ``llama`` for both ``llama`` and ``loram_llama``."""
     return model_type.removeprefix("loram_") if model_type else model_type
 
 
 def pruned_config(
     base_config: dict[str, Any], plan: PruningPlan, linear_shapes: dict[str, tuple[int, int]]
 ) -> dict[str, Any]:
-    """Configuration of a pruned model: the base's, the changed shapes, and where its classes are.
+    """Return the configuration of a pruned model.
+
+    It is the base's configuration with the changed shapes and the location of the pruned classes.
 
     Args:
-        base_config: the base's ``config.json``.
-        plan: what was kept.
-        linear_shapes: ``[out, in]`` of each linear that pruning changed.
+        base_config: Content of the base's ``config.json``.
+        plan: Plan of the pruned model.
+        linear_shapes: Shape ``[out, in]`` of each linear that pruning changed, by path.
     """
     family = plan.architecture
     norms = {"pruned_norm_mean": NORM_MEAN} if family.norms and linear_shapes else {}
@@ -131,13 +134,13 @@ def pruned_config(
 def write_model_files(
     source: Path, target: Path, config: dict[str, Any], plan: PruningPlan | None
 ) -> None:
-    """Write all of a model directory but its weights: config, tokenizer, plan, modelling code.
+    """Write a model directory except its weights: config, tokenizer, plan and modelling code.
 
     Args:
-        source: model directory whose tokenizer files are copied.
-        target: directory to write into.
-        config: content of ``config.json``.
-        plan: the plan of a pruned model, or None for a model of stock shapes.
+        source: Model directory whose tokenizer files are copied.
+        target: Directory to write to.
+        config: Content of ``config.json``.
+        plan: Plan of a pruned model, or None for a model of stock shapes.
     """
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in _COMPANIONS:

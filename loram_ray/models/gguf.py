@@ -1,7 +1,8 @@
-"""A model as one GGUF file, for llama.cpp and what is built on it.
+"""Export of a model to one GGUF file, for llama.cpp and tools built on it.
 
-The gguf package knows names and layouts; what is here are the sizes, the order of rotated rows that
-llama.cpp wants of Llama's queries and keys, and the factors of Llama 3.1's rotary frequencies.
+The gguf package provides names and layouts. This module adds the sizes, the order of rotated rows
+that llama.cpp expects in Llama's queries and keys, and the factors of Llama 3.1's rotary
+frequencies.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _ROTATED_IN_PAIRS = "llama"
-"""The architecture whose kernels rotate neighbours; transformers rotates halves."""
+"""Architecture whose kernels rotate adjacent pairs, where transformers rotates halves."""
 
 _REMEDY = "convert the model with llama.cpp's convert_hf_to_gguf.py"
 
@@ -36,10 +37,10 @@ class Source:
     """A model that llama.cpp can run.
 
     Attributes:
-        directory: the model.
-        config: as transformers reads it.
+        directory: Directory of the model.
+        config: The model's configuration as transformers loads it.
         architecture: llama.cpp's name of the family.
-        vocabulary: of the tokenizer.
+        vocabulary: Vocabulary of the tokenizer.
     """
 
     directory: Path
@@ -49,29 +50,30 @@ class Source:
 
     @property
     def slides(self) -> bool:
-        """Whether a layer attends to a window only, which llama.cpp does not do in these families.
+        """Whether any layer uses sliding-window attention.
 
-        Up to the window's length both compute the same, so that is the context length written.
+        llama.cpp does not implement it for these families. Both agree up to the window's length, so
+        that is written as the context length.
         """
         kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
         return bool(getattr(self.config, "sliding_window", None)) and "sliding_attention" in kinds
 
     @property
     def context_length(self) -> int:
-        """Tokens that llama.cpp reads as transformers does."""
+        """Context length in tokens up to which llama.cpp and transformers agree."""
         longest = int(self.config.max_position_embeddings)
         return min(longest, int(self.config.sliding_window)) if self.slides else longest
 
 
 def read_source(directory: Path, pre_tokenizer: str | None) -> Source:
-    """Check a base or merged model before its weights are read.
+    """Check a base or merged model before reading its weights.
 
     Args:
-        directory: the model.
-        pre_tokenizer: llama.cpp's name of the tokenizer's pre-tokenisation; None recognises it.
+        directory: Directory of the model.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None detects it.
 
     Raises:
-        LoramError: a family, a computation or a tokenizer that llama.cpp does not have.
+        LoramError: If llama.cpp does not support the family, a computation or the tokenizer.
     """
     config = AutoConfig.from_pretrained(directory)
     architecture = architecture_of(config.model_type)
@@ -81,10 +83,10 @@ def read_source(directory: Path, pre_tokenizer: str | None) -> Source:
 
 
 def _require_computed(config: PreTrainedConfig, architecture: str) -> None:
-    """Refuse what llama.cpp would not load, or would compute otherwise.
+    """Reject configurations that llama.cpp cannot load or would compute differently.
 
     Raises:
-        LoramError: the first such key of the configuration.
+        LoramError: If there is such a key; the message names the first one.
     """
     llama = architecture == _ROTATED_IN_PAIRS
     if config.hidden_act not in ("silu", "swish"):  # two names of one function
@@ -115,10 +117,10 @@ class _Tensor:
     """A tensor to write.
 
     Attributes:
-        name: in the file.
-        shape: ``[out, in]`` or ``[n]``.
-        kind: how its values are stored.
-        read: gives it, float32.
+        name: Name of the tensor in the file.
+        shape: Shape of the tensor, ``[out, in]`` or ``[n]``.
+        kind: Storage type of its values.
+        read: Function that returns the tensor, float32.
     """
 
     name: str
@@ -128,13 +130,13 @@ class _Tensor:
 
 
 def write_gguf(source: Source, path: Path, kind: str, advance: Callable[[int], None]) -> None:
-    """Write a model; one tensor is in memory at a time.
+    """Write a model, with one tensor in memory at a time.
 
     Args:
-        source: the model.
-        path: the file.
-        kind: ``f32``, ``bf16``, ``f16`` or ``q8_0``, of matrices; vectors are in float32.
-        advance: told the bytes of each tensor that was written.
+        source: Model to write.
+        path: Path of the new file.
+        kind: Storage type of matrices, ``f32``, ``bf16``, ``f16`` or ``q8_0``; vectors are float32.
+        advance: Function that is called with the size in bytes of each tensor written.
     """
     from gguf import GGUFWriter
 
@@ -160,17 +162,17 @@ def write_gguf(source: Source, path: Path, kind: str, advance: Callable[[int], N
 
 
 def size_of(source: Source, kind: str) -> int:
-    """Bytes of the tensors that `write_gguf` writes."""
+    """Return the total size in bytes of the tensors that `write_gguf` writes."""
     with ModelCheckpoint(source.directory) as checkpoint:
         stored = (_stored(tensor) for tensor in _tensors(checkpoint, source, kind))
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in stored)
 
 
 def architecture_of(model_type: str) -> str:
-    """llama.cpp's name of a family.
+    """Return llama.cpp's name of a family.
 
     Raises:
-        LoramError: a family that is not written.
+        LoramError: If the family cannot be exported.
     """
     if model_type not in _NAMES:
         raise LoramError(
@@ -215,7 +217,7 @@ def _tensors(checkpoint: ModelCheckpoint, source: Source, kind: str) -> Iterator
 
 
 def _in_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder rows ``[heads * head_dim, ...]``: those that are rotated together are neighbours."""
+    """Reorder rows ``[heads * head_dim, ...]`` so that rows rotated together are adjacent."""
     parts = tensor.unflatten(0, (heads, 2, -1))
     return parts.transpose(1, 2).reshape(tensor.shape)
 
@@ -231,7 +233,7 @@ def _kind_of(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
 
 
 def _stored(tensor: _Tensor) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of the array that holds a tensor."""
+    """Return the shape and dtype of the array that stores a tensor."""
     from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 
     if tensor.kind is GGMLQuantizationType.F32:
@@ -248,13 +250,13 @@ def _values(tensor: _Tensor) -> np.ndarray[Any, Any]:
 
 
 def rotary_factors(config: PreTrainedConfig) -> torch.Tensor | None:
-    """What divides each rotary frequency (Llama 3.1), float32 ``[head_dim / 2]``, or None.
+    """Return the divisors of the rotary frequencies, float32 ``[head_dim / 2]``, or None.
 
-    Low frequencies are divided by the factor, high ones are left, those between are interpolated
-    in the inverse (https://github.com/meta-llama/llama-models, ``apply_scaling``).
+    Llama 3.1 divides low frequencies by the factor, keeps high ones, and interpolates those in
+    between in the inverse (https://github.com/meta-llama/llama-models, ``apply_scaling``).
 
     Raises:
-        LoramError: another scaling.
+        LoramError: If the model uses another scaling.
     """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")

@@ -1,4 +1,4 @@
-"""The vocabulary of a byte-level BPE, as GGUF holds it and llama.cpp reads it."""
+"""Vocabulary of a byte-level BPE tokenizer, as GGUF stores it and llama.cpp reads it."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ _KNOWN = (
     "solar-open stablelm2 starcoder superbpe talkie tekken tiny_aya trillion ufakzeka viking "
     "youtu"
 )
-"""llama.cpp's names of pre-tokenisations of byte-level BPE; it loads no file with another."""
+"""llama.cpp's names of byte-level BPE pre-tokenizers; it rejects files with any other."""
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _REMEDY = "convert the model with llama.cpp's convert_hf_to_gguf.py"
 _NEVER_MERGED = ("\u0100\u0100", "\u0100\u0100")
-"""llama.cpp does not load a BPE vocabulary without merges. This one never applies: each of its two
-parts is two bytes long, and without other merges every symbol is one byte."""
+"""A merge that never applies, because llama.cpp rejects a BPE vocabulary without merges. Each of
+its two parts is two bytes long, and without other merges every symbol is one byte.
+"""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF holds of a tokenizer.
+    """The parts of a tokenizer that GGUF stores.
 
     Attributes:
-        tokens: by number, one for each row of the embeddings.
-        kinds: of each.
-        pre_tokenizer: llama.cpp's name of the pre-tokenisation.
-        merges: in order, the two parts of each with a space between.
-        special: numbers of special tokens, by llama.cpp's names.
-        begins: whether the tokenizer itself puts BOS in front of a text.
-        ends: whether it puts EOS behind.
-        templates: the chat template, several by name, or None.
+        tokens: Tokens by id, one for each row of the embeddings.
+        kinds: Token types by id.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer.
+        merges: Merges in order, each with its two parts separated by a space.
+        special: Ids of special tokens, by llama.cpp's names.
+        begins: Whether the tokenizer prepends BOS to a text.
+        ends: Whether the tokenizer appends EOS to a text.
+        templates: The chat template, several templates by name, or None.
     """
 
     tokens: list[str]
@@ -67,7 +68,7 @@ class Vocabulary:
     templates: str | list[dict[str, str]] | None
 
     def add_to(self, writer: GGUFWriter) -> None:
-        """Put it into a file's metadata."""
+        """Add the vocabulary to a file's metadata."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(self.pre_tokenizer)
         writer.add_token_list(self.tokens)
@@ -87,12 +88,12 @@ def read_vocabulary(
     """Read the tokenizer of a model directory.
 
     Args:
-        directory: the model.
-        config: as transformers reads it.
-        pre_tokenizer: llama.cpp's name of the pre-tokenisation; None recognises it.
+        directory: Directory of the model.
+        config: The model's configuration as transformers loads it.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None detects it.
 
     Raises:
-        LoramError: a tokenizer that GGUF cannot hold, or that llama.cpp does not load.
+        LoramError: If GGUF cannot store the tokenizer, or llama.cpp cannot load it.
     """
     if pre_tokenizer is not None:
         _require_known(pre_tokenizer)
@@ -115,7 +116,7 @@ def read_vocabulary(
 
 
 def _require_known(pre_tokenizer: str) -> None:
-    """Refuse a name of a pre-tokenisation that llama.cpp does not know."""
+    """Check that llama.cpp knows a pre-tokenizer."""
     known = _KNOWN.split()
     if pre_tokenizer not in known:
         near = get_close_matches(pre_tokenizer, known, n=3, cutoff=0.0)
@@ -126,10 +127,10 @@ def _require_known(pre_tokenizer: str) -> None:
 
 
 def _require_byte_level(backend: dict[str, Any], directory: Path) -> None:
-    """Refuse what llama.cpp's byte-level BPE does not do.
+    """Reject tokenizers that differ from llama.cpp's byte-level BPE.
 
     Raises:
-        LoramError: the first of it.
+        LoramError: If there is a difference; the message names the first one.
     """
     model = backend["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
@@ -168,7 +169,7 @@ def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[TokenType]]:
 
 
 def _special(tokenizer: Any, config: PreTrainedConfig) -> dict[str, int]:
-    """Numbers of special tokens: the tokenizer's, or else the configuration's where it has one."""
+    """Return the ids of special tokens, from the configuration where the tokenizer sets none."""
     found = {}
     for name in _SPECIAL:
         of_config = getattr(config, f"{name}_token_id", None)
@@ -181,10 +182,10 @@ def _special(tokenizer: Any, config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _added(tokenizer: Any, directory: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer itself puts BOS in front of a text, and EOS behind it.
+    """Return whether the tokenizer prepends BOS to a text, and whether it appends EOS.
 
     Raises:
-        LoramError: it adds others, which GGUF has no field for.
+        LoramError: If it adds other tokens, for which GGUF has no field.
     """
     opening, closing = added_around(tokenizer)
     bos, eos = (tokenizer.bos_token_id,), (tokenizer.eos_token_id,)
@@ -201,10 +202,10 @@ def _added(tokenizer: Any, directory: Path) -> tuple[bool, bool]:
 def _templates(
     given: str | dict[str, str] | None, directory: Path
 ) -> str | list[dict[str, str]] | None:
-    """Chat templates as gguf writes them: one, or several by name.
+    """Return chat templates in gguf's format: one template, or several by name.
 
     Raises:
-        LoramError: a name that is no key in GGUF.
+        LoramError: If a name is not a valid key in GGUF.
     """
     if not isinstance(given, dict):
         return given
@@ -222,7 +223,7 @@ def _parts(pre_tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _recognised(pre_tokenizer: dict[str, Any], directory: Path) -> str:
-    """llama.cpp's name of a pre-tokenisation."""
+    """Return llama.cpp's name of a pre-tokenizer."""
     parts = _parts(pre_tokenizer)
     match [part.get("type") for part in parts]:
         case ["ByteLevel"] if parts[0].get("use_regex", True):

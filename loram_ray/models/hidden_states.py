@@ -1,6 +1,6 @@
-"""Hidden states of the calibration set on disk: a file for each batch, whatever the depth.
+"""Hidden states of the calibration set on disk, with one file per layer and batch.
 
-Only the batch being worked on is in memory, and a calibration that was cut goes on from the files.
+Only the current batch is in memory, and an interrupted calibration resumes from the files.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class HiddenStates:
     """Batches of hidden states ``[sequences, tokens, hidden]``, by kind, layer and batch number.
 
     Args:
-        folder: where the files are; workers on other nodes must see it too.
+        folder: Directory of the files, visible to workers on all nodes.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, kind: str, layer: int, batch: int, states: torch.Tensor) -> None:
-        """Write one batch, whole or not at all."""
+        """Write one batch atomically."""
         path = self._path(kind, layer, batch)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -37,7 +37,7 @@ class HiddenStates:
         return load_file(self._path(kind, layer, batch))[_NAME]
 
     def drop(self, kind: str, layer: int) -> None:
-        """Remove the batches at a layer."""
+        """Remove all batches of a layer."""
         shutil.rmtree(self._folder / f"{kind}-{layer:05d}", ignore_errors=True)
 
     def _path(self, kind: str, layer: int, batch: int) -> Path:

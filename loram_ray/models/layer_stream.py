@@ -1,8 +1,8 @@
-"""A base model run one decoder layer at a time, straight from its safetensors.
+"""Forward passes of a base model, one decoder layer at a time, directly from its safetensors.
 
-The model is built on the meta device; only the layer that runs has weights. What a layer is called
-with (position embeddings, attention masks) is what the stock model calls it with: it is recorded
-from one pass of the stock model in which every layer hands its input on.
+The model is built on the meta device, and only the running layer has weights. The other arguments
+of a layer (position embeddings, attention masks) are those of the stock model: they are recorded in
+one pass of the stock model in which every layer returns its input.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with besides its hidden states."""
+"""Arguments of a layer other than its hidden states."""
 
 
 class LayerStream:
-    """The layers of a base model, each loaded when it is asked for.
+    """The layers of a base model, loaded on demand.
 
     Args:
-        base: model directory.
-        family: its family.
-        precision: ``bf16`` or ``fp32``, of weights and activations.
-        device: where a layer runs.
+        base: Directory of the base.
+        family: Family of the base.
+        precision: Precision of weights and activations, ``bf16`` or ``fp32``.
+        device: Device on which layers run.
     """
 
     def __init__(self, base: Path, family: Architecture, precision: str, device: str) -> None:
@@ -51,20 +51,20 @@ class LayerStream:
         self._layers: Any = self._model.get_submodule(family.layers)
         for layer in self._layers.children():
             unfuse_experts(layer, self._model.config)
-        self._model.eval()  # the experts are new; in training those without a token would run too
+        self._model.eval()  # in training mode, experts without a token would run too
 
     @contextmanager
     def layer(
         self, index: int, changed: Mapping[str, torch.Tensor] | None = None
     ) -> Iterator[nn.Module]:
-        """Yield a decoder layer with its weights, which are gone after the block.
+        """Yield a decoder layer with its weights, which are freed after the block.
 
         Args:
-            index: its number.
-            changed: weights that replace the base's, by their full names.
+            index: Number of the layer.
+            changed: Weights that replace the base's, by full name.
 
         Raises:
-            LoramError: a weight is missing, or not finite (the tensor is named).
+            LoramError: If a weight is missing or not finite; the message names the tensor.
         """
         layer: nn.Module = self._layers[index]
         with self._loaded(layer, f"{self._family.layers}.{index}", changed or {}):
@@ -77,7 +77,7 @@ class LayerStream:
         return output[0] if isinstance(output, tuple) else output
 
     def all_linears(self, index: int, layer: nn.Module) -> dict[str, nn.Linear]:
-        """The linears of a layer by their full paths, as on disk."""
+        """Return the linears of a layer by full path, as on disk."""
         return {
             self._family.name_on_disk(f"{self._family.layers}.{index}.{name}"): module
             for name, module in layer.named_modules()
@@ -85,7 +85,7 @@ class LayerStream:
         }
 
     def linears(self, index: int, layer: nn.Module) -> dict[str, nn.Linear]:
-        """The coupled ones of a layer's linears."""
+        """Return the coupled linears of a layer by full path."""
         found = self.all_linears(index, layer)
         return {path: module for path, module in found.items() if self._family.locate(path)}
 
@@ -93,7 +93,7 @@ class LayerStream:
         """Read a tensor of the base by its full name.
 
         Raises:
-            LoramError: it is missing, or not finite.
+            LoramError: If the tensor is missing or not finite.
         """
         if name not in self.checkpoint.location:
             raise LoramError(
@@ -103,14 +103,14 @@ class LayerStream:
         return self.checkpoint.read(name)
 
     def embed(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yield the first layer's input ``[sequences, tokens, hidden]`` of each batch of ids."""
+        """Yield the first layer's input ``[sequences, tokens, hidden]`` for each batch of ids."""
         with self._entrance():
             for token_ids in batches:
                 yield self._pass_through(token_ids.to(self._device))
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Have the final norm and the output head loaded inside the block."""
+        """Load the final norm and the output head inside the block."""
         family = self._family
         tied = f"{family.output_head}.weight" not in self.checkpoint.location
         source = family.embeddings if tied else family.output_head
@@ -119,15 +119,15 @@ class LayerStream:
             yield
 
     def loss(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Summed next-token loss of the last layer's output, in nats, for use within `head`.
+        """Return the summed next-token loss of the last layer's output, in nats.
 
-        It can be differentiated there.
+        Call it inside `head`. It supports backpropagation there.
         """
         states = self._norm(hidden)
         return summed_loss_of_states(self._model, states, token_ids.to(self._device))[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of outputs of the last layer, float32 ``[n, vocabulary]``, within `head`."""
+        """Return float32 logits ``[n, vocabulary]`` of the last layer's output, inside `head`."""
         return logits_of(self._model, self._norm(hidden))
 
     def close(self) -> None:
@@ -136,19 +136,19 @@ class LayerStream:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens in the vocabulary."""
         return int(self._model.config.vocab_size)
 
     @property
     def output_head(self) -> nn.Linear:
-        """The linear from hidden states to the vocabulary, without weights outside `head`."""
+        """The linear from hidden states to the vocabulary; it has no weights outside `head`."""
         head = self._model.get_submodule(self._family.output_head)
         assert isinstance(head, nn.Linear)
         return head
 
     @property
     def num_layers(self) -> int:
-        """How many layers there are."""
+        """Number of layers."""
         return len(self._layers)
 
     @property
@@ -164,7 +164,7 @@ class LayerStream:
 
     @contextmanager
     def _entrance(self) -> Iterator[None]:
-        """Have the embeddings and the final norm loaded: all but the layers and the head."""
+        """Load everything but the layers and the head: the embeddings and the final norm."""
         embeddings = self._model.get_submodule(self._family.embeddings)
         with (
             self._loaded(embeddings, self._family.embeddings, {}),
@@ -174,7 +174,7 @@ class LayerStream:
 
     @torch.no_grad()
     def _pass_through(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Run the stock decoder with layers that hand their input on, recording their arguments."""
+        """Record each layer's arguments in a stock forward pass through identity layers."""
         calls: list[Call] = []
         first: list[torch.Tensor] = []
 
@@ -195,7 +195,7 @@ class LayerStream:
     def _loaded(
         self, module: nn.Module, path: str, changed: Mapping[str, torch.Tensor]
     ) -> Iterator[None]:
-        """Have a module's weights inside the block."""
+        """Load a module's weights inside the block."""
         weights = {}
         for name, parameter in module.named_parameters():
             full = self._family.name_on_disk(f"{path}.{name}")
@@ -218,7 +218,7 @@ class LayerStream:
 
 
 def _empty_model(base: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The stock model without weights; its buffers (rotary frequencies) are real."""
+    """Return the stock model without weights; its buffers (rotary frequencies) are real."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 

@@ -1,6 +1,6 @@
-"""Loading base and pruned models.
+"""Loading of base and pruned models.
 
-The pruned classes themselves are in `modeling_pruned`, which is copied beside the weights.
+The pruned classes are in `modeling_pruned`, which is copied beside the weights.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NO_ADAPTER = "no adapter"
-"""Folder in which transformers looks for an adapter's configuration; beside the weights it would
-put the adapter on without a word."""
+"""Folder in which transformers looks for an adapter's configuration. By default it is the model's
+own, and transformers would silently apply an adapter beside the weights.
+"""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,18 +36,19 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a base, pruned, aligned, quantised or merged model directory.
 
-    A quantised model's linears stay in NF4 and multiply in the precision, but for those that
+    The linears of a quantised model stay in NF4 and multiply in ``precision``, except those that
     bitsandbytes cannot compute on CPUs (`nf4.mend_on_cpu`).
 
     Args:
-        directory: the model.
-        precision: ``bf16`` or ``fp32``.
-        device: where its weights go.
-        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None is transformers' choice.
+        directory: Directory of the model.
+        precision: Precision of weights and activations, ``bf16`` or ``fp32``.
+        device: Device of the weights.
+        attention: Attention implementation, ``sdpa``, ``eager`` or ``flash_attention_2``; None lets
+            transformers choose.
 
     Raises:
-        LoramError: weights that are not those of the model's configuration, or not finite; an
-            attention that the family or the machine does not have.
+        LoramError: If the weights do not match the model's configuration or are not finite, or the
+            attention is not available for the family or on the machine.
     """
     from transformers import AutoModelForCausalLM
 
@@ -75,7 +77,7 @@ def load_model(
     if getattr(model, "is_loaded_in_4bit", False):
         from loram_ray.models.nf4 import compute_in, mend_on_cpu
 
-        for parameter in model.parameters():  # transformers leaves what is not quantised as stored
+        for parameter in model.parameters():  # transformers keeps the rest in the stored dtype
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[precision])
         compute_in(model, DTYPES[precision])
@@ -84,7 +86,7 @@ def load_model(
 
 
 def _require_finite(model: PreTrainedModel, directory: Path | str) -> None:
-    """Refuse loaded weights, and scales of quantised ones, that are NaN or infinite."""
+    """Check that loaded weights, and the scales of quantised ones, are finite."""
     for name, parameter in model.named_parameters():
         require_finite(name, parameter, directory)
         state = getattr(parameter, "quant_state", None)
@@ -97,7 +99,7 @@ def _require_finite(model: PreTrainedModel, directory: Path | str) -> None:
 
 
 def parameters_and_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
-    """Count parameters, a quantised one as its weights, and the bytes that hold them."""
+    """Return the number of parameters, counted before quantisation, and their size in bytes."""
     count = nbytes = 0
     for parameter in parameters:
         state = getattr(parameter, "quant_state", None)
@@ -112,11 +114,11 @@ def load_pruned(directory: Path | str, precision: str = "bf16") -> PreTrainedMod
     """Load a pruned or aligned model as an ordinary `PreTrainedModel`.
 
     Args:
-        directory: written by prune, align or quantize.
-        precision: ``bf16`` or ``fp32``.
+        directory: Directory written by prune, align or quantize.
+        precision: Precision of weights and activations, ``bf16`` or ``fp32``.
 
     Raises:
-        LoramError: the directory holds no pruning plan.
+        LoramError: If the directory holds no pruning plan.
     """
     PruningPlan.load(directory)
     return load_model(directory, precision)

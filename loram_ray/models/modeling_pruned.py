@@ -1,11 +1,11 @@
 """Pruned causal language models for transformers; this file is saved beside the weights.
 
-It needs transformers, torch and ``configuration_pruned.py`` alone, so that a pruned model directory
-loads with ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` where
-loram_ray is not installed. A pruned model is its family's stock model with some linears of other
-shapes: attention reshapes by ``head_dim`` and whole GQA groups are pruned, so most forward passes
-do not change. What depends on more than ``head_dim`` is adapted here: OLMo 2's norms over all
-heads, Phi-3's split of its fused projection, and experts, which have linears of their own.
+It only needs transformers, torch and ``configuration_pruned.py``, so a pruned model directory loads
+with ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` even without
+loram_ray. A pruned model is its family's stock model with some linears of other shapes. Attention
+reshapes by ``head_dim``, and whole GQA groups are pruned, so most forward passes are unchanged. The
+parts that depend on more than ``head_dim`` are adapted here: OLMo 2's norms over all heads, Phi-3's
+split of its fused projection, and experts, which get separate linears.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ from .configuration_pruned import (
 
 
 class Pruned(nn.Module):
-    """Builds the stock model and changes what the configuration says is pruned."""
+    """Mixin that builds the stock model and applies the changes given in the configuration."""
 
     model: Any
 
@@ -87,7 +87,7 @@ class PrunedGemma2ForCausalLM(Pruned, Gemma2ForCausalLM):
 
 
 class PrunedGemma3ForCausalLM(Pruned, Gemma3ForCausalLM):
-    """Gemma 3 of text alone with linears of other shapes."""
+    """Text-only Gemma 3 with linears of other shapes."""
 
     config_class = PrunedGemma3Config
 
@@ -117,18 +117,17 @@ class PrunedQwen3MoeForCausalLM(Pruned, Qwen3MoeForCausalLM):
 
 
 class Experts(nn.Module):
-    """A mixture's experts with a linear per expert and projection, named as on disk.
+    """The experts of a mixture, with one linear per expert and projection, named as on disk.
 
     Args:
-        fused: the stock module, whose parameters hold all experts; its shapes are taken, its
-            weights are not.
-        names: the gate, up and down projection's names.
-        activation: transformers' name of the function between them.
+        fused: Stock module whose parameters hold all experts; only its shapes are used.
+        names: Names of the gate, up and down projections.
+        activation: transformers' name of the activation function.
     """
 
     def __init__(self, fused: Any, names: tuple[str, str, str], activation: str) -> None:
         super().__init__()
-        # Sizes are the modules', not the tensors': under ZeRO-3 those are partitioned already.
+        # Read sizes from the module: under ZeRO-3 its tensors are already partitioned.
         hidden, neurons = fused.hidden_dim, fused.intermediate_dim
         shapes = ((hidden, neurons), (hidden, neurons), (neurons, hidden))
         like: dict[str, Any] = {"device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
@@ -142,16 +141,16 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of each token's experts.
+        """Compute the weighted sum of each token's experts.
 
         Args:
-            hidden_states: ``[tokens, hidden]``.
-            top_k_index: experts of each token ``[tokens, k]``.
-            top_k_weights: their weights ``[tokens, k]``.
+            hidden_states: Inputs, ``[tokens, hidden]``.
+            top_k_index: Experts of each token, ``[tokens, k]``.
+            top_k_weights: Weights of these experts, ``[tokens, k]``.
         """
         gate, up, down = self.names
         out = torch.zeros_like(hidden_states)
-        # In training every expert runs, if on no token: then each has a gradient on each worker.
+        # In training every expert runs, even without tokens, so each has a gradient on each worker.
         used = range(self.num_experts) if self.training else top_k_index.unique().tolist()
         for number in used:
             token, choice = torch.where(top_k_index == number)
@@ -164,7 +163,7 @@ class Experts(nn.Module):
 
 
 class UnfusedMixtralLayer(MixtralDecoderLayer):
-    """A Mixtral layer whose mixture has the name that it has on disk."""
+    """A Mixtral layer whose mixture of experts has the same name as on disk."""
 
     @property
     def mlp(self) -> Any:  # type: ignore[override]
@@ -173,14 +172,14 @@ class UnfusedMixtralLayer(MixtralDecoderLayer):
 
 
 def unfuse_experts(layer: Any, config: Any) -> None:
-    """Give each expert of a stock decoder layer linears of its own, with new weights.
+    """Replace the fused experts of a stock decoder layer by separate, uninitialised linears.
 
-    The layer's parameters then have the names that they have on disk. A layer without experts
-    stays as it is.
+    The layer's parameters then have the same names as on disk. A layer without experts is not
+    changed.
 
     Args:
-        layer: a decoder layer; it is changed.
-        config: the model's configuration.
+        layer: Decoder layer to change in place.
+        config: Configuration of the model.
     """
     block: Any
     if isinstance(layer, MixtralDecoderLayer):
@@ -210,13 +209,13 @@ def replace_linears(model: nn.Module, shapes: dict[str, list[int]]) -> None:
 
 
 class PartialRMSNorm(nn.Module):
-    """An RMS norm over features of which some were pruned.
+    """RMS norm over features of which some were pruned.
 
     Args:
-        stock: the norm over all features.
-        features: how many are left.
-        divisor: of the sum of squares: as many as are left, or as many as there were, as if the
-            pruned ones were there and zero.
+        stock: Norm over all features.
+        features: Number of kept features.
+        divisor: Divisor of the sum of squares: the number of kept features, or the original number,
+            as if the pruned features were zero.
     """
 
     def __init__(self, stock: Any, features: int, divisor: int) -> None:
@@ -227,7 +226,7 @@ class PartialRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features, **like))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """``[..., features]``."""
+        """Normalise hidden states ``[..., features]``."""
         state = hidden_states.to(torch.float32)
         variance = state.pow(2).sum(-1, keepdim=True) / self.divisor
         state = state * torch.rsqrt(variance + self.variance_epsilon)
@@ -235,7 +234,7 @@ class PartialRMSNorm(nn.Module):
 
 
 class LayerConfig:
-    """The model's configuration as an attention layer with fewer heads sees it."""
+    """View of the model's configuration for an attention layer with fewer heads."""
 
     def __init__(self, config: Any, num_attention_heads: int) -> None:
         self.model_config = config
@@ -249,7 +248,7 @@ class LayerConfig:
 
 
 def adapt_attention(attention: Any) -> None:
-    """Fit what else depends on the number of heads to the linears of an attention layer."""
+    """Adapt the parts of an attention layer that depend on its number of heads."""
     config, dim = attention.config, attention.head_dim
     if isinstance(attention, Olmo2Attention):
         queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
@@ -264,7 +263,7 @@ def adapt_attention(attention: Any) -> None:
 
 
 def _norm_of(stock: Any, full_size: int, linear: nn.Linear, of_kept: bool) -> Any:
-    """The norm after a linear: a partial one if rows of the linear were pruned."""
+    """Return the norm after a linear, a partial one if rows of the linear were pruned."""
     features = linear.out_features
     if features == full_size:
         return stock
@@ -272,13 +271,13 @@ def _norm_of(stock: Any, full_size: int, linear: nn.Linear, of_kept: bool) -> An
 
 
 class SparseLinear(nn.Linear):
-    """A linear whose weights that are zero stay zero in training.
+    """A linear whose zero weights stay zero in training.
 
     Only the weight's gradient is masked, where the weight is zero; AdamW leaves such weights zero.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``input [..., in]`` to ``[..., out]``."""
+        """Map ``input [..., in]`` to ``[..., out]``."""
         if torch.is_grad_enabled() and self.weight.requires_grad:
             if torch.is_autocast_enabled(input.device.type):
                 input = input.to(torch.get_autocast_dtype(input.device.type))
@@ -287,7 +286,7 @@ class SparseLinear(nn.Linear):
 
 
 class _SparseProduct(torch.autograd.Function):
-    """A linear product that saves no second copy of the weight for its masked gradient."""
+    """Linear product that masks the weight's gradient without a second copy of the weight."""
 
     @staticmethod
     def forward(
@@ -312,6 +311,6 @@ class _SparseProduct(torch.autograd.Function):
 
 
 def mask_linears(model: nn.Module, paths: list[str]) -> None:
-    """Make the linears at these paths keep their zero weights in training."""
+    """Keep the zero weights of the linears at these paths in training."""
     for path in paths:
         model.get_submodule(path).__class__ = SparseLinear

@@ -1,9 +1,9 @@
-"""NF4 with double quantisation, as transformers stores it: bitsandbytes' tensors of one linear.
+"""NF4 with double quantisation, stored as in transformers: bitsandbytes' tensors of one linear.
 
-Blocks of 64 weights share an 8-bit scale, and blocks of 256 scales a float32 one (QLoRA, section 3,
-https://arxiv.org/abs/2305.14314): 4.127 bits a weight. bitsandbytes quantises a weight at once, for
-which it forms 16 differences for each element; here a weight is quantised in pieces, whose blocks
-are the same.
+Blocks of 64 weights share an 8-bit scale, and blocks of 256 scales share a float32 scale (QLoRA,
+section 3, https://arxiv.org/abs/2305.14314): 4.127 bits per weight. bitsandbytes quantises a whole
+weight at once and needs 16 differences per element; here a weight is quantised in pieces, with the
+same blocks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.models.quantisation import NF4
 
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 2**21  # elements, whole blocks
+_PIECE = 2**21  # elements; a multiple of the block size
 _CODES, _CODES_OF_SCALES = 16, 256
 
 
 def quantization_config() -> BitsAndBytesConfig:
-    """Configuration for transformers of what is written here, with bfloat16 products."""
+    """Return transformers' configuration of these weights, with bfloat16 products."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=NF4.name,
@@ -38,9 +38,9 @@ def quantization_config() -> BitsAndBytesConfig:
 
 
 def linears_to_quantize(directory: Path) -> list[str]:
-    """Paths of the linears that transformers would quantise on loading this model.
+    """Return the paths of the linears that transformers would quantise on loading this model.
 
-    They are all but the output head, what is tied and the last module. Only the configuration is
+    These are all but the output head, tied modules and the last module. Only the configuration is
     read.
     """
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def linears_to_quantize(directory: Path) -> list[str]:
 
 
 def linears_of(model: PreTrainedModel) -> list[str]:
-    """Paths of the linears of a model, on any device, that transformers would quantise."""
+    """Return the paths of a model's linears, on any device, that transformers would quantise."""
     kept = HfQuantizer.get_modules_to_not_convert(
         model, None, list(model._keep_in_fp32_modules or ())
     )
@@ -61,21 +61,21 @@ def linears_of(model: PreTrainedModel) -> list[str]:
 
 
 def scales(weight: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each block of a weight, float32 ``[ceil(elements / 64)]``."""
+    """Return the maximum magnitude of each block, float32 ``[ceil(elements / 64)]``."""
     flat = weight.detach().reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % NF4.block))
     return padded.view(-1, NF4.block).abs().amax(-1).float()
 
 
 def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, TensorSpec]:
-    """Shape and dtype of each stored tensor of a linear, by what follows ``weight`` in its name.
+    """Return the shape and dtype of each stored tensor of a linear, by the suffix after ``weight``.
 
-    All but one follow from the weight's. The mean of its scales is written out as text, in a tensor
-    that is as long as the text.
+    All but one follow from the weight's shape and dtype. The mean of its scales is stored as text,
+    and the length of that tensor is the length of the text.
 
     Args:
-        weight: ``[out, in]``.
-        mean_scale: of `scales`.
+        weight: Shape ``[out, in]`` and dtype of the weight.
+        mean_scale: Mean of the weight's scales, see `scales`.
     """
     blocks = -(-math.prod(weight.shape) // NF4.block)
     state = _state(
@@ -99,7 +99,7 @@ def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, Tens
 
 
 def quantize_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Quantise a weight ``[out, in]`` on its device; the names are those of `stored_specs`."""
+    """Quantise a weight ``[out, in]`` on its device; names are those of `stored_specs`."""
     packed, found = [], []
     codes = torch.empty(0)
     for piece in weight.detach().reshape(-1).split(_PIECE):
@@ -117,10 +117,10 @@ def quantize_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def dequantize_weight(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the weight ``[out, in]`` that training computes with, in the dtype that it had.
+    """Return the weight ``[out, in]`` that training computes with, in its original dtype.
 
     Args:
-        stored: its tensors; the names are those of `stored_specs`.
+        stored: Stored tensors of the weight; names are those of `stored_specs`.
     """
     packed = stored[""]
     parts = {part: tensor for part, tensor in stored.items() if part}
@@ -128,15 +128,15 @@ def dequantize_weight(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def mend_on_cpu(model: PreTrainedModel) -> list[str]:
-    """Make a quantised model that is on the CPU compute, and pass gradients, as on a GPU.
+    """Make a quantised model on the CPU compute and backpropagate as on a GPU.
 
-    bitsandbytes' kernels for CPUs (0.50.2) are wrong in two ways. Where AVX512 has bfloat16, a
-    forward pass without gradients repacks a weight for good, after which no gradient passes: that
-    is turned off. A linear whose inputs are no multiple of the block of 64 is computed with scales
-    of other blocks: it is held in the model's precision instead.
+    bitsandbytes' CPU kernels (0.50.2) are wrong in two ways. With AVX512 bfloat16, a forward pass
+    without gradients repacks a weight permanently, and no gradient passes afterwards; this path is
+    turned off. A linear whose number of inputs is not a multiple of the block size 64 uses the
+    scales of other blocks; its weight is dequantised to the model's precision instead.
 
     Returns:
-        The linears that are held so.
+        Names of the dequantised linears.
     """
     held = []
     for name, module in list(model.named_modules()):
@@ -151,19 +151,19 @@ def mend_on_cpu(model: PreTrainedModel) -> list[str]:
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Have a quantised model multiply in a type, whatever its configuration names.
+    """Set the dtype in which a quantised model multiplies, whatever its configuration says.
 
-    bitsandbytes takes the type of the configuration, bfloat16, for inputs of any other: float32
-    inputs were rounded, and on CPUs without such instructions the products took twice the time.
+    By default bitsandbytes uses the dtype of the configuration, bfloat16, for all inputs. It rounds
+    float32 inputs, and on CPUs without bfloat16 instructions the products take twice as long.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
-            module.weight.quant_state.dtype = dtype  # the type that a backward pass makes it in
+            module.weight.quant_state.dtype = dtype  # for dequantisation in backward
 
 
 def _whole(linear: Linear4bit, dtype: torch.dtype) -> torch.nn.Linear:
-    """A linear of the same weight, not quantised any more."""
+    """Return an unquantised linear with the same weight."""
     weight = _dequantized(linear.weight.data, linear.weight.quant_state)
     with torch.device("meta"):
         whole = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
@@ -173,9 +173,9 @@ def _whole(linear: Linear4bit, dtype: torch.dtype) -> torch.nn.Linear:
 
 
 def _dequantized(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
-    """Dequantise a weight as one row, whose blocks are all full but the last.
+    """Dequantise a weight as one row, in which all blocks but the last are full.
 
-    That is what bitsandbytes' kernel for CPUs reads rightly; the state is spent.
+    bitsandbytes' CPU kernel only reads this layout correctly. The state must not be used again.
     """
     shape = state.shape
     state.shape = torch.Size([math.prod(shape)])
@@ -189,7 +189,7 @@ def _state(
     mean_scale: torch.Tensor,
     nested: bnb.QuantState,
 ) -> bnb.QuantState:
-    """What bitsandbytes keeps beside the packed weight, and turns into tensors and text."""
+    """Return the state that bitsandbytes saves, as tensors and text, with the packed weight."""
     return bnb.QuantState(
         absmax=scale_codes,
         shape=torch.Size(weight.shape),

@@ -1,4 +1,4 @@
-"""How a model's linears are stored in fewer bits: what every part of the package knows of it.
+"""Formats of quantised linears, defined once for the whole package.
 
 Nothing here needs transformers or bitsandbytes; the arithmetic is in `nf4`.
 """
@@ -14,14 +14,14 @@ _STATE = ".quant_state.bitsandbytes__"
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A form of quantised weights, as bitsandbytes stores them.
+    """A format of quantised weights, as bitsandbytes stores them.
 
     Attributes:
         name: bitsandbytes' name of the codes.
-        bits: of a weight's code.
-        block: weights that share a scale.
-        block_of_scales: scales that share a scale of their own (double quantisation).
-        compute: data type of products.
+        bits: Bits per weight.
+        block: Number of weights that share a scale.
+        block_of_scales: Number of scales that share a second-level scale (double quantisation).
+        compute: Data type of products.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Quantisation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What identifies the output of a quantisation in this form."""
+        """Settings that identify the output of quantisation in this format."""
         return {
             "type": self.name,
             "blocksize": self.block,
@@ -42,7 +42,7 @@ class Quantisation:
 
     @property
     def description(self) -> str:
-        """The form in words, for a model card."""
+        """Description of the format for a model card."""
         return (
             f"{self.name.upper()} with double quantisation, blocks of {self.block}, products in "
             f"{self.compute}"
@@ -50,26 +50,26 @@ class Quantisation:
 
     @property
     def tags(self) -> list[str]:
-        """Tags of a model card on the hub."""
+        """Tags of the model card on the hub."""
         return [self.name, "bitsandbytes"]
 
     def times_fewer(self, bits: int = 16) -> float:
-        """How many times fewer bytes the codes alone take than weights of so many bits."""
+        """Return the compression ratio, without scales, of weights of ``bits`` bits."""
         return bits / self.bits
 
     def state_of(self, weight: str) -> str:
-        """Name of the stored tensor that describes a quantised weight."""
+        """Return the name of the stored tensor that describes a quantised weight."""
         return f"{weight}{_STATE}{self.name}"
 
     def stored_shapes(
         self, weight: str, shape: tuple[int, ...], double: bool
     ) -> dict[str, tuple[int, ...] | None]:
-        """Shape of each stored tensor of a weight, by name; None is any.
+        """Return the shape of each stored tensor of a weight, by name; None accepts any shape.
 
         Args:
-            weight: its name.
-            shape: before quantisation.
-            double: whether its scales are quantised, too.
+            weight: Name of the weight.
+            shape: Shape of the weight before quantisation.
+            double: Whether its scales are quantised, too.
         """
         elements = math.prod(shape)
         blocks = -(-elements // self.block)
@@ -86,6 +86,6 @@ class Quantisation:
 
 
 NF4 = Quantisation("nf4")
-"""The form that `quantize` writes and trainings read."""
+"""Format that `quantize` writes and training reads."""
 READABLE = (NF4, Quantisation("fp4"))
-"""Forms of models that are loaded."""
+"""Formats that can be loaded."""

@@ -1,9 +1,10 @@
-"""Makes transformers' Auto classes know the pruned models, without importing transformers early.
+"""Registration of the pruned models with transformers' Auto classes, without importing it early.
 
-``import loram_ray`` is enough for ``AutoModelForCausalLM.from_pretrained(pruned_directory)``. The
-modelling code of transformers takes seconds to import, and its modules import each other, so
-configurations are registered by the first call of ``AutoConfig.from_pretrained``, with which every
-Auto class begins, and models by the first call that makes one: who loads a tokenizer needs none.
+After ``import loram_ray``, ``AutoModelForCausalLM.from_pretrained(pruned_directory)`` works. The
+modelling code of transformers takes seconds to import, and its modules import each other.
+Configurations are therefore registered by the first call of ``AutoConfig.from_pretrained``, which
+every Auto class calls first, and models by the first call that creates one. Loading a tokenizer
+imports neither.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from loram_ray.architectures import ARCHITECTURES
 
 
 def register_on_first_use() -> None:
-    """Have the pruned classes registered when they are first asked for."""
+    """Register the pruned classes when they are first needed."""
     wrapt.register_post_import_hook(_wrap_configs, "transformers.models.auto.configuration_auto")
     wrapt.register_post_import_hook(_wrap_models, "transformers.models.auto.modeling_auto")
 

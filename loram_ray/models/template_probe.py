@@ -1,7 +1,7 @@
-"""Chat templates from outside, tried in a process that can be ended.
+"""Checks of untrusted chat templates, in a process that can be killed.
 
-A template is a program: it may run for ever, or make a text that fills the memory. Jinja's sandbox
-bounds ``range`` and hides Python's internals, and bounds neither time nor memory.
+A template is a program: it may never end, or produce a text that fills the memory. Jinja's sandbox
+bounds ``range`` and hides Python's internals, but limits neither time nor memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from loram_ray.utils.trial_process import run_apart
 
 CPU_SECONDS = 2
 MAX_CHARACTERS = 2**20
-"""Of a template, and of what it makes of a conversation of four messages."""
+"""Maximum length of a template, and of its rendering of a conversation of four messages."""
 _BYTES = 2**30
 _PROGRAM = """
 import json, resource, sys
@@ -71,15 +71,16 @@ for messages in ([user], [user, answer], [system, user, answer, user]):
 
 @functools.lru_cache(maxsize=64)
 def fault_of_template(template: str) -> str | None:
-    """Return what a chat template must be and this one is not, or None.
+    """Return the requirement that a chat template violates, or None.
 
-    What it raises is no fault: it may refuse conversations, and says so of each when it comes.
+    Exceptions that the template raises are not faults. It may reject conversations, and each such
+    error is reported when the conversation is rendered.
     """
     if len(template) > MAX_CHARACTERS:
         return f"at most {MAX_CHARACTERS:,} characters long, got {len(template):,}"
     done = run_apart(_PROGRAM, [template, CPU_SECONDS, _BYTES, MAX_CHARACTERS])
     if done is None or done.returncode < 0:
         return f"one that renders four messages within {CPU_SECONDS} s"
-    if done.returncode:  # memory that ran out where Python cannot raise
+    if done.returncode:  # out of memory where Python cannot raise
         return "one that needs less memory"
     return done.stdout.decode().strip() or None

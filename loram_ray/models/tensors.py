@@ -1,7 +1,7 @@
 """Names and shapes of the tensors that a ``config.json`` describes.
 
-What a model's class expects follows from its configuration and its family alone, so nothing here
-needs transformers, whose modelling code takes seconds to import.
+The tensors that a model's class expects follow from its configuration and family alone, so nothing
+here needs transformers, whose modelling code takes seconds to import.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from loram_ray.errors import LoramError
 from loram_ray.models.quantisation import READABLE
 
 _MOST_BLOCKS_OF_A_TENSOR = 100
-"""Layers times experts for each stored tensor, at most; in real models each has several tensors."""
+"""Maximum of layers times experts per stored tensor; real models have several tensors for each."""
 _RECOMPUTED = ".rotary_emb.inv_freq"
-"""End of the names of rotary frequencies, which old models store and transformers computes."""
+"""Suffix of the names of rotary frequencies, which old models store and transformers computes."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def is_recomputed(name: str) -> bool:
-    """Whether a stored tensor is no weight: transformers computes it from the configuration."""
+    """Return whether transformers computes a stored tensor from the configuration."""
     return name.endswith(_RECOMPUTED)
 
 
 def expected_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Shape of each tensor that a model has on disk, by name; a tied output head is left out.
+    """Return the shape of each tensor of a model on disk, by name, without a tied output head.
 
     Args:
-        config: ``config.json`` of a base, pruned, aligned or merged model. Quantised linears have
-            the shapes that they had before.
+        config: Content of ``config.json`` of a base, pruned, aligned or merged model. Quantised
+            linears have their shapes from before quantisation.
 
     Raises:
-        LoramError: an unsupported family, or a size that is missing or no size.
+        LoramError: If the family is not supported, or a size is missing or invalid.
     """
     settings = dict(config)
     family = family_in(settings)
@@ -71,16 +71,16 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
 def require_described(
     directory: Path, config: Mapping[str, Any], stored: Mapping[str, TensorSpec], file: str
 ) -> None:
-    """Refuse weights that are not those of a configuration.
+    """Check that weights match a configuration.
 
     Args:
-        directory: of both, for messages.
-        config: ``config.json``.
-        stored: shape and dtype of each tensor.
-        file: that the weights are read from: the one with all of them, or their index.
+        directory: Directory of the model, for messages.
+        config: Content of ``config.json``.
+        stored: Shape and dtype of each stored tensor.
+        file: Name of the file with all weights, or of their index, for messages.
 
     Raises:
-        LoramError: they are not; the message names the first tensor.
+        LoramError: If they do not match; the message names the first tensor.
     """
     named = config.get("transformers_weights")
     if named not in (None, file):
@@ -114,7 +114,7 @@ def require_described(
     head = f"{family.output_head}.weight"
     embeddings = expected[f"{family.embeddings}.weight"]
     for name, spec in left.items():
-        if name == head and spec.shape == embeddings:  # of a tied model that stores it twice
+        if name == head and spec.shape == embeddings:  # a tied model that stores its head twice
             continue
         if not is_recomputed(name):
             raise LoramError(
@@ -124,7 +124,7 @@ def require_described(
 
 
 def _require_possible(directory: Path, config: Mapping[str, Any], stored: int) -> None:
-    """Refuse absurd numbers of layers and experts before their tensors are listed."""
+    """Reject absurd numbers of layers and experts before listing their tensors."""
     settings = dict(config)
     geometry = family_in(settings).geometry(settings)
     blocks = geometry.num_layers * max(1, geometry.num_experts)
@@ -147,7 +147,7 @@ def _missing(directory: Path, name: str, shape: tuple[int, ...] | None, others: 
 
 
 def family_in(config: Mapping[str, Any]) -> Architecture:
-    """The family of a base's or a pruned model's ``config.json``."""
+    """Return the family of a base's or a pruned model's ``config.json``."""
     return architecture_of(str(config.get("model_type")).removeprefix("loram_"))
 
 
@@ -162,7 +162,7 @@ def _size_of_vocabulary(config: Mapping[str, Any]) -> int:
 
 
 def _changed_linears(config: Mapping[str, Any]) -> Shapes:
-    """Shapes of the linears that pruning changed."""
+    """Return the shapes of the linears that pruning changed."""
     found = config.get("pruned_linears") or {}
     try:
         shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in found.items()}
@@ -177,7 +177,7 @@ def _changed_linears(config: Mapping[str, Any]) -> Shapes:
 def _linears(
     family: Architecture, geometry: Geometry, config: Mapping[str, Any], layer: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name inside a stock layer and shape ``[out, in]`` of each of its linears."""
+    """Yield the name inside a stock layer and the shape ``[out, in]`` of each of its linears."""
     hidden = geometry.hidden_size
     sparse = family.router is not None and _has_experts(config, layer)
     for linear in family.linears:
@@ -198,7 +198,7 @@ def _linears(
 
 
 def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of a mixture's model is one (Qwen3-MoE's configuration)."""
+    """Return whether a layer has experts (Qwen3-MoE may have layers without)."""
     step = config.get("decoder_sparse_step") or 1
     return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
 
@@ -206,21 +206,21 @@ def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
 def _norms(
     family: Architecture, geometry: Geometry, layer: int, shapes: Shapes
 ) -> Iterator[tuple[str, int]]:
-    """Name inside a layer and size of each of its norms."""
+    """Yield the name inside a layer and the size of each of its norms."""
     for name in family.hidden_norms:
         yield name, geometry.hidden_size
     for name in family.head_norms:
         yield name, geometry.head_dim
-    for norm in family.norms:  # over the features of a linear that may be pruned
+    for norm in family.norms:  # over the outputs of a linear that may be pruned
         linear = next(one for one in family.linears if one.sections == norm.sections)
         yield norm.name, shapes[f"{family.layers}.{layer}.{linear.name}.weight"][0]
 
 
 class _Quantisation:
-    """What a configuration says of quantised weights.
+    """The quantisation settings of a configuration.
 
     Raises:
-        LoramError: a form that is not read here.
+        LoramError: If the format is not supported.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
@@ -242,10 +242,10 @@ class _Quantisation:
     def parts(
         self, name: str, shape: tuple[int, ...], stored: Mapping[str, TensorSpec]
     ) -> dict[str, tuple[int, ...] | None]:
-        """Stored tensors of a weight and their shapes; None is any.
+        """Return the stored tensors of a weight and their shapes; None accepts any shape.
 
         Raises:
-            LoramError: it is quantised and should not be, or the other way around.
+            LoramError: If the weight is quantised but the configuration is not, or vice versa.
         """
         form = next((form for form in READABLE if form.state_of(name) in stored), None)
         if form is None:

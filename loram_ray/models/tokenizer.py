@@ -1,4 +1,4 @@
-"""Loading tokenizers, without the modelling code of transformers: it takes seconds to import."""
+"""Loading of tokenizers, without transformers' modelling code, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from loram_ray.utils.parsing import read_json, read_text
 
 _PROBES = ("Hello.", "a", "0")
 RENDER_SECONDS = 10.0
-"""CPU time for the rendering of a conversation, which takes milliseconds."""
+"""Maximum CPU time in seconds to render a conversation, which normally takes milliseconds."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The tokens around a document: those with which the tokenizer itself begins and ends a text.
+    """The tokens that the tokenizer adds before and after a document.
 
     Attributes:
-        opening: token ids in front; none for many tokenizers, BOS for others (Llama, Gemma).
-        closing: token ids behind, the end-of-text token among them.
+        opening: Token ids before the text; empty for many tokenizers, BOS for others (Llama,
+            Gemma).
+        closing: Token ids after the text, including the end-of-text token.
     """
 
     opening: tuple[int, ...]
@@ -33,29 +34,29 @@ class Frame:
 
     @property
     def end(self) -> int:
-        """The last token of every document."""
+        """Last token of every document."""
         return self.closing[-1]
 
     @property
     def settings(self) -> dict[str, list[int]]:
-        """What a stage's identity holds of it: nothing where only one token is added, at the end.
+        """Settings for a stage's identity; empty if the only added token is one at the end.
 
-        Without it the outputs of earlier versions, which added no other, stay valid.
+        Earlier versions added no other token, so their outputs stay valid.
         """
         if not self.opening and len(self.closing) == 1:
             return {}
         return {"opening": list(self.opening), "closing": list(self.closing)}
 
     def around(self, ids: Sequence[int]) -> list[int]:
-        """Token ids of a document, opened and closed."""
+        """Return the token ids of a document with its opening and closing tokens."""
         return [*_opened(ids, self.opening), *self.closing]
 
 
 def frame_of(tokenizer: Any) -> Frame:
-    """How documents begin and end.
+    """Return the tokens that begin and end a document.
 
     Raises:
-        LoramError: the tokenizer has no end-of-text token.
+        LoramError: If the tokenizer has no end-of-text token.
     """
     opening, closing = added_around(tokenizer)
     end = end_of_text(tokenizer)
@@ -63,10 +64,10 @@ def frame_of(tokenizer: Any) -> Frame:
 
 
 def end_of_text(tokenizer: Any) -> int:
-    """Id of the token that closes a document, and pads.
+    """Return the id of the end-of-text token, which is also used for padding.
 
     Raises:
-        LoramError: the tokenizer has none.
+        LoramError: If the tokenizer has no such token.
     """
     if tokenizer.eos_token_id is None:
         raise LoramError(
@@ -77,7 +78,7 @@ def end_of_text(tokenizer: Any) -> int:
 
 
 def ids_to_continue(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that is to be continued: begun as the tokenizer does, and not ended."""
+    """Return the token ids of a text to continue: with the opening tokens, without an end token."""
     opening, _ = added_around(tokenizer)
     return _opened(tokenizer(text, add_special_tokens=False)["input_ids"], opening)
 
@@ -85,16 +86,16 @@ def ids_to_continue(tokenizer: Any, text: str) -> list[int]:
 def continuation(
     tokenizer: Any, prompt: Sequence[int], new: Sequence[int], skip_special_tokens: bool = True
 ) -> str:
-    """Text of generated tokens, decoded behind their prompt, whose text is cut off.
+    """Decode generated tokens after their prompt and return the text without the prompt's.
 
-    Decoded alone, tokens lose a space in front under SentencePiece, and a character that the prompt
-    has the first bytes of.
+    Decoded alone, tokens can lose a leading space under SentencePiece, or a character whose first
+    bytes are in the prompt.
 
     Args:
-        tokenizer: of the model.
-        prompt: token ids before them; the last few are enough.
-        new: generated token ids.
-        skip_special_tokens: whether special tokens are left out of the text.
+        tokenizer: Tokenizer of the model.
+        prompt: Token ids of the prompt; the last few are enough.
+        new: Generated token ids.
+        skip_special_tokens: Whether to leave special tokens out of the text.
     """
     before, whole = tokenizer.batch_decode(
         [[*prompt], [*prompt, *new]], skip_special_tokens=skip_special_tokens
@@ -103,17 +104,18 @@ def continuation(
 
 
 def _opened(ids: Sequence[int], opening: tuple[int, ...]) -> list[int]:
-    """Put the opening in front, unless the text holds it already."""
+    """Prepend the opening tokens unless the ids already begin with them."""
     return [*ids] if tuple(ids[: len(opening)]) == opening else [*opening, *ids]
 
 
 def added_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids that the tokenizer adds in front of a text and behind it.
+    """Return the token ids that the tokenizer adds before and after a text.
 
-    They are seen in what it does to a text: flags such as ``add_bos_token`` need not agree.
+    They are determined from its output on a text, because flags such as ``add_bos_token`` may
+    disagree with it.
 
     Raises:
-        LoramError: it adds tokens elsewhere.
+        LoramError: If it adds tokens elsewhere.
     """
     for text in _PROBES:
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -134,12 +136,12 @@ def load_tokenizer(
     """Load the tokenizer of a model directory.
 
     Args:
-        directory: the model.
-        chat_template: Jinja file, instead of the tokenizer's own chat template.
-        key: configuration key or option of that file, for messages.
+        directory: Directory of the model.
+        chat_template: Jinja file that replaces the tokenizer's own chat template.
+        key: Configuration key or option that named that file, for messages.
 
     Raises:
-        LoramError: there is none that transformers can read, or the file cannot be read.
+        LoramError: If transformers cannot load the tokenizer, or the file cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -147,7 +149,7 @@ def load_tokenizer(
     require_tokenizer_files(Path(directory))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-    except BaseException as error:  # the library in Rust panics, which is no Exception
+    except BaseException as error:  # the Rust library panics, which is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise LoramError(
@@ -163,9 +165,9 @@ def load_tokenizer(
 
 
 def _require_embedded(tokenizer: Any, directory: Path) -> None:
-    """Refuse a token whose number is beyond the rows of the embeddings.
+    """Reject tokenizers with a token id beyond the rows of the embeddings.
 
-    Where the weights are opened, those are as many as ``config.json`` says.
+    Opening the weights checks that the embeddings have as many rows as ``config.json`` says.
     """
     if not (directory / "config.json").is_file():
         return
@@ -186,12 +188,12 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **arguments:
     """Apply a tokenizer's chat template, which is a program and may raise anything.
 
     Args:
-        tokenizer: with a chat template.
-        messages: of the conversation.
-        arguments: of `apply_chat_template`.
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages of the conversation.
+        arguments: Further arguments of `apply_chat_template`.
 
     Raises:
-        LoramError: the template takes too long.
+        LoramError: If the template takes too long.
     """
     try:
         text: str = within(
@@ -211,7 +213,7 @@ def read_template(path: Path, key: str) -> str:
     """Read a file with a chat template.
 
     Raises:
-        LoramError: it cannot be read as text.
+        LoramError: If it cannot be read as text.
     """
     if not os.path.lexists(path):
         raise LoramError(f"{key} {path} cannot be read (it does not exist); check the path")

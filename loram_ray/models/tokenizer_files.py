@@ -36,7 +36,7 @@ class _TokenizerConfig(Document):
 
 
 class _SpecialTokens(Document):
-    """``special_tokens_map.json``."""
+    """Schema of ``special_tokens_map.json``."""
 
     bos_token: _SpecialToken = None
     eos_token: _SpecialToken = None
@@ -46,7 +46,7 @@ class _SpecialTokens(Document):
 
 
 class _Tokenizer(Document):
-    """``tokenizer.json``, whose parts the tokenizers library checks."""
+    """Schema of ``tokenizer.json``, whose parts the tokenizers library checks."""
 
     model: dict[str, Any]
     added_tokens: list[dict[str, Any]] | None = None
@@ -92,10 +92,10 @@ _MAX_BYTES = 256 * 2**20
 
 
 def require_tokenizer_files(directory: Path) -> None:
-    """Refuse files that hang their reader, or whose values have other types.
+    """Reject tokenizer files that would hang their reader or have values of wrong types.
 
     Raises:
-        LoramError: the first fault, with its file.
+        LoramError: If a file is invalid; the message names the first one.
     """
     if not directory.is_dir():
         raise LoramError(f"{directory} must be a model directory, it is none; check the path")
@@ -113,14 +113,14 @@ def require_tokenizer_files(directory: Path) -> None:
 
 
 def require_template(template: Any, name: str) -> None:
-    """Refuse a chat template that is no Jinja, or runs for ever.
+    """Reject a chat template that is not valid Jinja or never ends.
 
     Args:
-        template: a template, several by name, or None.
-        name: where it stands, for messages.
+        template: A template, several templates by name, or None.
+        name: Name of the template's source, for messages.
 
     Raises:
-        LoramError: what it must be.
+        LoramError: If the template is invalid; the message says what it must be.
     """
     several = template.values() if isinstance(template, dict) else [template]
     for text in several:

@@ -1,7 +1,7 @@
-"""Opening the weights of a model directory: every stage reads them through here.
+"""Weights of a model directory, as every stage opens them.
 
-``model.safetensors``, or the shards of ``model.safetensors.index.json``, is the model, whatever
-else is beside it: pickled weights, an adapter, weights of other precisions, a subfolder.
+The model is ``model.safetensors``, or the shards of ``model.safetensors.index.json``. Other files
+are ignored: pickled weights, an adapter, weights of other precisions, subfolders.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _COMPARED_BYTES = 2**22
 
 
 class ModelCheckpoint(Checkpoint):
-    """The weights of a model directory, whose names and shapes are those of its ``config.json``.
+    """The weights of a model directory, with names and shapes checked against ``config.json``.
 
-    Only headers are read; values are checked tensor by tensor, where they are read.
+    Only headers are read on opening; values are checked when each tensor is read.
 
     Args:
-        directory: a base, pruned, aligned, quantised or merged model.
-        config: content of its ``config.json``, if that was read.
+        directory: Directory of a base, pruned, aligned, quantised or merged model.
+        config: Content of its ``config.json``; read from the directory by default.
 
     Raises:
-        LoramError: a file or a tensor is missing, a tensor has another shape, or there is one that
-            the configuration has no place for.
+        LoramError: If a file or a tensor is missing, a tensor has another shape, or the
+            configuration does not describe it.
     """
 
     def __init__(self, directory: Path | str, config: dict[str, Any] | None = None) -> None:
@@ -45,7 +45,7 @@ class ModelCheckpoint(Checkpoint):
             raise
 
     def _require_once(self) -> None:
-        """Refuse a tensor in two shards: transformers reads the last, not what the index says."""
+        """Reject a tensor in two shards: transformers reads the last, whatever the index says."""
         for file_name, file in self.files.items():
             for name in file.specs:
                 if self.location[name] != file_name:
@@ -56,14 +56,14 @@ class ModelCheckpoint(Checkpoint):
 
     @property
     def family(self) -> Architecture:
-        """The model's family."""
+        """Family of the model."""
         return family_in(self.config)
 
     def has_own_head(self) -> bool:
-        """Whether the output head differs from the embeddings, whatever ``config.json`` says.
+        """Return whether the stored output head differs from the embeddings.
 
         transformers does not tie a stored head whose values differ from those of the stored
-        embeddings.
+        embeddings, whatever ``config.json`` says.
         """
         family = self.family
         if not family.is_tied(self.config):
