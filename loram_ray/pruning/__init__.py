@@ -1,1 +1,1 @@
-"""Pruning criteria and the plans they make."""
+"""Pruning criteria and the pruning plans they produce."""

@@ -1,12 +1,12 @@
-"""The walk of a calibration through the layers of a base, one layer at a time.
+"""Calibration of a base, one layer at a time.
 
-Forward criteria carry the calibration set's hidden states from layer to layer. The Taylor criterion
-keeps the input of every layer on disk, and then carries the gradients back, so that a 70B model
-needs the memory of one layer where a whole backward pass needs several times the model's. After
-every layer the journal says how far the walk is, and a walk that was cut goes on from there.
+Forward criteria carry the hidden states of the calibration set from layer to layer. The Taylor
+criterion stores the input of every layer on disk and then carries the gradients back. A 70B model
+thus needs the memory of one layer, where a full backward pass needs several times the model's. A
+journal records the progress after every layer, and an interrupted calibration resumes from it.
 
-Workers each take shares of the calibration set. Sums are formed share by share in a fixed order, so
-that the result does not depend on how many workers there were.
+Each worker processes shares of the calibration set. Sums are accumulated share by share in a fixed
+order, so the result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _JOURNAL = "journal.json"
 
 
 class Calibration:
-    """A calibration of one base; each method is one kind of walk.
+    """A calibration of one base, with one method per kind of criterion.
 
     Args:
-        spec: what the workers were given.
-        pool: the workers.
-        checkpoint: the base.
-        family: its family.
-        geometry: its sizes.
-        layers: first pruned layer and the one after the last.
-        reporter: shows the layers done.
+        spec: Settings that the workers were given.
+        pool: Pool of workers.
+        checkpoint: Weights of the base.
+        family: Family of the base.
+        geometry: Sizes of the base.
+        layers: Pruned layers, as ``(first, end)`` with ``end`` excluded.
+        reporter: Progress display, advanced by one per layer.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Calibration:
         self._journal = _read_journal(spec.work)
 
     def score_forward(self, method: str) -> dict[int, LayerScores]:
-        """Scores of the pruned layers by FLAP or by activation; the base stays as it is."""
+        """Score the units of the pruned layers by FLAP or activation; the base is not changed."""
         for layer in self._forward_layers(self._end):
             pruned = layer >= self._first
             statistics = self._run(layer, method if pruned else None, write=layer + 1 < self._end)
@@ -86,7 +86,7 @@ class Calibration:
         return self._load_scores()
 
     def score_taylor(self, form: TaylorForm) -> dict[int, LayerScores]:
-        """Scores of the pruned layers by the Taylor criterion."""
+        """Score the units of the pruned layers by the Taylor criterion."""
         last = self._geometry.num_layers
         for layer in self._forward_layers(last, keep_from=self._first):
             self._run(layer, None, write=True)
@@ -106,9 +106,15 @@ class Calibration:
     def sparsify(
         self, method: str, ratios: dict[int, float], pattern: Pattern, damping: float
     ) -> dict[str, float]:
-        """Prune weights layer after layer, each fed by the pruned layers before it.
+        """Prune weights layer by layer, with inputs from the pruned layers before.
 
-        The pruned weights and masks are left in files, see `sparsified_file`.
+        The pruned weights and masks are written to files, see `sparsified_file`.
+
+        Args:
+            method: Criterion that selects the weights.
+            ratios: Share of weights to prune, by layer.
+            pattern: Allowed positions of zeros.
+            damping: Damping of SparseGPT's Hessian, as a share of its mean diagonal.
 
         Returns:
             SparseGPT's relative error by module path.
@@ -126,7 +132,7 @@ class Calibration:
         return dict(self._journal.get("errors", {}))
 
     def input_norms(self) -> dict[str, torch.Tensor]:
-        """Wanda's squared input norms by module path, after `sparsify`."""
+        """Return Wanda's squared input norms by module path, after `sparsify`."""
         found: dict[str, torch.Tensor] = {}
         for layer in range(self._first, self._end):
             path = self._work / "norms" / f"layer-{layer:05d}.safetensors"
@@ -134,11 +140,12 @@ class Calibration:
         return found
 
     def _forward_layers(self, end: int, keep_from: int | None = None) -> Iterator[int]:
-        """Yield the layers that are still to be run; a layer is done when the next is asked for.
+        """Yield the remaining layers; a layer is marked done when the next one is requested.
 
         Args:
-            end: the layer after the last.
-            keep_from: inputs of this layer and later ones are kept.
+            end: End of the layers, excluded.
+            keep_from: First layer whose inputs are kept; None drops the inputs of every finished
+                layer.
         """
         if "forward" not in self._journal:
             list(self._pool.run([("embed", (share,)) for share in self._shares]))
@@ -187,7 +194,7 @@ class Calibration:
     ) -> LayerScores:
         def per_index(entry: Any) -> torch.Tensor | None:
             inputs = statistics.get(entry.module)
-            if entry.linear.axis == 0 or inputs is None:  # an output side, or an expert unused
+            if entry.linear.axis == 0 or inputs is None:  # an output side, or an unused expert
                 return None
             weight = partial(self._weight, entry.module)
             return SCORES[method](Evidence(weight, entry.linear.axis, inputs))
@@ -248,7 +255,10 @@ class Calibration:
 
 
 def sparsified_file(work: Path, layer: int) -> Path:
-    """File of a layer's pruned weights and packed masks, ``<module>.weight`` and ``.mask``."""
+    """Return the file of a layer's pruned weights and packed masks.
+
+    Its tensors are named ``<module>.weight`` and ``<module>.mask``.
+    """
     return work / "solved" / f"layer-{layer:05d}.safetensors"
 
 
@@ -262,7 +272,7 @@ def save_sparsified(work: Path, layer: int, solved: dict[str, Sparsified]) -> No
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, partial)
@@ -270,7 +280,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def share_out(samples: int, shares: int) -> tuple[tuple[int, int], ...]:
-    """Cut a calibration set into at most ``shares`` spans of nearly equal length."""
+    """Split a calibration set into at most ``shares`` spans of nearly equal length."""
     count = min(samples, shares)
     edges = [samples * i // count for i in range(count + 1)]
     return tuple(zip(edges[:-1], edges[1:], strict=True))

@@ -1,10 +1,9 @@
-"""Scores of structured pruning: how much a layer's output needs each GQA group and each neuron.
+"""Scores for structured pruning: the importance of each GQA group and neuron to its layer's output.
 
-Every criterion gives one number to each row or column along a linear's pruned dimension; the
-numbers of all the rows and columns that go together (a neuron's gate row, up row and down column; a
-group's query, key and value rows and output columns) are summed. LLM-Pruner instead folds the
-scores of query heads over KV heads by position, which mixes the heads of different groups; here
-each group sums its own.
+Every criterion scores each row or column along a linear's pruned dimension. The scores of all rows
+and columns of a unit are summed: a neuron's gate row, up row and down column, or a group's query,
+key and value rows and output columns. LLM-Pruner instead folds the scores of query heads over KV
+heads by position, which mixes heads of different groups; here each group sums its own.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ class TaylorForm(StrEnum):
     """Terms of the loss's Taylor expansion around zeroing a weight (LLM-Pruner, section 3.2)."""
 
     FIRST = "first"
-    """``|w g|``, g being the gradient of the mean loss."""
+    """``|w g|``, where g is the gradient of the mean loss."""
     SECOND = "second"
-    """``|w^2 f|``, f being the mean of the squared gradients of single samples (Fisher)."""
+    """``|w^2 f|``, where f is the mean of the squared per-sample gradients (Fisher)."""
     MIXED = "mixed"
     """``|w g - w^2 f / 2|``."""
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Scores of one layer's units; the higher, the more the layer needs it.
+    """Scores of one layer's units; higher scores are more important.
 
     Attributes:
-        kv_heads: one a GQA group, float32 ``[num_kv_heads]``.
-        neurons: one a neuron, float32 ``[intermediate]`` or ``[experts, intermediate]``.
+        kv_heads: Score of each GQA group, float32 ``[num_kv_heads]``.
+        neurons: Score of each neuron, float32 ``[intermediate]`` or ``[experts, intermediate]``.
     """
 
     kv_heads: torch.Tensor
@@ -47,12 +46,12 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class CalibratedLinear:
-    """One linear of a layer and what a criterion asks of it.
+    """One linear of a layer to be scored.
 
     Attributes:
-        module: its full path.
-        linear: its place in the family.
-        expert: the expert that it belongs to, or None.
+        module: Full path of the linear.
+        linear: Description of the linear in its family.
+        expert: Number of the expert that it belongs to, or None.
     """
 
     module: str
@@ -64,22 +63,23 @@ PerIndex = Callable[[CalibratedLinear], "torch.Tensor | None"]
 
 
 def layer_linears(family: Architecture, geometry: Geometry, layer: int) -> list[CalibratedLinear]:
-    """The coupled linears of a layer."""
+    """Return the coupled linears of a layer."""
     return [CalibratedLinear(*entry) for entry in family.modules(layer, geometry)]
 
 
 def score_layer(
     linears: Iterable[CalibratedLinear], geometry: Geometry, per_index: PerIndex
 ) -> LayerScores:
-    """Sum what each linear says of its rows or columns over the units that they belong to.
+    """Sum the scores of each linear's rows or columns over the units they belong to.
 
     Args:
-        linears: of one layer.
-        geometry: sizes of the base.
-        per_index: scores along a linear's pruned dimension, float32, or None where it says nothing.
+        linears: Linears of one layer.
+        geometry: Sizes of the base.
+        per_index: Function that returns a linear's scores along its pruned dimension, float32, or
+            None if it has none.
 
     Raises:
-        LoramError: a score is not finite; the linear is named.
+        LoramError: If a score is not finite; the message names the linear.
     """
     experts = max(geometry.num_experts, 1)
     kv_heads = torch.zeros(geometry.num_kv_heads)
@@ -103,15 +103,15 @@ def score_layer(
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a criterion may look at to score one linear.
+    """Inputs of a criterion for scoring one linear.
 
     Attributes:
-        weight: reads its weight ``[out, in]``; a criterion that does not need it reads nothing.
-        axis: pruned dimension of the weight.
-        inputs: the criterion's statistic of its calibration inputs.
-        gradient: of the mean calibration loss, float32 ``[out, in]``.
-        squared_gradients: mean over samples of their squared gradients, float32 ``[out, in]``.
-        form: of the criterion, where it has several.
+        weight: Function that reads the weight ``[out, in]``; not called by criteria that ignore it.
+        axis: Pruned dimension of the weight.
+        inputs: The criterion's statistic of the linear's calibration inputs.
+        gradient: Gradient of the mean calibration loss, float32 ``[out, in]``.
+        squared_gradients: Mean of the squared per-sample gradients, float32 ``[out, in]``.
+        form: Form of the criterion, if it has several.
     """
 
     weight: Callable[[], torch.Tensor]
@@ -123,22 +123,22 @@ class Evidence:
 
 
 def magnitude(weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """Squared L2 norm of each row (axis 0) or column (axis 1) of a weight ``[out, in]``."""
+    """Compute the squared L2 norm of each row (axis 0) or column (axis 1) of a weight."""
     return weight.float().square().sum(1 - axis)
 
 
 def flap(weight: torch.Tensor, inputs: Moments) -> torch.Tensor:
-    """``Var(x_j) * sum_i W_ij^2`` of each input feature (An et al. 2024, FLAP, equation 5).
+    """Compute ``Var(x_j) * sum_i W_ij^2`` of each input (An et al. 2024, FLAP, equation 5).
 
     Args:
-        weight: of ``down_proj`` or ``o_proj``, ``[out, in]``.
-        inputs: moments of its inputs.
+        weight: Weight of ``down_proj`` or ``o_proj``, ``[out, in]``.
+        inputs: Moments of its inputs.
     """
     return inputs.variance * magnitude(weight, axis=1).cpu()
 
 
 def activation(inputs: MeanActivations) -> torch.Tensor:
-    """L2 norm over sequences of the mean absolute activation (Muralidharan et al. 2024)."""
+    """Compute the L2 norm over sequences of the mean absolute input (Muralidharan et al. 2024)."""
     return inputs.total.sqrt()
 
 
@@ -149,15 +149,15 @@ def taylor(
     gradient: torch.Tensor | None,
     squared_gradients: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum of LLM-Pruner's element-wise importance over each row (axis 0) or column (axis 1).
+    """Sum LLM-Pruner's element-wise importance over each row (axis 0) or column (axis 1).
 
     Args:
-        form: which terms.
-        weight: ``[out, in]``.
-        axis: pruned dimension of the weight.
-        gradient: of the mean loss, float32 ``[out, in]``; unused by `TaylorForm.SECOND`.
-        squared_gradients: mean over samples of their squared gradients, float32 ``[out, in]``;
-            unused by `TaylorForm.FIRST`.
+        form: Terms of the expansion to use.
+        weight: Weight of the linear, ``[out, in]``.
+        axis: Pruned dimension of the weight.
+        gradient: Gradient of the mean loss, float32 ``[out, in]``; unused by `TaylorForm.SECOND`.
+        squared_gradients: Mean of the squared per-sample gradients, float32 ``[out, in]``; unused
+            by `TaylorForm.FIRST`.
     """
     weight = weight.float()
     change = torch.zeros_like(weight)
@@ -192,4 +192,4 @@ SCORES: dict[str, Callable[[Evidence], torch.Tensor]] = {
     "activation": _activation,
     "taylor": _taylor,
 }
-"""Scores of the rows or columns of a linear, by criterion; random looks at no linear."""
+"""Score functions of a linear's rows or columns, by criterion; random scoring uses no linear."""

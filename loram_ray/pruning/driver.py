@@ -1,4 +1,4 @@
-"""From a configuration to scores, or to pruned weights: which criterion looks at what."""
+"""Scores or pruned weights from a configuration: the inputs that each criterion needs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def structured_scores(
     work: Path,
     ray_config: RayConfig,
 ) -> dict[int, LayerScores]:
-    """Scores of every unit of the pruned layers, by the configured criterion.
+    """Score every unit of the pruned layers by the configured criterion.
 
     Args:
-        config: the stage's configuration.
-        base: what is pruned.
-        layers: first pruned layer and the one after the last.
-        work: directory for what outlives an interruption.
-        ray_config: where the workers of a calibration run.
+        config: Configuration of the stage.
+        base: Model to prune.
+        layers: Pruned layers, as ``(first, end)`` with ``end`` excluded.
+        work: Directory for files that survive an interruption.
+        ray_config: Settings of Ray for the calibration workers.
     """
     criterion = config.criterion
     if criterion.name not in SCORES:
@@ -74,16 +74,16 @@ def sparsify_weights(
     """Prune the weights of every linear of the pruned layers, into each `sparsified_file`.
 
     Args:
-        config: the stage's configuration.
-        base: what is pruned.
-        layers: first pruned layer and the one after the last.
-        ratios: share of zeros of each pruned layer.
+        config: Configuration of the stage.
+        base: Model to prune.
+        layers: Pruned layers, as ``(first, end)`` with ``end`` excluded.
+        ratios: Share of zeros of each pruned layer.
         norms: Wanda's squared input norms of an earlier calibration, or None.
-        work: directory for what outlives an interruption.
-        ray_config: where the workers of a calibration run.
+        work: Directory for files that survive an interruption.
+        ray_config: Settings of Ray for the calibration workers.
 
     Returns:
-        SparseGPT's relative error, and Wanda's squared input norms, by module path; either may be
+        SparseGPT's relative error and Wanda's squared input norms, by module path; either may be
         empty.
     """
     pattern = Pattern.parse(config.pattern)
@@ -96,7 +96,7 @@ def sparsify_weights(
 
 
 def _scores_of_weights(base: BaseModel, layer: int, criterion: str) -> LayerScores:
-    """Scores of a layer's units by a criterion that looks at weights alone."""
+    """Score a layer's units by a criterion that needs the weights alone."""
 
     def per_index(entry: CalibratedLinear) -> torch.Tensor:
         evidence = Evidence(partial(base.weight, entry.module), entry.linear.axis)
@@ -137,15 +137,15 @@ def _calibration(
     ray_config: RayConfig,
     passes: int,
 ) -> Iterator[Calibration]:
-    """Have workers and a calibration of the base inside the block.
+    """Start workers and yield a calibration of the base.
 
     Args:
-        config: the stage's configuration.
-        base: what is pruned.
-        layers: first pruned layer and the one after the last.
-        work: directory for what outlives an interruption.
-        ray_config: where Ray runs.
-        passes: layers that will be run, for the progress.
+        config: Configuration of the stage.
+        base: Model to prune.
+        layers: Pruned layers, as ``(first, end)`` with ``end`` excluded.
+        work: Directory for files that survive an interruption.
+        ray_config: Settings of Ray for the workers.
+        passes: Total number of layer passes, for the progress display.
     """
     calibration = config.calibration
     assert calibration is not None

@@ -1,4 +1,4 @@
-"""Where zeros may lie, and the exact choice of the lowest scores, the first of ties."""
+"""Patterns of zeros, and exact selection of the lowest scores, first ties first."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 
 from loram_ray.errors import LoramError
 
-LONG_ROW = 2**24  # topk, the faster in short rows, drags its pairs through memory in long ones
-CHUNK = 2**20  # scores ranked at a time, few enough to stay in a processor's cache
+LONG_ROW = 2**24  # topk is faster in short rows, but limited by memory bandwidth in long ones
+CHUNK = 2**20  # scores ranked at a time; they fit into a processor's cache
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where zeros may lie: anywhere, or exactly ``zeros`` of every ``group`` consecutive inputs.
+    """Allowed positions of zeros: anywhere, or exactly ``zeros`` in every ``group`` inputs.
 
-    The first number counts zeros, as in LoRAM's 4:8: 4 zeros of 8.
+    The first number of a pattern counts zeros, as in LoRAM's 4:8, which has 4 zeros in 8
+    consecutive inputs.
 
     Attributes:
-        zeros: zeros in each group; 0 if unstructured.
-        group: inputs of a group; 0 if unstructured.
+        zeros: Number of zeros in each group; 0 if unstructured.
+        group: Number of consecutive inputs in a group; 0 if unstructured.
     """
 
     zeros: int = 0
@@ -29,10 +30,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read ``unstructured`` or ``n:m``.
+        """Parse ``unstructured`` or ``n:m``.
 
         Raises:
-            LoramError: it is neither, or not 0 < n < m.
+            LoramError: If the text is neither, or not 0 < n < m.
         """
         if text == "unstructured":
             return cls()
@@ -51,7 +52,7 @@ class Pattern:
         """Check that a linear's inputs divide into whole groups.
 
         Raises:
-            LoramError: they do not; it names the linear.
+            LoramError: If they do not; the message names the linear.
         """
         if self.group and columns % self.group:
             raise LoramError(
@@ -61,12 +62,12 @@ class Pattern:
             )
 
     def ratio(self, default: float) -> float:
-        """Share of zeros: n / m, or ``default`` (``prune.ratio``) if unstructured."""
+        """Return the share of zeros: n / m, or ``default`` (``prune.ratio``) if unstructured."""
         return self.zeros / self.group if self.group else default
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True at the ``count`` lowest scores of each row of ``[rows, columns]``, the first of ties."""
+    """Mark the ``count`` lowest scores of each row of ``[rows, columns]``, earlier ties first."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if scores.shape[1] < LONG_ROW:
@@ -84,9 +85,9 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def rank(scores: torch.Tensor) -> torch.Tensor:
-    """Rank of each score within its column of ``[group, columns]``, the first of ties lowest.
+    """Rank each score within its column of ``[group, columns]``; the first of ties ranks lowest.
 
-    By comparing pairs: for the few scores of a group faster than sorting.
+    Compares pairs, which is faster than sorting for the few scores of a group.
     """
     ranks = torch.zeros_like(scores, dtype=torch.int16)
     for i in range(len(scores) - 1):
@@ -97,7 +98,7 @@ def rank(scores: torch.Tensor) -> torch.Tensor:
 
 
 def kept_in_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """True at the scores of ``[out, in]`` that are not the n lowest of their group of m."""
+    """Mark the scores of ``[out, in]`` that are not among the n lowest of their group of m."""
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     rows = max(CHUNK // scores.shape[1], 1)
     for part, target in zip(scores.split(rows), kept.split(rows), strict=True):

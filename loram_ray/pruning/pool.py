@@ -14,42 +14,42 @@ from loram_ray.runtime.actors import actor_death_error, remote_class, unwrap_tas
 from loram_ray.runtime.cluster import gpus_per_worker, ray_session, require_resources
 
 Job = tuple[str, tuple[Any, ...]]
-"""A method of `CalibrationWorker` and its arguments."""
+"""Name of a method of `CalibrationWorker`, and its arguments."""
 
 
 class Pool(Protocol):
-    """Where jobs run."""
+    """Interface of worker pools."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
-        """Run jobs, several at a time, and yield their results in the jobs' order."""
+        """Run jobs concurrently and yield their results in the jobs' order."""
 
     def share(self, value: Any) -> Any:
-        """Have a large argument of several jobs sent once; give them what this returns."""
+        """Send a large argument of several jobs only once; pass the returned value to the jobs."""
 
 
 class InProcess:
-    """One worker in this process."""
+    """Pool with one worker in this process."""
 
     def __init__(self, spec: CalibrationSpec) -> None:
         self._worker = CalibrationWorker(spec)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
-        """Run one job after another."""
+        """Run the jobs one after another."""
         for method, arguments in jobs:
             yield getattr(self._worker, method)(*arguments)
 
     def share(self, value: Any) -> Any:
-        """Nothing is sent."""
+        """Return the value unchanged."""
         return value
 
 
 class RayPool:
-    """Ray actors; one that dies is replaced and its job given again.
+    """Pool of Ray actors; an actor that dies is replaced and its job is retried.
 
     Args:
-        spec: what each works on.
-        config: how many, and how large.
-        cpus: logical CPUs, and threads, of each.
+        spec: Settings of each worker.
+        config: Number and size of the workers.
+        cpus: Number of logical CPUs, and of threads, of each worker.
     """
 
     def __init__(self, spec: CalibrationSpec, config: CalibrationConfig, cpus: int) -> None:
@@ -61,7 +61,7 @@ class RayPool:
         self._actors = [actor_class.remote(spec) for _ in range(config.workers)]
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
-        """Run jobs on actors that are free; yield the results in order."""
+        """Run jobs on free actors and yield the results in order."""
         waiting = list(reversed(list(enumerate(jobs))))
         free, running, done = list(self._actors), {}, {}
         following = 0
@@ -84,7 +84,7 @@ class RayPool:
         return self._ray.put(value)
 
     def close(self) -> None:
-        """End the actors."""
+        """Stop the actors."""
         for actor in self._actors:
             self._ray.kill(actor)
 
@@ -100,7 +100,7 @@ class RayPool:
 
 
 def threads_of(config: CalibrationConfig) -> int:
-    """CPUs, and threads, of each worker: by default this machine's, shared out."""
+    """Return the CPUs and threads of each worker; by default, an equal share of this machine's."""
     return config.cpus_per_worker or max((os.cpu_count() or 1) // config.workers, 1)
 
 
@@ -108,10 +108,10 @@ def threads_of(config: CalibrationConfig) -> int:
 def ray_pool(
     spec: CalibrationSpec, config: CalibrationConfig, ray_config: RayConfig
 ) -> Iterator[RayPool]:
-    """Have Ray and the configured workers inside the block.
+    """Start Ray and the configured workers for the block.
 
     Raises:
-        LoramError: the cluster can never place them.
+        LoramError: If the cluster can never place the workers.
     """
     cpus = threads_of(config)
     with ray_session(ray_config, cpus * config.workers):

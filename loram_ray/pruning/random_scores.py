@@ -1,4 +1,4 @@
-"""LoRAM-Rand: units scored by chance, GQA group by group and neuron by neuron."""
+"""LoRAM-Rand: random scores of GQA groups and neurons."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from loram_ray.pruning.criteria import LayerScores
 
 
 def random_scores(geometry: Geometry, layers: tuple[int, int], seed: int) -> dict[int, LayerScores]:
-    """Scores of each layer's units in a random order, seeded layer by layer.
+    """Return scores that order the units of each layer randomly, seeded per layer.
 
-    The order in a layer, and in each expert of it, is its own.
+    Each layer, and each expert in it, has its own order.
     """
     scores = {}
     for layer in range(*layers):
@@ -27,7 +27,7 @@ def random_scores(geometry: Geometry, layers: tuple[int, int], seed: int) -> dic
 
 
 def _shuffled(count: int, generator: torch.Generator) -> torch.Tensor:
-    """The numbers from 0 down to ``1 - count``, each at a random place, float32."""
+    """Return the numbers from 0 down to ``1 - count`` in random order, float32."""
     scores = torch.empty(count)
     scores[torch.randperm(count, generator=generator)] = -torch.arange(count, dtype=torch.float32)
     return scores

@@ -1,4 +1,4 @@
-"""Importance scores on disk, so that another ratio needs no new calibration."""
+"""Importance scores on disk, which let another ratio reuse a calibration."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def save_scores(
     scores: Mapping[int, LayerScores],
     norms: Mapping[str, torch.Tensor],
 ) -> str:
-    """Write ``importance.safetensors``; return its SHA-256.
+    """Write ``importance.safetensors`` and return its SHA-256.
 
     Args:
-        directory: where to.
-        method: the criterion, with its form.
-        scores: of units, by layer (structured pruning).
+        directory: Directory to write to.
+        method: Criterion, with its form.
+        scores: Scores of units, by layer (structured pruning).
         norms: Wanda's squared input norms, by module path.
     """
     tensors = {f"{module}{_NORMS}": tensor for module, tensor in norms.items()}
@@ -51,15 +51,15 @@ def save_scores(
 def load_scores(
     directory: Path, method: str, layers: tuple[int, int]
 ) -> tuple[dict[int, LayerScores], dict[str, torch.Tensor]]:
-    """Read the scores of units, and Wanda's squared input norms; one of the two is empty.
+    """Read the scores of units and Wanda's squared input norms; one of the two is empty.
 
     Args:
-        directory: written by an earlier prune.
-        method: the criterion, with its form, that they must be of.
-        layers: first layer and the one after the last that are wanted.
+        directory: Directory written by an earlier prune.
+        method: Required criterion, with its form.
+        layers: Required layers, as ``(first, end)`` with ``end`` excluded.
 
     Raises:
-        LoramError: there are none, of another criterion, or of other layers.
+        LoramError: If there are no scores, or they are for another criterion or other layers.
     """
     path = directory / SCORES_FILE
     if not path.exists():

@@ -1,4 +1,4 @@
-"""From scores to kept units: how many of each layer, and which."""
+"""Selection of the kept units from scores: how many in each layer, and which."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LEFT_WHOLE_FIRST, _LEFT_WHOLE_LAST = 4, 2
 def layer_range(layers: tuple[int, int] | None, num_layers: int) -> tuple[int, int]:
     """Return the pruned layers ``[first, end)``; by default all but the first 4 and last 2.
 
-    That default gives the reference's [4, 78) of LLaMA-70B's 80 layers.
+    For the 80 layers of LLaMA-70B, the default is the reference's [4, 78).
 
     Raises:
-        LoramError: the range is empty or reaches outside the model.
+        LoramError: If the range is empty or exceeds the model.
     """
     first, end = layers if layers else (_LEFT_WHOLE_FIRST, num_layers - _LEFT_WHOLE_LAST)
     if not 0 <= first < end <= num_layers:
@@ -37,11 +37,11 @@ def layer_range(layers: tuple[int, int] | None, num_layers: int) -> tuple[int, i
 def layer_ratios(
     ratio: float, ratios: tuple[float, ...] | None, layers: tuple[int, int]
 ) -> dict[int, float]:
-    """Ratio of each pruned layer: the same for all, or one each from a list.
+    """Return the ratio of each pruned layer, either the common one or its own from a list.
 
     Raises:
-        LoramError: the list has another length than the pruned layers are many, or a ratio in it
-            is not in [0, 1).
+        LoramError: If the list does not have one ratio per pruned layer, or a ratio is not in [0,
+            1).
     """
     numbers = range(*layers)
     if ratios is not None and len(ratios) != len(numbers):
@@ -61,15 +61,16 @@ def layer_ratios(
 def kept_counts(
     geometry: Geometry, ratios: Mapping[int, float], multiple: int = 1
 ) -> dict[int, tuple[int, int]]:
-    """KV heads and neurons that each layer keeps at its ratio.
+    """Return the number of KV heads and neurons that each layer keeps at its ratio.
 
     Args:
-        geometry: sizes of the base.
-        ratios: of each pruned layer.
-        multiple: kept neurons are rounded to the nearest multiple of it, at least one.
+        geometry: Sizes of the base.
+        ratios: Ratio of each pruned layer.
+        multiple: Number to whose nearest multiple kept neurons are rounded, with at least one
+            multiple.
 
     Raises:
-        LoramError: a ratio leaves a layer no KV head or no neuron.
+        LoramError: If a ratio leaves a layer without KV heads or without neurons.
     """
     counts = {}
     for layer, ratio in ratios.items():
@@ -86,9 +87,9 @@ def kept_counts(
 
 
 def round_to_multiple(count: int, multiple: int, most: int) -> int:
-    """The multiple nearest to ``count``, at least one multiple and at most ``most``.
+    """Round ``count`` to the nearest multiple, at least one multiple and at most ``most``.
 
-    A count that is ``most`` stays: nothing of that layer is pruned.
+    A count equal to ``most`` is returned unchanged, because nothing of that layer is pruned.
     """
     if count == most:
         return count
@@ -104,21 +105,20 @@ def keep_units(
 ) -> dict[int, KeptUnits]:
     """Keep the units with the highest scores.
 
-    With a global allocation the ratios give the budget alone: as many units as they prune in all
-    layers together are pruned, those with the lowest scores after each layer's have been
-    standardised to mean 0 and variance 1 (as FLAP does), KV heads and neurons each within their own
-    budget, and at least one of each stays in every layer. Equal scores are kept in the order of
-    their indices.
+    With global allocation, the ratios only set the total budget: the number of units they prune in
+    all layers together. The scores of each layer are standardised to mean 0 and variance 1 (as FLAP
+    does), and the lowest are pruned. KV heads and neurons have separate budgets, and every layer
+    keeps at least one of each. Of equal scores, those with lower indices are kept first.
 
     Args:
-        scores: of each pruned layer.
-        geometry: sizes of the base.
-        ratios: of each pruned layer.
-        allocation: how the budget is shared out.
-        multiple: kept neurons of a layer are a multiple of it.
+        scores: Scores of each pruned layer.
+        geometry: Sizes of the base.
+        ratios: Ratio of each pruned layer.
+        allocation: Distribution of the budget over layers.
+        multiple: Number of which each layer's kept neurons are a multiple.
 
     Raises:
-        LoramError: a ratio leaves a layer nothing.
+        LoramError: If a ratio leaves a layer without KV heads or without neurons.
     """
     counts = kept_counts(geometry, ratios, multiple)
     if allocation == "global":
@@ -133,7 +133,7 @@ def keep_units(
 
 
 def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending indices of the ``count`` highest along the last dimension."""
+    """Return the ascending indices of the ``count`` highest scores along the last dimension."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values
 
@@ -159,7 +159,7 @@ def _allocated(
 
 
 def _share_out(layers: list[torch.Tensor], kept: int) -> list[int]:
-    """How many units each layer keeps of ``kept`` in all, by standardised scores."""
+    """Return how many of ``kept`` units each layer keeps, by standardised scores."""
     standardised = []
     for scores in layers:
         spread = scores.std(correction=0)

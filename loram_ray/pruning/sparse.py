@@ -1,8 +1,8 @@
-"""Which weights of one linear are zeroed, and what happens to the others: three criteria.
+"""Non-structured criteria: which weights of a linear become zero, and how the others change.
 
-Magnitude and Wanda (arXiv 2306.11695) choose a mask and leave the kept weights as they are;
-SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774) moves them to make up for the zeros.
-All are functions of tensors, on whatever device those are.
+Magnitude and Wanda (arXiv 2306.11695) choose a mask and leave the kept weights unchanged. SparseGPT
+(Frantar and Alistarh, ICML 2023, arXiv 2301.00774) updates them to compensate for the zeros. All
+criteria are functions of tensors on any device.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from loram_ray.runtime.progress import say
 __all__ = ["Pattern", "SparseGptResult", "magnitude_mask", "sparsegpt", "wanda_mask"]
 
 _MOST_DAMPING = 1.0
-_LEAST_RAISED = 1e-3  # the step after a damping of zero, which ten times would not move
-_LEAF = 8  # columns whose errors are gathered into one product within a block
+_LEAST_RAISED = 1e-3  # first step when damping is zero, which multiplying by ten would not raise
+_LEAF = 8  # columns whose errors are collected for one product within a block
 
 
 @dataclass(frozen=True)
 class SparseGptResult:
-    """What SparseGPT made of one linear.
+    """Result of SparseGPT for one linear.
 
     Attributes:
-        weight: float32 ``[out, in]``, zero where the mask is False and at dead inputs.
-        mask: bool ``[out, in]``, True where a weight was kept.
-        damping: share of the mean diagonal that was added to the Hessian's diagonal in the end.
-        error: ``tr((W - W') H (W - W')^T) / tr(W H W^T)``, H undamped: the relative squared error
-            of the outputs over the calibration inputs; 0 where the outputs were zero.
+        weight: Pruned weight, float32 ``[out, in]``, zero where the mask is False and at dead
+            inputs.
+        mask: Kept weights, bool ``[out, in]``.
+        damping: Share of the mean diagonal that was finally added to the Hessian's diagonal.
+        error: Relative squared error of the outputs over the calibration inputs, ``tr((W - W') H (W
+            - W')^T) / tr(W H W^T)`` with H undamped; 0 if the outputs are zero.
     """
 
     weight: torch.Tensor
@@ -44,24 +45,24 @@ class SparseGptResult:
 def magnitude_mask(
     weight: torch.Tensor, ratio: float, pattern: Pattern, *, name: str = "the linear"
 ) -> torch.Tensor:
-    """Keep the largest absolute weights.
+    """Keep the weights with the largest magnitude.
 
-    Unstructured drops the ``floor(ratio * out * in)`` smallest of the whole matrix, the ratio taken
-    as the decimal number that was written; n:m the n smallest of each m consecutive inputs of a
-    row. Of equal weights the first in row-major order is dropped first.
+    Unstructured pruning drops the ``floor(ratio * out * in)`` smallest of the whole matrix, with
+    the ratio read as an exact decimal; n:m drops the n smallest of each m consecutive inputs of a
+    row. Of equal weights, the first in row-major order is dropped first.
 
     Args:
-        weight: ``[out, in]``.
-        ratio: share of zeros; n:m has its own and ignores it.
-        pattern: where zeros may lie.
-        name: the linear's, for errors.
+        weight: Weight of the linear, ``[out, in]``.
+        ratio: Share of zeros; ignored for n:m, which sets its own.
+        pattern: Allowed positions of zeros.
+        name: Name of the linear, for errors.
 
     Returns:
-        bool ``[out, in]``, True where kept.
+        Kept weights, bool ``[out, in]``.
 
     Raises:
-        LoramError: the ratio is not in [0, 1), the weight is not finite, or m does not divide the
-            inputs.
+        LoramError: If the ratio is not in [0, 1), the weight is not finite, or m does not divide
+            the number of inputs.
     """
     _check(weight, ratio, pattern, name)
     scores = weight.float().abs()
@@ -80,23 +81,23 @@ def wanda_mask(
 ) -> torch.Tensor:
     """Keep the weights with the largest ``|w_ij| * ||x_j||_2`` of their row (Wanda, equation 1).
 
-    Unstructured drops the ``floor(ratio * in)`` lowest of each row, the ratio taken as the decimal
-    number that was written; n:m the n lowest of each m consecutive inputs of a row. Of equal scores
+    Unstructured pruning drops the ``floor(ratio * in)`` lowest of each row, with the ratio read as
+    an exact decimal; n:m drops the n lowest of each m consecutive inputs of a row. Of equal scores,
     the first in the row is dropped first.
 
     Args:
-        weight: ``[out, in]``.
-        input_norms: L2 norms of the inputs over the calibration tokens, ``[in]``.
-        ratio: share of zeros; n:m has its own and ignores it.
-        pattern: where zeros may lie.
-        name: the linear's, for errors.
+        weight: Weight of the linear, ``[out, in]``.
+        input_norms: L2 norm of each input over the calibration tokens, ``[in]``.
+        ratio: Share of zeros; ignored for n:m, which sets its own.
+        pattern: Allowed positions of zeros.
+        name: Name of the linear, for errors.
 
     Returns:
-        bool ``[out, in]``, True where kept.
+        Kept weights, bool ``[out, in]``.
 
     Raises:
-        LoramError: the ratio is not in [0, 1), the weight or a norm is not finite, or m does not
-            divide the inputs.
+        LoramError: If the ratio is not in [0, 1), the weight or a norm is not finite, or m does not
+            divide the number of inputs.
     """
     _check(weight, ratio, pattern, name)
     _require_finite(input_norms, "input norms", name)
@@ -116,31 +117,31 @@ def sparsegpt(
     block_size: int = 128,
     name: str = "the linear",
 ) -> SparseGptResult:
-    """Zero weights column after column, each row's later weights making up for it (SparseGPT).
+    """Zero weights column by column, updating each row's later weights to compensate (SparseGPT).
 
     The paper's algorithm 1 pushes errors to the right through U, the upper Cholesky factor of
-    ``H^-1``. With ``H = R R^T``, R upper triangular, U is ``R^-1``; with D = W - W' the changes so
-    far, what has been pushed into the columns of a block b is ``D R[:, b] R[b, b]^-1``. So the same
-    weights come from one factorisation of H, without its inverse, and each block is reached by one
+    ``H^-1``. With ``H = R R^T`` and R upper triangular, U is ``R^-1``. With D = W - W' the changes
+    so far, the error pushed into the columns of a block b is ``D R[:, b] R[b, b]^-1``. The same
+    weights thus need one factorisation of H and no inverse, and each block is updated by one
     product with the blocks before it.
 
-    Unstructured chooses within each block, over all its rows and columns, so that the zeros up to
-    any block are the floor of the ratio; n:m within each row when the first column of a group is
-    reached. Of equal scores the first column is dropped first.
+    Unstructured pruning selects within each block, over all its rows and columns, so that the zeros
+    up to any block are the floor of the ratio; n:m selects within each row when it reaches the
+    first column of a group. Of equal scores, the first column is dropped first.
 
     Args:
-        weight: ``[out, in]``.
+        weight: Weight of the linear, ``[out, in]``.
         hessian: ``(2 / N) sum x x^T`` of the linear's N calibration inputs, float32 ``[in, in]``;
-            left as it is.
-        ratio: share of zeros; n:m has its own and ignores it.
-        pattern: where zeros may lie.
-        damping: share of the mean diagonal added to the diagonal.
-        block_size: columns of a block; under n:m the nearest multiple of m below it, or m.
-        name: the linear's, for messages and errors.
+            not modified.
+        ratio: Share of zeros; ignored for n:m, which sets its own.
+        pattern: Allowed positions of zeros.
+        damping: Share of the mean diagonal that is added to the Hessian's diagonal.
+        block_size: Number of columns in a block; n:m rounds it down to a multiple of m, at least m.
+        name: Name of the linear, for messages and errors.
 
     Raises:
-        LoramError: the ratio is not in [0, 1), a weight or the Hessian is not finite, m does not
-            divide the inputs, or the Hessian is not positive definite however damped.
+        LoramError: If the ratio is not in [0, 1), a weight or the Hessian is not finite, m does not
+            divide the number of inputs, or no damping makes the Hessian positive definite.
     """
     _check(weight, ratio, pattern, name)
     _require_finite(hessian, "Hessian of the calibration inputs", name)
@@ -149,7 +150,7 @@ def sparsegpt(
         block_size = max(block_size // pattern.group, 1) * pattern.group
 
     dead = hessian.diagonal() == 0
-    # Transposed: a column of the linear is then one contiguous row.
+    # Transposed, so that a column of the linear is one contiguous row.
     change = weight.float().t().contiguous().clone()
     outputs = _output_energy(change, hessian)
     change[dead] = 0
@@ -185,18 +186,18 @@ def _prune_block(
     zeros: int,
     dropped: torch.Tensor,
 ) -> torch.Tensor:
-    """Prune one block in place, its own columns making up for each other.
+    """Prune one block in place, updating its own later columns.
 
     Args:
-        block: ``[columns, out]``, with what earlier blocks pushed into it.
+        block: Transposed weights with the errors of earlier blocks, ``[columns, out]``.
         inverse: U of these columns, ``[columns, columns]``.
         scale: ``1 / U_ii``, ``[columns, 1]``.
-        pattern: where zeros may lie.
-        zeros: how many, if unstructured.
-        dropped: bool ``[columns, out]``, filled.
+        pattern: Allowed positions of zeros.
+        zeros: Number of zeros, if unstructured.
+        dropped: Output mask of dropped weights, bool ``[columns, out]``.
 
     Returns:
-        The errors ``w / U_ii`` of the dropped weights, zero elsewhere, ``[columns, out]``.
+        Errors ``w / U_ii`` of the dropped weights, zero elsewhere, ``[columns, out]``.
     """
     columns = len(block)
     errors = torch.empty_like(block)
@@ -221,11 +222,11 @@ def _prune_block(
 def _factor(
     hessian: torch.Tensor, dead: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, float, float]:
-    """Return R^T (lower triangular) of the damped ``H = R R^T``, the damping, and what it added."""
+    """Factorise the damped ``H = R R^T``; return ``R^T``, the damping and the value it added."""
     alive = torch.where(dead, 1.0, hessian.diagonal().float())
     while True:
         added = damping * float(alive.mean())
-        # R with its columns and rows reversed is the lower Cholesky factor of H reversed.
+        # R with reversed rows and columns is the lower Cholesky factor of the reversed H.
         flipped = hessian.float().flip(0, 1)
         flipped.diagonal().copy_((alive + added).flip(0))
         lower, failed = torch.linalg.cholesky_ex(flipped)
@@ -246,7 +247,7 @@ def _factor(
 
 
 def _upper_inverse(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of the transpose of a lower triangular matrix."""
+    """Return the inverse of the transpose of a lower triangular matrix."""
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower.t(), identity, upper=True)
 
@@ -260,7 +261,13 @@ def _energy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _output_energy(weight: torch.Tensor, hessian: torch.Tensor, block: int = 512) -> torch.Tensor:
-    """``tr(W H W^T)`` of a transposed weight ``[in, out]``: float64, from H's lower triangle."""
+    """Compute ``tr(W H W^T)`` in float64.
+
+    Args:
+        weight: Transposed weight, ``[in, out]``.
+        hessian: H ``[in, in]``, of which only the lower triangle is read.
+        block: Number of rows of H to process at a time.
+    """
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), block):
         rows = slice(start, start + block)
@@ -280,7 +287,7 @@ def _check(weight: torch.Tensor, ratio: float, pattern: Pattern, name: str) -> N
 
 
 def _require_finite(tensor: torch.Tensor, what: str, name: str) -> None:
-    # Least and greatest carry a NaN with them, and need no mask of the tensor's size.
+    # Minimum and maximum propagate NaN, and need no mask of the tensor's size.
     if not all(bound.isfinite() for bound in tensor.aminmax()):
         raise LoramError(
             f"the {what} of {name} must be finite, got NaN or infinity; check the base model and "

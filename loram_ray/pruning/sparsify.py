@@ -1,4 +1,4 @@
-"""Non-structured pruning of one linear: which weights stay, and what they become."""
+"""Non-structured pruning of one linear: the kept weights and their new values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Sparsified:
     """A linear after non-structured pruning.
 
     Attributes:
-        weight: ``[out, in]`` in the base's dtype, zero where the mask is False.
-        mask: bool ``[out, in]``.
-        error: SparseGPT's relative error of the outputs on the calibration set, else None.
+        weight: Pruned weight ``[out, in]`` in the base's dtype, zero where the mask is False.
+        mask: Kept weights, bool ``[out, in]``.
+        error: SparseGPT's relative error of the outputs on the calibration set, otherwise None.
     """
 
     weight: torch.Tensor
@@ -40,16 +40,16 @@ def sparsify_linear(
     """Prune the weights of one linear.
 
     Args:
-        weight: ``[out, in]``, in the base's dtype.
-        method: a criterion of `MASKINGS`.
-        inputs: the method's statistic of the linear's inputs; None where it saw none, as an expert
-            to which no calibration token came: it is pruned by magnitude then, with a message.
-        ratio: share of weights to prune.
-        pattern: where the zeros may lie.
-        damping: of SparseGPT's Hessian.
-        name: of the linear, for messages.
+        weight: Weight in the base's dtype, ``[out, in]``.
+        method: Criterion, a key of `MASKINGS`.
+        inputs: The criterion's statistic of the linear's inputs. None for an expert that no
+            calibration token reached, which is pruned by magnitude, with a message.
+        ratio: Share of weights to prune.
+        pattern: Allowed positions of zeros.
+        damping: Damping of SparseGPT's Hessian, as a share of its mean diagonal.
+        name: Name of the linear, for messages.
     """
-    if not ratio:  # SparseGPT would still zero the columns of inputs that are always zero
+    if not ratio:  # SparseGPT would still zero the columns of dead inputs
         return Sparsified(weight.cpu(), torch.ones_like(weight, dtype=torch.bool).cpu(), None)
     if CRITERIA[method].calibrates and inputs is None:
         say("prune", f"{name} saw no calibration token; it is pruned by magnitude")
@@ -59,7 +59,7 @@ def sparsify_linear(
 
 @dataclass(frozen=True)
 class _Linear:
-    """The arguments of `sparsify_linear`, but for the method."""
+    """Arguments of `sparsify_linear`, except the criterion."""
 
     weight: torch.Tensor
     inputs: Statistic | None
@@ -69,7 +69,7 @@ class _Linear:
     name: str
 
     def masked(self, mask: torch.Tensor) -> Sparsified:
-        """The linear with its weights under a mask, unchanged otherwise."""
+        """Return the linear with masked but otherwise unchanged weights."""
         return Sparsified((self.weight * mask).cpu(), mask.cpu(), None)
 
 
@@ -97,4 +97,4 @@ MASKINGS: dict[str, Callable[[_Linear], Sparsified]] = {
     "wanda": _by_wanda,
     "sparsegpt": _by_sparsegpt,
 }
-"""How the weights of a linear are pruned, by criterion."""
+"""Functions that prune the weights of a linear, by criterion."""

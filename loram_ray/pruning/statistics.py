@@ -1,7 +1,7 @@
-"""What a calibration keeps of the inputs ``x [sequences, tokens, in]`` of a linear.
+"""Accumulators over the calibration inputs ``x [sequences, tokens, in]`` of a linear.
 
-Each kind takes one batch after another, and two of a kind merge, so that parts of a calibration set
-can be looked at by different workers. Accumulators are float32.
+Each accumulator adds one batch at a time. Two of the same kind can be merged, so different workers
+can process different parts of a calibration set. Accumulators are float32.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from loram_ray.criteria import CRITERIA
 
 
 class Statistic(Protocol):
-    """A sum over calibration inputs."""
+    """Interface of accumulators over calibration inputs."""
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch ``[sequences, tokens, in]``, or ``[tokens, in]`` of one sequence."""
+        """Add a batch ``[sequences, tokens, in]``, or one sequence ``[tokens, in]``."""
 
     def merge(self, other: Self) -> None:
-        """Take in what another has seen."""
+        """Add the inputs of another accumulator."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Moments:
     """Mean and variance of each input feature, by Chan's parallel update.
 
     Attributes:
-        count: tokens seen.
-        mean: float32 ``[in]``.
-        squares: sum of squared differences from the mean, float32 ``[in]``.
+        count: Number of tokens.
+        mean: Mean of each feature, float32 ``[in]``.
+        squares: Sum of squared differences from the mean, float32 ``[in]``.
     """
 
     count: int
@@ -40,7 +40,7 @@ class Moments:
 
     @classmethod
     def empty(cls, features: int) -> Moments:
-        """Nothing seen of so many features."""
+        """Return an empty accumulator for ``features`` inputs."""
         return cls(0, torch.zeros(features), torch.zeros(features))
 
     @property
@@ -49,14 +49,14 @@ class Moments:
         return self.squares / max(self.count, 1)
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
         if len(tokens):
             variance, mean = torch.var_mean(tokens, dim=0, correction=0)
             self.merge(Moments(len(tokens), mean.cpu(), (variance * len(tokens)).cpu()))
 
     def merge(self, other: Moments) -> None:
-        """Take in what another has seen."""
+        """Add the inputs of another accumulator."""
         total = self.count + other.count
         if not other.count:
             return
@@ -72,58 +72,58 @@ class SquaredNorms:
     """Squared L2 norm of each input feature over all tokens (Wanda).
 
     Attributes:
-        total: float32 ``[in]``.
+        total: Squared norms, float32 ``[in]``.
     """
 
     total: torch.Tensor
 
     @classmethod
     def empty(cls, features: int) -> SquaredNorms:
-        """Nothing seen of so many features."""
+        """Return an empty accumulator for ``features`` inputs."""
         return cls(torch.zeros(features))
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self.total += inputs.reshape(-1, inputs.shape[-1]).float().square().sum(0).cpu()
 
     def merge(self, other: SquaredNorms) -> None:
-        """Take in what another has seen."""
+        """Add the inputs of another accumulator."""
         self.total += other.total
 
 
 @dataclass
 class MeanActivations:
-    """Squares of each sequence's mean absolute input, summed over sequences (Minitron).
+    """Sum over sequences of the squared mean absolute input of each feature (Minitron).
 
     Attributes:
-        total: float32 ``[in]``.
+        total: Sums, float32 ``[in]``.
     """
 
     total: torch.Tensor
 
     @classmethod
     def empty(cls, features: int) -> MeanActivations:
-        """Nothing seen of so many features."""
+        """Return an empty accumulator for ``features`` inputs."""
         return cls(torch.zeros(features))
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch; tokens of an expert count as one sequence."""
+        """Add a batch; the tokens of an expert count as one sequence."""
         if inputs.numel():
             means = inputs.float().abs().mean(-2)
             self.total += means.reshape(-1, means.shape[-1]).square().sum(0).cpu()
 
     def merge(self, other: MeanActivations) -> None:
-        """Take in what another has seen."""
+        """Add the inputs of another accumulator."""
         self.total += other.total
 
 
 @dataclass
 class Hessian:
-    """``sum x x^T`` over all tokens: the layer-wise Hessian of SparseGPT up to its factor.
+    """Sum ``x x^T`` over all tokens: the layer-wise Hessian of SparseGPT up to a factor.
 
     Attributes:
-        count: tokens seen.
-        total: float32 ``[in, in]``, on the device of the inputs.
+        count: Number of tokens.
+        total: Sum of outer products, float32 ``[in, in]``, on the device of the inputs.
     """
 
     count: int
@@ -131,26 +131,26 @@ class Hessian:
 
     @classmethod
     def empty(cls, features: int) -> Hessian:
-        """Nothing seen of so many features."""
+        """Return an empty accumulator for ``features`` inputs."""
         return cls(0, torch.zeros(features, features))
 
     @property
     def matrix(self) -> torch.Tensor:
-        """``(2 / N) sum x x^T``, float32 ``[in, in]``."""
+        """The Hessian ``(2 / N) sum x x^T``, float32 ``[in, in]``."""
         return self.total * (2 / max(self.count, 1))
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
         self.total = self.total.to(tokens.device).addmm_(tokens.t(), tokens)
         self.count += len(tokens)
 
     def merge(self, other: Hessian) -> None:
-        """Take in what another has seen."""
+        """Add the inputs of another accumulator."""
         self.total = self.total + other.total.to(self.total.device)
         self.count += other.count
 
 
 def statistic_of(criterion: str) -> Any:
-    """Return the class of the statistic that a criterion needs, see `Criterion`."""
+    """Return the accumulator class that a criterion needs, see `Criterion`."""
     return globals()[str(CRITERIA[criterion].statistic)]

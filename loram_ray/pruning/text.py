@@ -1,4 +1,4 @@
-"""Calibration text: a seeded draw of documents, tokenised and cut into equal sequences."""
+"""Calibration text: a seeded sample of documents, tokenised and cut into equal sequences."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ WINDOW_CHARACTERS = 2**24
 def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> torch.Tensor:
     """Draw the calibration set, int64 ``[samples, sequence_length]``.
 
-    The pieces of the sources (8 MB of a file, all of a compressed one) are visited in a seeded
-    order, each gives its share of the sequences from its documents in a seeded order (within 16 MB
-    of text where a piece is larger), and no sequence is padded. Where the text
-    is short there are fewer samples than asked for, and a message.
+    The pieces of the sources (8 MB of a file, or a whole compressed file) are visited in a seeded
+    order. Each contributes its share of the sequences from its documents in a seeded order (within
+    16 MB of text in larger pieces). No sequence is padded. If there is too little text, the set has
+    fewer samples than configured, and a message says so.
 
     Raises:
-        LoramError: no file, or not text enough for one sequence.
+        LoramError: If there is no file, or too little text for one sequence.
     """
     tokenizer = load_tokenizer(base)
     frame = frame_of(tokenizer)
@@ -62,7 +62,7 @@ def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> t
 
 
 def _tokenised(tokenizer: Any, unit: Unit, seed: int) -> Iterator[list[int]]:
-    """Token ids of each of a unit's documents in a seeded order; unreadable rows are skipped."""
+    """Yield each document's token ids in a seeded order, skipping unreadable rows."""
     draw = random.Random((seed << 20) + unit.index)
     for texts in _windows(document for document in documents(unit) if isinstance(document, str)):
         draw.shuffle(texts)
@@ -70,7 +70,7 @@ def _tokenised(tokenizer: Any, unit: Unit, seed: int) -> Iterator[list[int]]:
 
 
 def _enough(documents: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
-    """Documents until they hold so many tokens."""
+    """Yield documents until they hold ``tokens`` tokens."""
     for ids in documents:
         yield ids
         tokens -= len(ids)

@@ -1,7 +1,7 @@
-"""One worker of a calibration: it runs layers over its share of the calibration set.
+"""Worker of a calibration, which runs layers over its share of the calibration set.
 
-Every method can be called again with the same result: it reads files, writes files whole, and
-returns what it summed. A worker that died is therefore replaced and asked again.
+Every method is idempotent: it reads files, writes files atomically, and returns its sums. A worker
+that died can therefore be replaced and its call repeated.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ TOKENS_FILE = "tokens.safetensors"
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """What a worker needs to know once.
+    """Settings of a worker, passed once.
 
     Attributes:
-        base: model directory.
-        model_type: its family.
-        work: directory of hidden states, calibration tokens and solved layers.
-        precision: of weights and activations.
-        batch_size: sequences in one forward.
-        shares: first sequence and the one after the last of each share of the calibration set.
+        base: Directory of the base.
+        model_type: Family of the base.
+        work: Directory of hidden states, calibration tokens and pruned layers.
+        precision: Precision of weights and activations, ``bf16`` or ``fp32``.
+        batch_size: Number of sequences in one forward pass.
+        shares: Sequences of each share of the calibration set, as ``(first, end)`` with ``end``
+            excluded.
     """
 
     base: Path
@@ -49,7 +50,7 @@ class CalibrationSpec:
     shares: tuple[tuple[int, int], ...]
 
     def batches(self, share: int) -> list[tuple[int, int]]:
-        """First sequence and the one after the last of each batch of a share."""
+        """Return the batches of a share, as ``(first, end)`` with ``end`` excluded."""
         begin, end = self.shares[share]
         return [(b, min(b + self.batch_size, end)) for b in range(begin, end, self.batch_size)]
 
@@ -59,27 +60,27 @@ class Gradients:
     """Gradients of the mean loss with respect to the weights of a layer's coupled linears.
 
     Attributes:
-        total: float32 ``[out, in]`` by module path; a share's are a sum over its tokens, divided by
-            the tokens of the whole calibration set.
-        squares: sums over samples of the squared gradients of a sample's mean loss, divided by the
-            number of samples, float32 ``[out, in]``; empty where they were not asked for.
+        total: Gradients by module path, float32 ``[out, in]``. A share's gradients are summed over
+            its tokens and divided by the number of tokens in the whole calibration set.
+        squares: Squared gradients of each sample's mean loss, summed over samples and divided by
+            the number of samples, float32 ``[out, in]``; empty if not requested.
     """
 
     total: dict[str, torch.Tensor]
     squares: dict[str, torch.Tensor]
 
     def merge(self, other: Gradients) -> None:
-        """Add those of another share."""
+        """Add the gradients of another share."""
         for mine, others in ((self.total, other.total), (self.squares, other.squares)):
             for name, tensor in others.items():
                 mine[name] = mine[name] + tensor if name in mine else tensor
 
 
 class CalibrationWorker:
-    """Runs layers of the base; see the module.
+    """Worker that runs layers of the base, see the module.
 
     Args:
-        spec: what it works on.
+        spec: Settings of the worker.
     """
 
     def __init__(self, spec: CalibrationSpec) -> None:
@@ -90,7 +91,7 @@ class CalibrationWorker:
         self._holding: tuple[int, Path | None] | None = None
         self._layer: Any = None
 
-    # Read when first used: what a job raises reaches the caller, what an actor's __init__ does not.
+    # Read when first used: the caller sees errors of a job, but not of an actor's __init__.
     @cached_property
     def _stream(self) -> LayerStream:
         spec = self._spec
@@ -116,16 +117,16 @@ class CalibrationWorker:
         """Run a layer over a share.
 
         Args:
-            layer: its number.
-            share: which share.
-            statistic: a criterion whose statistic of each coupled linear's inputs
-                is wanted, or None.
-            solved: file of weights that replace the base's, or None.
-            write: whether to write the layer's outputs.
+            layer: Number of the layer.
+            share: Number of the share.
+            statistic: Criterion whose statistic of each coupled linear's inputs to collect, or
+                None.
+            solved: File of weights that replace the base's, or None.
+            write: Whether to write the layer's outputs.
 
         Returns:
-            Statistics by module path, and, for linears with the same inputs as another, that
-            one's path; both empty without a statistic.
+            Statistics by module path and, for linears that share their inputs with another, the
+            path of that other; both are empty without a statistic.
         """
         module = self._hold(layer, solved)
         with self._watch(module, layer, statistic) as (statistics, same_inputs):
@@ -142,7 +143,7 @@ class CalibrationWorker:
         return statistics, same_inputs
 
     def loss(self, layers: int, share: int) -> float:
-        """Write the gradients of the mean loss at the last layer's outputs; return the share's sum.
+        """Write the mean loss's gradients at the last layer's outputs; return the share's sum.
 
         The mean is over the predicted tokens of the whole calibration set.
         """
@@ -160,13 +161,13 @@ class CalibrationWorker:
         return total
 
     def backward(self, layer: int, share: int, wanted: list[str], squares: bool) -> Gradients:
-        """Carry the gradients at a layer's outputs to its inputs, and sum those of its weights.
+        """Backpropagate from a layer's outputs to its inputs, and sum the gradients of its weights.
 
         Args:
-            layer: its number.
-            share: which share.
-            wanted: module paths of the linears whose gradients are wanted; it may be empty.
-            squares: whether squared gradients of single samples are wanted too.
+            layer: Number of the layer.
+            share: Number of the share.
+            wanted: Module paths of the linears whose gradients to return; may be empty.
+            squares: Whether to return squared per-sample gradients, too.
         """
         found = Gradients({}, {})
         module = self._hold(layer, None)
@@ -198,12 +199,12 @@ class CalibrationWorker:
         damping: float,
         pattern: Pattern,
     ) -> Sparsified:
-        """Prune the weights of one linear; see `sparsify_linear`."""
+        """Prune the weights of one linear, see `sparsify_linear`."""
         weight = self._stream.read(f"{module}.weight").to(self._device)
         return sparsify_linear(weight, method, inputs, ratio, pattern, damping, module)
 
     def _hold(self, layer: int, solved: Path | None) -> nn.Module:
-        """Have a layer loaded until another is asked for: a worker has several shares of it."""
+        """Return a loaded layer and keep it until another is requested, because shares reuse it."""
         if self._holding != (layer, solved):
             self._let_go()
             changed = load_file(solved) if solved else None
@@ -220,9 +221,9 @@ class CalibrationWorker:
     def _watch(
         self, module: nn.Module, layer: int, statistic: str | None
     ) -> Iterator[tuple[dict[str, Statistic], dict[str, str]]]:
-        """Gather a statistic of the inputs of a layer's linears inside the block.
+        """Collect a statistic of the inputs of a layer's linears inside the block.
 
-        Linears that are given the same tensor (query, key and value) share one.
+        Linears that receive the same tensor (query, key and value) share one statistic.
         """
         statistics: dict[str, Statistic] = {}
         same_inputs: dict[str, str] = {}
@@ -254,15 +255,15 @@ class CalibrationWorker:
                 handle.remove()
 
     def _take(self, weights: dict[str, torch.Tensor], found: Gradients, squares: bool) -> None:
-        """Add the gradients that a backward pass has left, and clear them."""
+        """Add the gradients that a backward pass left, and clear them."""
         samples = len(self._tokens)
         for path, weight in weights.items():
-            if weight.grad is None:  # an expert that no token came to
+            if weight.grad is None:  # an expert that received no token
                 continue
             gradient = weight.grad.float()
             weight.grad = None
             _accumulate(found.total, path, gradient)
-            if squares:  # of a sample's own mean loss, of which the whole mean holds 1 / samples
+            if squares:  # of the sample's own mean loss, not of its 1 / samples share
                 _accumulate(found.squares, path, (gradient * samples).square_() / samples)
 
 
