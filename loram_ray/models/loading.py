@@ -37,7 +37,7 @@ def load_model(
     """Load a base, pruned, aligned, quantised or merged model directory.
 
     The linears of a quantised model stay in NF4 and multiply in ``precision``, except those that
-    bitsandbytes cannot compute on CPUs (`nf4.mend_on_cpu`).
+    bitsandbytes cannot compute on CPUs (`nf4.work_around_cpu_kernels`).
 
     Args:
         directory: Directory of the model.
@@ -75,13 +75,13 @@ def load_model(
         ) from error
     _require_finite(model, directory)
     if getattr(model, "is_loaded_in_4bit", False):
-        from loram_ray.models.nf4 import compute_in, mend_on_cpu
+        from loram_ray.models.nf4 import compute_in, work_around_cpu_kernels
 
         for parameter in model.parameters():  # transformers keeps the rest in the stored dtype
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[precision])
         compute_in(model, DTYPES[precision])
-        mend_on_cpu(model)
+        work_around_cpu_kernels(model)
     return model
 
 

@@ -127,7 +127,7 @@ def dequantize_weight(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return _dequantized(packed, bnb.QuantState.from_dict(parts, packed.device))
 
 
-def mend_on_cpu(model: PreTrainedModel) -> list[str]:
+def work_around_cpu_kernels(model: PreTrainedModel) -> list[str]:
     """Make a quantised model on the CPU compute and backpropagate as on a GPU.
 
     bitsandbytes' CPU kernels (0.50.2) are wrong in two ways. With AVX512 bfloat16, a forward pass

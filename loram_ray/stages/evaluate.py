@@ -121,8 +121,8 @@ def _files_of_tasks(folder: Path, output: Path) -> list[Path]:
         if path.is_file() and not path.resolve().is_relative_to(output)
     ]
     tasks = [path for path in inside if path.suffix in (".yaml", ".py")]
-    told = "\n".join(path.read_text(errors="replace") for path in tasks)
-    return [path for path in inside if path in tasks or path.name in told]
+    text = "\n".join(path.read_text(errors="replace") for path in tasks)
+    return [path for path in inside if path in tasks or path.name in text]
 
 
 def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) -> str:

@@ -38,7 +38,7 @@ from loram_ray.estimating.memory_trace import training_memory
 from loram_ray.estimating.shapes import config_after, empty_model
 from loram_ray.finetuning.adapters import lora_config, save_memory, set_dtype
 from loram_ray.losses import summed_loss
-from loram_ray.models.nf4 import linears_of, mend_on_cpu, quantize_weight
+from loram_ray.models.nf4 import linears_of, quantize_weight, work_around_cpu_kernels
 from loram_ray.models.registration import register
 
 BASE, LAYERS, RATIO = "meta-llama/Llama-3.1-70B", (4, 78), 0.85
@@ -93,7 +93,7 @@ def build(shapes: dict[str, Any], device: str) -> PreTrainedModel:
                 setattr(module, name, nn.Parameter(0.02 * filled, requires_grad=False))
     model.is_loaded_in_4bit = True
     if device == "cpu":
-        mend_on_cpu(model)
+        work_around_cpu_kernels(model)
     return model.to(device).requires_grad_(False)
 
 
