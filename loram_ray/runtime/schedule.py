@@ -123,6 +123,68 @@ class _Process:
                 self._changed.notify_all()
 
 
+class _Run:
+    """The threads' part of `run_tasks`, whose arguments it takes.
+
+    Attributes:
+        stopped: Set when no further task is to start.
+        broken: Errors of the schedule itself, not of a task.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        work: Callable[[int, str], Outcome],
+        ended: Callable[[Outcome], None],
+        idle: Callable[[int], None],
+        slots: list[int],
+    ) -> None:
+        self._schedule, self._work, self._ended, self._idle = schedule, work, ended, idle
+        self._processes = [_Process(count) for count in slots]
+        self._working = list(slots)
+        self._lock = threading.Lock()
+        self.stopped = threading.Event()
+        self.broken: list[BaseException] = []
+
+    def loop(self, worker: int) -> None:
+        """Run one task after the other on a worker."""
+        try:
+            while not self.stopped.is_set():
+                with self._lock:
+                    name = self._schedule.take()
+                    self._working[worker] -= name is None
+                    last = not self._working[worker]
+                if name is None:
+                    if last:
+                        self._idle(worker)
+                    return
+                with self._lock:
+                    suspect = self._schedule.is_suspect(name)
+                with self._processes[worker].entered(suspect) as alone:
+                    self._run(worker, name, alone)
+        except BaseException as error:
+            self.broken.append(error)
+            self.stopped.set()
+
+    def _run(self, worker: int, name: str, alone: bool) -> None:
+        try:
+            outcome = self._work(worker, name)
+        except WorkerDied as error:
+            if self.stopped.is_set():
+                return
+            with self._lock:
+                given_up = self._schedule.died(name, str(error), alone)
+                if given_up is not None:
+                    self._ended(given_up)
+            return
+        except Exception as error:
+            if self.stopped.is_set():
+                return
+            outcome = Outcome(name, "failed", one_line(error), error=error)
+        with self._lock:
+            self._ended(self._schedule.ended(outcome))
+
+
 def run_tasks(
     schedule: Schedule,
     workers: int,
@@ -149,54 +211,9 @@ def run_tasks(
         idle: Callback for the number of a worker that gets no further task.
         stop: Callback that stops all workers, called if the run is aborted.
     """
-    lock = threading.Lock()
-    stopped = threading.Event()
-    broken: list[BaseException] = []
-    processes = [_Process(tasks_per_worker) for _ in range(workers)]
-    working = [tasks_per_worker] * workers
-
-    def one(worker: int, name: str) -> None:
-        with lock:
-            suspect = schedule.is_suspect(name)
-        with processes[worker].entered(suspect) as alone:
-            in_process(worker, name, alone)
-
-    def in_process(worker: int, name: str, alone: bool) -> None:
-        try:
-            outcome = work(worker, name)
-        except WorkerDied as error:
-            if stopped.is_set():
-                return
-            with lock:
-                given_up = schedule.died(name, str(error), alone)
-                if given_up is not None:
-                    ended(given_up)
-            return
-        except Exception as error:
-            if stopped.is_set():
-                return
-            outcome = Outcome(name, "failed", one_line(error), error=error)
-        with lock:
-            ended(schedule.ended(outcome))
-
-    def loop(worker: int) -> None:
-        try:
-            while not stopped.is_set():
-                with lock:
-                    name = schedule.take()
-                    working[worker] -= name is None
-                    last = not working[worker]
-                if name is None:
-                    if last:
-                        idle(worker)
-                    return
-                one(worker, name)
-        except BaseException as error:  # raised by the schedule itself, not by a task
-            broken.append(error)
-            stopped.set()
-
+    run = _Run(schedule, work, ended, idle, [tasks_per_worker] * workers)
     threads = [
-        threading.Thread(target=loop, args=(worker,), daemon=True)
+        threading.Thread(target=run.loop, args=(worker,), daemon=True)
         for _ in range(tasks_per_worker)
         for worker in range(workers)
     ]
@@ -207,10 +224,10 @@ def run_tasks(
             while thread.is_alive():
                 thread.join(0.5)  # wake up regularly to handle interrupts
                 tick()
-        if broken:
-            raise broken[0]
+        if run.broken:
+            raise run.broken[0]
     except BaseException:
-        stopped.set()
+        run.stopped.set()
         stop()
         until = time.monotonic() + _CLEANING
         for thread in threads:
