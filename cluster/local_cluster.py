@@ -1,14 +1,14 @@
-"""A Ray cluster of several nodes on this machine, on loopback, with a token: to try things out.
+"""Start a Ray cluster of several nodes on this machine, on loopback, protected by a token.
 
     python cluster/local_cluster.py
     python cluster/local_cluster.py --workers 3 --cpus 2
     python cluster/local_cluster.py --autoscale 3
 
-Nothing of it listens on other addresses than loopback. Its token is that of RAY_AUTH_TOKEN, or else
-a new one. It prints what other terminals have to set, and runs until Ctrl-C, which ends its nodes
-and no other Ray. Nodes are processes: they share the machine's cores, and a "GPU" of theirs is only
-a number, there for trying out how work is placed (--gpus). With --autoscale, worker nodes come when
-work waits for them and go when they are idle, as in a cloud.
+All ports listen on loopback only. The token is RAY_AUTH_TOKEN, or a new one. The command prints the
+variables to set in other terminals and runs until Ctrl-C, which ends its nodes and no other Ray.
+Nodes are processes that share the machine's cores. Their GPUs (--gpus) are only numbers, to try out
+how work is placed. With --autoscale, worker nodes start when work waits for them and stop when they
+are idle, as in a cloud.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _RAY = """
 import ray._private.ray_constants as constants
 import ray._private.services as services
-services.resolve_ip_for_localhost = lambda host: host  # else it is what other machines see
+services.resolve_ip_for_localhost = lambda host: host  # its default is visible to other machines
 constants.ENABLE_RAY_CLUSTER = True  # for this process, which may join a cluster on loopback
 from ray.scripts.scripts import main
 main()
