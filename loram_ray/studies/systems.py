@@ -9,7 +9,6 @@ from typing import Any
 
 from loram_ray.config import (
     ALIGNMENTS,
-    CRITERIA,
     AlignConfig,
     CompareConfig,
     EvaluateConfig,
@@ -22,6 +21,7 @@ from loram_ray.config import (
     merge_settings,
     validate,
 )
+from loram_ray.criteria import STRUCTURED
 from loram_ray.errors import LoramError
 
 _DEFAULTS = PruneConfig.model_fields
@@ -194,8 +194,9 @@ class _Planner:
         self._planned.cells.append(Cell(system, task, seed, scored, training=trained))
 
     def _on_a_pruned_model(self, pruning: Pruning, seed: int) -> None:
-        models = self._models(pruning, seed)
-        masked = not CRITERIA[pruning.method].units
+        config = self._prune_config(pruning, seed)
+        masked = config.pattern != STRUCTURED
+        models = self._models(pruning, config, seed)
         folder = f"{pruning.name}-{seed}"
 
         def cell(system: str, task: str, scored: str, trained: str | None = None) -> None:
@@ -237,20 +238,24 @@ class _Planner:
         """Return the system whose model ``small`` uses: the paper's alignment if present."""
         return "causal" if "causal" in models else next(iter(models))
 
-    def _models(self, pruning: Pruning, seed: int) -> dict[str, str]:
-        """Return the names of the steps that make the models to train on, by system."""
-        prefix = f"models/{pruning.name}-{seed}"
+    def _prune_config(self, pruning: Pruning, seed: int) -> PruneConfig:
         assert self._config.prune is not None
         base = self._config.base
         settings = {**self._config.prune, "base": base, "method": pruning.method, "seed": seed}
-        settings["output"] = self._root / f"{prefix}-pruned"
+        settings["output"] = self._root / f"models/{pruning.name}-{seed}-pruned"
         if pruning.pattern is None:
             settings["ratio"] = pruning.ratio
         else:
             settings["pattern"] = pruning.pattern
             settings.pop("ratio", None)
-        key = f"compare with method {pruning.method}, ratio {pruning.share}"
-        pruned = self._planned.add(f"{prefix}-pruned", validate(PruneConfig, settings, key))
+        return validate(
+            PruneConfig, settings, f"compare with method {pruning.method}, ratio {pruning.share}"
+        )
+
+    def _models(self, pruning: Pruning, config: PruneConfig, seed: int) -> dict[str, str]:
+        """Return the names of the steps that make the models to train on, by system."""
+        prefix = f"models/{pruning.name}-{seed}"
+        pruned = self._planned.add(f"{prefix}-pruned", config)
         models = {"unaligned": pruned}
         if self._config.align is not None:
             wanted = set(self._systems)
@@ -259,11 +264,14 @@ class _Planner:
                 for_others |= system == self._of_qloram() and "qloram" in wanted
                 if system in wanted or for_others:
                     models[system] = self._aligned(f"{prefix}-{system}", system, pruned, more, seed)
-        if "qloram" in self._systems and CRITERIA[pruning.method].units:
+        if "qloram" in self._systems and config.pattern == STRUCTURED:
             parent = models[self._of_qloram()]
-            output = self._root / f"{prefix}-quantized"
-            config = QuantizeConfig(model=self._root / parent, output=output, base=base)
-            models["qloram"] = self._planned.add(f"{prefix}-quantized", config, parent)
+            quantize = QuantizeConfig(
+                model=self._root / parent,
+                output=self._root / f"{prefix}-quantized",
+                base=self._config.base,
+            )
+            models["qloram"] = self._planned.add(f"{prefix}-quantized", quantize, parent)
         return models
 
     def _of_qloram(self) -> str:

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 
 import loram_ray as lr
 from helpers import tiny
+from helpers.comparing import run_of
 from loram_ray.artifacts.manifest import Manifest, read_manifest
 from loram_ray.artifacts.stage_directory import StageResult
 from loram_ray.cli.main import app
-from loram_ray.config import RunConfig, Section, load_run
+from loram_ray.config import Section, load_run
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.uncertainty import gain_kept
 from loram_ray.models.base import BaseModel
@@ -33,26 +34,6 @@ from loram_ray.studies.compare import claims_of, rows_of, run_steps
 from loram_ray.studies.comparison_table import as_markdown
 from loram_ray.studies.scores import Score, read_scores, scores_of, with_others, write_scores
 from loram_ray.studies.systems import Cell, Step, comparison_of
-
-
-def run_of(base: Path, folder: Path, compare: dict[str, Any], **sections: Any) -> RunConfig:
-    data = str(tiny.write_jsonl(folder / "data.jsonl", tiny.questions()))
-    held_out = str(tiny.write_jsonl(folder / "held_out.jsonl", tiny.questions(9)))
-    text = str(tiny.write_jsonl(folder / "text.jsonl", tiny.texts(80)))
-    train = {"lora": {"r": 2, "dropout": 0.0}, "steps": 2, "batch_size": 4, "max_length": 64}
-    align = {"corpus": {"sources": [{"path": text}], "sequence_length": 32}, "steps": 2}
-    return RunConfig.model_validate(
-        {
-            "base": str(base),
-            "output": str(folder / "run"),
-            "prune": {"layers": (1, 3)},
-            "train": {**train, "precision": "fp32", "cpus": 1},
-            "align": {**align, "precision": "fp32", "batch_size": 2, "micro_batch_size": 2},
-            "evaluate": {"precision": "fp32", "cpus": 1},
-            "compare": {"tasks": {"sums": {"data": data, "held_out": held_out}}, **compare},
-            **sections,
-        }
-    )
 
 
 def test_stages_that_systems_share_are_planned_once(base: Path, tmp_path: Path) -> None:
@@ -86,10 +67,21 @@ def test_stages_that_systems_share_are_planned_once(base: Path, tmp_path: Path) 
     assert len(prepared) == 1, "the corpus is tokenised once, and the base asked once for a seed"
 
 
-def test_masks_are_merged_and_neither_quantised_nor_corrected(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("methods", "more"),
+    [
+        (["wanda"], {}),
+        ({"magnitude": ["4:8"]}, {}),
+        (["magnitude"], {"method": "magnitude", "pattern": "unstructured"}),
+    ],
+)
+def test_masks_are_merged_and_neither_quantised_nor_corrected(
+    base: Path, tmp_path: Path, methods: Any, more: dict[str, str]
+) -> None:
     text = {"sources": [{"path": str(tmp_path / "text.jsonl")}], "samples": 4}
-    prune = {"layers": (1, 3), "calibration": text}
-    compare = {"methods": ["wanda"], "ratios": [0.5], "correction": True}
+    prune = {"layers": (1, 3), **({"calibration": text} if methods == ["wanda"] else more)}
+    ratios = {} if isinstance(methods, dict) else {"ratios": [0.5]}
+    compare = {"methods": methods, **ratios, "correction": True}
     planned = comparison_of(run_of(base, tmp_path, compare, prune=prune).compare)
     kinds = {type(step.config).__name__ for step in planned.steps.values()}
     assert "QuantizeConfig" not in kinds
