@@ -20,7 +20,7 @@ from loram_ray.alignment.atomic_filesystem import atomic_local_filesystem
 from loram_ray.alignment.checkpoints import FailedStep, complete_checkpoints
 from loram_ray.alignment.loop import LoopSettings, train_loop
 from loram_ray.alignment.rendezvous import OneAddressConfig
-from loram_ray.errors import LoramError
+from loram_ray.errors import LoramError, root_cause
 from loram_ray.runtime.cluster import gpus_per_worker
 from loram_ray.runtime.embedded import HOST
 
@@ -124,7 +124,7 @@ def last_good(complete: dict[int, str], until: int) -> str:
 def mistake_in(failures: Iterable[Any]) -> LoramError | None:
     """Return the first worker failure that the user can fix."""
     for failure in failures:
-        cause = getattr(failure, "cause", None) or getattr(failure, "_base_exc", None) or failure
+        cause = root_cause(failure)
         if isinstance(cause, LoramError):
             return cause
     return None

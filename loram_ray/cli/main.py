@@ -23,6 +23,7 @@ from loram_ray.cli.commands import add_commands
 from loram_ray.cli.init import HELP, init_command
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
 from loram_ray.errors import LoramError, describe_path_error, one_line, root_cause
+from loram_ray.estimating.gpus import Cluster
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
 from loram_ray.runtime.streams import reader_is_gone, safe_streams
@@ -111,23 +112,22 @@ def plan_command(
             help="Share of the GPUs' bf16 peak that all operations reach, recomputation included; "
             "0.3 to 0.5 is usual. Needs --alignment.",
         ),
-    ] = 0.4,
+    ] = Cluster.mfu,
     bandwidth: Annotated[
         float,
         typer.Option(
             "--bandwidth",
             help="Network bandwidth of a node in each direction, in GB/s. Needs --alignment.",
         ),
-    ] = 400.0,
+    ] = Cluster.bandwidth / 1e9,
     price: Annotated[
         float,
         typer.Option("--price", help="Price of a GPU hour, in any currency. Needs --alignment."),
-    ] = 2.5,
+    ] = Cluster.price,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Print what a recipe will need."""
-    from loram_ray.estimating.alignment import Cluster
     from loram_ray.estimating.forecast import forecast, forecast_alignment
     from loram_ray.estimating.tables import tables
 
@@ -164,7 +164,7 @@ def _print_alignment(found: AlignmentForecast, as_json: bool) -> None:
     if as_json:
         print_json({"estimates": [asdict(row) for row in found.rows]})
     else:
-        print(as_markdown(found.pruned, found.base, found.rows, found.clusters[0]), end="")
+        print(as_markdown(found), end="")
 
 
 add_commands(app)

@@ -24,29 +24,12 @@ from loram_ray.estimating.flops import (
     work_of,
 )
 from loram_ray.estimating.footprint import BYTES, Memory, memory_of, source_of
+from loram_ray.estimating.gpus import Cluster
 from loram_ray.estimating.shapes import ModelShapes
 
 GB = 1e9
 GPU_MEMORY = 80 * GB
 """An H100 has 85.5e9 bytes; the rest is left to CUDA, NCCL and allocator fragmentation."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Assumptions about the cluster.
-
-    Attributes:
-        gpus: Number of GPUs, one per alignment worker.
-        mfu: Share of the peak that all operations, including recomputation, reach while computing.
-        bandwidth: Network bandwidth of a node in each direction; eight 400 Gb/s adapters give
-            400e9.
-        price: Price of one GPU hour.
-    """
-
-    gpus: int
-    mfu: float = 0.4
-    bandwidth: float = 400e9
-    price: float = 2.5
 
 
 @dataclass(frozen=True)

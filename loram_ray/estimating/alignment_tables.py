@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loram_ray.estimating.alignment import GB, GPU_MEMORY, Cluster, Estimate
+from loram_ray.estimating.alignment import GB, GPU_MEMORY, Estimate
 from loram_ray.estimating.flops import NVLINK
-from loram_ray.estimating.shapes import ModelShapes
+from loram_ray.estimating.forecast import AlignmentForecast
+from loram_ray.estimating.gpus import Cluster
 
 _PARTS = (
     "weights",
@@ -22,17 +23,9 @@ _PARTS = (
 )
 
 
-def as_markdown(
-    pruned: ModelShapes, base: ModelShapes, rows: Sequence[Estimate], cluster: Cluster
-) -> str:
-    """Format the tables of memory and time, the assumptions, and what to change.
-
-    Args:
-        pruned: Shapes of the pruned model.
-        base: Shapes of the base.
-        rows: Estimates, one for each number of GPUs; at least one.
-        cluster: Assumptions that the estimates share.
-    """
+def as_markdown(found: AlignmentForecast) -> str:
+    """Format the tables of memory and time, the assumptions, and what to change."""
+    pruned, base, rows = found.pruned, found.base, found.rows
     first = rows[0]
     shown = [part for part in _PARTS if any(getattr(row.memory, part) for row in rows)]
     lines = [
@@ -65,7 +58,7 @@ def as_markdown(
             f"| **{row.hours:.2f}** | {row.hours * row.gpus:.1f} | **{row.cost:,.2f}** "
             f"| {row.mfu:.2f} |"
         )
-    lines += ["", *_targets(rows), *_assumptions(cluster)]
+    lines += ["", *_targets(rows), *_assumptions(found.assumed)]
     lines += [f"- {note}" for note in dict.fromkeys(note for row in rows for note in row.notes)]
     return "\n".join(lines) + "\n"
 

@@ -12,9 +12,9 @@ from loram_ray.alignment.deepspeed_config import read_user_config
 from loram_ray.architectures import architecture_of
 from loram_ray.config import AlignConfig, PruneConfig, TrainConfig, load_run, section_of
 from loram_ray.errors import LoramError
-from loram_ray.estimating.alignment import GB, Cluster, Estimate, estimate
+from loram_ray.estimating.alignment import GB, Estimate, estimate
 from loram_ray.estimating.base_configs import base_config
-from loram_ray.estimating.gpus import GPUS, fitting
+from loram_ray.estimating.gpus import GPUS, Cluster, fitting
 from loram_ray.estimating.memory_trace import TrainingMemory, training_memory, without_nf4
 from loram_ray.estimating.shapes import (
     ModelShapes,
@@ -116,7 +116,9 @@ def forecast(
     require_dense(family, shapes)
     base = empty_model(shapes)
     pruned = config_after(shapes, prune, base)
-    alignment = None if run.align is None else _alignment(shapes, prune, run.align)
+    alignment = None
+    if run.align is not None:
+        [alignment] = _on_clusters(shapes, prune, run.align, (), Cluster(1)).rows
     sizes = sizes_of(empty_model(pruned))
     try:
         nf4 = training_memory(pruned, family, train, quantized=True)
@@ -143,13 +145,13 @@ class AlignmentForecast:
     Attributes:
         pruned: Shapes of the pruned model.
         base: Shapes of the base.
-        clusters: Assumptions, one for each number of GPUs.
-        rows: Estimates, one for each cluster.
+        assumed: Assumptions about the cluster; its number of GPUs is not used.
+        rows: Estimates, one for each number of GPUs.
     """
 
     pruned: ModelShapes
     base: ModelShapes
-    clusters: tuple[Cluster, ...]
+    assumed: Cluster
     rows: tuple[Estimate, ...]
 
 
@@ -177,11 +179,8 @@ def forecast_alignment(
     _require_possible(gpus, assumed)
     run = load_run(config, overrides)
     prune, align = section_of(run, "prune"), section_of(run, "align")
-    pruned, base = shapes_of(base_config(prune.base, config_of_base), prune, align.frozen)
-    user_config = read_user_config(align.deepspeed)
-    clusters = tuple(replace(assumed, gpus=count) for count in (gpus or (align.workers,)))
-    rows = tuple(estimate(align, user_config, pruned, base, cluster) for cluster in clusters)
-    return AlignmentForecast(pruned, base, clusters, rows)
+    shapes = base_config(prune.base, config_of_base)
+    return _on_clusters(shapes, prune, align, gpus, assumed)
 
 
 def _require_possible(gpus: Sequence[int], assumed: Cluster) -> None:
@@ -197,9 +196,18 @@ def _require_possible(gpus: Sequence[int], assumed: Cluster) -> None:
             raise LoramError(f"{name} must be {rule}, got {value}; change it")
 
 
-def _alignment(shapes: dict[str, Any], prune: PruneConfig, align: AlignConfig) -> Estimate:
+def _on_clusters(
+    shapes: dict[str, Any],
+    prune: PruneConfig,
+    align: AlignConfig,
+    gpus: Sequence[int],
+    assumed: Cluster,
+) -> AlignmentForecast:
     pruned, base = shapes_of(shapes, prune, align.frozen)
-    return estimate(align, read_user_config(align.deepspeed), pruned, base, Cluster(align.workers))
+    user_config = read_user_config(align.deepspeed)
+    clusters = [replace(assumed, gpus=count) for count in gpus or (align.workers,)]
+    rows = tuple(estimate(align, user_config, pruned, base, cluster) for cluster in clusters)
+    return AlignmentForecast(pruned, base, assumed, rows)
 
 
 def _parts(memory: TrainingMemory) -> dict[str, int]:

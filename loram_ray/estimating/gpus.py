@@ -1,4 +1,4 @@
-"""List common GPUs and their memory."""
+"""Common GPUs with their memory, and assumptions about a cluster of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ CONTEXT = 600 * _MIB
 """Assumed bytes that CUDA, cuBLAS and bitsandbytes allocate outside PyTorch."""
 GAPS = 0.05
 """Assumed share of memory that PyTorch's allocator loses to fragmentation."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Assumptions about the cluster.
+
+    Attributes:
+        gpus: Number of GPUs, one per alignment worker.
+        mfu: Share of the peak that all operations, including recomputation, reach while computing.
+        bandwidth: Network bandwidth of a node in each direction; eight 400 Gb/s adapters give
+            400e9.
+        price: Price of one GPU hour.
+    """
+
+    gpus: int
+    mfu: float = 0.4
+    bandwidth: float = 400e9
+    price: float = 2.5
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import fields
 
 from rich.table import Table
 
-from loram_ray.estimating.alignment import Cluster, Estimate
+from loram_ray.estimating.alignment import Estimate
 from loram_ray.estimating.forecast import Forecast
-from loram_ray.estimating.gpus import CONTEXT, GAPS, GPUS, fitting
+from loram_ray.estimating.gpus import CONTEXT, GAPS, GPUS, Cluster, fitting
 from loram_ray.estimating.memory_trace import TrainingMemory
 from loram_ray.estimating.sizes import Sizes
 

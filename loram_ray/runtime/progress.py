@@ -139,10 +139,8 @@ def notice(stage: str, text: str | None) -> Iterator[None]:
 
 def print_notices() -> None:
     """Print the line of `notice` if it has not been printed."""
-    notices = list(_notices)
-    _notices.clear()
-    for stage, text in notices:
-        say(stage, text)
+    while _notices:
+        say(*_notices.pop())
 
 
 class MetricsLog:

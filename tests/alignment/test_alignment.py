@@ -28,13 +28,6 @@ from loram_ray.runtime.progress import METRICS_FILE, read_lines, restarts_in
 
 
 @pytest.fixture(scope="module")
-def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("alignment") / "pruned"
-    lr.prune(lr.PruneConfig(base=str(base), output=output, ratio=0.5, layers=(1, 3)))
-    return output
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", tiny.texts())
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
-from helpers import tiny
+from helpers import aligning, tiny
+from helpers.aligning import BATCH, LENGTH, LR
 from loram_ray.alignment.targets import (
     prepare_targets,
     read_targets,
@@ -33,7 +34,7 @@ from loram_ray.models.loading import load_model
 from loram_ray.models.tokenizer import frame_of
 from loram_ray.runtime.progress import METRICS_FILE
 
-LENGTH, STEPS, BATCH, LR = 32, 4, 8, 1e-3
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +65,12 @@ def stage_config(
 ) -> lr.AlignConfig:
     settings = {
         "base": str(base),
-        "pruned": pruned,
-        "output": output,
-        "corpus": {"sources": [{"path": str(text)}], "sequence_length": LENGTH},
         "objective": "distillation",
         "distillation": {"top_k": tiny.VOCABULARY, "batch_size": 3},
         "steps": STEPS,
-        "batch_size": BATCH,
-        "micro_batch_size": 2,
-        "optimiser": {"learning_rate": LR, "warmup_steps": 2},
-        "precision": "fp32",
-        "checkpoint_every": 2,
         **changes,
     }
-    return lr.AlignConfig.model_validate(settings)
+    return aligning.config(pruned, text, output, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,6 @@ from loram_ray.config.flags import Kind, flags_for
 OF_ALL_COMMANDS = {"config", "set", "json", "debug", "help", "preview"}
 
 
-@pytest.fixture
-def loram(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
-
-
 def section(name: str, *arguments: str, config: Path | None = None, sets: Any = ()) -> Any:
     """A command's section from options, as the command line hands them over."""
     flags = {flag.option: flag for flag in flags_for(COMMAND_OF[name])}

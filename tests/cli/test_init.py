@@ -13,11 +13,6 @@ from helpers.command import Command
 from loram_ray.config import load_run
 
 
-@pytest.fixture
-def loram(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
-
-
 @pytest.mark.parametrize("name", ["base", "org/model", "with space: and # more", "é'\"", "yes"])
 def test_the_file_says_what_was_given(tmp_path: Path, loram: Command, name: str) -> None:
     file = tmp_path / "run.yaml"

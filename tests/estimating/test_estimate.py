@@ -28,9 +28,10 @@ from loram_ray.alignment.mfu import linear_weights
 from loram_ray.alignment.objective import AlignmentModel
 from loram_ray.config import load_run
 from loram_ray.distillation import TopTokens
-from loram_ray.estimating.alignment import Cluster, estimate
+from loram_ray.estimating.alignment import estimate
 from loram_ray.estimating.flops import traffic_of, work_of
 from loram_ray.estimating.footprint import activations_of, memory_of, saved_by_layer
+from loram_ray.estimating.gpus import Cluster
 from loram_ray.estimating.shapes import model_shapes, shapes_of
 
 REPOSITORY = Path(__file__).parents[2]

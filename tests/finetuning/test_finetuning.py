@@ -10,16 +10,15 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM
 
 import loram_ray as lr
 from helpers import tiny
 from helpers.training import (
-    LR,
-    STEPS,
     as_row,
     config,
     metrics,
+    plain_losses,
     run_directly,
     started,
     wait_for_steps,
@@ -67,18 +66,7 @@ def test_losses_equal_a_loop_written_with_plain_transformers_and_peft(
             r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
         ),
     )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
-    losses = []
-    for _ in range(STEPS):
-        loss = model(**batch).loss
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
+    losses = plain_losses(model, batch)
     assert metrics(ours / "work", "loss") == pytest.approx(losses, rel=1e-4)
     assert losses[-1] < losses[0]
 

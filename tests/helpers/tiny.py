@@ -139,12 +139,7 @@ def disk(directory: Path, size: str) -> Iterator[None]:
 
 def first_of(cases: Sequence[Any]) -> list[Any]:
     """Mark all but the first case of a slow test for `make thorough`."""
-    first, *others = cases
-    marked = [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough)
-        for case in others
-    ]
-    return [first, *marked]
+    return fast_of(cases, cases[0])
 
 
 def fast_of(cases: Sequence[Any], *fast: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from loram_ray.artifacts.adapter import ADAPTER_FILE
@@ -57,6 +58,23 @@ def as_row(example: Example) -> dict[str, list[int]]:
         "input_ids": example.input_ids,
         "labels": [-100] * begin + example.input_ids[begin:],
     }
+
+
+def plain_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Train on the same batch with plain torch; return the loss of each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(**batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def started(settings: lr.TrainConfig, folder: Path) -> subprocess.Popen[bytes]:

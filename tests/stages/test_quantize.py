@@ -440,9 +440,7 @@ def test_training_on_it_is_plain_peft_s(quantized: Path, tmp_path: Path) -> None
     settings = training(quantized, eight, tmp_path, batch_size=8, micro_batch_size=4)
     ours = metrics(run_directly(settings, tmp_path / "ours") / "work", "loss")
 
-    from transformers import get_cosine_schedule_with_warmup
-
-    from helpers.training import LR, STEPS, as_row
+    from helpers.training import as_row, plain_losses
     from loram_ray.corpus.batches import padded
     from loram_ray.corpus.examples import load_examples
     from loram_ray.models.tokenizer import load_tokenizer
@@ -459,18 +457,7 @@ def test_training_on_it_is_plain_peft_s(quantized: Path, tmp_path: Path) -> None
         r=4, lora_alpha=8, target_modules=adapters.LINEARS, task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(frozen, lora).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
-    losses = []
-    for _ in range(STEPS):
-        loss = model(**batch).loss
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
+    losses = plain_losses(model, batch)
     assert ours == pytest.approx(losses, rel=1e-3)  # its backward pass rounds weights to bfloat16
     assert ours[-1] < ours[0]
 
