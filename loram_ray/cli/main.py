@@ -8,10 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,18 +18,15 @@ from rich.markup import escape
 import loram_ray
 from loram_ray.addresses import without_credentials
 from loram_ray.cli import jobs as cli_jobs
+from loram_ray.cli import plan
 from loram_ray.cli.commands import add_commands
 from loram_ray.cli.init import HELP, init_command
-from loram_ray.cli.tables import AsJson, Config, Debug, Overrides, console, print_json
+from loram_ray.cli.tables import AsJson, Debug, print_json
 from loram_ray.errors import LoramError, describe_path_error, one_line, root_cause
-from loram_ray.estimating.gpus import Cluster
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
 from loram_ray.runtime.streams import reader_is_gone, safe_streams
 from loram_ray.utils.printing import plain, show
-
-if TYPE_CHECKING:
-    from loram_ray.estimating.forecast import AlignmentForecast
 
 START, RESULTS, CLUSTER = "Start", "Results", "On a cluster"
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -64,108 +60,7 @@ def _options_of_loram(
 
 
 app.command("init", help=HELP, rich_help_panel=START)(init_command)
-
-
-_PLAN_HELP = """Estimate what a run file needs: parameters, memory, GPUs and the cost of alignment.
-
-Example: loram plan --config jobs/configs/llama-3.1-70b.yaml --set prune.ratio=0.95
-
-Prints the parameters and bytes of the base and of the pruned model in bf16 and NF4 (nominal: four
-bits per parameter, as in the paper; stored: as quantize writes them, with embeddings and lm_head in
-bf16), the peak memory of training by parts, the GPUs that have it, and what alignment needs. Only
-the base's config.json is read. A run file without a train section is planned with the defaults, and
-with activation checkpointing and a LoRA on lm_head as in the paper.
-
-With --alignment, prints the alignment alone, in detail: memory per GPU by parts, time per step,
-hours and cost for each number of GPUs. Times are arithmetic on the assumptions of --mfu and
---bandwidth, which the output repeats. If the recipe does not fit 80 GB, it says which settings
-would.
-"""
-
-
-@app.command("plan", help=_PLAN_HELP, rich_help_panel=START)
-def plan_command(
-    config: Config = None,
-    overrides: Overrides = None,
-    base_config: Annotated[
-        Path | None,
-        typer.Option(
-            "--base-config",
-            help="File or directory with the base's config.json, if it is elsewhere.",
-        ),
-    ] = None,
-    alignment: Annotated[
-        bool, typer.Option("--alignment", help="Print the alignment alone, in detail.")
-    ] = False,
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            "--gpus",
-            help="Numbers of GPUs to compare, e.g. 8,16,64. Default: align.workers. "
-            "Needs --alignment.",
-        ),
-    ] = None,
-    mfu: Annotated[
-        float,
-        typer.Option(
-            "--mfu",
-            help="Share of the GPUs' bf16 peak that all operations reach, recomputation included; "
-            "0.3 to 0.5 is usual. Needs --alignment.",
-        ),
-    ] = Cluster.mfu,
-    bandwidth: Annotated[
-        float,
-        typer.Option(
-            "--bandwidth",
-            help="Network bandwidth of a node in each direction, in GB/s. Needs --alignment.",
-        ),
-    ] = Cluster.bandwidth / 1e9,
-    price: Annotated[
-        float,
-        typer.Option("--price", help="Price of a GPU hour, in any currency. Needs --alignment."),
-    ] = Cluster.price,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Print what a recipe will need."""
-    from loram_ray.estimating.forecast import forecast, forecast_alignment
-    from loram_ray.estimating.tables import tables
-
-    if alignment:
-        assumed = Cluster(1, mfu, bandwidth * 1e9, price)
-        counts = _counts(gpus)
-        found = forecast_alignment(
-            config, overrides or (), base_config, gpus=counts, assumed=assumed
-        )
-        _print_alignment(found, as_json)
-        return
-    planned = forecast(config, overrides or (), base_config)
-    if as_json:
-        print_json(planned.as_json())
-        return
-    out = console(120)
-    for part in tables(planned):
-        out.print(part)
-
-
-def _counts(gpus: str | None) -> list[int]:
-    """Parse the numbers of ``--gpus``."""
-    try:
-        return [int(count) for count in gpus.split(",")] if gpus else []
-    except ValueError:
-        raise LoramError(
-            f"--gpus must be whole numbers separated by commas, got {gpus}; e.g. --gpus 8,16"
-        ) from None
-
-
-def _print_alignment(found: AlignmentForecast, as_json: bool) -> None:
-    from loram_ray.estimating.alignment_tables import as_markdown
-
-    if as_json:
-        print_json({"estimates": [asdict(row) for row in found.rows]})
-    else:
-        print(as_markdown(found), end="")
-
+app.command("plan", help=plan.HELP, rich_help_panel=START)(plan.plan_command)
 
 add_commands(app)
 

@@ -385,3 +385,14 @@ def test_the_tool_says_in_one_line_what_to_fix(
 ) -> None:
     done = tool(*arguments)
     assert (done.code, done.line.startswith(f"loram: {message}")) == (2, True), done
+
+
+@pytest.mark.parametrize(
+    "value", [("--gpus", 8), ("--mfu", 0.4), ("--bandwidth", 9), ("--price", 3)]
+)
+def test_an_option_of_the_alignment_alone_is_refused_without_it(
+    value: tuple[str, object], loram: Command, config_file: Path
+) -> None:
+    done = loram("plan", "--config", RECIPE, "--base-config", config_file, *value)
+    expected = f"loram: {value[0]} must be given with --alignment, got no --alignment; add it"
+    assert (done.code, done.out, done.line.startswith(expected)) == (2, "", True), done
