@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from loram_ray.cli.tables import AsJson, Debug, Overrides, console, print_json
 from loram_ray.commands import COMMAND_OF
-from loram_ray.config import load_run, section_of
+from loram_ray.config import RunConfig, load_run, section_of
 from loram_ray.errors import LoramError
 from loram_ray.runtime.interruption import current
 from loram_ray.runtime.streams import reader_is_gone
@@ -33,6 +34,53 @@ Address = Annotated[
     ),
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False)]
+CommandName = Annotated[
+    str, typer.Argument(help=f"One of {', '.join(COMMAND_OF)}.", show_default=False)
+]
+RunFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Run file.")]
+Directory = Annotated[
+    str | None,
+    typer.Option("--directory", help="Folder on the cluster where relative paths start."),
+]
+Installation = Annotated[
+    Environment,
+    typer.Option(
+        "--environment",
+        help="image: what the nodes have installed; package: also this loram; pins: also its "
+        "dependencies as they are installed here.",
+    ),
+]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env",
+        metavar="NAME=VALUE",
+        help="Environment variable of the job and its workers. No secrets.",
+    ),
+]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of the job."),
+]
+Cpus = Annotated[
+    float,
+    typer.Option(
+        "--entrypoint-cpus",
+        min=0,
+        help="CPUs of the entry point. With 0 it runs on the head node.",
+    ),
+]
+Gpus = Annotated[float, typer.Option("--entrypoint-gpus", min=0, help="GPUs of the entry point.")]
+Memory = Annotated[
+    int, typer.Option("--entrypoint-memory", min=0, help="Memory of the entry point in bytes.")
+]
+NewName = Annotated[str | None, typer.Option("--name", help="Name of the job. Default: a new one.")]
+Retries = Annotated[
+    int, typer.Option("--retries", min=0, help="How often to submit a failed job again.")
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Print the job's name and return, without retries.")
+]
 
 SUBMIT_HELP = """Run a command on a cluster as a Ray Job, show its output and return its exit code.
 
@@ -54,69 +102,24 @@ app = typer.Typer(help="List submitted jobs, show their output, stop them.", no_
 
 
 def submit_command(
-    command: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(COMMAND_OF)}.", show_default=False)
-    ],
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run file.")],
+    command: CommandName,
+    config: RunFile,
     overrides: Overrides = None,
     address: Address = ADDRESS,
-    directory: Annotated[
-        str | None,
-        typer.Option("--directory", help="Folder on the cluster where relative paths start."),
-    ] = None,
-    environment: Annotated[
-        Environment,
-        typer.Option(
-            "--environment",
-            help="image: what the nodes have installed; package: also this loram; pins: also its "
-            "dependencies as they are installed here.",
-        ),
-    ] = "package",
-    variables: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--env",
-            metavar="NAME=VALUE",
-            help="Environment variable of the job and its workers. No secrets.",
-        ),
-    ] = None,
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of the job."),
-    ] = None,
-    cpus: Annotated[
-        float,
-        typer.Option(
-            "--entrypoint-cpus",
-            min=0,
-            help="CPUs of the entry point. With 0 it runs on the head node.",
-        ),
-    ] = 0,
-    gpus: Annotated[
-        float, typer.Option("--entrypoint-gpus", min=0, help="GPUs of the entry point.")
-    ] = 0,
-    memory: Annotated[
-        int, typer.Option("--entrypoint-memory", min=0, help="Memory of the entry point in bytes.")
-    ] = 0,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the job. Default: a new one.")
-    ] = None,
-    retries: Annotated[
-        int, typer.Option("--retries", min=0, help="How often to submit a failed job again.")
-    ] = 3,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Print the job's name and return, without retries.")
-    ] = False,
+    directory: Directory = None,
+    environment: Installation = "package",
+    variables: Variables = None,
+    metadata: Metadata = None,
+    cpus: Cpus = 0,
+    gpus: Gpus = 0,
+    memory: Memory = 0,
+    name: NewName = None,
+    retries: Retries = 3,
+    detach: Detach = False,
     debug: Debug = False,
 ) -> None:
     """Run a stage on a cluster."""
-    if command not in COMMAND_OF:
-        raise LoramError(
-            f"COMMAND must be one of {', '.join(COMMAND_OF)}, got {command}; see loram --help"
-        )
-    settings = load_run(config, overrides or ())
-    if command != "run":
-        section_of(settings, command)
+    settings = _checked(command, config, overrides or ())
     spec = JobSpec(
         command=command,
         config=config,
@@ -134,7 +137,24 @@ def submit_command(
     jobs = Jobs(address, _say)
     if detach:
         print(jobs.submit(spec))
-        return
+    else:
+        _run_and_show(jobs, spec, address)
+
+
+def _checked(command: str, config: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the run file's settings, which must have the command's section."""
+    if command not in COMMAND_OF:
+        raise LoramError(
+            f"COMMAND must be one of {', '.join(COMMAND_OF)}, got {command}; see loram --help"
+        )
+    settings = load_run(config, overrides)
+    if command != "run":
+        section_of(settings, command)
+    return settings
+
+
+def _run_and_show(jobs: Jobs, spec: JobSpec, address: str) -> None:
+    """Run a job and show its output; exit with its code if it failed."""
     began: list[str] = []
 
     def tell(job: str) -> None:
@@ -209,13 +229,13 @@ def _row(job: Any) -> dict[str, Any]:
 
 
 def _pairs(lines: list[str] | None, option: str) -> dict[str, str]:
-    found = {}
+    pairs = {}
     for line in lines or ():
         key, equals, value = line.partition("=")
         if not key or not equals:
             raise LoramError(f"{option} must be NAME=VALUE, got {line}; write an equals sign")
-        found[key] = value
-    return found
+        pairs[key] = value
+    return pairs
 
 
 def _show(text: str) -> None:
