@@ -156,73 +156,109 @@ def _confine_files(readable: list[str]) -> None:
     os.close(rules)
 
 
-def _confine_calls() -> None:
-    """Install a seccomp BPF filter on call numbers, and on the flags of a few calls."""
-    machine = os.uname().machine
-    code: list[bytes] = []
+class _Filter:
+    """A seccomp BPF program, to which each method appends instructions.
 
-    def load(place: int) -> None:  # loads a word of struct seccomp_data
-        code.append(struct.pack("=HBBI", 0x20, 0, 0, place))
+    Attributes:
+        code: The instructions.
+    """
 
-    def answer(value: int) -> None:
-        code.append(struct.pack("=HBBI", 0x06, 0, 0, value))
+    def __init__(self) -> None:
+        self.code: list[bytes] = []
 
-    def unless_equal_skip(value: int, count: int) -> None:
-        code.append(struct.pack("=HBBI", 0x15, 0, count, value))
+    def _append(self, operation: int, if_true: int, if_false: int, value: int) -> None:
+        self.code.append(struct.pack("=HBBI", operation, if_true, if_false, value))
 
-    load(4)
-    code.append(struct.pack("=HBBI", 0x15, 1, 0, _KIND[machine]))
-    answer(_KILL)
-    load(0)
-    code.append(struct.pack("=HBBI", 0x35, 0, 1, _X32))  # x32 calls of x86-64
-    answer(_KILL)
+    def load(self, place: int) -> None:
+        """Load a word of struct seccomp_data."""
+        self._append(0x20, 0, 0, place)
 
-    def when_masked(number: int, argument: int, mask: int, value: int, otherwise: int) -> None:
+    def keep_bits(self, mask: int) -> None:
+        """Clear the bits of the loaded word that are not in a mask."""
+        self._append(0x54, 0, 0, mask)
+
+    def answer(self, value: int) -> None:
+        """Return a value."""
+        self._append(0x06, 0, 0, value)
+
+    def if_equal_skip(self, value: int, count: int) -> None:
+        """Skip instructions if the loaded word has a value."""
+        self._append(0x15, count, 0, value)
+
+    def unless_equal_skip(self, value: int, count: int) -> None:
+        """Skip instructions unless the loaded word has a value."""
+        self._append(0x15, 0, count, value)
+
+    def unless_at_least_skip(self, value: int, count: int) -> None:
+        """Skip instructions unless the loaded word is at least a value."""
+        self._append(0x35, 0, count, value)
+
+    def refuse(self, number: int, error: int) -> None:
+        """Refuse a call, whose number is loaded, with an error."""
+        self.unless_equal_skip(number, 1)
+        self.answer(_ERRNO | error)
+
+    def when_masked(
+        self, number: int, argument: int, mask: int, value: int, error: int = _EPERM
+    ) -> None:
         """Allow a call only if its masked argument has a given value."""
-        unless_equal_skip(number, 5)
-        load(_argument(argument))
-        code.append(struct.pack("=HBBI", 0x54, 0, 0, mask))
-        unless_equal_skip(value, 1)
-        answer(_ALLOW)
-        answer(otherwise)
+        self.unless_equal_skip(number, 5)
+        self.load(_argument(argument))
+        self.keep_bits(mask)
+        self.unless_equal_skip(value, 1)
+        self.answer(_ALLOW)
+        self.answer(_ERRNO | error)
 
-    def when_among(number: int, argument: int, values: tuple[int, ...], others: bool) -> None:
+    def when_among(self, number: int, argument: int, values: tuple[int, ...], others: bool) -> None:
         """Allow, or with ``others`` refuse, a call whose argument is among some values."""
-        unless_equal_skip(number, 2 * len(values) + 2)
-        load(_argument(argument))
+        self.unless_equal_skip(number, 2 * len(values) + 2)
+        self.load(_argument(argument))
         for value in values:
-            unless_equal_skip(value, 1)
-            answer(_ERRNO | _EPERM if others else _ALLOW)
-        answer(_ALLOW if others else _ERRNO | _EPERM)
+            self.unless_equal_skip(value, 1)
+            self.answer(_ERRNO | _EPERM if others else _ALLOW)
+        self.answer(_ALLOW if others else _ERRNO | _EPERM)
 
+    def when_null(self, number: int, argument: int) -> None:
+        """Allow a call only if a pointer, of two words, is null."""
+        self.unless_equal_skip(number, 6)
+        self.load(_argument(argument))
+        self.unless_equal_skip(0, 3)
+        self.load(_argument(argument) + 4)
+        self.unless_equal_skip(0, 1)
+        self.answer(_ALLOW)
+        self.answer(_ERRNO | _EPERM)
+
+
+def _filter_of(machine: str) -> list[bytes]:
+    """Return the filter on call numbers, and on the arguments of a few calls."""
+    calls = _Filter()
+    calls.load(4)
+    calls.if_equal_skip(_KIND[machine], 1)
+    calls.answer(_KILL)
+    calls.load(0)
+    calls.unless_at_least_skip(_X32, 1)  # x32 calls of x86-64
+    calls.answer(_KILL)
     for number in _REFUSED[machine].values():
-        unless_equal_skip(number, 1)
-        answer(_ERRNO | _EPERM)
-    for number in (
-        _CLONE3,
-        _OPENAT2,
-        _CLOSE_RANGE,
-    ):  # not needed, or with flags that the filter cannot read
-        unless_equal_skip(number, 1)
-        answer(_ERRNO | _ENOSYS)
-    unless_equal_skip(_FALLOCATE[machine], 1)  # it bypasses the file size limit
-    answer(_ERRNO | _EOPNOTSUPP)
-    unless_equal_skip(_LIMITS[machine], 6)
-    load(_argument(2))  # address of the new limits, two words
-    unless_equal_skip(0, 3)
-    load(_argument(2) + 4)
-    unless_equal_skip(0, 1)
-    answer(_ALLOW)
-    answer(_ERRNO | _EPERM)
-    when_among(_FCNTL[machine], 1, _SIGNALLING, True)
-    when_among(_PRCTL[machine], 0, _NAMES_ONLY, False)
-    when_masked(_CLONE[machine], 0, _THREAD, _THREAD, _ERRNO | _EPERM)
+        calls.refuse(number, _EPERM)
+    for number in (_CLONE3, _OPENAT2, _CLOSE_RANGE):  # not needed, or with unreadable flags
+        calls.refuse(number, _ENOSYS)
+    calls.refuse(_FALLOCATE[machine], _EOPNOTSUPP)  # it bypasses the file size limit
+    calls.when_null(_LIMITS[machine], 2)  # address of the new limits
+    calls.when_among(_FCNTL[machine], 1, _SIGNALLING, others=True)
+    calls.when_among(_PRCTL[machine], 0, _NAMES_ONLY, others=False)
+    calls.when_masked(_CLONE[machine], 0, _THREAD, _THREAD)
     for number, flags in _OPENS[machine].items():
-        when_masked(number, flags, _TMPFILE, 0, _ERRNO | _EOPNOTSUPP)
+        calls.when_masked(number, flags, _TMPFILE, 0, _EOPNOTSUPP)
     for number, mode in _MKDIRS[machine].items():
-        when_masked(number, mode, _OWNERS, _OWNERS, _ERRNO | _EPERM)
-    when_masked(_UMASK[machine], 0, _OWNERS, 0, _ERRNO | _EPERM)
-    answer(_ALLOW)
+        calls.when_masked(number, mode, _OWNERS, _OWNERS)
+    calls.when_masked(_UMASK[machine], 0, _OWNERS, 0)
+    calls.answer(_ALLOW)
+    return calls.code
+
+
+def _confine_calls() -> None:
+    """Install the seccomp filter of this machine."""
+    code = _filter_of(os.uname().machine)
     instructions = ctypes.create_string_buffer(b"".join(code))
     program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(instructions))
     _checked(_LIBC.prctl(_SECCOMP, _FILTER_MODE, program, 0, 0), "seccomp")
