@@ -145,16 +145,45 @@ def sparsegpt(
     """
     _check(weight, ratio, pattern, name)
     _require_finite(hessian, "Hessian of the calibration inputs", name)
-    columns = weight.shape[1]
-    if pattern.group:
-        block_size = max(block_size // pattern.group, 1) * pattern.group
-
     dead = hessian.diagonal() == 0
     # Transposed, so that a column of the linear is one contiguous row.
     change = weight.float().t().contiguous().clone()
     outputs = _output_energy(change, hessian)
     change[dead] = 0
     factor, damping, added = _factor(hessian, dead, damping, name)  # R^T
+    pruned, dropped, error = _prune_blocks(change, factor, added, ratio, pattern, block_size)
+    return SparseGptResult(
+        pruned.t().contiguous(),
+        dropped.t().logical_not(),
+        damping,
+        max(float(error / outputs), 0.0) if outputs > 0 else 0.0,
+    )
+
+
+def _prune_blocks(
+    change: torch.Tensor,
+    factor: torch.Tensor,
+    added: float,
+    ratio: float,
+    pattern: Pattern,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prune all blocks from left to right.
+
+    Args:
+        change: Transposed weight, ``[in, out]``; D, transposed, afterwards.
+        factor: ``R^T``, ``[in, in]``.
+        added: Value that was added to the Hessian's diagonal.
+        ratio: Share of zeros, if unstructured.
+        pattern: Allowed positions of zeros.
+        block_size: Number of columns in a block, before n:m rounds it down.
+
+    Returns:
+        Pruned weight and mask of dropped weights, ``[in, out]``, and ``tr(D H D^T)`` in float64.
+    """
+    columns, rows = change.shape
+    if pattern.group:
+        block_size = max(block_size // pattern.group, 1) * pattern.group
     pruned = torch.empty_like(change)
     dropped = torch.empty_like(change, dtype=torch.bool)
     error = torch.zeros((), dtype=torch.float64, device=change.device)
@@ -163,19 +192,14 @@ def sparsegpt(
         inverse = _upper_inverse(factor[block, block])
         pushed = factor[block, :start] @ change[:start]
         updated = torch.addmm(change[block], inverse.t(), pushed, out=pruned[block])
-        zeros = _share(ratio, block.stop * weight.shape[0]) - _share(ratio, start * weight.shape[0])
+        zeros = _share(ratio, block.stop * rows) - _share(ratio, start * rows)
         errors = _prune_block(
             updated, inverse, factor.diagonal()[block, None], pattern, zeros, dropped[block]
         )
         change[block] -= updated
         # D (H + added) D^T = (D R)(D R)^T, and D R are the errors.
         error += _energy(errors) - added * _energy(change[block])
-    return SparseGptResult(
-        pruned.t().contiguous(),
-        dropped.t().logical_not(),
-        damping,
-        max(float(error / outputs), 0.0) if outputs > 0 else 0.0,
-    )
+    return pruned, dropped, error
 
 
 def _prune_block(
