@@ -78,21 +78,8 @@ def prepare_targets(
         output = output.with_name(f"{output.name}-{digest_of(settings)[:12]}")
 
     def write(target: StageDirectory) -> None:
-        gpus = distillation.gpus_per_worker if gpus_per_worker() else 0
-        cpus = config.cpus_per_worker
-        require_resources(config.target_workers, cpus, gpus, "align.distillation.workers")
-        spec = TeacherSpec(
-            base=base.resolve(),
-            work=target.work.resolve(),
-            top_k=distillation.top_k,
-            temperature=distillation.temperature,
-            precision=config.precision,
-            batch_size=distillation.batch_size,
-            cpus=cpus,
-            streamed=distillation.stream_rows is not None,
-            gpus=gpus,
-            frame=frame,
-        )
+        spec = _teacher_spec(config, base, frame, target.work)
+        require_resources(config.target_workers, spec.cpus, spec.gpus, "align.distillation.workers")
         _compute(spec, config.target_workers, _groups(blocks, distillation.stream_rows))
         for block in blocks:
             name = target_file(block)
@@ -106,6 +93,22 @@ def prepare_targets(
         parents={"base": fingerprint, "corpus": corpus.manifest.digest},
         base_fingerprint=fingerprint,
         write=write,
+    )
+
+
+def _teacher_spec(config: AlignConfig, base: Path, frame: Frame | None, work: Path) -> TeacherSpec:
+    distillation = config.distillation
+    return TeacherSpec(
+        base=base.resolve(),
+        work=work.resolve(),
+        top_k=distillation.top_k,
+        temperature=distillation.temperature,
+        precision=config.precision,
+        batch_size=distillation.batch_size,
+        cpus=config.cpus_per_worker,
+        streamed=distillation.stream_rows is not None,
+        gpus=distillation.gpus_per_worker if gpus_per_worker() else 0,
+        frame=frame,
     )
 
 
@@ -215,13 +218,13 @@ class TargetWorker:
         ]
         answers = self._teacher.answer([batch for of_block in batches for batch in of_block])
         for block, table, of_block in zip(blocks, tables, batches, strict=True):
-            found = [next(answers) for _ in of_block]
+            targets = [next(answers) for _ in of_block]
             path = self._spec.work / target_file(block)
-            write_targets(path, table["row_id"], found)
+            write_targets(path, table["row_id"], targets)
             summary = _Summary(
                 tokens=sum(batch.numel() for batch in of_block),
                 bytes=path.stat().st_size,
-                missing=sum(float(top.missing.sum()) for top in found),
+                missing=sum(float(top.missing.sum()) for top in targets),
                 seconds=time.perf_counter() - started,
             )
             write_json(self._spec.work / _summary_file(block), asdict(summary))

@@ -126,19 +126,20 @@ def estimate(
     traffic = traffic_of(config, pruned, teacher, gpus)
     traffic_s = traffic / (NVLINK if gpus <= GPUS_PER_NODE else min(NVLINK, cluster.bandwidth))
     offload = offload_seconds(config, pruned, teacher, gpus)
-    overlaps = zero.get("overlap_comm", zero["stage"] == 3)
-    step = (max(compute, traffic_s) if overlaps else compute + traffic_s) + offload
+    step = _overlapped(zero, compute, traffic_s) + offload
     hours = step * config.total_steps / 3600
-    tokens = config.batch_size * length
-    useful = flops_per_token(pruned.layer_weights + pruned.head_weights) * tokens
+    notes = (
+        _on_memory(config, zero, pruned, teacher, gpus, memory.peak),
+        _on_batches(config, gpus),
+        _on_base(config, base),
+    )
+    useful = flops_per_token(pruned.layer_weights + pruned.head_weights)
+    useful *= config.batch_size * length
     return Estimate(
         gpus=gpus,
         memory=memory,
         fits=memory.peak <= GPU_MEMORY,
-        by_stage={
-            stage: memory_of(changed, {**zero, "stage": stage}, pruned, teacher, gpus).peak
-            for stage, changed in _stages(config)
-        },
+        by_stage=_peak_by_stage(config, zero, pruned, teacher, gpus),
         traffic=traffic,
         compute_s=compute,
         traffic_s=traffic_s,
@@ -150,16 +151,28 @@ def estimate(
         cost=hours * gpus * cluster.price,
         work=work,
         targets=_targets_of(config, base, cluster, peak),
-        notes=tuple(
-            note
-            for note in (
-                _on_memory(config, zero, pruned, teacher, gpus, memory.peak),
-                _on_batches(config, gpus),
-                _on_base(config, base),
-            )
-            if note
-        ),
+        notes=tuple(filter(None, notes)),
     )
+
+
+def _overlapped(zero: Mapping[str, Any], compute: float, traffic: float) -> float:
+    """Return the seconds of computation and communication together."""
+    overlaps = zero.get("overlap_comm", zero["stage"] == 3)
+    return max(compute, traffic) if overlaps else compute + traffic
+
+
+def _peak_by_stage(
+    config: AlignConfig,
+    zero: Mapping[str, Any],
+    pruned: ModelShapes,
+    teacher: ModelShapes | None,
+    gpus: int,
+) -> dict[int, float]:
+    """Return the peak bytes at each ZeRO stage with otherwise equal settings."""
+    return {
+        stage: memory_of(changed, {**zero, "stage": stage}, pruned, teacher, gpus).peak
+        for stage, changed in _stages(config)
+    }
 
 
 def _targets_of(

@@ -6,7 +6,7 @@ DeepSpeed configuration it takes bucket and sub-group sizes, live parameters and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,18 +86,10 @@ def memory_of(
     optimiser = (master + ADAM_MOMENTS) * share
     accumulates = config.accumulation(gpus) > 1
     gradients = width * {0: trained, 1: trained, 2: share * (1 + accumulates), 3: share}[stage]
-    bucket = zero.get("reduce_bucket_size", _BUCKET)
-    if stage == 0:
-        bucket = min(bucket, trained)
-    buckets = width * bucket * (2 if zero.get("overlap_comm") and stage in (1, 2) else 1)
-    gathered, host = 0.0, 0.0
-    if stage == 3:
-        everything = [pruned, teacher] if teacher is not None else [pruned]
-        live = zero.get("stage3_max_live_parameters", _LIVE) + max(m.largest for m in everything)
-        gathered = width * min(sum(m.parameters for m in everything), live)
-    unit = min(share, zero.get("sub_group_size", _SUB_GROUP)) if stage == 3 else share
-    update = 2 * _FP32 * unit + (width * trained if stage == 0 else 0)
-    update += width * share + buckets if stage == 3 else 0
+    buckets = _buckets(zero, trained, width)
+    gathered = _gathered(zero, [pruned, teacher] if teacher is not None else [pruned], width)
+    update = _update(zero, trained, share, width, buckets)
+    host = 0.0
     if offloads:
         host += optimiser + (_FP32 + 2 * width) * share
         optimiser, update = 0.0, buckets if stage == 3 else 0.0
@@ -120,6 +112,37 @@ def memory_of(
         host=host,
         peak=weights + base + optimiser + max(backward, update),
     )
+
+
+def _buckets(zero: Mapping[str, Any], trained: int, width: int) -> float:
+    """Return the bytes of the buckets for reducing gradients."""
+    bucket = zero.get("reduce_bucket_size", _BUCKET)
+    if zero["stage"] == 0:
+        bucket = min(bucket, trained)
+    is_double = zero.get("overlap_comm") and zero["stage"] in (1, 2)
+    return width * bucket * (2 if is_double else 1)
+
+
+def _gathered(zero: Mapping[str, Any], models: Sequence[ModelShapes], width: int) -> float:
+    """Return the bytes of weights that ZeRO-3 gathers for the active layers."""
+    if zero["stage"] != 3:
+        return 0.0
+    live = zero.get("stage3_max_live_parameters", _LIVE) + max(m.largest for m in models)
+    return width * min(sum(m.parameters for m in models), live)
+
+
+def _update(
+    zero: Mapping[str, Any], trained: int, share: float, width: int, buckets: float
+) -> float:
+    """Return the bytes of gradients and temporaries of an optimizer step on the GPU."""
+    match zero["stage"]:
+        case 0:
+            return 2 * _FP32 * share + width * trained
+        case 3:
+            unit = min(share, zero.get("sub_group_size", _SUB_GROUP))
+            return 2 * _FP32 * unit + (width * share + buckets)
+        case _:
+            return 2 * _FP32 * share
 
 
 def activations_of(

@@ -60,12 +60,7 @@ def answers(
     longest = max(map(len, prompts))
     if engine.window() is not None and longest + sampling.max_new_tokens > (engine.window() or 0):
         begin = 0
-    filling = [longest - len(prompt) for prompt in prompts]
-    ids = [
-        [*prompt[:begin], *[engine.padding] * count, *prompt[begin:]]
-        for prompt, count in zip(prompts, filling, strict=True)
-    ]
-    mask = [[1] * begin + [0] * count + [1] * (longest - begin - count) for count in filling]
+    ids, mask = _padded(prompts, begin, longest, engine.padding)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature is not None:
         torch.manual_seed(seed)
@@ -99,6 +94,19 @@ def answers(
     return [cut_off(text, sampling.stop) for text in texts]
 
 
+def _padded(
+    prompts: Sequence[Sequence[int]], begin: int, longest: int, padding: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return token ids and attention mask, padded to one length behind the shared beginning."""
+    counts = [longest - len(prompt) for prompt in prompts]
+    ids = [
+        [*prompt[:begin], *[padding] * count, *prompt[begin:]]
+        for prompt, count in zip(prompts, counts, strict=True)
+    ]
+    mask = [[1] * begin + [0] * count + [1] * (longest - begin - count) for count in counts]
+    return ids, mask
+
+
 def before_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     """Return the generated tokens before the first end token."""
     return list(itertools.takewhile(lambda token: token not in ends, ids))
@@ -106,18 +114,18 @@ def before_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
 
 def cut_off(text: str, stops: Sequence[str]) -> str:
     """Return the part of a text before the first stop text."""
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(found)] if found else text
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer, of the model, the tokenizer and the chat template."""
     of_model = model.generation_config.eos_token_id
     listed = [*of_model] if isinstance(of_model, list | tuple) else [of_model]
-    found = [*listed, tokenizer.eos_token_id]
+    ends = [*listed, tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        found.append(end_of_answer(tokenizer, listed))
-    return sorted({token for token in found if token is not None})
+        ends.append(end_of_answer(tokenizer, listed))
+    return sorted({token for token in ends if token is not None})
 
 
 class _Stops:

@@ -71,25 +71,18 @@ def write_truncated(
     """
     ranks = {m: _rank(adapter, m, plan, shape, config) for m, shape in shapes.items()}
     settings = _peft_config(adapter, ranks, plan, config)
-    specs = {}
-    for module, (rows, columns) in shapes.items():
-        dtype = adapter.file.specs[tensor_name(module, "A")].dtype
-        specs[tensor_name(module, "A")] = TensorSpec((ranks[module], columns), dtype)
-        specs[tensor_name(module, "B")] = TensorSpec((rows, ranks[module]), dtype)
+    specs = _lora_specs(adapter, ranks, shapes)
     require_space(target.path, sum(spec.nbytes for spec in specs.values()))
-    errors: dict[str, float] = {}
-    missed_in_all = size_of_all = 0.0
+    error = _SvdError()
     writer = TensorWriter(target.path / ADAPTER_FILE, specs)
     try:
         with Reporter("recover", total=len(shapes), unit="linear") as reporter:
             for module in shapes:
-                if plan.masks is not None and module in plan.masks.shapes:
+                if _is_masked(module, plan):
                     delta = _delta(adapter, module, plan)
                     dtype = specs[tensor_name(module, "A")].dtype
                     a, b, missed = truncated(delta, ranks[module], dtype)
-                    size = squared_norm(delta)
-                    errors[module] = math.sqrt(missed / size) if size else 0.0
-                    missed_in_all, size_of_all = missed_in_all + missed, size_of_all + size
+                    error.add(module, missed, squared_norm(delta))
                 else:
                     a = adapter.read(module, "A")
                     b = adapter.read(module, "B") * adapter.scale(module)
@@ -102,15 +95,51 @@ def write_truncated(
         writer.abort()
         raise
     (target.path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    error = math.sqrt(missed_in_all / size_of_all) if size_of_all else 0.0
-    target.details.update(modules=len(shapes), svd_error=error, svd_errors=errors)
-    if error > config.max_svd_error:
+    target.details.update(modules=len(shapes), svd_error=error.total, svd_errors=error.by_module)
+    if error.total > config.max_svd_error:
         say(
             "warning",
-            f"the recovered adapter misses {error:.1%} of the masked one (recover.max_svd_error "
-            f"{config.max_svd_error:.1%}); raise recover.svd_rank, or set recover.form to delta "
-            "and merge, which is exact",
+            f"the recovered adapter misses {error.total:.1%} of the masked one "
+            f"(recover.max_svd_error {config.max_svd_error:.1%}); raise recover.svd_rank, or set "
+            "recover.form to delta and merge, which is exact",
         )
+
+
+class _SvdError:
+    """Relative error of truncation in the Frobenius norm.
+
+    Attributes:
+        by_module: Error of each masked module.
+    """
+
+    def __init__(self) -> None:
+        self.by_module: dict[str, float] = {}
+        self._missed = self._size = 0.0
+
+    def add(self, module: str, missed: float, size: float) -> None:
+        """Add a module, given the squared norms of what truncation loses and of the whole."""
+        self.by_module[module] = math.sqrt(missed / size) if size else 0.0
+        self._missed, self._size = self._missed + missed, self._size + size
+
+    @property
+    def total(self) -> float:
+        """Error of all modules together."""
+        return math.sqrt(self._missed / self._size) if self._size else 0.0
+
+
+def _is_masked(module: str, plan: PruningPlan) -> bool:
+    return plan.masks is not None and module in plan.masks.shapes
+
+
+def _lora_specs(
+    adapter: Adapter, ranks: dict[str, int], shapes: dict[str, tuple[int, int]]
+) -> dict[str, TensorSpec]:
+    specs = {}
+    for module, (rows, columns) in shapes.items():
+        dtype = adapter.file.specs[tensor_name(module, "A")].dtype
+        specs[tensor_name(module, "A")] = TensorSpec((ranks[module], columns), dtype)
+        specs[tensor_name(module, "B")] = TensorSpec((rows, ranks[module]), dtype)
+    return specs
 
 
 def _delta(adapter: Adapter, module: str, plan: PruningPlan) -> torch.Tensor:
@@ -125,7 +154,7 @@ def _rank(
     shape: tuple[int, int],
     config: RecoverConfig,
 ) -> int:
-    if plan.masks is None or module not in plan.masks.shapes:
+    if not _is_masked(module, plan):
         return adapter.rank(module)
     return min(config.svd_rank or adapter.rank(module), *shape)
 

@@ -36,9 +36,7 @@ def run_trials(
     Returns:
         The reason of failure of each trial, empty if it did not fail.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has everything
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output ignores verbose=0
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep immediately
+    _configure_tune()
     shutil.rmtree(scratch, ignore_errors=True)
     given = {trial.name: (absolute(trial.train), folder / trial.name) for trial in trials}
     training = trials[0].train
@@ -75,15 +73,24 @@ def run_trials(
                 verbose=0,
             ),
         ).fit()
-    reasons = dict.fromkeys(given, "")
-    for result in results:
-        assert result.config is not None
-        reason = (result.metrics or {}).get("reason", "")
-        if result.error is not None:
-            message = " ".join(str(result.error).split())[:200]
-            reason = f"its worker died {config.max_failures + 1} times ({message})"
-        reasons[result.config[_TRIAL]] = reason
-    return reasons
+    reasons = {result.config[_TRIAL]: _reason(result, config.max_failures) for result in results}
+    return {name: reasons.get(name, "") for name in given}
+
+
+def _configure_tune() -> None:
+    """Set the environment variables that Ray Tune reads."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has everything
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output ignores verbose=0
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep immediately
+
+
+def _reason(result: Any, max_failures: int) -> str:
+    """Return why a trial failed; empty if it did not."""
+    if result.error is not None:
+        message = " ".join(str(result.error).split())[:200]
+        return f"its worker died {max_failures + 1} times ({message})"
+    reason: str = (result.metrics or {}).get("reason", "")
+    return reason
 
 
 def _name_of(trial: Any) -> str:
@@ -142,8 +149,8 @@ class _ProgressCallback(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
         if self._compares and _LOSS in result:
-            found = result[_LOSS], _name_of(trial)
-            self._best = found if self._best is None else min(self._best, found)
+            newest = result[_LOSS], _name_of(trial)
+            self._best = newest if self._best is None else min(self._best, newest)
         self._show(trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
