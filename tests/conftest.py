@@ -76,8 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, made once and kept in the repository's cache directory."""
-    import prepare_demo
-
+    from loram_ray.demo import write_base
     from loram_ray.runtime.locks import alone
 
     cache = Path(__file__).parents[1] / ".cache"
@@ -85,7 +84,7 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = cache / "smollm2"
     with alone(cache):  # tests in other processes use it too
         if not directory.exists():
-            prepare_demo.write_base(directory)
+            write_base(directory)
     return directory
 
 

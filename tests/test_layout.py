@@ -22,7 +22,7 @@ FLOORS = (
     ("models",),
     ("plan",),
     ("masks", "runtime"),
-    ("config", "architectures", "artifacts"),
+    ("config", "architectures", "artifacts", "demo"),
     ("utils",),
     ("errors",),
     ("addresses", "commands", "criteria", "losses", "distillation", "peft_options"),
@@ -106,6 +106,12 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_folders_of_tests_are_named_as_rooms() -> None:
     rooms = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
     assert rooms <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+
+
+def test_jobs_are_thin() -> None:
+    jobs = TESTS.parent / "jobs"
+    lines = {path.name: path.read_text().count("\n") for path in jobs.rglob("*.py")}
+    assert lines and {name: count for name, count in lines.items() if count >= 60} == {}
 
 
 def test_no_file_of_tests_is_long() -> None:

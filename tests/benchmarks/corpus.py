@@ -19,7 +19,6 @@ import gzip
 import json
 import os
 import shutil
-import sys
 import time
 from itertools import chain, cycle
 from pathlib import Path
@@ -33,12 +32,11 @@ MB = 1e6
 
 def write_inputs(folder: Path, megabytes: int, archives: list[int]) -> None:
     """Write the tokenizer, JSON lines, and archives of the given megabytes unpacked."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-    import prepare_demo
+    from loram_ray import demo
 
     if not (folder / "base").exists():
-        prepare_demo.write_base(folder / "base")
-    documents = list(prepare_demo.prose())
+        demo.write_base(folder / "base")
+    documents = list(demo.prose())
     with open(folder / "text.jsonl", "w") as file:
         _fill(file, documents, megabytes)
     for number in range(PROCESSES):  # a file for each process, which loads the tokenizer with it

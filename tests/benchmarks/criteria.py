@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import loram_ray as lr
+from loram_ray.demo import write_lines
 from loram_ray.evaluation.uncertainty import share_of_gain
 from loram_ray.runtime.cluster import ray_session
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "jobs"))
-
-from prepare_demo import write_lines  # noqa: E402
 
 SEQUENCE = 256
 HOLD_OUT_EVERY, HELD_OUT = 25, 24

@@ -24,8 +24,6 @@ from typing import Any
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 RECORDS = HERE / "records"
-sys.path.insert(0, str(REPOSITORY / "jobs"))
-
 TASKS = ("docstrings", "problems")
 PRUNED = (("random", 0.35), ("random", 0.65), ("wanda", 0.5))
 SEEDS = ("seed-0", "seed-1", "seed-2")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "jobs"), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 RATIO, QUICK_DOCUMENTS = 0.65, 400
 
 
@@ -24,10 +24,9 @@ class Inputs:
 
 def write_inputs(folder: Path, quick: bool, ratio: float = RATIO) -> Inputs:
     """SmolLM2-135M pruned and real text or, quickly, a tiny random model; what is there stays."""
-    import prepare_demo
-
     import loram_ray as lr
     from helpers import tiny
+    from loram_ray import demo
 
     folder.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(folder / "base", folder / "pruned", folder / "text.jsonl")
@@ -36,8 +35,8 @@ def write_inputs(folder: Path, quick: bool, ratio: float = RATIO) -> Inputs:
             tiny.write_base(inputs.base, layers=8)
             tiny.write_jsonl(inputs.text, tiny.texts(QUICK_DOCUMENTS))
         else:
-            prepare_demo.write_base(inputs.base)
-            prepare_demo.write_text(inputs.text)
+            demo.write_base(inputs.base)
+            demo.write_text(inputs.text)
     lr.prune(lr.PruneConfig(base=str(inputs.base), output=inputs.pruned, ratio=ratio))
     return inputs
 

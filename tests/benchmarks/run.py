@@ -79,8 +79,7 @@ def alignment(folder: Path) -> dict[str, object]:
 
 
 def calibration(folder: Path) -> dict[str, object]:
-    sys.path.insert(0, str(HERE.parents[1] / "jobs"))
-    import prepare_demo
+    from loram_ray import demo
 
     script = HERE / "calibration.py"
     memory: dict[str, dict[str, object]] = {}
@@ -94,8 +93,8 @@ def calibration(folder: Path) -> dict[str, object]:
             shutil.rmtree(inner / "work")
     real = folder / "real"
     real.mkdir()
-    prepare_demo.write_base(real / "base")
-    prepare_demo.write_text(real / "text.jsonl")
+    demo.write_base(real / "base")
+    demo.write_text(real / "text.jsonl")
     workers = {
         method: {
             str(count): in_fresh_process(script, "workers", str(real), method, str(count))
