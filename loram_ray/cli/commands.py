@@ -48,7 +48,7 @@ def _function_of(command: Command) -> Callable[..., None]:
         given = context.meta[_GIVEN]
         flags = given_flags(command, given)
         section, ray, unread = load_command(command, config, overrides or (), flags)
-        text = f"does not read these sections of {config}: {', '.join(unread)}" if unread else None
+        text = f"ignores these sections of {config}: {', '.join(unread)}" if unread else None
         with notice(command.name, text):
             if (examples := given.get(_PREVIEW)) is not None:
                 imported(command.preview)(section, examples, as_json)
@@ -196,7 +196,9 @@ def _help(command: Command) -> str:
 def _epilog(command: Command) -> str:
     """Return the help on keys inside lists and dictionaries, which have no options."""
     lines = [*_items(command.model, "")] if command.name != "run" else []
-    return escape("\n\n".join(["Keys of the items of lists:", *lines])) if lines else ""
+    return (
+        escape("\n\n".join(["Keys of items in lists and dictionaries:", *lines])) if lines else ""
+    )
 
 
 def _items(model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -209,7 +211,7 @@ def _items(model: type[BaseModel], prefix: str) -> Iterator[str]:
                 yield from _items(inner, f"{key}.")
                 continue
             if len(inside) > 1:
-                yield f"{key}{place} of kind {kind_of(inner)}: {inner.__doc__}"
+                yield f"{key}{place} with kind {kind_of(inner)}: {inner.__doc__}"
             yield from _keys(inner, f"{key}{place}.")
 
 

@@ -19,45 +19,45 @@ HELP = """Write a commented run file to start from.
 
 Example: loram init --base path/to/model --data train.jsonl --test test.jsonl
 
-The file has a section for each stage. What is needed for alignment and evaluation is written as
-comments where --text or --test are not given. Edit it, then start loram plan and loram run.
+The file has a section for each stage. Without --text, the align section is commented out; without
+--test, the evaluate section. Edit the file, then run loram plan and loram run.
 """
 
 _TEMPLATE = """\
 # LoRAM: train a LoRA on a pruned model, recover it, use it on the base model.
 #
 #   loram plan --config {file}   # parameters, memory and GPUs, before anything is loaded
-#   loram run --config {file}    # all sections below, in order; started again, it continues
+#   loram run --config {file}    # all sections below, in order; run it again to resume
 #
-# Each section is a command of its own, too: loram prune --config {file}
+# Each section is also a command: loram prune --config {file}
 # loram COMMAND --help lists all keys of a section with their defaults.
 
 base: {base} # directory with safetensors files, or a Hugging Face Hub id
-output: {output} # everything is written below this directory
+output: {output} # everything is written to this directory
 
 prune:
-  method: random # magnitude, taylor, flap and others choose by scores; see loram prune --help
+  method: random # or magnitude, taylor, flap, ...; see loram prune --help
   ratio: 0.65 # share of each pruned layer to remove
   # layers: [4, 28] # default: all but the first 4 and the last 2
 
-# Alignment trains the pruned model on general text, so that it predicts what the base predicts.
+# Alignment trains the pruned model on general text, so that its predictions match the base's.
 {align}
 train:
-  data: {data} # JSON Lines, CSV, Parquet or a dataset; chats, instructions, or text
+  data: {data} # JSON Lines, CSV, Parquet or a dataset, with chats, instructions or text
   lora: {{r: 8, alpha: 16, dropout: 0.05}}
   steps: 400
   batch_size: 16
   micro_batch_size: 4 # examples per forward pass; fewer need less memory
   max_length: 512
-  # eval_share: 0.05 # hold out examples, and keep the checkpoint that predicts them best
+  # eval_share: 0.05 # hold out examples, and keep the checkpoint with the lowest loss on them
   optimiser: {{learning_rate: 1.0e-4, warmup_steps: 10}}
   # precision: fp32 # on CPUs without bfloat16
 
 recover: {{}} # the adapter for the base model, a plain PEFT LoRA
 
-# merge: {{}} # base and adapter as one model
+# merge: {{}} # merge the adapter into the base
 
-# Perplexity of the answers in rows that were not trained on.
+# Perplexity of the answers in held-out rows.
 {evaluate}
 """
 
@@ -86,10 +86,10 @@ def init_command(
         str | None, typer.Option("--text", help="Text to align the pruned model on.")
     ] = None,
     test: Annotated[
-        str | None, typer.Option("--test", help="Rows to evaluate on, which are not trained on.")
+        str | None, typer.Option("--test", help="Held-out rows to evaluate on.")
     ] = None,
     directory: Annotated[
-        Path, typer.Option("--directory", help="Directory that the run writes.")
+        Path, typer.Option("--directory", help="Output directory of the run.")
     ] = Path("runs/mine"),
     output: Annotated[
         Path, typer.Option("--output", metavar="FILE", help="Run file to write.")
@@ -100,12 +100,12 @@ def init_command(
     """Write a commented run file to start from."""
     if output.exists() and not force:
         raise LoramError(
-            f"--output must name a new file, {output} exists; name another or pass --force"
+            f"--output must name a new file, but {output} exists; choose another or pass --force"
         )
     written = run_file(base, data, text, test, directory, output)
     validate(RunConfig, parse_yaml(written, str(output)), "loram init")
     write_atomic(output, written)
-    show(f"init: done: {output}; edit it, then: loram plan --config {output}")
+    show(f"init: done: {output}; edit it, then run loram plan --config {output}")
 
 
 def run_file(

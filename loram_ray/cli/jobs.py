@@ -30,7 +30,7 @@ from loram_ray.utils.printing import plain, show, without_colours
 Address = Annotated[
     str,
     typer.Option(
-        "--address", envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard."
+        "--address", envvar="RAY_API_SERVER_ADDRESS", help="Address of the Ray dashboard."
     ),
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False)]
@@ -40,14 +40,17 @@ CommandName = Annotated[
 RunFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Run file.")]
 Directory = Annotated[
     str | None,
-    typer.Option("--directory", help="Folder on the cluster where relative paths start."),
+    typer.Option(
+        "--directory", help="Folder on the cluster that relative paths are resolved against."
+    ),
 ]
 Installation = Annotated[
     Environment,
     typer.Option(
         "--environment",
-        help="image: what the nodes have installed; package: also this loram; pins: also its "
-        "dependencies as they are installed here.",
+        help="Code that the job runs. 'image': what is installed on the nodes; 'package': this "
+        "installation of loram_ray; 'pins': also its dependencies, in the versions installed "
+        "here.",
     ),
 ]
 Variables = Annotated[
@@ -55,12 +58,12 @@ Variables = Annotated[
     typer.Option(
         "--env",
         metavar="NAME=VALUE",
-        help="Environment variable of the job and its workers. No secrets.",
+        help="Environment variable for the job and its workers, e.g. KEY=VALUE; not for secrets.",
     ),
 ]
 Metadata = Annotated[
     list[str] | None,
-    typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of the job."),
+    typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of the job, e.g. KEY=VALUE."),
 ]
 Cpus = Annotated[
     float,
@@ -74,31 +77,33 @@ Gpus = Annotated[float, typer.Option("--entrypoint-gpus", min=0, help="GPUs of t
 Memory = Annotated[
     int, typer.Option("--entrypoint-memory", min=0, help="Memory of the entry point in bytes.")
 ]
-NewName = Annotated[str | None, typer.Option("--name", help="Name of the job. Default: a new one.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Name of the job. Default: generated.")]
 Retries = Annotated[
-    int, typer.Option("--retries", min=0, help="How often to submit a failed job again.")
+    int, typer.Option("--retries", min=0, help="Maximum number of times to resubmit a failed job.")
 ]
 Detach = Annotated[
-    bool, typer.Option("--detach", help="Print the job's name and return, without retries.")
+    bool,
+    typer.Option("--detach", help="Print the job's name and return immediately, without retries."),
 ]
 
-SUBMIT_HELP = """Run a command on a cluster as a Ray Job, show its output and return its exit code.
+SUBMIT_HELP = """Run a command on a cluster as a Ray job, show its output and return its exit code.
 
 Example: loram submit train --config jobs/configs/demo.yaml --address http://127.0.0.1:8265
 
-The run file is checked here and sent with the job. Its relative paths start at --directory, a
-folder on storage that all nodes share; the default on this machine is the working directory.
-Weights, data and secrets are not sent: the nodes have secrets in their environment (HF_TOKEN).
+The run file is checked here and sent with the job. Its relative paths are resolved against
+--directory, a folder on storage that all nodes share. On a local cluster it defaults to the working
+directory. Weights, data and secrets are not sent. Set secrets such as HF_TOKEN in the nodes'
+environment.
 
-Ctrl-C leaves the job running. A job that fails, other than by a mistake in the run file, is
-submitted again up to --retries times, with growing pauses, and continues where it was.
+Ctrl-C leaves the job running. A job that fails is resubmitted up to --retries times, with
+increasing delays, and resumes from its last checkpoint. A mistake in the run file is not retried.
 
 The cluster's token is read from RAY_AUTH_TOKEN, from the file in RAY_AUTH_TOKEN_PATH, or from
 ~/.ray/auth_token. Plain HTTP does not hide it: forward the port (ssh -L, kubectl port-forward,
 ray dashboard) or use TLS.
 """
 
-app = typer.Typer(help="List submitted jobs, show their output, stop them.", no_args_is_help=True)
+app = typer.Typer(help="List and stop submitted jobs, and show their output.", no_args_is_help=True)
 
 
 def submit_command(
@@ -159,13 +164,15 @@ def _run_and_show(jobs: Jobs, spec: JobSpec, address: str) -> None:
 
     def tell(job: str) -> None:
         began.append(job)
-        _say(f"submitted {job} to {address}; loram jobs stop {job} stops it")
+        _say(f"submitted {job} to {address}; stop it with: loram jobs stop {job}")
         if (interruption := current()) is not None:
-            interruption.remedy = f"{job} goes on; loram jobs logs {job} --follow shows more"
+            interruption.remedy = (
+                f"{job} is still running; follow it with: loram jobs logs {job} --follow"
+            )
 
     code = run_job(jobs, spec, _show, tell)
     if code:
-        _say(f"{began[-1]} ended with exit code {code}")
+        _say(f"{began[-1]} exited with code {code}")
         raise typer.Exit(code)
 
 
@@ -233,7 +240,7 @@ def _pairs(lines: list[str] | None, option: str) -> dict[str, str]:
     for line in lines or ():
         key, equals, value = line.partition("=")
         if not key or not equals:
-            raise LoramError(f"{option} must be NAME=VALUE, got {line}; write an equals sign")
+            raise LoramError(f"{option} must be NAME=VALUE, got {line}; add an equals sign")
         pairs[key] = value
     return pairs
 

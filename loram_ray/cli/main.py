@@ -33,9 +33,9 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="loram",
-    help="LoRAM: train a LoRA on a pruned model, recover it, use it on the full model.\n\n"
-    "Settings come from options, from --set, or from a run file (--config), in this order. "
-    "Start with loram init.",
+    help="LoRAM: train a LoRA on a pruned model, recover it, use it on the full "
+    "model.\n\nSettings come from options, --set and a run file (--config), in order of "
+    "precedence. Start with loram init.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -65,7 +65,7 @@ app.command("plan", help=plan.HELP, rich_help_panel=START)(plan.plan_command)
 add_commands(app)
 
 
-_REPORT_HELP = """Write a report on a run, a batch, a sweep or a comparison, complete or not.
+_REPORT_HELP = """Write a report on a run, batch, sweep or comparison, even an incomplete one.
 
 Example: loram report runs/demo
 
@@ -78,11 +78,15 @@ matplotlib: pip install 'loram-ray[report]'.
 def report_command(
     directory: Annotated[
         Path,
-        typer.Argument(help="Directory that a command wrote or is writing.", show_default=False),
+        typer.Argument(
+            help="Output directory of the command, which may still be running.", show_default=False
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Directory to write. Default: report in the directory."),
+        typer.Option(
+            "--output", help="Directory to write to. Default: report, inside the directory."
+        ),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -95,11 +99,11 @@ def report_command(
         show(f"report: done: {page}")
 
 
-_CHAT_HELP = """Chat with a model, for a quick look at what it learnt.
+_CHAT_HELP = """Chat with a model.
 
 Example: loram chat --model runs/demo/inputs/base --adapter runs/demo/adapter
 
-The model is a base, pruned, aligned, quantised or merged one. On a terminal the conversation
+The model can be a base, pruned, aligned, quantised or merged model. On a terminal the conversation
 continues until an empty line or Ctrl-D. With --prompt, or a question on standard input, only the
 answer is printed.
 """
@@ -107,12 +111,17 @@ answer is printed.
 
 @app.command("chat", help=_CHAT_HELP, rich_help_panel=RESULTS)
 def chat_command(
-    model: Annotated[str, typer.Option("--model", help="Directory of a model, or a hub id.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Model: a directory or a Hugging Face Hub id.")
+    ],
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Directory of an adapter for the model.")
+        Path | None, typer.Option("--adapter", help="Directory of a PEFT adapter for the model.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="A single question.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="Question to answer once, without a conversation."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     template: Annotated[
         Path | None,
         typer.Option(
@@ -124,9 +133,7 @@ def chat_command(
     ] = 256,
     temperature: Annotated[
         float,
-        typer.Option(
-            "--temperature", min=0.0, help="Sampling temperature. 0 takes the likeliest token."
-        ),
+        typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 decodes greedily."),
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of sampling.")] = 0,
     debug: Debug = False,
@@ -151,7 +158,7 @@ def _questions(prompt: str | None) -> Iterator[str]:
     if prompt is not None or not sys.stdin.isatty():
         question = (prompt if prompt is not None else sys.stdin.read()).strip()
         if not question:
-            raise LoramError("--prompt must hold a question, got none; write one")
+            raise LoramError("--prompt must not be empty; add a question")
         yield question
         return
     while True:
@@ -185,13 +192,13 @@ def main(work: Callable[[], int | None] = _run_app) -> None:
     try:
         with safe_streams():
             _run_command(work)
-    except LoramError as error:  # standard output itself failed
+    except LoramError as error:  # writing to standard output failed
         print(f"loram: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _run_command(work: Callable[[], int | None]) -> None:
-    # bitsandbytes warns about a missing kernel that is not needed
+    # bitsandbytes warns about a kernel that is not needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with Interruption() as interruption:
         try:
@@ -227,7 +234,7 @@ def _tell(error: BaseException) -> int:
     elif (place := describe_path_error(root)) is not None:
         code, lines = 2, [place]
     else:
-        more = f"--debug shows more; {notes}" if notes else "--debug shows more"
+        more = "; ".join(filter(None, ("use --debug for the traceback", notes)))
         code, lines = 1, [f"failed: {one_line(error)} ({more})"]
     for line in lines:
         print(plain(f"loram: {' '.join(line.splitlines())}"), file=sys.stderr)
@@ -239,5 +246,5 @@ def _usage(error: BaseException) -> list[str] | None:
     if not isinstance(error, _USAGE_ERROR):
         return None
     path = error.ctx.command_path if error.ctx is not None else "loram"
-    message = error.format_message().strip()  # empty if the help was shown instead
+    message = error.format_message().strip()  # empty if the help was printed
     return [f"{message.rstrip('.')}; see {path} --help"] if message else []

@@ -21,39 +21,40 @@ Example: loram plan --config jobs/configs/llama-3.1-70b.yaml --set prune.ratio=0
 
 Prints the parameters and bytes of the base and of the pruned model in bf16 and NF4 (nominal: four
 bits per parameter, as in the paper; stored: as quantize writes them, with embeddings and lm_head in
-bf16), the peak memory of training by parts, the GPUs that have it, and what alignment needs. Only
-the base's config.json is read. A run file without a train section is planned with the defaults, and
-with activation checkpointing and a LoRA on lm_head as in the paper.
+bf16), a breakdown of the peak memory of training, the GPUs with enough memory, and the cost of
+alignment. Only the base's config.json is read. If the run file has no train section, the defaults
+apply, with activation checkpointing and LoRA on lm_head as in the paper.
 
-With --alignment, prints the alignment alone, in detail: memory per GPU by parts, time per step,
-hours and cost for each number of GPUs. Times are arithmetic on the assumptions of --mfu and
---bandwidth, which the output repeats. If the recipe does not fit 80 GB, it says which settings
-would.
+With --alignment, prints only the alignment, in detail: memory per GPU, time per step, hours and
+cost for each number of GPUs. Times are computed from --mfu and --bandwidth, not measured. If the
+recipe does not fit into 80 GB, the output names settings that do.
 """
 
 BaseConfig = Annotated[
     Path | None,
     typer.Option(
         "--base-config",
-        help="File or directory with the base's config.json, if it is elsewhere.",
+        help="The base's config.json, or a directory that contains it, if the base is not "
+        "available.",
     ),
 ]
 Alignment = Annotated[
-    bool, typer.Option("--alignment", help="Print the alignment alone, in detail.")
+    bool, typer.Option("--alignment", help="Print only the alignment, in detail.")
 ]
 Gpus = Annotated[
     str | None,
     typer.Option(
         "--gpus",
-        help="Numbers of GPUs to compare, e.g. 8,16,64. Default: align.workers. Needs --alignment.",
+        help="Comma-separated numbers of GPUs to compare, e.g. 8,16,64. Default: align.workers. "
+        "Needs --alignment.",
     ),
 ]
 Mfu = Annotated[
     float,
     typer.Option(
         "--mfu",
-        help="Share of the GPUs' bf16 peak that all operations reach, recomputation included; "
-        "0.3 to 0.5 is usual. Needs --alignment.",
+        help="Achieved share of the GPUs' peak bf16 FLOPS, including recomputation; 0.3 to 0.5 is "
+        "typical. Needs --alignment.",
     ),
 ]
 Bandwidth = Annotated[

@@ -17,7 +17,7 @@ def show_examples(section: Any, examples: int, as_json: bool) -> None:
         if isinstance(row, Preview):
             shown.append(row)
         else:
-            print(plain(f"loram: cannot be used: {row}"), file=sys.stderr)
+            print(plain(f"loram: unusable row: {row}"), file=sys.stderr)
     if as_json:
         print_json([row.as_json() for row in shown])
         return

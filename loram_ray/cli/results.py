@@ -80,7 +80,7 @@ def show_publication(name: str, result: Any, as_json: bool) -> None:
     if as_json:
         print_json(asdict(result))
         return
-    show(f"{name}: {'done' if result.changed else 'the same before, nothing sent'}: {result.url}")
+    show(f"{name}: {'done' if result.changed else 'unchanged, nothing uploaded'}: {result.url}")
     show(f"  commit: {result.commit}")
 
 
@@ -95,14 +95,14 @@ def show_run(name: str, result: Any, as_json: bool) -> None:
 
 
 def _show_output(name: str, result: Any) -> None:
-    state = "complete before, skipped" if result.skipped else "done"
+    state = "already complete, skipped" if result.skipped else "done"
     show(f"{name}: {state}: {result.output}")
 
 
 def _spread(values: dict[str, float]) -> str:
     """Return one line that summarises a number over many linears."""
     least, most = min(values.values()), max(values.values())
-    return f"{least:.3g} to {most:.3g}, one for each of {len(values)} in manifest.json"
+    return f"{least:.3g} to {most:.3g} ({len(values)} values, see manifest.json)"
 
 
 def _warn(line: str) -> None:

@@ -14,14 +14,14 @@ from loram_ray.utils.printing import PlainConsole
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="Run file: YAML with a section per command."),
+    typer.Option("--config", metavar="FILE", help="Run file: YAML with one section per command."),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Set a key of the run file, e.g. --set train.lora.r=16. May be repeated.",
+        help="Override a key of the run file, e.g. --set train.lora.r=16. Can be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -43,7 +43,7 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
     table = Table(title="Tasks")
     for key in ("name", "state", "steps", "loss", "held-out loss", "seconds"):
         table.add_column(key, justify="left" if key in ("name", "state") else "right")
-    table.add_column("adapter, or why not", overflow="fold")
+    table.add_column("adapter or error", overflow="fold")
     for row in rows:
         loss, held_out, seconds = (row[key] for key in ("loss", "eval_loss", "seconds"))
         table.add_row(
@@ -148,7 +148,7 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
     shown.print(table)
     kept = loram_keeps(rows) if "answer_perplexity" in measured else None
     if kept is not None:
-        shown.print(f"gain kept: {kept:.1%} of what LoRA on the full base gains (log-perplexity)")
+        shown.print(f"gain kept: {kept:.1%} of the gain of LoRA on the full base (log-perplexity)")
 
 
 def _millions(count: int | None) -> str:

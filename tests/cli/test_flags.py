@@ -215,5 +215,5 @@ def test_unread_sections_are_named_when_work_begins(tmp_path: Path, loram: Comma
     refused = loram("prune", *words, "--ratio", 0.999)
     assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
     done = loram("prune", *words, "--ratio", 0.5)
-    line = f"prune      does not read these sections of {file}: batch"
+    line = f"prune      ignores these sections of {file}: batch"
     assert (done.code, done.err.splitlines().count(line)) == (0, 1)

@@ -52,7 +52,7 @@ def test_a_file_is_replaced_by_force_alone(tmp_path: Path, loram: Command) -> No
     words = ("init", "--base", "b", "--data", "d", "--output", file)
     line = loram(*words).line
     assert line == (
-        f"loram: --output must name a new file, {file} exists; name another or pass --force"
+        f"loram: --output must name a new file, but {file} exists; choose another or pass --force"
     )
     assert file.read_text() == "mine"
     assert loram(*words, "--force").code == 0

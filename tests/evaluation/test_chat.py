@@ -109,4 +109,4 @@ def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
     with pytest.raises(lr.LoramError, match="--chat-template .* cannot be read"):
         open_chat(str(base), template=tmp_path / "nothing")
     asked = CliRunner().invoke(app, ["chat", "--model", str(base), "--prompt", " "])
-    assert str(asked.exception) == "--prompt must hold a question, got none; write one"
+    assert str(asked.exception) == "--prompt must not be empty; add a question"

@@ -87,7 +87,7 @@ def said(
 def test_an_error_in_an_actor_is_one_line(
     embedded_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = " (--debug shows more)"
+    more = " (use --debug for the traceback)"
     expected: dict[str, tuple[int, str]] = {
         "long": (1, f"loram: failed: ValueError: line 0 line 39{more}"),
         "empty": (1, f"loram: failed: RuntimeError{more}"),

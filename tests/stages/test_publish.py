@@ -136,7 +136,7 @@ def test_what_the_hub_has_is_not_sent_again(hub: hubs.Hub, publish: Publish) -> 
     sent, commits = hub.asked("/objects/", "PUT"), len(hub.repositories[REPO].commits)
     code, out, err = publish(*settings)
     assert code == 0, err
-    assert "the same before, nothing sent" in out
+    assert "unchanged, nothing uploaded" in out
     assert hub.repositories[REPO].sha() in out
     assert hub.asked("/objects/", "PUT") == sent
     assert len(hub.repositories[REPO].commits) == commits
