@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from loram_ray.cli.tables import AsJson, Config, Debug, Overrides
 from loram_ray.commands import COMMANDS, Command, imported
 from loram_ray.config import kind_of, load_command, section_types
-from loram_ray.config.flags import Flag, Kind, flags_for
+from loram_ray.config.flags import Flag, Kind, default_text, flags_for
 from loram_ray.runtime.progress import notice
 
 _GIVEN, _PREVIEW = "loram.given", "preview_"
@@ -87,7 +87,8 @@ class _Configured(TyperCommand):
 
     @cached_property
     def _options(self) -> list[Any]:
-        options = [option for flag in flags_for(self.row) for option in _options_of(flag)]
+        flags = sorted(flags_for(self.row), key=_place_in_help)
+        options = [option for flag in flags for option in _options_of(flag)]
         if self.row.preview:
             options.append(_preview_option())
         return _made_by_typer(options)
@@ -135,7 +136,7 @@ def _options_of(flag: Flag) -> Iterator[inspect.Parameter]:
 def _preview_option() -> inspect.Parameter:
     help = "Show the tokens of the first examples and which carry loss, instead of training."
     return _parameter_of(
-        _PREVIEW, int, typer.Option("--preview", min=1, metavar="INTEGER", help=help)
+        _PREVIEW, int, typer.Option("--preview", min=1, metavar=Kind.INTEGER.value, help=help)
     )
 
 
@@ -145,6 +146,11 @@ def _parameter_of(name: str, kind: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _place_in_help(flag: Flag) -> tuple[bool, bool]:
+    """Return the sorting key of an option: its section's own keys and required ones come first."""
+    return "." in flag.key, not flag.required
 
 
 def _parameter(key: str) -> str:
@@ -159,7 +165,7 @@ def _off(key: str) -> str:
 
 def _metavar(flag: Flag) -> str:
     """Return the placeholder of a value: its choices, if they fit into a column."""
-    choices = f"[{'|'.join(flag.choices)}]"
+    choices = f"<{'|'.join(flag.choices)}>"
     return choices if flag.choices and len(choices) <= _WIDEST else flag.kind.value
 
 
@@ -167,7 +173,7 @@ def _sentence(flag: Flag) -> str:
     """Return the description of a key, with its choices and default."""
     words = [flag.help]
     if flag.choices and _metavar(flag) == flag.kind.value:
-        words.append(f"[{'|'.join(flag.choices)}]")
+        words.append(f"[one of: {', '.join(flag.choices)}]")
     if flag.required:
         words.append("[required]")
     elif flag.default is not None:
@@ -227,9 +233,15 @@ def _keys(model: type[BaseModel], prefix: str, defaults: BaseModel | None = None
         key = f"{prefix}{name}"
         default = field.default if defaults is None else getattr(defaults, name)
         inside = section_types(field.annotation)
-        if not inside or field.description:
-            said = "required" if default is PydanticUndefined else f"default {default}"
-            yield f"{key} ({said}): {field.description}"
+        if field.description:
+            yield f"{key} ({_note_on(default)}): {field.description}"
         for inner in inside:
             values = default if isinstance(default, BaseModel) else None
             yield from _keys(inner, f"{key}{_place(field.annotation)}.", values)
+
+
+def _note_on(default: Any) -> str:
+    if default is PydanticUndefined:
+        return "required"
+    text = None if isinstance(default, BaseModel) else default_text(default)
+    return "optional" if text is None else f"default {text}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from loram_ray.cli.tables import AsJson, Debug, Overrides, console, print_json
+from loram_ray.cli.tables import AsJson, Debug, Overrides, console, help_text, print_json
 from loram_ray.commands import COMMAND_OF
 from loram_ray.config import RunConfig, load_run, section_of
 from loram_ray.errors import LoramError
@@ -35,7 +35,8 @@ Address = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.", show_default=False)]
 CommandName = Annotated[
-    str, typer.Argument(help=f"One of {', '.join(COMMAND_OF)}.", show_default=False)
+    str,
+    typer.Argument(metavar="COMMAND", help=f"One of {', '.join(COMMAND_OF)}.", show_default=False),
 ]
 RunFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="Run file.")]
 Directory = Annotated[
@@ -176,7 +177,13 @@ def _run_and_show(jobs: Jobs, spec: JobSpec, address: str) -> None:
         raise typer.Exit(code)
 
 
-@app.command("list")
+_LIST_HELP = """List the submitted jobs, the newest first.
+
+Example: loram jobs list --address http://127.0.0.1:8265
+"""
+
+
+@app.command("list", help=help_text(_LIST_HELP))
 def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Debug = False) -> None:
     """List the submitted jobs, the newest first."""
     rows = [_row(job) for job in Jobs(address, _say).all()]
@@ -192,7 +199,13 @@ def list_command(address: Address = ADDRESS, as_json: AsJson = False, debug: Deb
     console(140).print(table)
 
 
-@app.command("logs")
+_LOGS_HELP = """Print the output of a job.
+
+Example: loram jobs logs NAME --follow
+"""
+
+
+@app.command("logs", help=help_text(_LOGS_HELP))
 def logs_command(
     name: Name,
     follow: Annotated[
@@ -214,7 +227,13 @@ def logs_command(
         raise typer.Exit(code)
 
 
-@app.command("stop")
+_STOP_HELP = """Stop a job. Submitted again, it continues from its last checkpoint.
+
+Example: loram jobs stop NAME
+"""
+
+
+@app.command("stop", help=help_text(_STOP_HELP))
 def stop_command(name: Name, address: Address = ADDRESS, debug: Debug = False) -> None:
     """Stop a job. Submitted again, it continues from its last checkpoint."""
     show(f"{name}: {Jobs(address, _say).stop(name).lower()}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 import loram_ray
 from loram_ray.addresses import without_credentials
@@ -21,7 +20,7 @@ from loram_ray.cli import jobs as cli_jobs
 from loram_ray.cli import plan
 from loram_ray.cli.commands import add_commands
 from loram_ray.cli.init import HELP, init_command
-from loram_ray.cli.tables import AsJson, Debug, print_json
+from loram_ray.cli.tables import AsJson, Debug, help_text, print_json
 from loram_ray.errors import LoramError, describe_path_error, one_line, root_cause
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
@@ -59,8 +58,8 @@ def _options_of_loram(
 ) -> None: ...
 
 
-app.command("init", help=HELP, rich_help_panel=START)(init_command)
-app.command("plan", help=plan.HELP, rich_help_panel=START)(plan.plan_command)
+app.command("init", help=help_text(HELP), rich_help_panel=START)(init_command)
+app.command("plan", help=help_text(plan.HELP), rich_help_panel=START)(plan.plan_command)
 
 add_commands(app)
 
@@ -74,12 +73,14 @@ matplotlib: pip install 'loram-ray[report]'.
 """
 
 
-@app.command("report", help=escape(_REPORT_HELP), rich_help_panel=RESULTS)
+@app.command("report", help=help_text(_REPORT_HELP), rich_help_panel=RESULTS)
 def report_command(
     directory: Annotated[
         Path,
         typer.Argument(
-            help="Output directory of the command, which may still be running.", show_default=False
+            metavar="DIRECTORY",
+            help="Output directory of the command, which may still be running.",
+            show_default=False,
         ),
     ],
     output: Annotated[
@@ -109,7 +110,7 @@ answer is printed.
 """
 
 
-@app.command("chat", help=_CHAT_HELP, rich_help_panel=RESULTS)
+@app.command("chat", help=help_text(_CHAT_HELP), rich_help_panel=RESULTS)
 def chat_command(
     model: Annotated[
         str, typer.Option("--model", help="Model: a directory or a Hugging Face Hub id.")
@@ -171,7 +172,9 @@ def _questions(prompt: str | None) -> Iterator[str]:
         yield question
 
 
-app.command("submit", help=cli_jobs.SUBMIT_HELP, rich_help_panel=CLUSTER)(cli_jobs.submit_command)
+app.command("submit", help=help_text(cli_jobs.SUBMIT_HELP), rich_help_panel=CLUSTER)(
+    cli_jobs.submit_command
+)
 app.add_typer(cli_jobs.app, name="jobs", rich_help_panel=CLUSTER)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from loram_ray.utils.printing import PlainConsole
@@ -26,6 +27,11 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def help_text(text: str) -> str:
+    """Return help as typer takes it: the terminal wraps the lines of a paragraph."""
+    return escape("\n\n".join(" ".join(part.split()) for part in text.split("\n\n")))
 
 
 def console(width: int) -> PlainConsole:

@@ -19,16 +19,16 @@ from loram_ray.config.run import STAGES, RunConfig
 
 
 class Kind(Enum):
-    """How the text of an option is parsed."""
+    """How the text of an option is parsed, with the type that the help shows."""
 
-    TEXT = "TEXT"
-    PATH = "PATH"
-    INTEGER = "INTEGER"
-    NUMBER = "FLOAT"
-    CHOICE = "CHOICE"
-    SWITCH = "SWITCH"
-    LIST = "LIST"
-    YAML = "YAML"
+    TEXT = "<str>"
+    PATH = "<path>"
+    INTEGER = "<int>"
+    NUMBER = "<float>"
+    CHOICE = "<choice>"
+    SWITCH = "<bool>"
+    LIST = "<list>"
+    YAML = "<yaml>"
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ def _flag(key: str, field: FieldInfo, default: Any, required: bool, hidden: bool
         key=key,
         kind=kind,
         help=field.description or "",
-        default=_shown(default) if given else None,
+        default=default_text(default) if given else None,
         required=required and not given,
         choices=choices,
         hidden=hidden,
     )
 
 
-def _shown(default: Any) -> str | None:
+def default_text(default: Any) -> str | None:
     """Return a default as it is typed; None if there is nothing to show."""
     if default is None or default == "" or default == () or default == {}:
         return None
@@ -140,7 +140,8 @@ def _shown(default: Any) -> str | None:
         return str(default).lower()
     if isinstance(default, tuple):
         return ",".join(str(item).replace("\n", "\\n") for item in default)
-    return str(default)
+    text = str(default)
+    return text if text.isprintable() and text == text.strip() else repr(text)
 
 
 def _kind_of(annotation: Any) -> tuple[Kind, tuple[str, ...]]:

@@ -49,7 +49,7 @@ class ExportConfig(Section):
     )
     pre_tokenizer: Identified[str | None] = Field(
         None,
-        description="llama.cpp's name of the pre-tokenizer. Default: detected from the tokenizer.",
+        description="Name of the pre-tokenizer in llama.cpp. Default: detected from the tokenizer.",
     )
 
 

@@ -33,7 +33,7 @@ class _Settings(_Sections):
     ray: RayConfig = RayConfig()
     baselines: bool = Field(
         False,
-        description="also train without alignment and on the full base, and evaluate each",
+        description="Also train without alignment and on the full base, and evaluate each.",
     )
 
     @model_validator(mode="before")
@@ -46,9 +46,10 @@ class RunConfig(_Settings):
     """run: Run all stages of a run file in order; skip complete ones, resume interrupted ones."""
 
     base: str = Field(
-        min_length=1, description="base model: a directory of safetensors or a hub id"
+        min_length=1,
+        description="Base model: a directory with safetensors files or a Hugging Face Hub id.",
     )
-    output: Path = Field(description="directory of the whole run")
+    output: Path = Field(description="Directory of the whole run.")
 
 
 class PartOfRun(_Settings):
