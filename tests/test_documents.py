@@ -137,7 +137,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "batch" in shipped:
             shipped["batch"]["train"].update(steps=2)
         elif "sweep" in shipped:
-            shipped["sweep"]["train"].update(steps=2, eval_every=1)
+            shipped["sweep"]["train"].update(steps=2, evaluate_every=1)
             shipped["sweep"].update(trials=3)
         elif "compare" in shipped:
             shipped["align"].update(steps=2)

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from loram_ray.cli import plan
 from loram_ray.cli.commands import add_commands
 from loram_ray.cli.init import HELP, init_command
 from loram_ray.cli.tables import AsJson, Debug, help_text, print_json
+from loram_ray.config.aliases import RenamedKeyWarning
 from loram_ray.errors import LoramError, describe_path_error, one_line, root_cause
 from loram_ray.runtime.interruption import Ending, Interruption
 from loram_ray.runtime.launchers import forget_launchers
@@ -203,7 +205,7 @@ def main(work: Callable[[], int | None] = _run_app) -> None:
 def _run_command(work: Callable[[], int | None]) -> None:
     # bitsandbytes warns about a kernel that is not needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with Interruption() as interruption:
+    with _renamed_keys_in_one_line(), Interruption() as interruption:
         try:
             forget_launchers()
             sys.exit(work())
@@ -215,6 +217,23 @@ def _run_command(work: Callable[[], int | None]) -> None:
             if isinstance(error, SystemExit):
                 raise
             sys.exit(_tell(error))
+
+
+@contextmanager
+def _renamed_keys_in_one_line() -> Iterator[None]:
+    """Print the warnings about renamed keys as the command's other lines, without a place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedKeyWarning)
+        show_any = warnings.showwarning
+
+        def show_one(message: Any, category: Any, *place: Any, **options: Any) -> None:
+            if issubclass(category, RenamedKeyWarning):
+                print(plain(f"loram: {message}"), file=sys.stderr)
+            else:
+                show_any(message, category, *place, **options)
+
+        warnings.showwarning = show_one
+        yield
 
 
 def _end(ending: Ending) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from loram_ray.addresses import credentials_error
+from loram_ray.config.aliases import with_former_names, with_present_names
 from loram_ray.utils.parsing import is_unicode
 
 Precision = Literal["bf16", "fp32"]
@@ -42,6 +43,14 @@ class Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _accept_other_names(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Accept keys under their other names, before validators of subclasses see them."""
+        if isinstance(data, Mapping):
+            data = with_present_names(cls, data, stacklevel=4)
+        return handler(data)
+
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
@@ -67,28 +76,17 @@ class Section(BaseModel):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Return the section without its free keys and those of nested sections."""
-        return self.model_dump(mode="json", exclude=_free_keys(self))
+        """Return the section without its free keys and those of nested sections.
+
+        Renamed keys have their former names, so that directories written before stay valid.
+        """
+        settings = self.model_dump(mode="json", exclude=_free_keys(self))
+        return with_former_names(type(self), settings)
 
 
 @dataclass(frozen=True)
 class GeneratedText:
     """Marks text that is compared with generated text and may contain null characters."""
-
-
-@dataclass(frozen=True)
-class KeysOf:
-    """Marks a dictionary of settings that a stage's section checks later.
-
-    If the key is named like the stage, the run file's section of that name provides its defaults.
-
-    Attributes:
-        stage: Name of the section.
-        without: Keys that are not taken from the run file's section.
-    """
-
-    stage: str
-    without: frozenset[str] = frozenset()
 
 
 class RayConfig(Section):

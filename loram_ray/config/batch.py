@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import KeysOf, Section
+from loram_ray.config.base import Section
+from loram_ray.config.marks import DottedKeysOf, KeysOf
 from loram_ray.utils.names import output_name_error
 
 OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
@@ -31,7 +32,7 @@ class TaskConfig(Section):
     train: Annotated[dict[str, Any], KeysOf("train")] = Field(
         {}, description="Keys of the train section for this task, which override batch.train."
     )
-    grid: dict[str, tuple[Any, ...]] = Field(
+    grid: Annotated[dict[str, tuple[Any, ...]], DottedKeysOf("train")] = Field(
         {},
         description="Dotted keys of the train section with values to combine, e.g. lora.r. Each "
         "combination is a task.",

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import KeysOf, Section
+from loram_ray.config.base import Section
+from loram_ray.config.marks import KeysOf
 from loram_ray.utils.names import first_clash, folded, output_name_error
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]

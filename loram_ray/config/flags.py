@@ -14,7 +14,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from loram_ray.commands import Command
-from loram_ray.config.base import KeysOf, RayConfig, Section, section_types
+from loram_ray.config.aliases import other_keys
+from loram_ray.config.base import RayConfig, Section, section_types
+from loram_ray.config.marks import KeysOf
 from loram_ray.config.run import STAGES, RunConfig
 
 
@@ -45,6 +47,8 @@ class Flag:
         hidden: Whether the option is left out of the help.
         shorthand: Nested key that is set if the value is not a mapping.
         of_the_run: Whether the key belongs to the run file itself, such as ``ray.address``.
+        present: The key's present name, if the option has another one.
+        renamed: Whether the option has a former name of the key.
     """
 
     key: str
@@ -56,6 +60,13 @@ class Flag:
     hidden: bool = False
     shorthand: str = ""
     of_the_run: bool = False
+    present: str = ""
+    renamed: bool = False
+
+    @property
+    def present_key(self) -> str:
+        """Dotted key below the section under its present name."""
+        return self.present or self.key
 
     @property
     def option(self) -> str:
@@ -177,11 +188,22 @@ def _without_none(annotation: Any) -> list[Any]:
 
 
 def flags_for(command: Command) -> list[Flag]:
-    """Return a command's options: the keys of its section, and Ray's if it uses Ray."""
+    """Return a command's options: the keys of its section, and Ray's if it uses Ray.
+
+    Options with other names of a key follow the key's own; the help leaves them out.
+    """
     if command.name == "run":
-        return [
+        flags = [
             replace(flag, hidden=True, required=False) if flag.key.split(".")[0] in STAGES else flag
             for flag in flags_of(RunConfig)
         ]
-    of_ray = flags_of(RayConfig, "ray.") if command.uses_ray else ()
-    return [*flags_of(command.model), *(replace(flag, of_the_run=True) for flag in of_ray)]
+    else:
+        of_ray = flags_of(RayConfig, "ray.") if command.uses_ray else ()
+        of_the_run = (replace(flag, of_the_run=True) for flag in of_ray)
+        flags = [*flags_of(command.model), *of_the_run]
+    return [named for flag in flags for named in (flag, *_under_other_names(command, flag))]
+
+
+def _under_other_names(command: Command, flag: Flag) -> Iterator[Flag]:
+    for key, renamed in other_keys(command.model, flag.key):
+        yield replace(flag, key=key, present=flag.key, renamed=renamed, hidden=True, required=False)

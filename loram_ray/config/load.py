@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from loram_ray.commands import COMMANDS, STUDIES, Command
+from loram_ray.config.aliases import with_present_names
 from loram_ray.config.base import RayConfig, Section, kind_of, section_types
 from loram_ray.config.flags import Flag, option_of
 from loram_ray.config.overrides import apply_flag, apply_override
@@ -75,12 +76,13 @@ def load_command(
     prefix = "" if name == "run" else f"{name}."
     data = _settings(config, overrides)
     unread = _unread(command, data)
+    _require_distinct(flags)
     for flag, text in flags:
         apply_flag(data, flag, prefix, text)
     if name != "run" and (config is None or flags):
         data.setdefault(name, {})
     source = str(config) if config is not None else "--set" if overrides else None
-    named = _with_options(prefix, [flag.key for flag, _ in flags], source)
+    named = _with_options(prefix, [flag.present_key for flag, _ in flags], source)
     if name == "run":
         run = validate(RunConfig, data, "", named)
         return Loaded(run, run.ray, unread)
@@ -91,6 +93,18 @@ def load_command(
         part = {key: value for key, value in filled.items() if key not in others}
         run = validate(PartOfRun, part, "", named)
     return Loaded(section_of(run, name), run.ray, unread)
+
+
+def _require_distinct(flags: Sequence[tuple[Flag, str]]) -> None:
+    """Raise an error if a key was given under two names."""
+    seen: dict[str, Flag] = {}
+    for flag, text in flags:
+        other = seen.setdefault(flag.present_key, flag)
+        if other is not flag:
+            raise LoramError(
+                f"{flag.option} must not be given beside {other.option}, which is the same key, "
+                f"got {shown(text)}; remove one of them"
+            )
 
 
 def _unread(command: Command, data: Mapping[str, Any]) -> list[str]:
@@ -132,13 +146,23 @@ def _with_options(prefix: str, given: Sequence[str], source: str | None) -> Call
 
 
 def _settings(config: Path | str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    data = _read_run(Path(config)) if config is not None else {}
+    data: dict[str, Any] = {}
+    if config is not None:
+        data = _present(_read_run(Path(config)), str(config))
     for override in overrides:
         apply_override(data, override)
     for stage in STAGES:
         if stage in data and data[stage] is None:  # "recover:" alone requests the defaults
             data[stage] = {}
     return data
+
+
+def _present(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a run file's settings with each key under its present name."""
+    try:
+        return with_present_names(RunConfig, data, source)
+    except ValueError as error:
+        raise LoramError(f"{source}: {error}") from error
 
 
 def section_of(run: RunConfig | PartOfRun, stage: str) -> Any:

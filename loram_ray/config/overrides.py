@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from loram_ray.config.base import KeysOf
-from loram_ray.config.flags import Flag, Kind
+from loram_ray.config.aliases import present_key, warn_renamed
+from loram_ray.config.flags import Flag, Kind, option_of
+from loram_ray.config.marks import KeysOf
 from loram_ray.config.run import STAGES, RunConfig
 from loram_ray.errors import LoramError, shown
 from loram_ray.utils.parsing import comment_in, is_unicode, parse_yaml
@@ -36,6 +37,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise LoramError(f"--set must be key=value, got '{override}'; e.g. --set train.lora.r=16")
     if not all(key.split(".")):
         raise LoramError(f"--set must have a dotted key, got '{key}'; e.g. --set train.lora.r=16")
+    key = present_key(RunConfig, key)
     set_value(data, key, _value(key, text, f"--set {key}"), f"--set {key}")
 
 
@@ -53,9 +55,12 @@ def apply_flag(data: dict[str, Any], flag: Flag, prefix: str, text: str) -> None
     Raises:
         LoramError: The value is not valid YAML where YAML is required.
     """
-    key = flag.key if flag.of_the_run else f"{prefix}{flag.key}"
+    if flag.renamed:
+        warn_renamed(flag.option, option_of(flag.present_key))
+    key = flag.present_key if flag.of_the_run else f"{prefix}{flag.present_key}"
     if flag.shorthand and not text.startswith("{"):
-        flag = replace(flag, key=f"{flag.key}.{flag.shorthand}", kind=Kind.LIST, shorthand="")
+        inner = f"{flag.present_key}.{flag.shorthand}"
+        flag = replace(flag, key=inner, present="", kind=Kind.LIST, shorthand="")
         apply_flag(data, flag, prefix, text)
         return
     if flag.kind is Kind.LIST and text not in _NOTHING and text[0] not in "[{":

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, create_model, model_validator
 
 from loram_ray.commands import COMMAND_OF, SECTIONS_OF_A_RUN
-from loram_ray.config.base import KeysOf, RayConfig, Section, merge_settings
+from loram_ray.config.base import RayConfig, Section, merge_settings
+from loram_ray.config.marks import KeysOf
 
 STAGES: dict[str, type[Section]] = {name: COMMAND_OF[name].model for name in SECTIONS_OF_A_RUN}
 """The sections of a run file."""

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.base import Free, Identified, KeysOf, Section
+from loram_ray.config.base import Free, Identified, Section
 from loram_ray.config.batch import OF_THE_WHOLE
+from loram_ray.config.marks import DottedKeysOf, KeysOf
 
 _COMPARED_BY = {
     "steps",
@@ -17,7 +18,7 @@ _COMPARED_BY = {
     "chat_template",
     "eval_data",
     "eval_share",
-    "eval_every",
+    "evaluate_every",
 }
 
 
@@ -74,10 +75,10 @@ class SweepConfig(Section):
     models_dir: Free[Path | None] = Field(
         None, description="Directory for the models of ratios. Default: models, beside the output."
     )
-    grid: Identified[dict[str, tuple[Any, ...]]] = Field(
+    grid: Identified[Annotated[dict[str, tuple[Any, ...]], DottedKeysOf("train")]] = Field(
         {}, description="Dotted keys of the train section with values to try, e.g. lora.r."
     )
-    ranges: Identified[dict[str, RangeConfig]] = Field(
+    ranges: Identified[Annotated[dict[str, RangeConfig], DottedKeysOf("train")]] = Field(
         {}, description="Dotted keys of the train section with ranges to draw values from."
     )
     trials: Identified[int | None] = Field(

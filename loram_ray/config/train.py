@@ -16,6 +16,7 @@ from loram_ray.config.base import (
     Section,
     merge_settings,
 )
+from loram_ray.config.marks import Renamed
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.patterns import patterns_error
 
@@ -238,7 +239,9 @@ class TrainConfig(Section):
         lt=1,
         description="Share of the data to hold out, from 0 to below 1, instead of eval_data.",
     )
-    eval_every: Free[int] = Field(50, ge=1, description="Steps between evaluations.")
+    evaluate_every: Free[Annotated[int, Renamed("eval_every")]] = Field(
+        50, ge=1, description="Steps between evaluations."
+    )
     patience: Free[int | None] = Field(
         None,
         ge=1,

@@ -267,7 +267,7 @@ def _trainer(
     heard: Callable[[int, float], None],
 ) -> LoraTrainer:
     optimiser = config.optimiser
-    save_every = config.checkpoint_every if held_out is None else config.eval_every
+    save_every = config.checkpoint_every if held_out is None else config.evaluate_every
     arguments = TrainingArguments(
         output_dir=str(work / "checkpoints"),
         max_steps=config.steps,
@@ -281,7 +281,7 @@ def _trainer(
         warmup_steps=optimiser.warmup_steps,
         lr_scheduler_type=("cosine" if optimiser.schedule == "cosine" else "constant_with_warmup"),
         eval_strategy="no" if held_out is None else "steps",
-        eval_steps=config.eval_every,
+        eval_steps=config.evaluate_every,
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=2,

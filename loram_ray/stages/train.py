@@ -105,7 +105,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine the adapter, besides the inputs."""
     settings = config.identity()
     if config.evaluates:  # they determine which checkpoint is kept
-        settings |= {"eval_every": config.eval_every, "patience": config.patience}
+        settings |= {"eval_every": config.evaluate_every, "patience": config.patience}
     return settings
 
 

@@ -43,7 +43,7 @@ def run_trials(
     schedule = _AshaPerModel(
         {trial.name: trial.model for trial in trials},
         max_t=training.steps,
-        grace_period=config.grace_steps or min(training.eval_every, training.steps),
+        grace_period=config.grace_steps or min(training.evaluate_every, training.steps),
         reduction_factor=config.reduction_factor,
     )
     with Reporter("sweep", len(trials), "trial") as reporter:

@@ -485,11 +485,19 @@ def test_a_comment_in_an_override_is_refused(override: str, comment: str) -> Non
 
 def test_values_that_are_no_text_stay_yaml() -> None:
     given = ["base=b", "output=o", "prune.layers=[1, 3]", "prune.ratio=5.0e-1", "train.data=d"]
-    given += ["train.packing=yes", "train.lora={r: 16, targets: ['a #b']}", "train.eval_every=0x10"]
+    given += [
+        "train.packing=yes",
+        "train.lora={r: 16, targets: ['a #b']}",
+        "train.evaluate_every=0x10",
+    ]
     run = load_run(None, given)
     assert run.prune is not None and run.train is not None
     assert (run.prune.layers, run.prune.ratio, run.train.packing) == ((1, 3), 0.5, True)
-    assert (run.train.lora.r, run.train.lora.targets, run.train.eval_every) == (16, ("a #b",), 16)
+    assert (run.train.lora.r, run.train.lora.targets, run.train.evaluate_every) == (
+        16,
+        ("a #b",),
+        16,
+    )
 
 
 @pytest.mark.parametrize("override", ["output=a\ud800", "output=a\0", "prune.\udcff=1"])

@@ -37,7 +37,7 @@ def test_the_held_out_loss_is_that_of_plain_transformers(
     rows = [{"prompt": f"{a}*{a}=", "completion": str(a * a)} for a in range(7)]
     judged = tiny.write_jsonl(tmp_path / "judged.jsonl", rows)
     settings = config(
-        pruned, data, tmp_path, eval_data=str(judged), eval_every=STEPS, micro_batch_size=2
+        pruned, data, tmp_path, eval_data=str(judged), evaluate_every=STEPS, micro_batch_size=2
     )
     folder = run_directly(settings, tmp_path / "run")
     [(step, found)] = lines(folder, "eval_loss")
@@ -74,7 +74,7 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_training(
         tmp_path,
         steps=60,
         eval_data=str(judged),
-        eval_every=3,
+        evaluate_every=3,
         patience=2,
         optimiser={"learning_rate": 2e-2, "warmup_steps": 0},
     )
@@ -109,7 +109,7 @@ def test_a_killed_training_with_evaluation_ends_bit_equal(
         tmp_path,
         steps=40,
         eval_data=str(wrong),
-        eval_every=2,
+        evaluate_every=2,
         patience=4,
         lora={"r": 4, "dropout": 0.1},
         optimiser={"learning_rate": 1e-2, "warmup_steps": 0},
@@ -133,7 +133,7 @@ def test_a_killed_training_with_evaluation_ends_bit_equal(
 def test_a_share_held_out_is_judged_by_and_not_learnt_from(
     pruned: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = config(pruned, data, tmp_path, eval_share=0.3, eval_every=3)
+    settings = config(pruned, data, tmp_path, eval_share=0.3, evaluate_every=3)
     folder = run_directly(settings, tmp_path / "run")
     learnt, judged = (
         ExampleTable(folder / "work" / name) for name in ("examples.arrow", "held_out.arrow")
@@ -155,7 +155,7 @@ def test_a_share_that_leaves_nothing_is_refused(pruned: Path, tmp_path: Path) ->
 def test_evaluations_leave_the_training_as_it_is(pruned: Path, data: Path, tmp_path: Path) -> None:
     lora = {"r": 4, "dropout": 0.1}
     without = run_directly(config(pruned, data, tmp_path, lora=lora), tmp_path / "without")
-    judged = config(pruned, data, tmp_path, lora=lora, eval_data=str(data), eval_every=1)
+    judged = config(pruned, data, tmp_path, lora=lora, eval_data=str(data), evaluate_every=1)
     assert losses(run_directly(judged, tmp_path / "with")) == losses(without)
 
 
@@ -167,7 +167,7 @@ def test_evaluations_leave_the_training_of_nf4_as_it_is(
     quantized = tmp_path / "quantized"
     lr.quantize(lr.QuantizeConfig(model=pruned, output=quantized))
     without = run_directly(config(quantized, data, tmp_path), tmp_path / "without")
-    judged = config(quantized, data, tmp_path, eval_data=str(data), eval_every=1)
+    judged = config(quantized, data, tmp_path, eval_data=str(data), evaluate_every=1)
     found = run_directly(judged, tmp_path / "with")
     assert losses(found) == losses(without)
     last = load_file(found / "work" / "checkpoints" / f"checkpoint-{STEPS}" / ADAPTER_FILE)

@@ -35,7 +35,7 @@ DIFFERENT: list[dict[str, Any]] = [
         "lora": {**DROPOUT, "init": "eva"},
         "optimiser": {"learning_rate": 1e-3, "b_learning_rate_ratio": 4.0},
     },
-    {"lora": DROPOUT, "eval_share": 0.3, "eval_every": 2, "steps": 7},
+    {"lora": DROPOUT, "eval_share": 0.3, "evaluate_every": 2, "steps": 7},
 ]
 
 

@@ -69,7 +69,7 @@ def write_run(folder: Path, base: Path, steps: int = 8, **sections: Any) -> Path
                 **training,
                 "steps": steps,
                 "eval_share": 0.2,
-                "eval_every": steps,
+                "evaluate_every": steps,
                 "checkpoint_every": 2,
             },
         },

@@ -58,7 +58,7 @@ def test_a_model_is_as_before_after_each_training(
     changes: list[dict[str, Any]] = [
         {"lora": {"r": 4, "dropout": 0.1}},
         {"lora": {"r": 2, "lm_head": True}, "activation_checkpointing": True},
-        {"lora": {"r": 4, "dropout": 0.1}, "eval_data": str(data), "eval_every": 2},
+        {"lora": {"r": 4, "dropout": 0.1}, "eval_data": str(data), "evaluate_every": 2},
         {"optimiser": {"learning_rate": 1e38, "warmup_steps": 0}, "steps": 10},  # it diverges
         {"lora": {"r": 4, "dropout": 0.1}},
     ]
@@ -86,7 +86,7 @@ def test_a_model_is_as_before_after_each_training(
 
 
 def test_the_last_step_is_judged_too(pruned: Path, data: Path, tmp_path: Path) -> None:
-    settings = training(pruned, data, tmp_path, eval_data=str(data), eval_every=4)
+    settings = training(pruned, data, tmp_path, eval_data=str(data), evaluate_every=4)
     folder = run_directly(settings, tmp_path / "run")
     rows = [json.loads(x) for x in (folder / "work" / METRICS_FILE).read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_loss" in row] == [4, 6]

@@ -25,7 +25,7 @@ from loram_ray.config import validate
 from loram_ray.runtime.progress import METRICS_FILE, read_lines
 from loram_ray.studies.trials import trials_of
 
-SHARED: dict[str, Any] = {**TRAIN, "eval_share": 0.25, "eval_every": 2}
+SHARED: dict[str, Any] = {**TRAIN, "eval_share": 0.25, "evaluate_every": 2}
 
 
 def run_of(base: Path, model: Path, data: Path, output: Path, /, **changes: Any) -> lr.RunConfig:
@@ -189,7 +189,7 @@ def test_models_are_compared_on_their_base(
         tmp_path / "unused",
         data,
         tmp_path / "out",
-        train={**TRAIN, "eval_data": str(held_out), "eval_every": 2},
+        train={**TRAIN, "eval_data": str(held_out), "evaluate_every": 2},
         prune={"layers": [1, 3]},
         ratios=[0.2, 0.8],
     )
@@ -253,7 +253,7 @@ def test_a_killed_actor_and_a_killed_driver_change_nothing(
     base: Path, pruned: Path, data: Path, tmp_path: Path
 ) -> None:
     """The first trial's actor dies, in the second the driver; each goes on where it was."""
-    train = {**SHARED, "steps": 40, "checkpoint_every": 4, "eval_every": 4}
+    train = {**SHARED, "steps": 40, "checkpoint_every": 4, "evaluate_every": 4}
     run = run_of(
         base, pruned, data, tmp_path / "out", train=train, grid={"lora.r": [2, 4]}, grace_steps=40
     )

@@ -1,0 +1,42 @@
+"""Marks on the keys of sections, which say in one place how a key is treated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Marks a key that may also be given under another name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Renamed(Alias):
+    """Marks a key that had another name, which is accepted for one version with a warning.
+
+    Identities and directory names are made with the former name, so that they stay valid.
+    """
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Marks a dictionary of settings that a stage's section checks later.
+
+    If the key is named like the stage, the run file's section of that name provides its defaults.
+
+    Attributes:
+        stage: Name of the section.
+        without: Keys that are not taken from the run file's section.
+    """
+
+    stage: str
+    without: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class DottedKeysOf:
+    """Marks a dictionary whose keys are dotted keys of a stage's section, e.g. ``lora.r``."""
+
+    stage: str
