@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +122,14 @@ def _train(
     config = loop.config
     step, begun = progress.steps, time.perf_counter() - progress.seconds
     is_last = step >= config.total_steps or _time_is_up(config, progress, engine.device)
-    log = MetricsLog(loop.work / METRICS_FILE, resume_at=step) if rank == 0 else None
-    rows = None
-    if rank == 0 and config.log_rows:  # same content as an uninterrupted run
-        rows = MetricsLog(loop.work / ROWS_FILE, step, count_restarts=False)
+    logs = _Logs(loop, step) if rank == 0 else None
     notice, paused = PreemptionNotice(), 0.0
     module: AlignmentModel = engine.module
     mfu_per_rate = _mfu_per_rate(config, module, workers)
     if config.evaluate_every and step == 0:
         before = _evaluate(engine, loop, rank, workers)
-        if log is not None:
-            with reporting_full_disks(step, loop.work):
-                log.write(step, **before)
+        if logs is not None:
+            logs.write(step, before)
     batches = steps(config, loop.inputs, rank, workers, step, engine.device)
     while not is_last:
         started = time.perf_counter()
@@ -139,44 +137,70 @@ def _train(
         waited = time.perf_counter() - started
         means, norm = _take_step(engine, micro_batches, workers)
         step += 1
-        loss = float(module.loss(means))
-        if not math.isfinite(loss):
-            raise FailedStep(
-                f"align: the loss is {loss} at step {step}, rows "
-                f"{_rows_of_all(micro_batches, config, workers, engine.device)}; lower "
-                "align.optimiser.learning_rate or inspect those rows",
-                good_until=step - 2,  # the previous step's weights produced this loss
-            )
-        row_ids: list[int] = []
-        if config.log_rows:
-            row_ids = _rows_of_all(micro_batches, config, workers, engine.device)
+        rows_of_all = partial(_rows_of_all, micro_batches, config, workers, engine.device)
+        loss = _finite_loss(module, means, step, rows_of_all)
+        row_ids = rows_of_all() if config.log_rows else None
         seconds = time.perf_counter() - started
         progress = Progress(step, time.perf_counter() - begun)
         is_last = step == config.total_steps or _time_is_up(config, progress, engine.device)
         evaluations: dict[str, float] = {}
         if config.evaluate_every and (step % config.evaluate_every == 0 or is_last):
             evaluations = _evaluate(engine, loop, rank, workers)
-        with reporting_full_disks(step, loop.work):
-            if rows is not None:
-                rows.write(step, row_ids=row_ids)
-            if log is not None:
-                log.write(
-                    step,
-                    loss=loss,
-                    **module.parts(means),
-                    lr=engine.get_lr()[0],
-                    grad_norm=norm,
-                    memory_gb=peak_memory_gb(),
-                    data_s=waited,
-                    checkpoint_s=paused,
-                    copy_s=checkpoints.pop_copy_seconds(),
-                    **_speed(config, seconds, mfu_per_rate),
-                    **evaluations,
-                )
+        if logs is not None:
+            metrics = {
+                "loss": loss,
+                **module.parts(means),
+                "lr": engine.get_lr()[0],
+                "grad_norm": norm,
+                "memory_gb": peak_memory_gb(),
+                "data_s": waited,
+                "checkpoint_s": paused,
+                "copy_s": checkpoints.pop_copy_seconds(),
+                **_speed(config, seconds, mfu_per_rate),
+                **evaluations,
+            }
+            logs.write(step, metrics, row_ids)
         paused = 0.0
         if notice.poll() or step % config.checkpoint_every == 0 or is_last:
             paused = checkpoints.save(engine, progress, loss)
     return progress
+
+
+class _Logs:
+    """Metrics of each step and, if enabled, its row ids, in files that rank 0 writes.
+
+    Args:
+        loop: Settings of the worker.
+        step: Number of completed steps.
+    """
+
+    def __init__(self, loop: LoopSettings, step: int) -> None:
+        self._work = loop.work
+        self._metrics = MetricsLog(loop.work / METRICS_FILE, resume_at=step)
+        self._rows = None
+        if loop.config.log_rows:  # same content as an uninterrupted run
+            self._rows = MetricsLog(loop.work / ROWS_FILE, step, count_restarts=False)
+
+    def write(self, step: int, metrics: dict[str, float], row_ids: list[int] | None = None) -> None:
+        """Append what is known about a step."""
+        with reporting_full_disks(step, self._work):
+            if self._rows is not None and row_ids is not None:
+                self._rows.write(step, row_ids=row_ids)
+            self._metrics.write(step, **metrics)
+
+
+def _finite_loss(
+    module: AlignmentModel, means: torch.Tensor, step: int, rows: Callable[[], list[int]]
+) -> float:
+    """Return a step's loss; raise an error that names the batch's rows if it is not finite."""
+    loss = float(module.loss(means))
+    if not math.isfinite(loss):
+        raise FailedStep(
+            f"align: the loss is {loss} at step {step}, rows {rows()}; lower "
+            "align.optimiser.learning_rate or inspect those rows",
+            good_until=step - 2,  # the previous step's weights produced this loss
+        )
+    return loss
 
 
 def _take_step(
@@ -244,13 +268,13 @@ def _rows_of_all(
     padded[: len(mine)] = torch.tensor(mine, device=device)
     gathered = [torch.empty_like(padded) for _ in range(workers)]
     torch.distributed.all_gather(gathered, padded)
-    found = torch.cat(gathered)
-    return [int(row) for row in found[found >= 0]]
+    rows = torch.cat(gathered)
+    return [int(row) for row in rows[rows >= 0]]
 
 
 def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[str, float]:
     inputs = loop.inputs
-    found = held_out_losses(
+    losses = held_out_losses(
         engine.module.model,
         loop.config,
         inputs.corpus,
@@ -260,7 +284,7 @@ def _evaluate(engine: Any, loop: LoopSettings, rank: int, workers: int) -> dict[
         workers,
         engine.device,
     )
-    return {f"{HELD_OUT}{name}": loss for name, loss in found.items()}
+    return {f"{HELD_OUT}{name}": loss for name, loss in losses.items()}
 
 
 def _mfu_per_rate(config: AlignConfig, module: AlignmentModel, workers: int) -> float | None:

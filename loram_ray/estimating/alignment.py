@@ -119,7 +119,6 @@ def estimate(
     memory = memory_of(config, zero, pruned, teacher, gpus)
     work = work_of(config, pruned, teacher)
     peak = (config.peak_tflops or PEAK_TFLOPS["H100"]) * 1e12
-
     length = config.corpus.sequence_length
     positions = config.accumulation(gpus) * config.micro_batch_size * length
     compute = positions * work.total / (peak * cluster.mfu)

@@ -51,13 +51,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     """
     manifest = require_stage(config.pruned, ("prune", "align"), "align.pruned")
     require_sizes(config.pruned, manifest, SIZES)
-    config = config.model_copy(
-        update={
-            "pruned": config.pruned.resolve(),
-            "output": config.output.resolve(),
-            "prepared": config.prepared and config.prepared.resolve(),
-        }
-    )
+    config = _resolved(config)
     _require_sequence_fits(config)
     users = read_user_config(config.deepspeed)
     deepspeed_config(config, users, config.workers)  # reports a misfit before work begins
@@ -65,47 +59,67 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
-        require_shared(config.output.parent, "align.output")
-        if config.prepared is not None:
-            require_shared(config.prepared, "align.prepared")
-        require_resources(
-            config.min_workers or config.workers,
-            config.cpus_per_worker,
-            gpus_per_worker(),
-            "align.workers",
-        )
-        advise_precision(config.precision, "align")
-        corpus = prepare_corpus(config.corpus, config.pruned, _prepared(config, "corpus"))
-        parents = {"pruned": manifest.digest, "corpus": corpus.manifest.digest}
-        frame = frame_of(load_tokenizer(config.pruned))
-        targets = None
-        if base is not None and config.distillation.targets == "cached":
-            output = _prepared(config, "targets")
-            targets = prepare_targets(
-                config,
-                base,
-                manifest.base_fingerprint,
-                corpus,
-                frame if config.isolate_documents else None,
-                output,
-            )
-            parents["targets"] = targets.manifest.digest
-        inputs = Inputs(
-            corpus=corpus.output,
-            targets=targets.output if targets is not None else None,
-            teacher=base if targets is None else None,
-            frame=frame,
-            isolated=config.isolate_documents,
-        )
+        _require_cluster(config)
+        inputs, prepared = _prepare(config, base, manifest.base_fingerprint)
+        corpus = prepared["corpus"].manifest.details
+        parents = {name: stage.manifest.digest for name, stage in prepared.items()}
         return run_stage(
             config.output,
             "align",
             settings=_settings(config, users),
-            parents=parents,
+            parents={"pruned": manifest.digest, **parents},
             base_fingerprint=manifest.base_fingerprint,
-            write=lambda target: _write(target, config, users, inputs, corpus.manifest.details),
+            write=lambda target: _write(target, config, users, inputs, corpus),
             reads=(config.base, config.pruned, *(s.path for s in config.corpus.sources)),
         )
+
+
+def _resolved(config: AlignConfig) -> AlignConfig:
+    """Return the configuration with absolute paths, which all workers share."""
+    return config.model_copy(
+        update={
+            "pruned": config.pruned.resolve(),
+            "output": config.output.resolve(),
+            "prepared": config.prepared and config.prepared.resolve(),
+        }
+    )
+
+
+def _require_cluster(config: AlignConfig) -> None:
+    """Raise an error if the cluster is too small, or does not share the directories."""
+    require_shared(config.output.parent, "align.output")
+    if config.prepared is not None:
+        require_shared(config.prepared, "align.prepared")
+    require_resources(
+        config.min_workers or config.workers,
+        config.cpus_per_worker,
+        gpus_per_worker(),
+        "align.workers",
+    )
+    advise_precision(config.precision, "align")
+
+
+def _prepare(
+    config: AlignConfig, base: Path | None, fingerprint: str
+) -> tuple[Inputs, dict[str, StageResult]]:
+    """Prepare the corpus and, if they are cached, the targets; return them with their results."""
+    corpus = prepare_corpus(config.corpus, config.pruned, _prepared(config, "corpus"))
+    results = {"corpus": corpus}
+    frame = frame_of(load_tokenizer(config.pruned))
+    targets = None
+    if base is not None and config.distillation.targets == "cached":
+        isolating = frame if config.isolate_documents else None
+        output = _prepared(config, "targets")
+        targets = prepare_targets(config, base, fingerprint, corpus, isolating, output)
+        results["targets"] = targets
+    inputs = Inputs(
+        corpus=corpus.output,
+        targets=targets.output if targets is not None else None,
+        teacher=base if targets is None else None,
+        frame=frame,
+        isolated=config.isolate_documents,
+    )
+    return inputs, results
 
 
 def _prepared(config: AlignConfig, what: str) -> Path:
