@@ -1,5 +1,7 @@
 """Configurations of pruned models for transformers; this file is saved beside the weights."""
 
+from typing import Any
+
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -29,61 +31,27 @@ class Pruned:
     pruned_norm_mean: str | None = None
 
 
-class PrunedLlamaConfig(Pruned, LlamaConfig):
-    """Configuration of a pruned Llama."""
+def _pruned(name: str, stock: Any) -> Any:
+    """Return the configuration class of a family's pruned models.
 
-    model_type = "loram_llama"
-
-
-class PrunedMistralConfig(Pruned, MistralConfig):
-    """Configuration of a pruned Mistral."""
-
-    model_type = "loram_mistral"
-
-
-class PrunedQwen2Config(Pruned, Qwen2Config):
-    """Configuration of a pruned Qwen2."""
-
-    model_type = "loram_qwen2"
+    Args:
+        name: Name of the class, as saved directories have it in their ``auto_map``.
+        stock: The family's stock configuration class.
+    """
+    settings = {
+        "model_type": f"loram_{stock.model_type}",
+        "__doc__": f"`{stock.__name__}` of a pruned model.",
+    }
+    return type(name, (Pruned, stock), settings)
 
 
-class PrunedQwen3Config(Pruned, Qwen3Config):
-    """Configuration of a pruned Qwen3."""
-
-    model_type = "loram_qwen3"
-
-
-class PrunedGemma2Config(Pruned, Gemma2Config):
-    """Configuration of a pruned Gemma 2."""
-
-    model_type = "loram_gemma2"
-
-
-class PrunedGemma3Config(Pruned, Gemma3TextConfig):
-    """Configuration of a pruned text-only Gemma 3."""
-
-    model_type = "loram_gemma3_text"
-
-
-class PrunedPhi3Config(Pruned, Phi3Config):
-    """Configuration of a pruned Phi-3."""
-
-    model_type = "loram_phi3"
-
-
-class PrunedOlmo2Config(Pruned, Olmo2Config):
-    """Configuration of a pruned OLMo 2."""
-
-    model_type = "loram_olmo2"
-
-
-class PrunedMixtralConfig(Pruned, MixtralConfig):
-    """Configuration of a pruned Mixtral."""
-
-    model_type = "loram_mixtral"
-
-
-class PrunedQwen3MoeConfig(Pruned, Qwen3MoeConfig):
-    """Configuration of a pruned Qwen3-MoE."""
-
-    model_type = "loram_qwen3_moe"
+PrunedLlamaConfig = _pruned("PrunedLlamaConfig", LlamaConfig)
+PrunedMistralConfig = _pruned("PrunedMistralConfig", MistralConfig)
+PrunedQwen2Config = _pruned("PrunedQwen2Config", Qwen2Config)
+PrunedQwen3Config = _pruned("PrunedQwen3Config", Qwen3Config)
+PrunedGemma2Config = _pruned("PrunedGemma2Config", Gemma2Config)
+PrunedGemma3Config = _pruned("PrunedGemma3Config", Gemma3TextConfig)
+PrunedPhi3Config = _pruned("PrunedPhi3Config", Phi3Config)
+PrunedOlmo2Config = _pruned("PrunedOlmo2Config", Olmo2Config)
+PrunedMixtralConfig = _pruned("PrunedMixtralConfig", MixtralConfig)
+PrunedQwen3MoeConfig = _pruned("PrunedQwen3MoeConfig", Qwen3MoeConfig)

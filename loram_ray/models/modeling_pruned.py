@@ -56,64 +56,30 @@ class Pruned(nn.Module):
         mask_linears(self, config.masked_linears or [])
 
 
-class PrunedLlamaForCausalLM(Pruned, LlamaForCausalLM):
-    """Llama with linears of other shapes."""
+def _pruned(stock: Any, config: Any) -> Any:
+    """Return the class of a family's pruned models, whose name saved directories refer to.
 
-    config_class = PrunedLlamaConfig
-
-
-class PrunedMistralForCausalLM(Pruned, MistralForCausalLM):
-    """Mistral with linears of other shapes."""
-
-    config_class = PrunedMistralConfig
-
-
-class PrunedQwen2ForCausalLM(Pruned, Qwen2ForCausalLM):
-    """Qwen2 with linears of other shapes."""
-
-    config_class = PrunedQwen2Config
+    Args:
+        stock: The family's stock model class.
+        config: The configuration class of its pruned models.
+    """
+    settings = {
+        "config_class": config,
+        "__doc__": f"`{stock.__name__}` with linears of other shapes.",
+    }
+    return type(f"Pruned{stock.__name__}", (Pruned, stock), settings)
 
 
-class PrunedQwen3ForCausalLM(Pruned, Qwen3ForCausalLM):
-    """Qwen3 with linears of other shapes."""
-
-    config_class = PrunedQwen3Config
-
-
-class PrunedGemma2ForCausalLM(Pruned, Gemma2ForCausalLM):
-    """Gemma 2 with linears of other shapes."""
-
-    config_class = PrunedGemma2Config
-
-
-class PrunedGemma3ForCausalLM(Pruned, Gemma3ForCausalLM):
-    """Text-only Gemma 3 with linears of other shapes."""
-
-    config_class = PrunedGemma3Config
-
-
-class PrunedPhi3ForCausalLM(Pruned, Phi3ForCausalLM):
-    """Phi-3 with linears of other shapes."""
-
-    config_class = PrunedPhi3Config
-
-
-class PrunedOlmo2ForCausalLM(Pruned, Olmo2ForCausalLM):
-    """OLMo 2 with linears of other shapes."""
-
-    config_class = PrunedOlmo2Config
-
-
-class PrunedMixtralForCausalLM(Pruned, MixtralForCausalLM):
-    """Mixtral with linears of other shapes."""
-
-    config_class = PrunedMixtralConfig
-
-
-class PrunedQwen3MoeForCausalLM(Pruned, Qwen3MoeForCausalLM):
-    """Qwen3-MoE with linears of other shapes."""
-
-    config_class = PrunedQwen3MoeConfig
+PrunedLlamaForCausalLM = _pruned(LlamaForCausalLM, PrunedLlamaConfig)
+PrunedMistralForCausalLM = _pruned(MistralForCausalLM, PrunedMistralConfig)
+PrunedQwen2ForCausalLM = _pruned(Qwen2ForCausalLM, PrunedQwen2Config)
+PrunedQwen3ForCausalLM = _pruned(Qwen3ForCausalLM, PrunedQwen3Config)
+PrunedGemma2ForCausalLM = _pruned(Gemma2ForCausalLM, PrunedGemma2Config)
+PrunedGemma3ForCausalLM = _pruned(Gemma3ForCausalLM, PrunedGemma3Config)
+PrunedPhi3ForCausalLM = _pruned(Phi3ForCausalLM, PrunedPhi3Config)
+PrunedOlmo2ForCausalLM = _pruned(Olmo2ForCausalLM, PrunedOlmo2Config)
+PrunedMixtralForCausalLM = _pruned(MixtralForCausalLM, PrunedMixtralConfig)
+PrunedQwen3MoeForCausalLM = _pruned(Qwen3MoeForCausalLM, PrunedQwen3MoeConfig)
 
 
 class Experts(nn.Module):

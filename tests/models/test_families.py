@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from helpers.families import (
 )
 from loram_ray.architectures import ARCHITECTURES, Unit, architecture_of
 from loram_ray.artifacts.manifest import read_model_config
+from loram_ray.models import configuration_pruned, modeling_pruned
 from loram_ray.models.files import family_of
 from loram_ray.models.loading import load_model
 from loram_ray.models.modeling_pruned import unfuse_experts
@@ -49,6 +51,32 @@ def unfused(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     )
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     return model
+
+
+SAVED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+}
+"""Part of the classes' names that stands for the family; saved directories have these names."""
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_classes_have_the_names_in_saved_directories(family: str) -> None:
+    """``auto_map`` and pickles find a class by the name of its module and its own."""
+    config = getattr(configuration_pruned, f"Pruned{SAVED[family]}Config")
+    model = getattr(modeling_pruned, f"Pruned{SAVED[family]}ForCausalLM")
+    assert (config.model_type, model.config_class) == (f"loram_{family}", config)
+    assert pickle.loads(pickle.dumps((config, model))) == (config, model)
+    stock = architecture_of(family)
+    assert (stock.pruned_config, stock.pruned_model) == (config.__name__, model.__name__)
 
 
 def test_every_family_has_a_tiny_model() -> None:
