@@ -12,6 +12,13 @@ from typing import Any
 
 import torch
 
+from loram_ray.artifacts.adapter_names import (
+    frozen_weight,
+    parse_tensor_name,
+    plain_path,
+    tensor_name,
+)
+from loram_ray.artifacts.manifest import digest_of, hash_file
 from loram_ray.artifacts.tensorfile import TensorFile, require_finite
 from loram_ray.errors import LoramError
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
@@ -22,8 +29,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _DEFAULT = 8  # PEFT's default for r and lora_alpha
-_PREFIX = "base_model.model."
-_KIND = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PICKLED_FILE = "adapter_model.bin"
 
 
 class Adapter:
@@ -31,19 +37,31 @@ class Adapter:
 
     Attributes:
         directory: Directory of the adapter.
-        config: Content of ``adapter_config.json``.
+        config: Content of ``adapter_config.json``, with plain module paths (`plain_path`).
         file: Open file of the adapter's tensors; close it after use.
+        specs: Shape and dtype of each tensor by PEFT's name, whatever name the file gives it.
         modules: Paths of the adapted modules, in the file's order.
+        copies: Stored names of copies of the model's frozen weights, by the weight's name.
     """
 
     def __init__(self, directory: Path | str, key: str) -> None:
         self.directory = Path(directory)
-        self.config = read_adapter_config(self.directory, key)
+        self.config = _with_plain_paths(read_adapter_config(self.directory, key))
         _refuse_other_methods(self.config, self.directory)
-        self.file = TensorFile(self.directory / ADAPTER_FILE)
+        self.file = open_tensors(self.directory)
         try:
-            sides = [split_name(name, self.directory) for name in self.file.specs]
-            self.modules = list(dict.fromkeys(module for module, _ in sides))
+            self._stored = stored_names(self.file, self.directory)
+            self.specs = {name: self.file.specs[own] for name, own in self._stored.items()}
+            self.copies = {
+                weight: name for name in self.file.specs if (weight := frozen_weight(name))
+            }
+            sides = map(parse_tensor_name, self._stored)
+            self.modules = list(dict.fromkeys(side[0] for side in sides if side is not None))
+            if not self.modules:
+                raise LoramError(
+                    f"{self.directory / ADAPTER_FILE} must hold tensors named lora_A and lora_B, "
+                    "it holds none; save the adapter with PEFT's save_pretrained"
+                )
             for module in self.modules:
                 self._require_pair(module)
             require_readable(self.directory, key)
@@ -54,10 +72,16 @@ class Adapter:
 
     def _require_pair(self, module: str) -> None:
         """Check that a module has A ``[r, in]`` and B ``[out, r]``."""
-        a, b = (self.file.specs.get(tensor_name(module, side)) for side in "AB")
+        a, b = (self.specs.get(tensor_name(module, side)) for side in "AB")
         if a is None or b is None:
             missing = "lora_A" if a is None else "lora_B"
             raise LoramError(f"{self.directory} lacks {missing} of {module}; train it again")
+        if not (a.nbytes and b.nbytes):
+            raise LoramError(
+                f"{self.directory} holds an empty tensor for {module}, as a trainer saves under "
+                "ZeRO-3 that does not gather the weights; set "
+                "stage3_gather_16bit_weights_on_model_save to true and save the adapter again"
+            )
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise LoramError(
                 f"{self.directory} has lora_A {a.shape} and lora_B {b.shape} for {module}, which "
@@ -80,11 +104,11 @@ class Adapter:
             LoramError: If it contains NaN or infinity.
         """
         name = tensor_name(module, side)
-        return require_finite(name, self.file.read(name), self.file.path)
+        return require_finite(name, self.file.read(self._stored[name]), self.file.path)
 
     def rank(self, module: str) -> int:
         """Return the rank r of a module's A ``[r, in]`` and B ``[out, r]``."""
-        return self.file.specs[tensor_name(module, "A")].shape[0]
+        return self.specs[tensor_name(module, "A")].shape[0]
 
     def scale(self, module: str) -> float:
         """Return a module's ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
@@ -94,6 +118,18 @@ class Adapter:
         rank = self.rank(module)
         alpha = self._alphas.get(module, self.config.get("lora_alpha", _DEFAULT))
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def targets(self) -> list[str] | str | None:
+        """Return ``target_modules``, or the paths of all modules if it does not match them all.
+
+        PEFT ignores tensors of modules that ``target_modules`` does not match.
+        """
+        named: list[str] | str | None = self.config.get("target_modules")
+        if isinstance(named, str):  # an expression that `require_readable` has tried
+            matches = re.compile(named).fullmatch
+            return named if all(map(matches, self.modules)) else list(self.modules)
+        ends = tuple(f".{name}" for name in named or ())
+        return named if all(f".{m}".endswith(ends) for m in self.modules) else list(self.modules)
 
     def close(self) -> None:
         """Close the adapter's file."""
@@ -106,6 +142,60 @@ class Adapter:
         self.close()
 
 
+def open_tensors(directory: Path) -> TensorFile:
+    """Open the file of an adapter's tensors.
+
+    Raises:
+        LoramError: If it is missing, pickled, or damaged.
+    """
+    path = directory / ADAPTER_FILE
+    if not os.path.lexists(path) and (directory / _PICKLED_FILE).exists():
+        raise LoramError(
+            f"{directory} must hold {ADAPTER_FILE}, it holds {_PICKLED_FILE}, which can run code "
+            "when it is read; save the adapter with safe_serialization=True"
+        )
+    return TensorFile(path)
+
+
+def stored_names(file: TensorFile, directory: Path) -> dict[str, str]:
+    """Return the stored name of each A and B by PEFT's name, in the file's order.
+
+    Copies of frozen weights are left out (`frozen_weight`).
+
+    Args:
+        file: File of an adapter's tensors.
+        directory: Directory of the adapter, for messages.
+
+    Raises:
+        LoramError: If a tensor is neither an A or B nor such a copy, or there are several adapters.
+    """
+    stored: dict[str, str] = {}
+    adapters: set[str] = set()
+    for name in file.specs:
+        parsed = parse_tensor_name(name)
+        if parsed is None:
+            if frozen_weight(name) is not None:
+                continue
+            raise LoramError(
+                f"{directory} holds tensor {name}, which is not LoRA's A or B of a linear layer; "
+                "train LoRA on linear layers only"
+            )
+        module, side, adapter = parsed
+        adapters.add(adapter)
+        other = stored.setdefault(tensor_name(module, side), name)
+        if other != name and len(adapters) == 1:
+            raise LoramError(
+                f"{directory} holds lora_{side} of {module} twice, as {other} and {name}; save "
+                "the adapter again"
+            )
+    if len(adapters) > 1:
+        names = ", ".join(repr(name) for name in sorted(adapters))
+        raise LoramError(
+            f"{directory} must hold one adapter, its tensors belong to {names}; save one of them"
+        )
+    return stored
+
+
 def require_readable(directory: Path, key: str) -> None:
     """Check that PEFT can read an adapter without failing or hanging, whatever its settings.
 
@@ -116,9 +206,10 @@ def require_readable(directory: Path, key: str) -> None:
     Raises:
         LoramError: If its configuration or its file of tensors is damaged, or the two disagree.
     """
-    config = read_adapter_config(directory, key)
-    with TensorFile(directory / ADAPTER_FILE) as file:
-        modules = [match["module"] for name in file.specs if (match := _KIND.fullmatch(name))]
+    config = _with_plain_paths(read_adapter_config(directory, key))
+    with open_tensors(directory) as file:
+        parsed = {name: parts for name in file.specs if (parts := parse_tensor_name(name))}
+        modules = [module for module, _, _ in parsed.values()]
         path = directory / CONFIG_FILE
         for setting in ("target_modules", "exclude_modules"):
             if isinstance(config.get(setting), str):
@@ -126,18 +217,36 @@ def require_readable(directory: Path, key: str) -> None:
         match_patterns(list(config.get("alpha_pattern") or {}), modules, f"{path}: alpha_pattern")
         patterns: dict[str, int] = config.get("rank_pattern") or {}
         ranks = match_patterns(list(patterns), modules, f"{path}: rank_pattern")
-        for name, spec in file.specs.items():
-            match = _KIND.fullmatch(name)
-            if match is None or len(spec.shape) != 2:
+        for name, (module, side, _) in parsed.items():
+            shape = file.specs[name].shape
+            if len(shape) != 2 or not all(shape):
                 continue
-            rank = spec.shape[0 if match["side"] == "A" else 1]
-            module = match["module"]
+            rank = shape[0 if side == "A" else 1]
             named = patterns[ranks[module]] if module in ranks else config.get("r", _DEFAULT)
             if named != rank:
                 raise LoramError(
                     f"{path}: r of {module} must be {rank}, the rank of its tensors, got {named}; "
                     "restore the file"
                 )
+
+
+def content_digest(directory: Path) -> str:
+    """Return the SHA-256 that identifies the content of an adapter without a manifest."""
+    return digest_of([hash_file(path) for path in sorted(directory.glob("adapter_*"))])
+
+
+def _with_plain_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's configuration without wrappers' names in paths and patterns."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return plain_path(value)
+        if isinstance(value, dict):
+            return {plain_path(path): each for path, each in value.items()}
+        return [plain_path(path) for path in value] if isinstance(value, list) else value
+
+    paths = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    return {**config, **{key: plain(config[key]) for key in paths if key in config}}
 
 
 def own_template(directory: Path | None) -> Path | None:
@@ -151,31 +260,6 @@ def copy_template(source: Path, target: Path) -> None:
     template = own_template(source)
     if template is not None:
         shutil.copyfile(template, target / TEMPLATE_FILE)
-
-
-def tensor_name(module: str, side: str) -> str:
-    """Return PEFT's name of a module's A or B."""
-    return f"{_PREFIX}{module}.lora_{side}.weight"
-
-
-def split_name(name: str, directory: Path) -> tuple[str, str]:
-    """Return the module path and the side (A or B) of a tensor's name.
-
-    Raises:
-        LoramError: If the tensor is neither an A nor a B.
-    """
-    match = _KIND.fullmatch(name)
-    if match is None and name.endswith(".base_layer.weight"):
-        raise LoramError(
-            f"{directory} holds {name}, a copy of the frozen weight that PEFT adds for lm_head; "
-            "save the adapter with save_embedding_layers=False"
-        )
-    if match is None:
-        raise LoramError(
-            f"{directory} holds tensor {name}, which is no LoRA A or B of a linear; "
-            "train with LoRA on linears alone"
-        )
-    return match["module"], match["side"]
 
 
 def read_adapter_config(directory: Path, key: str) -> dict[str, Any]:

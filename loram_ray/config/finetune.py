@@ -13,7 +13,10 @@ from loram_ray.config.base import Free, Identified, Section
 class RecoverConfig(Section):
     """Recover an adapter of the base model from an adapter trained on a pruned model."""
 
-    adapter: Free[Path] = Field(description="Directory of the pruned adapter, as written by train.")
+    adapter: Free[Path] = Field(
+        description="Directory of the pruned adapter: written by train, or a PEFT LoRA from "
+        "another trainer."
+    )
     base: Free[str] = Field(
         description="Base model that was pruned: a directory or a Hugging Face Hub id."
     )
@@ -46,8 +49,9 @@ class RecoverConfig(Section):
     )
     model: Free[Path | None] = Field(
         None,
-        description="Directory of the model that the adapter was trained on, for the correction. "
-        "Default: the one recorded in the adapter.",
+        description="Pruned model that the adapter was trained on: a directory or a Hugging Face "
+        "Hub id. Needed for the correction, and for the pruning plan of an adapter from another "
+        "trainer. Default: the one that the adapter names.",
     )
 
     @model_validator(mode="after")

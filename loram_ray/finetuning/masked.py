@@ -25,6 +25,7 @@ product takes a few blocks of `BLOCK_ELEMENTS` elements.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from loram_ray.artifacts.adapter import open_tensors, stored_names
 from loram_ray.artifacts.tensorfile import require_finite
 from loram_ray.masks import Masks, unpack
 from loram_ray.plan import PruningPlan
@@ -189,7 +191,7 @@ def put_adapter_on(
     adapter: peft.LoraConfig | Path,
     in_use: dict[str, torch.Tensor] | None = None,
 ) -> peft.PeftModel:
-    """Put a LoRA on a model, masked if the model's pruning plan has masks.
+    """Put a LoRA on a model, masked if it is or was trained under a pruning plan with masks.
 
     Args:
         model: Base, pruned, aligned or merged model.
@@ -203,18 +205,20 @@ def put_adapter_on(
         RuntimeError: The adapter's tensors have other shapes.
         LoramError: The adapter contains NaN or infinity.
     """
-    new = isinstance(adapter, peft.LoraConfig)
-    config: Any = adapter if new else peft.PeftConfig.from_pretrained(str(adapter))
-    plan = PruningPlan.load_if_any(directory)
-    if plan is not None and plan.masks is not None:
-        in_use = {} if in_use is None else in_use
-        config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks, in_use)})
-    if new:
-        return peft.get_peft_model(model, config)  # type: ignore[return-value]
-    weights = peft.load_peft_weights(str(adapter), device="cpu")
-    for name, tensor in weights.items():
-        require_finite(name, tensor, str(adapter))
-    adapted = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
+    if isinstance(adapter, peft.LoraConfig):
+        _mask(adapter, PruningPlan.load_if_any(directory), in_use)
+        return peft.get_peft_model(model, adapter)  # type: ignore[return-value]
+    with open_tensors(adapter) as file:
+        stored = stored_names(file, adapter)
+        weights = {
+            name: require_finite(name, file.read(own), adapter) for name, own in stored.items()
+        }
+    config: Any = peft.PeftConfig.from_pretrained(str(adapter))
+    # Other trainers apply no masks, and save no plan beside an adapter.
+    _mask(config, PruningPlan.load_if_any(adapter), in_use)
+    with warnings.catch_warnings():  # PEFT looks for its own names; all are checked below
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
     # PEFT only warns about modules without a tensor, and ignores tensors without a module.
     found: Any = peft.set_peft_model_state_dict(adapted, weights)
     if found.unexpected_keys:
@@ -223,6 +227,13 @@ def put_adapter_on(
     if lacking:
         raise ValueError(f"it lacks {lacking[0]}")
     return adapted
+
+
+def _mask(config: Any, plan: PruningPlan | None, in_use: dict[str, torch.Tensor] | None) -> None:
+    """Make PEFT put masked layers in the place of the linears that a plan has masks for."""
+    if plan is not None and plan.masks is not None:
+        in_use = {} if in_use is None else in_use
+        config._register_custom_module({nn.Linear: partial(_masked_linear, plan.masks, in_use)})
 
 
 def _masked_linear(

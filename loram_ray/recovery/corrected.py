@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from loram_ray.artifacts.adapter import Adapter
-from loram_ray.artifacts.manifest import Manifest
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
@@ -18,6 +17,7 @@ from loram_ray.models.base import BaseModel
 from loram_ray.models.quantisation import NF4
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.correction import limited, orthonormal, projected
+from loram_ray.recovery.origin import Origin
 from loram_ray.recovery.scatter import squared_norm
 from loram_ray.runtime.progress import say
 
@@ -25,18 +25,18 @@ _MOVING = ("align", "quantize")  # stages that change the kept weights
 BLOCK_ELEMENTS = 2**22  # elements of a weight in memory at a time; 16 MB in float32
 
 
-def corrects(config: RecoverConfig, manifest: Manifest) -> bool:
+def corrects(config: RecoverConfig, origin: Origin) -> bool:
     """Return whether to correct an adapter of structured pruning.
 
     By default it is corrected if its model was aligned or quantised.
 
     Args:
         config: Configuration of the stage.
-        manifest: Manifest of the adapter.
+        origin: Origin of the adapter.
     """
-    if config.correction is None:
-        return manifest.details.get("model_stage") in _MOVING
-    return config.correction
+    if origin.plan.masks is not None:
+        return False
+    return origin.model_stage in _MOVING if config.correction is None else config.correction
 
 
 def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
@@ -57,17 +57,21 @@ def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
         )
 
 
-def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> Path:
-    """Return the directory of the model an adapter was trained on, after verifying its digest.
+def trained_on(config: RecoverConfig, adapter: Adapter, origin: Origin) -> Path:
+    """Return the directory of the model an adapter was trained on.
+
+    The digest of a model that `loram train` trained on is verified.
 
     Args:
         config: Configuration of the stage.
-        adapter: Adapter written by the train stage.
-        manifest: Manifest of the adapter.
+        adapter: Adapter to recover.
+        origin: Origin of the adapter.
 
     Raises:
         LoramError: If the model is missing, damaged, or not the one the adapter was trained on.
     """
+    if origin.directory is not None:
+        return origin.directory
     named = adapter.config.get("base_model_name_or_path")
     model = config.model or Path(str(named))
     if not model.is_dir():
@@ -76,11 +80,10 @@ def trained_on(config: RecoverConfig, adapter: Adapter, manifest: Manifest) -> P
             f"{adapter.directory} was trained on, or set recover.correction to false"
         )
     digest, _ = BaseModel(model, "recover.model").identify()
-    expected = manifest.parents.get("model", "unknown")
-    if digest != expected:
+    if digest != origin.model:
         raise LoramError(
             f"recover.model must be the model that {adapter.directory} was trained on, "
-            f"{expected[:12]}, {model} is {digest[:12]}; give that one"
+            f"{origin.model[:12]}, {model} is {digest[:12]}; give that one"
         )
     return model
 

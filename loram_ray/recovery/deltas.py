@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from loram_ray.artifacts.adapter import Adapter, tensor_name
+from loram_ray.artifacts.adapter import Adapter
+from loram_ray.artifacts.adapter_names import tensor_name
 from loram_ray.artifacts.manifest import digest_of, hash_file
 from loram_ray.artifacts.tensorfile import Checkpoint, index_file
 from loram_ray.recovery.scatter import merged_weight
@@ -35,7 +36,7 @@ class LoraChange:
 
     def shape(self, module: str) -> tuple[int, int]:
         """Return the shape ``[out, in]`` of the weight to change."""
-        specs = self.adapter.file.specs
+        specs = self.adapter.specs
         rows, columns = (specs[tensor_name(module, side)].shape for side in "BA")
         return rows[0], columns[1]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter, tensor_name
+from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, Adapter
+from loram_ray.artifacts.adapter_names import tensor_name
 from loram_ray.artifacts.stage_directory import StageDirectory, require_space
 from loram_ray.artifacts.tensorfile import CheckpointWriter, TensorSpec, TensorWriter
 from loram_ray.config import RecoverConfig
@@ -136,7 +137,7 @@ def _lora_specs(
 ) -> dict[str, TensorSpec]:
     specs = {}
     for module, (rows, columns) in shapes.items():
-        dtype = adapter.file.specs[tensor_name(module, "A")].dtype
+        dtype = adapter.specs[tensor_name(module, "A")].dtype
         specs[tensor_name(module, "A")] = TensorSpec((ranks[module], columns), dtype)
         specs[tensor_name(module, "B")] = TensorSpec((rows, ranks[module]), dtype)
     return specs

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loram_ray.artifacts.adapter import CONFIG_FILE, require_readable
+from loram_ray.artifacts.adapter import CONFIG_FILE, content_digest, require_readable
 from loram_ray.artifacts.manifest import (
     digest_of,
     hash_file,
@@ -139,7 +139,7 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
         )
     require_readable(adapter, "evaluate.adapter")
     if read_manifest(adapter) is None:
-        return digest_of([hash_file(path) for path in sorted(adapter.glob("adapter_*"))])
+        return content_digest(adapter)
     manifest = require_stage(adapter, ("train", "recover"), "evaluate.adapter")
     if manifest.base_fingerprint != base:
         raise LoramError(

@@ -29,7 +29,8 @@ from loram_ray.models.base import BaseModel
 from loram_ray.models.files import write_model_files
 from loram_ray.models.tokenizer import load_tokenizer
 from loram_ray.plan import PruningPlan
-from loram_ray.recovery.deltas import Change, open_change
+from loram_ray.recovery.copies import require_unchanged
+from loram_ray.recovery.deltas import Change, LoraChange, open_change
 from loram_ray.recovery.parity import parity_of
 from loram_ray.runtime.progress import Reporter, say
 from loram_ray.utils.parsing import read_json
@@ -56,6 +57,8 @@ def merge(config: MergeConfig, ray_config: RayConfig | None = None) -> StageResu
     with base, closing(open_change(config.adapter, "merge.adapter")) as change:
         identity = base.fingerprint
         _require_base(change, identity, config.base)
+        if isinstance(change, LoraChange):
+            require_unchanged(change.adapter, base.checkpoint, family)
         targets = {_stored_name(m, base.checkpoint, family): m for m in change.modules}
         for name, module in targets.items():
             _require_shapes(change, module, base.checkpoint.specs[name])

@@ -22,7 +22,8 @@ from measure import peak_memory, reset_peak_memory
 
 import loram_ray as lr
 from loram_ray.architectures import architecture_of
-from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE, tensor_name
+from loram_ray.artifacts.adapter import ADAPTER_FILE, CONFIG_FILE
+from loram_ray.artifacts.adapter_names import tensor_name
 from loram_ray.artifacts.manifest import fingerprint, read_model_config
 from loram_ray.artifacts.stage_directory import StageDirectory, run_stage
 from loram_ray.artifacts.tensorfile import Checkpoint, TensorSpec, TensorWriter

@@ -293,7 +293,7 @@ SPOILT = {
     "weights cut": (_cut("adapter_model.safetensors"), r"adapter_model.safetensors has \d+ bytes"),
     "a bit of the weights changed": (_change_a_weight, "adapter_model.safetensors differs"),
     "configuration removed": (_remove("adapter_config.json"), "adapter_config.json is missing"),
-    "manifest removed": (_remove("manifest.json"), "holds no manifest.json; run loram train"),
+    "manifest removed": (_remove("manifest.json"), "and no manifest.json; copy the whole"),
     "manifest cut": (_cut("manifest.json"), "is not a manifest"),
 }
 
