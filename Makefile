@@ -62,7 +62,7 @@ wheel:
 	build/wheel/bin/python -m build --outdir dist .
 	$(PYTHON) -m venv build/installed
 	build/installed/bin/python -m pip install -q dist/*.whl
-	build/installed/bin/python tests/installed.py
+	build/installed/bin/python tests/installed.py dist
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/run.py

@@ -1,8 +1,9 @@
-"""The pipeline on a tiny model, with the loram_ray of this environment; `make wheel` runs it.
+"""The command and the pipeline on a tiny model, as installed; `make wheel` runs it.
 
-    python tests/installed.py
+    python tests/installed.py [DIST]
 
-It imports nothing of the tests and runs in a folder of its own, so it tries what is installed.
+It imports nothing of the tests and runs in a folder of its own, so it tries what is installed. With
+the directory of an sdist and a wheel, it checks their contents as well.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 RUN = """\
@@ -69,8 +73,54 @@ def write_base(directory: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(directory)
 
 
+def check_contents(dist: Path) -> None:
+    """Check that the distributions hold the package and its data, and nothing else."""
+    [wheel], [sdist] = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    info = f"loram_ray-{version('loram-ray')}.dist-info"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"loram_ray", info}
+    assert {"loram_ray/py.typed", "loram_ray/reporting/page.html.j2"} <= set(names)
+    assert f"{info}/licenses/LICENSE" in names
+    with tarfile.open(sdist) as archive:
+        members = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "loram_ray/py.typed"} <= members
+    tops = {name.split("/")[0] for name in members if name}
+    assert tops <= SDIST, tops - SDIST
+    assert sdist.stat().st_size < 2**20, sdist.stat().st_size
+
+
+SDIST = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "constraints.txt"}
+SDIST |= {"loram_ray", "loram_ray.egg-info", "pyproject.toml", "setup.cfg"}
+"""What the sdist may hold at its top."""
+
+
+def check_command(loram: Path, folder: Path) -> None:
+    """Run what a new user runs first: version, help, completion, a run file and its plan."""
+
+    def output(*arguments: str) -> str:
+        done = subprocess.run(
+            [loram, *arguments], cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return done.stdout
+
+    assert output("--version") == f"loram {version('loram-ray')}\n"
+    commands = ("init", "plan", "run", "prune", "align", "train", "recover", "merge", "evaluate")
+    text = output("--help")
+    for command in commands:
+        assert command in text and f"Example: loram {command}" in output(command, "--help")
+    bash = f"{loram} --show-completion; exit $?"
+    shown = subprocess.run(["bash", "-c", bash], check=True, stdout=subprocess.PIPE, text=True)
+    assert "_LORAM_COMPLETE=complete_bash" in shown.stdout
+    words = ("--base", "meta-llama/Llama-3.1-8B", "--data", "rows.jsonl")
+    output("init", *words, "--output", "llama.yaml")
+    planned = json.loads(output("plan", "--config", "llama.yaml", "--json"))
+    assert planned["base"]["parameters"] == 8_030_261_248, planned
+
+
 def main() -> None:
-    """Run all stages and load what came out."""
+    """Check the distributions and the command, run all stages and load what they wrote."""
+    for dist in sys.argv[1:]:
+        check_contents(Path(dist))
     loram = Path(sys.executable).with_name("loram")
     with tempfile.TemporaryDirectory(prefix="loram-installed-") as name:
         folder = Path(name)
@@ -80,6 +130,7 @@ def main() -> None:
         for file, lines in (("text.jsonl", texts), ("rows.jsonl", rows)):
             (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "run.yaml").write_text(RUN)
+        check_command(loram, folder)
         for command in ("run", "quantize"):
             subprocess.run([loram, command, "--config", "run.yaml"], cwd=folder, check=True)
 

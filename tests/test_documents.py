@@ -61,7 +61,7 @@ CHECKED = [
     *sorted((REPOSITORY / "tests" / "benchmarks").rglob("*.md")),
 ]
 """What is only checked: the commands that made the recorded results run for hours."""
-ELSEWHERE = ("make ", "pip install ", ". .venv/bin/activate")
+ELSEWHERE = ("make ", "pip install ", "python3 -m venv ", ". .venv/bin/activate")
 """Commands that other tests, or the workflow, run."""
 
 
@@ -291,15 +291,22 @@ def test_targets_and_versions_of_the_workflow_are_those_of_the_project() -> None
         assert done.returncode == 0, command
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert project["requires-python"] == f">={named[0]}"
+    first = ", ".join(named[:-1])
+    assert f"Python {first} or {named[-1]}" in (REPOSITORY / "docs/how-to/install.md").read_text()
     for job in ("test", "wheel"):
         assert workflow["jobs"][job]["strategy"]["matrix"]["python-version"] == named
+    assert {"lint", "test", "docs", "wheel"} == set(workflow["jobs"])
+    assert all(job["timeout-minutes"] <= 60 for job in workflow["jobs"].values())
+    assert workflow["permissions"] == {"contents": "read"}
 
 
-def test_every_extra_of_the_documents_exists() -> None:
+def test_every_extra_is_documented() -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    text = "\n".join(path.read_text() for path in PAGES)
-    named = set(re.findall(r"loram-ray\[([\w-]+)\]", text))
-    assert named and named <= set(extras["optional-dependencies"])
+    pattern = r"loram-ray\[([\w-]+)\]"
+    known = set(extras["optional-dependencies"])
+    assert {name for path in PAGES for name in re.findall(pattern, path.read_text())} <= known
+    assert set(re.findall(pattern, (REPOSITORY / "docs/how-to/install.md").read_text())) == known
 
 
 def test_links_of_the_documents_lead_to_files() -> None:
