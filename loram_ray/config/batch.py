@@ -22,12 +22,18 @@ class TaskConfig(Section):
 
     name: str | None = Field(
         None,
-        description="Name of the task's directory. Default: the name of the data file and the "
-        "grid's values.",
+        description="Name of the task's directory. Default: the name of the data file, or of the "
+        "adapter's directory, and the grid's values.",
     )
-    data: str = Field(
+    data: str | None = Field(
+        None,
         description="Training data in the formats of train.data: a file, or a glob pattern for "
-        "one task per file."
+        "one task per file.",
+    )
+    adapter: str | None = Field(
+        None,
+        description="Instead of data: a PEFT LoRA that another trainer trained on the model, to "
+        "recover only. A directory, or a glob pattern for one task per directory.",
     )
     train: Annotated[dict[str, Any], KeysOf("train")] = Field(
         {}, description="Keys of the train section for this task, which override batch.train."
@@ -50,6 +56,20 @@ class TaskConfig(Section):
         if name is not None and (fault := output_name_error(name)) is not None:
             raise ValueError(f"must be {fault}, got {name!r:.80}; rename the task")
         return name
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> TaskConfig:
+        if (self.data is None) == (self.adapter is None):
+            given = "neither" if self.data is None else "both"
+            raise ValueError(f"data or adapter must be given, got {given}; give one of them")
+        if self.adapter is not None:
+            for key in ("train", "grid", "seed"):
+                if value := getattr(self, key):
+                    raise ValueError(
+                        f"{key} must be left out with adapter, which is trained already, got "
+                        f"{value}; remove it"
+                    )
+        return self
 
 
 class BatchConfig(Section):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from loram_ray.artifacts.stage_directory import StageDirectory
+from loram_ray.artifacts.stage_directory import StageDirectory, StageResult
 from loram_ray.config import BatchConfig, RayConfig, TrainConfig
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.models.base import BaseModel
@@ -58,6 +58,8 @@ class BatchResult:
 def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResult:
     """Train an adapter for each task on one model, several at a time, and recover each.
 
+    Tasks with ``adapter`` instead of ``data`` are only recovered; another trainer trained them.
+
     Each actor loads the model once and trains task after task. A task that fails, or whose actor
     dies too often, is reported with its reason and does not affect the others. A second call
     resumes incomplete tasks from their last checkpoints.
@@ -78,7 +80,9 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
         Reporter("batch", len(tasks), "task") as reporter,
     ):
         require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
-        advise_precision(next(iter(tasks.values())).train.precision, "batch.train")
+        trainings = [task.train for task in tasks.values() if task.train is not None]
+        if trainings:
+            advise_precision(trainings[0].precision, "batch.train")
         state = _Progress(reporter, tasks)
         actors = Actors(TaskActor, (each,), config.cpus, config.gpus, each)
         schedule = Schedule(list(tasks), config.max_failures)
@@ -156,7 +160,8 @@ class _Progress:
         with self._lock:
             shown: dict[str, Any] = {"failed": self._failed} if self._failed else {}
             for name in sorted(self._running)[:_SHOWN]:
-                shown[name] = self._progress_of(self._tasks[name].train)
+                config = self._tasks[name].train
+                shown[name] = "recovering" if config is None else self._progress_of(config)
             self._reporter.update(self._ended, shown)
 
     def _progress_of(self, config: TrainConfig) -> str:
@@ -176,16 +181,21 @@ def _run_task(
         summary: TrainingSummary = actors.call(number, "train", config, work, output)
         return summary
 
-    trained = train_by(task.train, training, identity)
+    trained = None if task.train is None else train_by(task.train, training, identity)
     recovered = None if task.recover is None else recover(task.recover)
-    skipped = trained.skipped and (recovered is None or recovered.skipped)
+    skipped = all(stage.skipped for stage in (trained, recovered) if stage is not None)
+    details = {} if trained is None else _details(trained)
+    details["seconds"] = 0.0 if skipped else time.perf_counter() - started
+    return Outcome(task.name, "skipped" if skipped else "done", details=details)
+
+
+def _details(trained: StageResult) -> dict[str, Any]:
+    """Return the columns that describe a training."""
     last = last_line(trained.output / METRICS_FILE, having="loss")
-    details = {
+    return {
         **{key: trained.manifest.details.get(key) for key in _COLUMNS},
         "loss": None if last is None else last["loss"],
-        "seconds": 0.0 if skipped else time.perf_counter() - started,
     }
-    return Outcome(task.name, "skipped" if skipped else "done", details=details)
 
 
 def _row(task: Task, outcome: Outcome) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _row(task: Task, outcome: Outcome) -> dict[str, Any]:
         "state": outcome.state,
         "reason": outcome.reason,
         "deaths": outcome.deaths,
-        "data": task.train.data,
+        "data": None if task.train is None else task.train.data,
         "adapter": None if outcome.state == "failed" else str(task.adapter),
         **empty,
         **outcome.details,

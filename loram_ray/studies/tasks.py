@@ -20,6 +20,7 @@ from loram_ray.config import (
     with_values,
 )
 from loram_ray.errors import LoramError
+from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.runtime.results import RESULTS_FILE, TABLE_FILE
 from loram_ray.stages.recover import recovery_in
 from loram_ray.utils.names import first_clash, output_name_error
@@ -27,24 +28,26 @@ from loram_ray.utils.names import first_clash, output_name_error
 
 @dataclass(frozen=True)
 class Task:
-    """Training task with the recovery that follows it.
+    """A training, a recovery, or a training with the recovery that follows it.
 
     Attributes:
         name: Name of its directory.
-        train: Training configuration.
+        train: Training configuration; None if another trainer has trained the adapter.
         recover: Recovery configuration; None if the adapter needs no recovery.
         priority: Priority; tasks with a higher one start first.
     """
 
     name: str
-    train: TrainConfig
+    train: TrainConfig | None
     recover: RecoverConfig | None
     priority: int
 
     @property
     def adapter(self) -> Path:
         """Directory of the resulting adapter."""
-        return self.train.output if self.recover is None else self.recover.output
+        last = self.recover or self.train
+        assert last is not None
+        return last.output
 
 
 def tasks_of(config: BatchConfig) -> list[Task]:
@@ -69,7 +72,7 @@ def tasks_of(config: BatchConfig) -> list[Task]:
 
 def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
     """Require tasks that share a copy of the model to load it with equal settings."""
-    kinds = {(task.train.precision, task.train.attention) for task in tasks}
+    kinds = {(task.train.precision, task.train.attention) for task in tasks if task.train}
     if config.adapters_per_actor > 1 and len(kinds) > 1:
         raise LoramError(
             "batch.adapters_per_actor above 1 needs tasks of one precision and attention, got "
@@ -80,9 +83,14 @@ def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
 
 def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task]:
     key = f"batch.tasks.{number}"
-    files = sorted(glob(task.data, recursive=True)) if has_magic(task.data) else [task.data]
+    which, source = ("data", task.data) if task.adapter is None else ("adapter", task.adapter)
+    assert source is not None
+    files = sorted(glob(source, recursive=True)) if has_magic(source) else [source]
     if not files:
-        raise LoramError(f"{key}.data matches no file, got {task.data}; check the path")
+        kind = "file" if which == "data" else "directory"
+        raise LoramError(f"{key}.{which} matches no {kind}, got {source}; check the path")
+    if which == "adapter":
+        _require_recoverable(config, f"{key}.adapter")
     for file in files:
         for values in itertools.product(*task.grid.values()):
             settings = dict(zip(task.grid, values, strict=True))
@@ -97,6 +105,17 @@ def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task
             yield _task(config, task, name, file, settings, key)
 
 
+def _require_recoverable(config: BatchConfig, key: str) -> None:
+    """Require the base and the pruned model that adapters of another trainer are recovered by."""
+    if config.base is None:
+        raise LoramError(f"batch.base must be given for {key}, which is recovered to it; add it")
+    if not PruningPlan.is_in(config.model):
+        raise LoramError(
+            f"batch.model must be a pruned model for {key}, {config.model} holds no {PLAN_FILE}; "
+            "an adapter of the base needs no recovery"
+        )
+
+
 def _stem(file: str) -> str:
     return Path(file).name.partition(".")[0]
 
@@ -105,6 +124,16 @@ def _task(
     config: BatchConfig, task: TaskConfig, name: str, file: str, grid: dict[str, Any], key: str
 ) -> Task:
     folder = config.output / name
+    if task.adapter is not None:
+        assert config.base is not None
+        recovery = RecoverConfig(
+            adapter=Path(file),
+            base=config.base,
+            model=config.model,
+            output=folder / "adapter",
+            correction=config.correction,
+        )
+        return Task(name, None, recovery, task.priority)
     settings = with_values(merge_settings(config.train, task.train), grid)
     if task.seed is not None:
         settings["seed"] = task.seed

@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 import loram_ray as lr
@@ -369,3 +370,47 @@ def test_an_incomplete_copy_of_loram_train_s_directory_is_not_taken_for_another_
     shutil.copy(pruned / "manifest.json", trained)
     with pytest.raises(lr.LoramError, match="holds the output of prune"):
         recover(trained, base, tmp_path / "recovered")
+
+
+def batch_of(
+    model: Path, base: Path | None, output: Path, *tasks: dict[str, object]
+) -> lr.BatchConfig:
+    settings = {"model": model, "output": output, "tasks": tasks, "base": base and str(base)}
+    return lr.BatchConfig.model_validate(settings)
+
+
+@pytest.mark.usefixtures("embedded_ray")
+def test_a_batch_recovers_adapters_of_other_trainers(tmp_path: Path) -> None:
+    base, pruned = make_pruned(tmp_path)
+    for number in range(2):
+        train_elsewhere(pruned, tmp_path / f"trained/a{number}", seed=number)
+    (tmp_path / "trained/a2").mkdir()
+    config = batch_of(pruned, base, tmp_path / "out", {"adapter": f"{tmp_path}/trained/*"})
+    result = lr.batch(config)
+    assert [(row["name"], row["state"]) for row in result.rows] == [
+        ("a0", "done"), ("a1", "done"), ("a2", "failed")
+    ]  # fmt: skip
+    assert "holds no adapter_config.json" in result.rows[2]["reason"]
+    for number in range(2):
+        alone = recover(tmp_path / f"trained/a{number}", base, tmp_path / f"alone{number}").output
+        expected, found = (
+            load_file(directory / WEIGHTS)
+            for directory in (alone, Path(result.rows[number]["adapter"]))
+        )
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_batch_refuses_adapters_that_it_cannot_recover(tmp_path: Path) -> None:
+    base, pruned = make_pruned(tmp_path)
+    task = {"adapter": str(tmp_path / "trained")}
+    with pytest.raises(ValidationError, match="data or adapter must be given, got neither"):
+        batch_of(pruned, base, tmp_path / "out", {"name": "a"})
+    with pytest.raises(ValidationError, match="seed must be left out with adapter"):
+        batch_of(pruned, base, tmp_path / "out", {**task, "seed": 3})
+    with pytest.raises(lr.LoramError, match="batch.base must be given for batch.tasks.0.adapter"):
+        lr.batch(batch_of(pruned, None, tmp_path / "out", task))
+    with pytest.raises(lr.LoramError, match="batch.model must be a pruned model"):
+        lr.batch(batch_of(base, base, tmp_path / "out", task))
+    with pytest.raises(lr.LoramError, match="batch.tasks.0.adapter matches no directory"):
+        lr.batch(batch_of(pruned, base, tmp_path / "out", {"adapter": f"{tmp_path}/x*"}))
+    assert not (tmp_path / "out").exists()
