@@ -19,11 +19,12 @@ class DistillationConfig(Section):
     targets: Identified[Literal["cached", "live"]] = Field(
         "cached",
         description="Source of the targets. 'cached' computes the base's most likely tokens once "
-        "and stores them beside the output; 'live' runs the base beside the pruned model during "
-        "training.",
+        "and stores them next to the output; 'live' runs the base during training.",
     )
     top_k: Identified[int] = Field(
-        64, ge=1, description="Number of tokens to store per position, for cached targets."
+        64,
+        ge=1,
+        description="Number of most likely tokens to store per position, for cached targets.",
     )
     temperature: Identified[float] = Field(
         1.0,
@@ -36,11 +37,12 @@ class DistillationConfig(Section):
         ge=0,
         le=1,
         description="Weight of the causal-LM loss, from 0 to 1; the distillation loss has the "
-        "rest.",
+        "remaining weight.",
     )
     hidden_layers: Identified[tuple[int, ...]] = Field(
         (),
-        description="Indices of layers whose outputs must also match the base's, for live targets.",
+        description="Indices of layers whose outputs are also trained to match the base's, for "
+        "live targets.",
     )
     hidden_weight: Identified[float] = Field(
         1.0,
@@ -51,13 +53,14 @@ class DistillationConfig(Section):
     workers: Free[int | None] = Field(
         None,
         ge=1,
-        description="Number of Ray actors that compute cached targets. Default: as many as fit on "
-        "the training workers' GPUs.",
+        description="Number of Ray actors that compute cached targets. Default: as many as the "
+        "training workers' GPUs can hold.",
     )
     gpus_per_worker: Free[int] = Field(
         1,
         ge=1,
-        description="Number of GPUs that one actor distributes the base over, for cached targets.",
+        description="Number of GPUs per actor, over which the base is distributed, for cached "
+        "targets.",
     )
     batch_size: Free[int] = Field(
         8, ge=1, description="Sequences per forward pass of the base, for cached targets."
@@ -65,9 +68,9 @@ class DistillationConfig(Section):
     stream_rows: Free[int | None] = Field(
         None,
         ge=1,
-        description="Run the base layer by layer over this many sequences at a time, with their "
-        "hidden states on disk, for a base that does not fit in memory. Applies to cached "
-        "targets. Default: load the full base.",
+        description="For a base that does not fit in memory: run one layer at a time over this "
+        "many sequences, with their hidden states on disk. For cached targets. "
+        "Default: load the full base.",
     )
 
     def copies(self, gpus: int) -> int:
@@ -78,9 +81,8 @@ class DistillationConfig(Section):
     def _hidden_states_are_live(self) -> DistillationConfig:
         if self.hidden_layers and self.targets != "live":
             raise ValueError(
-                f"hidden_layers must be empty with cached targets, got "
-                f"{list(self.hidden_layers)}: hidden states are too large to store; "
-                "set targets to live or remove hidden_layers"
+                f"hidden_layers must be empty with cached targets, got {list(self.hidden_layers)}: "
+                "hidden states are too large to store; set targets to live, or remove hidden_layers"
             )
         return self
 
@@ -93,11 +95,11 @@ class AlignConfig(Section):
     corpus: Free[CorpusConfig]
     prepared: Free[Path | None] = Field(
         None,
-        description="Directory for the packed corpus and the base's targets, which alignments on "
-        "the same corpus can share. Default: beside the output.",
+        description="Directory for the packed corpus and the base's targets, which can be shared "
+        "by alignments on the same corpus. Default: next to the output.",
     )
     isolate_documents: Identified[bool] = Field(
-        False, description="Mask attention between documents that are packed into one sequence."
+        False, description="Mask attention between documents packed into one sequence."
     )
     objective: Identified[Literal["causal_lm", "distillation"]] = Field(
         "distillation",
@@ -113,7 +115,8 @@ class AlignConfig(Section):
     steps: Free[int | None] = Field(
         None,
         ge=1,
-        description="Number of optimiser steps. Default: as many as tokens requires, or 1600.",
+        description="Number of optimiser steps. Default: derived from tokens if given, otherwise "
+        "1600.",
     )
     tokens: Free[int | None] = Field(
         None,
@@ -134,12 +137,12 @@ class AlignConfig(Section):
     )
     optimiser: Identified[OptimiserConfig] = OptimiserConfig(learning_rate=5e-5, warmup_steps=100)
     workers: Free[int] = Field(
-        1, ge=1, description="Number of Ray Train workers, with one GPU each if there are GPUs."
+        1, ge=1, description="Number of Ray Train workers, each with one GPU if there are GPUs."
     )
     min_workers: Free[int | None] = Field(
         None,
         ge=1,
-        description="Minimum number of workers to continue with while nodes are lost. Default: "
+        description="Minimum number of workers to continue with after nodes are lost. Default: "
         "wait for all workers.",
     )
     cpus_per_worker: Free[int] = Field(1, ge=1, description="Number of CPUs per worker.")
@@ -148,12 +151,13 @@ class AlignConfig(Section):
     )
     frozen: Identified[tuple[Literal["lm_head", "embeddings", "norms"], ...]] = Field(
         ("lm_head",),
-        description="Parameters to freeze, and those tied to them. The paper freezes lm_head.",
+        description="Names of parameters to freeze, with those tied to them. The paper freezes "
+        "lm_head.",
     )
     activation_checkpointing: Free[bool] = Field(
         False,
-        description="Store only the input of each layer for the backward pass. Saves memory for "
-        "about a third more computation.",
+        description="Store only the input of each layer and recompute the rest in the backward "
+        "pass, which saves memory for about a third more computation.",
     )
     zero_stage: Identified[Literal[0, 1, 2, 3]] = Field(1, description="DeepSpeed ZeRO stage.")
     offload_optimiser: Free[Offload] = Field(
@@ -167,21 +171,23 @@ class AlignConfig(Section):
     )
     deepspeed: Free[Path | None] = Field(
         None,
-        description="Path of your own DeepSpeed JSON configuration. Its keys take precedence, "
-        "except for those set by other keys of this section, which it may omit or repeat.",
+        description="Path of a DeepSpeed JSON configuration. Its keys take precedence, except "
+        "those that other keys of this section determine; these may only be omitted "
+        "or repeated.",
     )
     evaluate_every: Free[int | None] = Field(
         None,
         ge=1,
-        description="Steps between evaluations on the sources' held-out documents, with one before "
-        "the first step. Default: no evaluation.",
+        description="Steps between evaluations on the sources' held-out documents; the first is "
+        "before step 1. Default: no evaluation.",
     )
     evaluate_sequences: Free[int] = Field(
-        256, ge=1, description="Maximum number of held-out sequences to evaluate per source."
+        256, ge=1, description="Maximum number of held-out sequences per source."
     )
     trackers: Free[tuple[Literal["tensorboard", "wandb", "mlflow"], ...]] = Field(
         (),
-        description="Experiment trackers to log to, besides metrics.jsonl and Ray's metrics.",
+        description="Experiment trackers to log to, in addition to metrics.jsonl and Ray's "
+        "metrics.",
     )
     peak_tflops: Free[float | None] = Field(
         None,
@@ -202,8 +208,8 @@ class AlignConfig(Section):
     )
     staging_folder: Free[Path | None] = Field(
         None,
-        description="Directory on each worker's local disk for checkpoints that are being copied "
-        "to the output while training continues. Default: the system's temporary directory.",
+        description="Directory on each worker's local disk from which checkpoints are copied to "
+        "the output in the background. Default: the system's temporary directory.",
     )
     max_failures: Free[int] = Field(
         3,
@@ -238,7 +244,7 @@ class AlignConfig(Section):
     def _distillation_has_a_base(self) -> AlignConfig:
         if self.objective == "distillation" and self.base is None:
             raise ValueError(
-                "base must be given with objective distillation; name the base model, or set "
+                "base must be given with objective distillation; add the base model, or set "
                 "objective to causal_lm"
             )
         return self
@@ -248,7 +254,7 @@ class AlignConfig(Section):
         if self.isolate_documents and self.distillation.stream_rows is not None:
             raise ValueError(
                 "isolate_documents must be false with distillation.stream_rows, which runs the "
-                "base on whole sequences; remove one of them"
+                "base on whole sequences; remove one of the two"
             )
         return self
 

@@ -34,7 +34,7 @@ class Section(BaseModel):
     """Immutable configuration section that rejects unknown keys."""
 
     has_identity: ClassVar[bool] = True
-    """Whether its keys are marked as `Identified` or `Free`."""
+    """Whether the section's keys are marked as `Identified` or `Free`."""
 
     shorthand: ClassVar[str] = ""
     """Key that an option with the section's name sets if its value is not a mapping."""
@@ -61,10 +61,10 @@ class Section(BaseModel):
             for text in _texts_in(value):
                 if ("\0" in text and not any_character) or not is_unicode(text):
                     raise ValueError(
-                        f"{key} must be text in UTF-8 without null characters, got {text!r:.80}; "
-                        "change or rename it"
+                        f"{key} must be valid UTF-8 text without null characters, got "
+                        f"{text!r:.80}; change it"
                     )
-            if isinstance(value, str | Path):  # before it is copied to other sections
+            if isinstance(value, str | Path):  # checked before it is copied to other sections
                 _refuse_credentials(key, value)
         return data
 
@@ -102,12 +102,12 @@ class RayConfig(Section):
     num_cpus: int | None = Field(
         None,
         ge=1,
-        description="Logical CPUs of an embedded Ray. Default: the machine's, or as many as the "
-        "stage needs.",
+        description="Logical CPUs of an embedded Ray. Default: the machine's, or more if the "
+        "stage needs more.",
     )
     autoscaling: Literal["off", "cpu", "gpu"] = Field(
         "off",
-        description="Node type that the cluster's autoscaler adds on demand. With 'cpu' or 'gpu', "
+        description="Kind of nodes that the cluster's autoscaler can add. With 'cpu' or 'gpu', "
         "stages wait for missing resources; with 'off', they fail immediately.",
     )
 

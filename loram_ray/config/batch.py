@@ -12,7 +12,7 @@ from loram_ray.config.marks import DottedKeysOf, KeysOf
 from loram_ray.utils.names import output_name_error
 
 OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
-"""Keys of the train section that are set for all trainings together."""
+"""Keys of the train section that a batch sets for all of its trainings."""
 
 
 class TaskConfig(Section):
@@ -36,7 +36,7 @@ class TaskConfig(Section):
         "recover only. A directory, or a glob pattern for one task per directory.",
     )
     train: Annotated[dict[str, Any], KeysOf("train")] = Field(
-        {}, description="Keys of the train section for this task, which override batch.train."
+        {}, description="Keys of the train section for this task; they override batch.train."
     )
     grid: Annotated[dict[str, tuple[Any, ...]], DottedKeysOf("train")] = Field(
         {},
@@ -87,21 +87,21 @@ class BatchConfig(Section):
         "adapters trained on the pruned model are recovered to it.",
     )
     correction: bool | None = Field(
-        None, description="Whether to correct the recovered adapters, as recover.correction."
+        None, description="Whether to correct the recovered adapters; see recover.correction."
     )
     tasks: tuple[TaskConfig, ...] = Field((), description="Tasks to train.")
     train: Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)] = Field(
         {},
-        description="Keys of the train section for all tasks, which override the run file's "
-        "train section.",
+        description="Keys of the train section for all tasks; they override the run file's train "
+        "section.",
     )
     actors: int = Field(1, ge=1, description="Number of Ray actors, each with a copy of the model.")
     adapters_per_actor: int = Field(
         1,
         ge=1,
-        description="Number of tasks that each actor trains at once, on one copy of the model "
-        "and in one forward pass. Results equal those of separate training up to rounding. loram "
-        "plan shows how many fit.",
+        description="Number of adapters that each actor trains at once, on one copy of the model "
+        "and in shared forward passes. Results match those of separate training up to "
+        "rounding. loram plan shows how many fit.",
     )
     cpus: int = Field(1, ge=1, description="Number of threads per actor.")
     gpus: float = Field(1.0, gt=0, le=1, description="Share of a GPU per actor, if there is one.")
@@ -114,7 +114,6 @@ class BatchConfig(Section):
         for where, keys in sections.items():
             for key in OF_THE_WHOLE & keys.keys():
                 raise ValueError(
-                    f"{where} must leave {key} to the batch, got {keys[key]!r}; set it in batch or "
-                    "in the task"
+                    f"{where} must not set {key}, got {keys[key]!r}; set it in batch or in the task"
                 )
         return self

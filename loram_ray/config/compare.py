@@ -19,7 +19,7 @@ ALIGNMENTS: dict[str, dict[str, Any]] = {
     "causal": {"objective": "causal_lm"},
     "distilled": {"objective": "distillation"},
 }
-"""Aligned systems and the keys of the align section for each."""
+"""Aligned systems of every comparison, with the keys of the align section for each."""
 
 
 class ComparedTask(Section):
@@ -48,27 +48,29 @@ class CompareConfig(Section):
     )
     systems: tuple[str, ...] = Field(
         (),
-        description="Systems to compare. base: untouched; full: LoRA on the base; sibling: LoRA "
-        "on a smaller model; pruned: without training; small: trained and used on the pruned "
-        "model; LoRAM: unaligned, causal (the paper's alignment), distilled, qloram (in NF4, of "
-        "the best aligned model), and the names in alignments. Default: all that the other "
-        "sections allow.",
+        description="Systems to compare. base: the untouched base; full: LoRA on the base; "
+        "sibling: LoRA on a smaller model; pruned: the pruned model without training; "
+        "small: an adapter trained and used on the pruned model. LoRAM variants: "
+        "unaligned, causal (the paper's alignment), distilled, qloram (NF4 of the "
+        "best aligned model), and the names in alignments. Default: all that the "
+        "other sections allow.",
     )
     methods: tuple[str, ...] | dict[str, tuple[float | Pattern, ...]] = Field(
         (),
-        description="Pruning methods: a list, each with all ratios, or a dictionary with the "
-        "ratios of each, where n:m stands for masks, e.g. {random: [0.35, 0.65], wanda: [0.5, "
-        "4:8]}. Default: prune.method.",
+        description="Pruning methods: a list, each combined with all ratios, or a dictionary from "
+        "method to ratios, which may be n:m patterns, e.g. "
+        "{random: [0.35, 0.65], wanda: [0.5, 4:8]}. Default: prune.method.",
     )
     ratios: tuple[float, ...] = Field((), description="Pruning ratios. Default: prune.ratio.")
     seeds: tuple[int, ...] = Field(
         (0,),
         min_length=1,
-        description="Seeds; pruning, alignment and training are repeated with each.",
+        description="Seeds. Pruning, alignment and training are repeated with each.",
     )
     correction: bool = Field(
         False,
-        description="Also evaluate adapters with the correction of recover, where it applies.",
+        description="Also evaluate corrected adapters (recover.correction), where the correction "
+        "applies.",
     )
     prune: Annotated[dict[str, Any] | None, KeysOf("prune", _OF_THE_RUN)] = Field(
         None, description="Keys of the prune section. Default: the run file's section."
@@ -89,20 +91,23 @@ class CompareConfig(Section):
     )
     alignments: dict[Name, Annotated[dict[str, Any], KeysOf("align")]] = Field(
         {},
-        description="Further aligned systems, by name: keys that override the align section, "
-        "e.g. {live: {objective: distillation, distillation: {targets: live}}, longer: {steps: "
-        "90}}. The names causal and distilled override those systems.",
+        description="Additional aligned systems: a dictionary from name to keys that override the "
+        "align section, e.g. "
+        "{live: {objective: distillation, distillation: {targets: live}}, longer: {steps: 90}}. "
+        "The names causal and distilled override those systems.",
     )
     sibling: str | None = Field(
         None,
-        description="Smaller model for the system sibling: a directory or a Hugging Face Hub id.",
+        description="Smaller model for system sibling: a directory or a Hugging Face Hub id.",
     )
-    metric: str = Field("answer_perplexity", description="Score of evaluate to compare systems by.")
-    at_a_time: int = Field(1, ge=1, description="Number of stages to run concurrently.")
+    metric: str = Field(
+        "answer_perplexity", description="Score of evaluate by which systems are compared."
+    )
+    at_a_time: int = Field(1, ge=1, description="Maximum number of stages to run concurrently.")
     others: tuple[Path, ...] = Field(
         (),
-        description="Paths of scores.json of this comparison with other seeds, e.g. from other "
-        "machines. Means and claims include them.",
+        description="Paths of scores.json files of the same comparison with other seeds, e.g. "
+        "from other machines, to include in means and claims.",
     )
 
     @field_validator("methods", "ratios", "seeds", "systems")
@@ -110,7 +115,7 @@ class CompareConfig(Section):
     def _each_once(cls, values: Any) -> Any:
         for value in values:
             if list(values).count(value) > 1:
-                raise ValueError(f"must have each value once, got {value} twice; remove one")
+                raise ValueError(f"must have distinct values, got {value} twice; remove one")
         return values
 
     @field_validator("methods")
@@ -139,10 +144,12 @@ class CompareConfig(Section):
     @classmethod
     def _of_their_own(cls, alignments: dict[str, Any]) -> dict[str, Any]:
         if taken := {name for name in alignments if folded(name) in _UNALIGNED}:
-            raise ValueError(f"must not be named as other systems are, got {min(taken)}; rename it")
+            raise ValueError(
+                f"must not use the name of another system, got {min(taken)}; rename it"
+            )
         clash = first_clash([*ALIGNMENTS, *(name for name in alignments if name not in ALIGNMENTS)])
         if clash is not None:
-            raise ValueError(f"must not be named as {clash[0]} is, got {clash[1]}; rename it")
+            raise ValueError(f"must not use the name of {clash[0]}, got {clash[1]}; rename it")
         return alignments
 
     @model_validator(mode="after")
@@ -151,7 +158,8 @@ class CompareConfig(Section):
             keys = getattr(self, name) or {}
             for key in _OF_THE_RUN & keys.keys():
                 raise ValueError(
-                    f"{name} must leave {key} to the comparison, got {keys[key]!r}; remove it"
+                    f"{name} must not set {key}, which the comparison sets, got {keys[key]!r}; "
+                    "remove it"
                 )
         return self
 
@@ -165,11 +173,11 @@ class CompareConfig(Section):
         known = (*_UNALIGNED, *self.aligned)
         if unknown := set(self.systems) - set(known):
             raise ValueError(
-                f"systems must be of {', '.join(known)}, got {min(unknown)}; change it, or add it "
-                "to alignments"
+                f"systems must be among {', '.join(known)}, got {min(unknown)}; change it, or add "
+                "it to alignments"
             )
         if "sibling" in self.systems and self.sibling is None:
-            raise ValueError("sibling must name a smaller model for system sibling; add it")
+            raise ValueError("sibling must be given for system sibling; add a smaller model")
         return self
 
     @property

@@ -23,7 +23,7 @@ class TextSource(Section):
         "(also .gz and .zst), .json.gz, .json.zst, .parquet and .arrow.",
     )
     text_field: Free[str] = Field(
-        "text", description="Name of the field that holds the document; not used for .txt."
+        "text", description="Name of the field with the document's text; not used for .txt."
     )
 
     def resolved(self) -> Self:
@@ -83,8 +83,8 @@ class SourceConfig(TextSource):
     weight: Identified[float | None] = Field(
         None,
         allow_inf_nan=False,
-        description="Share of the training rows, relative to the other sources' weights (the "
-        "paper: 0.5 web text, 0.25 code, 0.25 mathematics). Default: proportional to the sources' "
+        description="Weight of the source relative to the other sources' (the paper: 0.5 web "
+        "text, 0.25 code, 0.25 mathematics). Default: proportional to the sources' "
         "sizes.",
     )
     filters: Identified[FilterConfig] = Field(
@@ -94,9 +94,9 @@ class SourceConfig(TextSource):
         0.0,
         ge=0,
         lt=1,
-        description="Share of the documents, from 0 to below 1, that is held out for evaluation. "
-        "The document's content and the corpus's seed decide; with deduplicate, copies in other "
-        "sources are not trained on either.",
+        description="Share of the documents to hold out for evaluation, from 0 to below 1. "
+        "Documents are chosen by their content and the corpus's seed; with "
+        "deduplicate, copies in other sources are not trained on either.",
     )
 
     @field_validator("name")
@@ -129,7 +129,8 @@ class TextConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="Maximum share of unreadable rows to skip, from 0 to 1; more is an error.",
+        description="Maximum share of unreadable rows to skip, from 0 to 1; a larger share is an "
+        "error.",
     )
 
     def resolved(self) -> Self:
@@ -146,8 +147,8 @@ class CorpusConfig(TextConfig):
     )
     deduplicate: Identified[bool] = Field(
         False,
-        description="Keep only the first of identical documents across all sources. The sources "
-        "are read twice.",
+        description="Keep only the first of identical documents across all sources; reads the "
+        "sources twice.",
     )
     seed: Identified[int] = Field(
         0, ge=0, lt=2**63, description="Seed of the selection of held-out documents."
@@ -162,8 +163,8 @@ class CorpusConfig(TextConfig):
         missing = [i for i, source in enumerate(self.sources) if source.weight is None]
         if 0 < len(missing) < len(self.sources):
             raise ValueError(
-                f"sources.{missing[0]}.weight must be given if other sources have one; "
-                "give all sources a weight or none"
+                f"sources.{missing[0]}.weight must be given if other sources have one; set a "
+                "weight for all sources or for none"
             )
         return self
 

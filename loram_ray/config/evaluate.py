@@ -19,10 +19,10 @@ class _Benchmark(Section):
     name: Identified[str] = Field(
         "",
         pattern=r"^[\w.+=-]*$",
-        description="Name of the benchmark in scores. Default: the name of the data file.",
+        description="Name of the benchmark in the scores. Default: the name of the data file.",
     )
     limit: Identified[int | None] = Field(
-        None, ge=1, description="Use only the first items, up to this number. Default: all."
+        None, ge=1, description="Maximum number of items to use, from the first. Default: all."
     )
 
 
@@ -37,16 +37,20 @@ class _Prompted(_Benchmark):
         description="Template of the prompt; {NAME} is replaced by the row's column NAME.",
     )
     chat: Identified[bool] = Field(
-        False, description="Send the prompt as a user message in the chat template."
+        False, description="Format the prompt as a user message with the chat template."
     )
     shots: Identified[int] = Field(
-        0, ge=0, description="Number of few-shot examples before each question, from shots_from."
+        0,
+        ge=0,
+        description="Number of few-shot examples before each question, taken from shots_from.",
     )
     shots_from: Free[str | None] = Field(
-        None, description="Rows for few-shot examples, in the columns of data."
+        None, description="Rows for few-shot examples, with the same columns as data."
     )
     shots_seed: Identified[int | None] = Field(
-        None, ge=0, description="Seed to draw few-shot examples with. Default: use the first rows."
+        None,
+        ge=0,
+        description="Seed for drawing few-shot examples. Default: the first rows are used.",
     )
 
     @model_validator(mode="after")
@@ -67,13 +71,13 @@ class PerplexityBenchmark(_Benchmark):
         None, description="Rows in the formats of train.data, to measure the answers' perplexity."
     )
     text: Free[TextConfig | None] = Field(
-        None, description="Plain text, to measure the perplexity of all its tokens."
+        None, description="Plain text, to measure the perplexity of all tokens."
     )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> PerplexityBenchmark:
         if (self.data is None) == (self.text is None):
-            raise ValueError("data or text must be given, and not both; name one of them")
+            raise ValueError("data or text must be given, but not both; keep one of them")
         return self
 
 
@@ -83,11 +87,11 @@ class ChoiceBenchmark(_Prompted):
     kind: Identified[Literal["choice"]]
     choices: Identified[str] = Field(
         "choices",
-        description="Column of the choices: a list of texts, or {text: [...], label: [...]}.",
+        description="Column with the choices: a list of texts, or {text: [...], label: [...]}.",
     )
     answer: Identified[str] = Field(
         "answer",
-        description="Column of the correct choice: its text, its label, or its index from 0.",
+        description="Column with the correct choice: its text, its label, or its index from 0.",
     )
     delimiter: Identified[str] = Field(" ", description="Text between the prompt and a choice.")
 
@@ -96,7 +100,7 @@ class GenerationBenchmark(_Prompted):
     """Generated answers, scored by exact match and by their last number (GSM8K)."""
 
     kind: Identified[Literal["generation"]]
-    answer: Identified[str] = Field("answer", description="Column of the reference answer.")
+    answer: Identified[str] = Field("answer", description="Column with the reference answer.")
     delimiter: Identified[str] = Field(
         " ", description="Text between the prompt and the answer of a few-shot example."
     )
@@ -104,7 +108,7 @@ class GenerationBenchmark(_Prompted):
         256, ge=1, description="Maximum length of a generated answer in tokens."
     )
     stop: Identified[Annotated[tuple[str, ...], GeneratedText()]] = Field(
-        ("Question:", "\n\n\n"), description="Strings that end an answer, unless chat is set."
+        ("Question:", "\n\n\n"), description="Strings that end an answer; not used with chat."
     )
 
 
@@ -116,13 +120,13 @@ class CodeBenchmark(_Benchmark):
         description="Problems in HumanEval's format, with columns prompt, test and entry_point."
     )
     samples: Identified[int] = Field(
-        1, ge=1, description="Number of programs per problem; 1 is decoded greedily."
+        1, ge=1, description="Number of programs per problem. A single one is decoded greedily."
     )
     pass_at: Identified[tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         (1,), min_length=1, description="Values of k for pass@k, each at most samples."
     )
     temperature: Identified[float] = Field(
-        0.8, gt=0, description="Sampling temperature, with more than one sample."
+        0.8, gt=0, description="Sampling temperature, if there is more than one sample."
     )
     top_p: Identified[float] = Field(
         0.95, gt=0, le=1, description="Cumulative probability of nucleus sampling."
@@ -142,8 +146,8 @@ class CodeBenchmark(_Benchmark):
     def _enough_samples(self) -> CodeBenchmark:
         if max(self.pass_at) > self.samples:
             raise ValueError(
-                f"pass_at must be at most samples = {self.samples}, got {max(self.pass_at)}; "
-                "draw more samples"
+                f"pass_at must be at most samples = {self.samples}, got {max(self.pass_at)}; raise "
+                "samples"
             )
         return self
 
@@ -186,7 +190,7 @@ class HarnessConfig(Section):
         None, ge=0, description="Number of few-shot examples. Default: each task's own."
     )
     limit: Identified[int | None] = Field(
-        None, ge=1, description="Use only the first items of each task. Default: all."
+        None, ge=1, description="Maximum number of items per task, from the first. Default: all."
     )
     include_path: Free[Path | None] = Field(
         None, description="Directory with the YAML files of your own tasks."
@@ -209,24 +213,27 @@ class EvaluateConfig(Section):
     )
     chat_template: Free[Path | None] = Field(
         None,
-        description="Jinja file with a chat template. Default: the one that the adapter was "
-        "trained with, or the model's.",
+        description="Jinja file with a chat template. Default: the adapter's, or else the model's.",
     )
     text: Free[TextConfig | None] = Field(
-        None, description="Plain text, to measure the perplexity of all its tokens."
+        None, description="Plain text, to measure the perplexity of all tokens."
     )
     exact_match: Identified[bool] = Field(
-        False, description="Also generate the answers of data and score their exact match."
+        False,
+        description="Also generate answers to the questions in data and score their exact match.",
     )
     benchmarks: Identified[tuple[BenchmarkConfig, ...]] = Field(
         (),
-        description="Benchmarks of kind perplexity, choice, generation, code or reasoning_gym.",
+        description="Benchmarks, each of kind perplexity, choice, generation, code or "
+        "reasoning_gym.",
     )
     lm_eval: Identified[HarnessConfig | None] = Field(
-        None, description="Tasks of lm-eval, which must be installed."
+        None, description="Tasks of lm-eval; requires the package lm-eval."
     )
     limit: Identified[int | None] = Field(
-        None, ge=1, description="Use only the first rows of data, up to this number. Default: all."
+        None,
+        ge=1,
+        description="Maximum number of rows of data to use, from the first. Default: all.",
     )
     max_length: Identified[int] = Field(
         512,
@@ -238,7 +245,8 @@ class EvaluateConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="Maximum share of unusable rows to skip, from 0 to 1; more is an error.",
+        description="Maximum share of unusable rows to skip, from 0 to 1; a larger share is an "
+        "error.",
     )
     batch_size: Identified[int] = Field(16, ge=1, description="Examples per forward pass.")
     max_new_tokens: Identified[int] = Field(
@@ -251,8 +259,8 @@ class EvaluateConfig(Section):
     actors: Free[int] = Field(
         1,
         ge=1,
-        description="Number of Ray actors, each with a copy of the model. Scores do not depend on "
-        "it.",
+        description="Number of Ray actors, each with a copy of the model. It does not affect the "
+        "scores.",
     )
     max_failures: Free[int] = Field(
         3, ge=0, description="Number of actor failures to tolerate per batch of examples."
@@ -266,7 +274,8 @@ class EvaluateConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="Share of a GPU per actor, if there is one; others can use the rest.",
+        description="Share of a GPU per actor, if there is one; the rest stays available to "
+        "others.",
     )
 
     @field_validator("benchmarks")
@@ -281,9 +290,7 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _something_to_measure(self) -> EvaluateConfig:
         if self.data is None and self.text is None and not self.benchmarks and not self.lm_eval:
-            raise ValueError(
-                "data, text, benchmarks or lm_eval must be given; name what to evaluate on"
-            )
+            raise ValueError("data, text, benchmarks or lm_eval must be given; add one of them")
         if self.exact_match and self.data is None:
-            raise ValueError("exact_match needs data; name questions with answers")
+            raise ValueError("exact_match needs data; add questions with answers")
         return self

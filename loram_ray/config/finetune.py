@@ -29,7 +29,7 @@ class RecoverConfig(Section):
     svd_rank: Identified[int | None] = Field(
         None,
         ge=1,
-        description="Rank of the truncated SVD, limited by a linear layer's smaller dimension. "
+        description="Rank of the truncated SVD, capped at a linear layer's smaller dimension. "
         "Default: the rank of the pruned adapter.",
     )
     max_svd_error: Free[float] = Field(
@@ -44,7 +44,7 @@ class RecoverConfig(Section):
     correction_lambda: Identified[float] = Field(
         3.0,
         gt=0,
-        description="Upper bound of the correction relative to the learnt update, per singular "
+        description="Upper bound of the correction relative to the learned update, per singular "
         "direction.",
     )
     model: Free[Path | None] = Field(
@@ -79,6 +79,6 @@ class MergeConfig(Section):
     )
     parity: Free[bool] = Field(
         True,
-        description="Compare the merged model's logits with those of base and adapter, one layer "
-        "in memory at a time, and fail if they differ.",
+        description="Compare the merged model's logits with those of the base with the adapter, "
+        "one layer in memory at a time, and fail if they differ.",
     )

@@ -152,7 +152,7 @@ def _settings(config: Path | str | None, overrides: Sequence[str]) -> dict[str, 
     for override in overrides:
         apply_override(data, override)
     for stage in STAGES:
-        if stage in data and data[stage] is None:  # "recover:" alone requests the defaults
+        if stage in data and data[stage] is None:  # "recover:" without keys requests the defaults
             data[stage] = {}
     return data
 
@@ -245,7 +245,9 @@ def _causes(errors: Sequence[Any]) -> list[Any]:
 def _read_run(path: Path) -> dict[str, Any]:
     data = read_yaml(path, "--config")
     if not isinstance(data, dict):
-        raise LoramError(f"--config {path} must hold keys and values; see jobs/configs/demo.yaml")
+        raise LoramError(
+            f"--config {path} must contain keys and values; see jobs/configs/demo.yaml"
+        )
     return data
 
 
@@ -259,7 +261,9 @@ def _describe(model: type[BaseModel], error: Any) -> str:
         case "missing":
             return f"{key} {_MISSING} to the config or pass --set {key}=…"
         case "value_error":
-            text = str(error["ctx"]["error"])  # only a section's text begins with the key
+            text = str(
+                error["ctx"]["error"]
+            )  # only the text of a section's error begins with the key
             return (f"{key} " if text.startswith("must ") else f"{key}." if location else "") + text
         case "path_type":
             return f"{key} must be a path, got {shown(error['input'])}; change the value"
@@ -271,7 +275,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     current: type[BaseModel] = model
     by_kind: dict[str, type[Section]] = {}
     for part in location:
-        if part in by_kind:  # a section of several kinds is named after its number
+        if part in by_kind:  # in a list of several kinds, the kind follows the index
             current = by_kind[part]
         elif part in current.model_fields:
             inside = section_types(current.model_fields[part].annotation)

@@ -81,7 +81,7 @@ def set_value(data: dict[str, Any], key: str, value: Any, label: str) -> None:
         node = node[place]
         if not isinstance(node, dict | list):
             raise LoramError(
-                f"{label} must name a key of a section or an item of a list, {parent} is "
+                f"{label} must name a key of a section or an item of a list, but {parent} is "
                 "neither; change the key or set the whole list"
             )
     node[_place_in(node, last, label)] = value
@@ -104,12 +104,10 @@ def _value(key: str, text: str, label: str) -> Any:
     except LoramError as error:
         if "not valid YAML" not in str(error):
             raise
-        raise LoramError(
-            f"{label} has a value that is not YAML: {shown(text)}; quote it"
-        ) from error
+        raise LoramError(f"{label} must be valid YAML, got {shown(text)}; quote it") from error
     if comment is not None:
         raise LoramError(
-            f"{label} must have no comment, got {comment!r:.60}; quote the text that holds #"
+            f"{label} must have no comment, got {comment!r:.60}; quote the text that contains #"
         )
     return value
 
@@ -120,8 +118,8 @@ def _place_in(node: Any, part: str, label: str) -> str | int:
         return part
     if not (part.isascii() and part.isdecimal() and len(part) < 10) or int(part) >= len(node):
         raise LoramError(
-            f"{label} must count the items of a list from 0 to {len(node) - 1}, got '{part}'; "
-            "change the number or set the whole list"
+            f"{label} must be an index from 0 to {len(node) - 1}, got '{part}'; change the index "
+            "or set the whole list"
         )
     return int(part)
 

@@ -31,7 +31,7 @@ class CalibrationConfig(Section):
     """Calibration data of a pruning criterion, and the workers that process it."""
 
     sources: Free[tuple[TextSource, ...]] = Field(
-        min_length=1, description="Sources of the calibration text."
+        min_length=1, description="Text sources for calibration."
     )
     samples: Identified[int] = Field(128, ge=1, description="Number of calibration sequences.")
     sequence_length: Identified[int] = Field(
@@ -43,11 +43,11 @@ class CalibrationConfig(Section):
     shares: Identified[int] = Field(
         8,
         ge=1,
-        description="Number of parts that the sequences are split into. Workers process parts, "
-        "and statistics are summed in the order of the parts.",
+        description="Number of parts that the sequences are split into. Workers process whole "
+        "parts, and statistics are summed in the parts' order.",
     )
     workers: Free[int] = Field(
-        1, ge=1, description="Number of Ray actors, with one GPU each if there are GPUs."
+        1, ge=1, description="Number of Ray actors, each with one GPU if there are GPUs."
     )
     cpus_per_worker: Free[int | None] = Field(
         None,
@@ -82,7 +82,7 @@ class PruneConfig(Section):
         0.65,
         ge=0,
         lt=1,
-        description="Share of each pruned layer to remove, from 0 to below 1.",
+        description="Share of each pruned layer to remove, from 0 to less than 1.",
     )
     ratios: Identified[tuple[float, ...] | None] = Field(
         None, description="Pruning ratio of each pruned layer, in order, instead of ratio."
@@ -104,8 +104,8 @@ class PruneConfig(Section):
     damping: Identified[float] = Field(
         0.01,
         gt=0,
-        description="Dampening of SparseGPT: share of the Hessian's mean diagonal that is added to "
-        "the diagonal.",
+        description="Dampening of SparseGPT: this share of the Hessian's mean diagonal is added "
+        "to its diagonal.",
     )
     layers: Identified[tuple[int, int] | None] = Field(
         None,
@@ -118,14 +118,14 @@ class PruneConfig(Section):
     )
     scores: Free[Path | None] = Field(
         None,
-        description="Directory of an earlier pruned model whose scores are reused, instead of "
-        "calibration.",
+        description="Directory of a pruned model whose scores are reused, instead of calibrating "
+        "again.",
     )
     seed: Identified[int] = Field(
         0,
         ge=0,
         lt=2**32,
-        description="Seed of random pruning and of the calibration samples.",
+        description="Seed of random pruning and of calibration sampling.",
     )
     max_shard_bytes: Identified[int] = Field(
         5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
@@ -172,7 +172,7 @@ class PruneConfig(Section):
                     raise ValueError(f"ratios.{number} must be at least 0 and below 1, got {ratio}")
         elif self.allocation != "uniform" or self.round_neurons_to != 1:
             raise ValueError(
-                f"allocation and round_neurons_to must not be given with pattern {self.pattern}, "
+                f"allocation and round_neurons_to must not be given with pattern {self.pattern}: "
                 "they apply to structured pruning; remove them"
             )
         elif ":" in self.pattern and {"ratio", "ratios"} & self.model_fields_set:
@@ -182,7 +182,7 @@ class PruneConfig(Section):
             )
         if self.calibrates and self.calibration is None:
             raise ValueError(
-                f"calibration must be given for method {self.method}; name text, e.g. "
-                "--set 'prune.calibration.sources=[{path: text.jsonl}]', or earlier scores"
+                f"calibration must be given for method {self.method}; add text, e.g. --set "
+                "'prune.calibration.sources=[{path: text.jsonl}]', or set prune.scores"
             )
         return self

@@ -30,7 +30,7 @@ class QuantizeConfig(Section):
     )
     output: Free[Path] = Field(description="Directory to write the quantised model to.")
     base: Free[str | None] = Field(
-        None, description="Base model; the model card names it if it is a Hugging Face Hub id."
+        None, description="Base model; named in the model card if it is a Hugging Face Hub id."
     )
     max_shard_bytes: Identified[int] = Field(
         5 * 10**9, ge=1, description="Maximum size of a weight shard in bytes."
@@ -86,7 +86,7 @@ class PublishConfig(Section):
     def _owner_and_name(cls, repo: str) -> str:
         if not is_repo(repo):
             raise ValueError(
-                f"must be owner/name, each of letters, digits, '-', '_' and '.', got {repo!r}; "
-                "e.g. --set publish.repo=my-organisation/my-model"
+                "must be owner/name, each made of letters, digits, '-', '_' and '.', got "
+                f"{repo!r}; e.g. --set publish.repo=my-organisation/my-model"
             )
         return repo

@@ -49,7 +49,7 @@ class SweepConfig(Section):
     )
     ratios: Identified[tuple[float, ...]] = Field(
         (),
-        description="Values of prune.ratio to try. A model is pruned and aligned for each.",
+        description="Values of prune.ratio to try; a model is pruned and aligned for each.",
     )
     base: Free[str | None] = Field(
         None,
@@ -57,23 +57,25 @@ class SweepConfig(Section):
         "the best adapter is recovered to it.",
     )
     correction: Identified[bool | None] = Field(
-        None, description="Whether to correct the recovered adapters, as recover.correction."
+        None, description="Whether to correct the recovered adapters; see recover.correction."
     )
     output: Free[Path] = Field(description="Directory to write to.")
     data: Free[str] = Field(description="Training data in the formats of train.data.")
     train: Identified[Annotated[dict[str, Any], KeysOf("train", OF_THE_WHOLE)]] = Field(
         {},
-        description="Keys of the train section for all trials, which override the run file's train "
-        "section. They must hold out data.",
+        description="Keys of the train section for all trials; they override the run file's train "
+        "section. Data must be held out.",
     )
     prune: Free[Annotated[dict[str, Any] | None, KeysOf("prune")]] = Field(
-        None, description="Keys of the prune section, for ratios. Default: the run file's section."
+        None,
+        description="Keys of the prune section, used with ratios. Default: the run file's section.",
     )
     align: Free[Annotated[dict[str, Any] | None, KeysOf("align")]] = Field(
-        None, description="Keys of the align section, for ratios. Default: the run file's section."
+        None,
+        description="Keys of the align section, used with ratios. Default: the run file's section.",
     )
     models_dir: Free[Path | None] = Field(
-        None, description="Directory for the models of ratios. Default: models, beside the output."
+        None, description="Directory for the models of ratios. Default: models, next to the output."
     )
     grid: Identified[Annotated[dict[str, tuple[Any, ...]], DottedKeysOf("train")]] = Field(
         {}, description="Dotted keys of the train section with values to try, e.g. lora.r."
@@ -90,25 +92,24 @@ class SweepConfig(Section):
     grace_steps: Identified[int | None] = Field(
         None,
         ge=1,
-        description="Minimum steps of each trial before early stopping (ASHA). With train.steps, "
-        "no trial is stopped early. Default: until the first evaluation.",
+        description="Steps of each trial before it can be stopped early (ASHA); set it to "
+        "train.steps to disable early stopping. Default: until the first evaluation.",
     )
     reduction_factor: Identified[float] = Field(
         3.0,
         gt=1,
-        description="Reduction factor of ASHA: the best one in this many trials continues at "
-        "each rung.",
+        description="Reduction factor of ASHA: at each rung, the best 1 / reduction_factor of the "
+        "trials continue.",
     )
     finalists: Identified[int] = Field(
         1,
         ge=1,
-        description="Number of best trials of each model that are recovered and evaluated on the "
-        "base, if there are several models or finalists.",
+        description="Number of best trials per model to recover and evaluate on the base.",
     )
     actors: Free[int] = Field(
         1,
         ge=1,
-        description="Number of trials to run concurrently, each in an actor with a copy of the "
+        description="Maximum number of concurrent trials, each in an actor with a copy of the "
         "model.",
     )
     cpus: Free[int] = Field(1, ge=1, description="Number of threads per actor.")
@@ -122,29 +123,28 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _varies_what_can_be_compared(self) -> SweepConfig:
         if self.models and self.ratios:
-            raise ValueError("ratios and models exclude each other; remove one of them")
+            raise ValueError("ratios and models must not be given together; remove one of them")
         if not (self.grid or self.ranges or self.ratios or len(self.models) > 1):
-            raise ValueError("grid, ranges, ratios or models must be given; add values to try")
+            raise ValueError("grid, ranges, ratios or models must be given; add one of them")
         if self.ranges and self.trials is None:
             raise ValueError(
-                "trials must be given with ranges, as the number of combinations to draw; add it"
+                "trials must be given with ranges: it is the number of combinations to draw; add it"
             )
         for key in self.train.keys() & OF_THE_WHOLE:
-            raise ValueError(
-                f"train must leave {key} to the sweep, got {self.train[key]!r}; set it in sweep"
-            )
+            raise ValueError(f"train must not set {key}, got {self.train[key]!r}; set it in sweep")
         for where, keys in (("grid", self.grid), ("ranges", self.ranges)):
             for key in keys.keys() & (OF_THE_WHOLE | _COMPARED_BY):
                 raise ValueError(
-                    f"{where} must not have {key}: trials could not be compared; set it in train"
+                    f"{where} must not contain {key}, as trials would not be comparable; set it in "
+                    "train"
                 )
         for key in self.grid.keys() & self.ranges.keys():
             raise ValueError(
-                f"ranges must not have {key}, which is also in grid; remove it from one of them"
+                f"ranges must not contain {key}, which is also in grid; remove one of them"
             )
         for key, values in self.grid.items():
             if not values:
-                raise ValueError(f"grid must have values for {key}, got none; add some")
+                raise ValueError(f"grid must have values for {key}, got none; add at least one")
         return self
 
     @model_validator(mode="after")
@@ -152,7 +152,7 @@ class SweepConfig(Section):
         several = len(self.models) > 1 or len(self.ratios) > 1 or self.finalists > 1
         if several and self.base is None:
             raise ValueError(
-                "base must be given to compare several models or finalists, which happens on it; "
+                "base must be given with several models or finalists, which are compared on it; "
                 "add it"
             )
         return self

@@ -31,7 +31,7 @@ _NAMES_IN_PEFT = {
 
 
 MAX_RANK = 2**16
-"""Larger than any linear layer's smaller dimension."""
+"""Maximum rank, larger than any linear layer's smaller dimension."""
 
 
 class LoraConfig(Section):
@@ -90,15 +90,15 @@ class LoraConfig(Section):
             return data
         for key, why in NOT_RECOVERED.items():
             if is_chosen(data.get(key)):
-                raise ValueError(f"{key} cannot be recovered: {why}; leave it out")
+                raise ValueError(f"{key} cannot be recovered: {why}; remove it")
         for name, ours in _NAMES_IN_PEFT.items():
             if name in data:
-                raise ValueError(f"{name} is called {ours} here; rename the key")
+                raise ValueError(f"{name} is called {ours} in loram_ray; rename the key")
         start = data.get("init")
         if changes_frozen_weights(start):
             raise ValueError(
-                f"init = {start} cannot be recovered: it changes the frozen weights, and what it "
-                "takes out of the pruned ones is not in the base's; take default, orthogonal or eva"
+                f"init = {start} cannot be recovered: it changes the frozen weights of the pruned "
+                "model, but not those of the base; use default, orthogonal or eva"
             )
         return data
 
@@ -114,8 +114,8 @@ class LoraConfig(Section):
     def _head_is_in_no_layer(self) -> LoraConfig:
         if self.layers is not None and self.lm_head:
             raise ValueError(
-                "lm_head must be false where layers are chosen, as it is in none of them, got "
-                "true; leave one of the two out"
+                "lm_head must be false if layers are given, as it is not in a layer, got true; "
+                "remove one of them"
             )
         return self
 
@@ -123,9 +123,8 @@ class LoraConfig(Section):
     def _one_rank_for_eva(self) -> LoraConfig:
         if self.init == "eva" and self.rank_pattern:
             raise ValueError(
-                "rank_pattern must be left out with init = eva, which finds equally many "
-                f"directions for linears of the same input, got {dict(self.rank_pattern)}; leave "
-                "one of the two out"
+                "rank_pattern must not be given with init = eva, which uses one rank for linears "
+                f"with the same input, got {dict(self.rank_pattern)}; remove one of them"
             )
         return self
 
@@ -133,7 +132,7 @@ class LoraConfig(Section):
     def _halves_of_an_orthogonal_matrix(self) -> LoraConfig:
         odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
         if self.init == "orthogonal" and odd:
-            raise ValueError(f"r must be even with init = orthogonal, got {odd[0]}; take an even r")
+            raise ValueError(f"r must be even with init = orthogonal, got {odd[0]}; use an even r")
         return self
 
 
@@ -142,8 +141,9 @@ class AdapterOptimiserConfig(OptimiserConfig):
 
     name: Identified[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]] = Field(
         "adamw",
-        description="Optimiser. The 8-bit and paged variants are bitsandbytes' and need a GPU: "
-        "they store moments in 8 bits, or in memory that is paged to the host.",
+        description="Optimiser. The 8-bit and paged variants are from bitsandbytes and need a "
+        "GPU: they store moments in 8 bits, or in memory that can be paged to the "
+        "host.",
     )
     b_learning_rate_ratio: Identified[float] = Field(
         1.0,
@@ -171,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "packing": True,
     },
 }
-"""Named settings: those of the LoRAM paper's code, and current practice."""
+"""Named settings: those of the LoRAM paper's code and those common today."""
 
 
 def _described() -> str:
@@ -190,8 +190,8 @@ class TrainConfig(Section):
 
     preset: Free[Literal["paper", "modern"] | None] = Field(
         None,
-        description="Preset that changes the defaults of other keys; given keys take precedence. "
-        f"{_described()}.",
+        description="Preset that changes the defaults of other keys; keys that are given take "
+        f"precedence. {_described()}.",
     )
     model: Free[Path] = Field(
         description="Directory of the pruned, aligned, quantised or base model to train on."
@@ -221,12 +221,13 @@ class TrainConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="Maximum share of unusable rows to skip, from 0 to 1; more is an error.",
+        description="Maximum share of unusable rows to skip, from 0 to 1; a larger share is an "
+        "error.",
     )
     packing: Identified[bool] = Field(
         False,
         description="Pack the examples of a forward pass into one sequence instead of padding. "
-        "Attention is masked between examples; the loss is the same.",
+        "Attention is masked between examples, and the loss is the same.",
     )
     eval_data: Free[str | None] = Field(
         None,
@@ -245,8 +246,8 @@ class TrainConfig(Section):
     patience: Free[int | None] = Field(
         None,
         ge=1,
-        description="Stop early after this many evaluations without a lower held-out loss. "
-        "Default: never.",
+        description="Number of evaluations without a lower held-out loss after which to stop "
+        "early. Default: never.",
     )
     optimiser: Identified[AdapterOptimiserConfig] = AdapterOptimiserConfig(
         learning_rate=1e-4, warmup_steps=10
@@ -256,8 +257,8 @@ class TrainConfig(Section):
     )
     attention: Identified[Literal["sdpa", "eager", "flash_attention_2"] | None] = Field(
         None,
-        description="Attention implementation of transformers; flash_attention_2 requires "
-        "flash-attn. Default: sdpa if the family supports it.",
+        description="Attention implementation of Transformers; flash_attention_2 requires the "
+        "package flash-attn. Default: sdpa if the family supports it.",
     )
     compile: Identified[bool] = Field(False, description="Compile each layer with torch.compile.")
     activation_checkpointing: Free[bool] = Field(
@@ -268,8 +269,8 @@ class TrainConfig(Section):
     checkpoint_every: Free[int] = Field(
         50,
         ge=1,
-        description="Steps between checkpoints. With held-out data, each evaluation also writes "
-        "one.",
+        description="Steps between checkpoints. With held-out data, each evaluation also writes a "
+        "checkpoint.",
     )
     max_failures: Free[int] = Field(3, ge=0, description="Number of actor failures to tolerate.")
     cpus: Free[int | None] = Field(
@@ -279,10 +280,11 @@ class TrainConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="Share of a GPU to reserve, if there is one; others can use the rest.",
+        description="Share of a GPU to reserve, if there is one; the rest stays available to "
+        "others.",
     )
     seed: Identified[int] = Field(
-        0, ge=0, lt=2**32, description="Seed of initialisation, data order and dropout."
+        0, ge=0, lt=2**32, description="Seed for initialisation, data order and dropout."
     )
 
     @property
@@ -301,8 +303,8 @@ class TrainConfig(Section):
     def _batches_divide(self) -> TrainConfig:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, "
-                f"got {self.batch_size}; change one of the two"
+                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, got "
+                f"{self.batch_size}; change one of them"
             )
         return self
 
@@ -310,12 +312,12 @@ class TrainConfig(Section):
     def _one_held_out_set(self) -> TrainConfig:
         if self.eval_data is not None and self.eval_share:
             raise ValueError(
-                f"eval_share must be 0 where eval_data is given, got {self.eval_share}; "
-                "leave one of them out"
+                f"eval_share must be 0 if eval_data is given, got {self.eval_share}; remove one of "
+                "them"
             )
         if self.patience is not None and not self.evaluates:
             raise ValueError(
-                f"patience needs held-out examples, got {self.patience} without; "
-                "give eval_data or eval_share"
+                f"patience must be given with held-out data, got {self.patience} without; add "
+                "eval_data or eval_share"
             )
         return self

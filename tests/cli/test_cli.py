@@ -147,7 +147,7 @@ def config_only(tmp_path: Path) -> Path:
     [
         (["prune", "--config", "absent.yaml"], "--config absent.yaml does not exist; check the"),
         (["prune", "--config", "."], "--config . cannot be read"),
-        (["run", "--config", "list.yaml"], "--config list.yaml must hold keys and values; see"),
+        (["run", "--config", "list.yaml"], "--config list.yaml must contain keys and values; see"),
         (["run", "--config", "bad.yaml"], "--config bad.yaml is not valid YAML: "),
         (
             ["prune", "--config", "run.yaml", "--set", "prune.ration=0.5"],

@@ -142,7 +142,7 @@ def test_a_file_for_one_command_needs_no_base_and_no_output(tmp_path: Path) -> N
         ),
         (
             ["prune", *PRUNE, "--ratio", "[1"],
-            ["--ratio has a value that is not YAML: '[1'; quote it"],
+            ["--ratio must be valid YAML, got '[1'; quote it"],
         ),
         (
             ["train", "--model", "m", "--output", "o", "--data", "d", "--lora.r", "x"],

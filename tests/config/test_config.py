@@ -240,7 +240,7 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_top_level_that_holds_no_keys_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content)
-    with pytest.raises(LoramError, match=f"--config {path} must hold keys and values"):
+    with pytest.raises(LoramError, match=f"--config {path} must contain keys and values"):
         load_run(path)
 
 
@@ -411,7 +411,7 @@ def test_an_override_that_is_no_assignment_is_refused(override: str) -> None:
 
 
 def test_an_override_whose_value_is_no_yaml_is_refused() -> None:
-    with pytest.raises(LoramError, match="--set prune.layers has a value that is not YAML"):
+    with pytest.raises(LoramError, match="--set prune.layers must be valid YAML"):
         load_run(None, ["base=b", "output=o", "prune.layers=[1, "])
 
 

@@ -258,8 +258,11 @@ def test_trainings_from_eva_are_repeated_and_say_what_they_lack(
         ({"bias": "all"}, "bias cannot be recovered: a trained bias"),
         ({"init_lora_weights": True}, "init_lora_weights is called init here"),
         ({"init": "orthogonal", "r": 5}, "r must be even with init = orthogonal, got 5"),
-        ({"init": "eva", "rank_pattern": {"q_proj": 2}}, "rank_pattern must be left out with init"),
-        ({"layers": [1], "lm_head": True}, "lm_head must be false where layers are chosen"),
+        (
+            {"init": "eva", "rank_pattern": {"q_proj": 2}},
+            "rank_pattern must not be given with init",
+        ),
+        ({"layers": [1], "lm_head": True}, "lm_head must be false if layers are given"),
     ],
 )
 def test_options_that_cannot_be_recovered_are_refused_with_the_reason(
@@ -275,8 +278,8 @@ def test_options_that_cannot_be_recovered_are_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"eval_data": "e", "eval_share": 0.1}, "eval_share must be 0 where eval_data is given"),
-        ({"patience": 3}, "patience needs held-out examples"),
+        ({"eval_data": "e", "eval_share": 0.1}, "eval_share must be 0 if eval_data is given"),
+        ({"patience": 3}, "patience must be given with held-out data"),
     ],
 )
 def test_evaluation_settings_that_contradict_are_refused(

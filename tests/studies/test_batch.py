@@ -142,7 +142,7 @@ def test_a_batch_that_cannot_be_is_one_line(
 
 
 def test_paths_are_the_batch_s(tmp_path: Path) -> None:
-    with pytest.raises(lr.LoramError, match=r"tasks.0.train must leave model to the batch"):
+    with pytest.raises(lr.LoramError, match=r"tasks.0.train must not set model"):
         validate(
             lr.BatchConfig,
             {"model": "m", "output": "o", "tasks": [{"data": "d", "train": {"model": "x"}}]},

@@ -99,9 +99,15 @@ def test_draws_are_in_their_ranges_and_the_same_again(
     [
         ({"grid": {}}, "grid, ranges, ratios or models must be given"),
         ({"grid": {"lora.r": []}}, "grid must have values for lora.r"),
-        ({"grid": {"steps": [1, 2]}}, "grid must not have steps: trials could not be compared"),
-        ({"ranges": {"lora.r": {"low": 1, "high": 4}}, "trials": 2}, "ranges must not have lora.r"),
-        ({"ranges": {"seed": {"low": 1, "high": 4}}, "trials": 2}, "ranges must not have seed"),
+        (
+            {"grid": {"steps": [1, 2]}},
+            "grid must not contain steps, as trials would not be comparable",
+        ),
+        (
+            {"ranges": {"lora.r": {"low": 1, "high": 4}}, "trials": 2},
+            "ranges must not contain lora.r",
+        ),
+        ({"ranges": {"seed": {"low": 1, "high": 4}}, "trials": 2}, "ranges must not contain seed"),
         ({"ranges": {"lora.alpha": {"low": 1, "high": 4}}}, "trials must be given with ranges"),
         (
             {"ranges": {"lora.alpha": {"low": 4, "high": 1}}, "trials": 2},
@@ -111,11 +117,14 @@ def test_draws_are_in_their_ranges_and_the_same_again(
             {"ranges": {"lora.alpha": {"low": 0, "high": 1, "log": True}}, "trials": 2},
             "low must be above 0",
         ),
-        ({"train": {**SHARED, "output": "x"}}, "train must leave output to the sweep"),
+        ({"train": {**SHARED, "output": "x"}}, "train must not set output"),
         ({"train": TRAIN}, "sweep.train must hold out examples"),
         ({"grace_steps": 7}, "grace_steps must be at most train.steps = 6, got 7"),
         ({"grid": {"lora.rank": [2]}}, "lora.rank is not a known key"),
-        ({"ratios": [0.5, 0.6], "models": ["a", "b"]}, "ratios and models exclude each other"),
+        (
+            {"ratios": [0.5, 0.6], "models": ["a", "b"]},
+            "ratios and models must not be given together",
+        ),
         ({"ratios": [0.5]}, "sweep.ratios needs the section prune"),
         ({"finalists": 2, "base": None}, "base must be given"),
     ],
