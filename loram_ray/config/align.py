@@ -270,8 +270,8 @@ class AlignConfig(Section):
     def _one_budget(self) -> AlignConfig:
         if self.steps is not None and self.tokens is not None:
             raise ValueError(
-                f"steps and tokens exclude each other, got {self.steps} and {self.tokens}; remove "
-                "one of them"
+                f"steps and tokens must not be given together, got {self.steps} and {self.tokens}; "
+                "remove one of them"
             )
         return self
 

@@ -146,7 +146,7 @@ def test_a_users_deepspeed_json_that_contradicts_is_refused(
             },
             "min_workers must not be given with offload_optimiser nvme, got 1",
         ),
-        ({"tokens": 1000}, "steps and tokens exclude each other, got 6 and 1000"),
+        ({"tokens": 1000}, "steps and tokens must not be given together, got 6 and 1000"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(

@@ -137,7 +137,7 @@ def test_comparisons_refuse_names_that_differ_by_case_alone(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="differ by more than case"):
         CompareConfig(base="base", output=tmp_path, tasks={"a": task, "A": task})
     for taken in ("Base", "QLoRAM", "Causal"):
-        with pytest.raises(ValueError, match="must not be named as"):
+        with pytest.raises(ValueError, match="must not use the name of"):
             CompareConfig(base="base", output=tmp_path, tasks={"a": task}, alignments={taken: {}})
     assert CompareConfig(
         base="base", output=tmp_path, tasks={"a": task}, alignments={"causal": {}}
