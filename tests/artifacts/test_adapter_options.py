@@ -29,7 +29,7 @@ CHOSEN: dict[str, Any] = {
 def test_training_refuses_what_cannot_be_recovered(option: str) -> None:
     with pytest.raises(ValidationError) as caught:
         LoraConfig.model_validate({option: CHOSEN.get(option, True)})
-    assert f"{option} cannot be recovered: {NOT_RECOVERED[option]}; leave" in str(caught.value)
+    assert f"{option} cannot be recovered: {NOT_RECOVERED[option]}; remove" in str(caught.value)
 
 
 @pytest.mark.parametrize("option", NOT_RECOVERED)

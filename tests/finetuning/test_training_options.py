@@ -253,7 +253,7 @@ def test_trainings_from_eva_are_repeated_and_say_what_they_lack(
         ({"init": "pissa"}, "init = pissa cannot be recovered: it changes the frozen weights"),
         ({"init": "olora"}, "init = olora cannot be recovered"),
         ({"init": "loftq"}, "init = loftq cannot be recovered"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot be recovered: whole trained"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot be recovered: fully trained"),
         ({"lora_bias": True}, "lora_bias cannot be recovered: a trained bias"),
         ({"bias": "all"}, "bias cannot be recovered: a trained bias"),
         ({"init_lora_weights": True}, "init_lora_weights is called init in loram_ray"),
