@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -270,10 +271,10 @@ def _describe_files(target: StageDirectory) -> dict[str, dict[str, Any]]:
 def _versions() -> dict[str, str]:
     found = {}
     for package in _VERSIONS_OF:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    if (torch := sys.modules.get("torch")) is not None:
+        found["torch"] = str(torch.__version__)  # names the build, such as +cu130
     return found
 
 

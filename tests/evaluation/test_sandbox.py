@@ -293,6 +293,10 @@ class OrdinaryUser:
         return told
 
 
+NOT_OURS = f"sys.version_info[:2] != {tuple(sys.version_info[:2])}"
+"""Whether NumPy and others of this environment are not for an interpreter."""
+
+
 @pytest.fixture(scope="module")
 def ordinary_user() -> Iterator[OrdinaryUser]:
     """An ordinary user, where the tests run as root."""
@@ -307,10 +311,11 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
         subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
         (folder / "tmp").mkdir()
         (folder / "tmp").chmod(0o777)
+        code = f"import sys, loram_ray.evaluation.sandbox as _; sys.exit({NOT_OURS})"
         for interpreter in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
             user = OrdinaryUser(folder, interpreter)
             with contextlib.suppress(OSError):
-                process = user.start("-c", "import loram_ray.evaluation.sandbox")
+                process = user.start("-c", code)
                 process.communicate()
                 if process.returncode == 0:
                     break
