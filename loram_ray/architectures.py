@@ -11,54 +11,12 @@ import functools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from loram_ray.errors import LoramError
+from loram_ray.units import KV_HEAD, NEURON, QUERY_GROUP, UNITS, Geometry, Span, Unit
 
 _EXPERT = "{expert}"
-
-
-class Unit(StrEnum):
-    """Unit that one kept index selects along a pruned dimension."""
-
-    QUERY_GROUP = "query_group"
-    """The ``g = num_heads / num_kv_heads`` query heads of a KV head: ``g * head_dim`` features."""
-    KV_HEAD = "kv_head"
-    """One key or value head: ``head_dim`` features."""
-    NEURON = "neuron"
-    """One intermediate neuron of the MLP: one feature."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a decoder that pruning needs."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int = 0
-    """Experts per layer of a mixture of experts, of `intermediate_size` each; 0 for a dense MLP."""
-
-    @property
-    def group_size(self) -> int:
-        """Number of query heads per KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    def width(self, unit: Unit) -> int:
-        """Return the number of consecutive features that one unit covers."""
-        return {
-            Unit.QUERY_GROUP: self.group_size * self.head_dim,
-            Unit.KV_HEAD: self.head_dim,
-            Unit.NEURON: 1,
-        }[unit]
-
-    def count(self, unit: Unit) -> int:
-        """Return the number of units of this kind in one layer."""
-        return self.intermediate_size if unit is Unit.NEURON else self.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -69,17 +27,21 @@ class CoupledLinear:
         name: Path of the module inside the decoder layer, as on disk; ``{expert}`` stands for an
             expert's index.
         axis: Pruned dimension of its weight ``[out, in]``: 0 for rows, 1 for columns.
-        sections: Units along that dimension, in order; a fused projection has several.
+        spans: Units along that dimension, in order; a fused projection has several spans.
     """
 
     name: str
     axis: int
-    sections: tuple[Unit, ...]
+    spans: tuple[Span, ...]
 
     @property
     def per_expert(self) -> bool:
         """Whether each expert has its own copy, with its own kept neurons."""
         return _EXPERT in self.name
+
+    def size(self, geometry: Geometry) -> int:
+        """Return the size of the pruned dimension in the base."""
+        return sum(span.size(geometry) for span in self.spans)
 
     def name_of(self, expert: int | None) -> str:
         """Return the path inside the decoder layer, for one expert if it is per expert."""
@@ -159,6 +121,12 @@ class Architecture:
         key = "num_local_experts" if "num_local_experts" in config else "num_experts"
         return _size(config, key)
 
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The kinds of units that pruning selects in a layer."""
+        used = {span.unit for linear in self.linears for span in linear.spans}
+        return tuple(unit for unit in UNITS if unit in used)
+
     def is_tied(self, config: dict[str, Any]) -> bool:
         """Whether a ``config.json`` ties the output head to the embeddings."""
         return bool({**dict(self.defaults), **config}.get("tie_word_embeddings", False))
@@ -233,18 +201,18 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 _ATTENTION = (
-    CoupledLinear("self_attn.q_proj", 0, (Unit.QUERY_GROUP,)),
-    CoupledLinear("self_attn.k_proj", 0, (Unit.KV_HEAD,)),
-    CoupledLinear("self_attn.v_proj", 0, (Unit.KV_HEAD,)),
-    CoupledLinear("self_attn.o_proj", 1, (Unit.QUERY_GROUP,)),
+    CoupledLinear("self_attn.q_proj", 0, (QUERY_GROUP,)),
+    CoupledLinear("self_attn.k_proj", 0, (KV_HEAD,)),
+    CoupledLinear("self_attn.v_proj", 0, (KV_HEAD,)),
+    CoupledLinear("self_attn.o_proj", 1, (QUERY_GROUP,)),
 )
 _FUSED_ATTENTION = (
-    CoupledLinear("self_attn.qkv_proj", 0, (Unit.QUERY_GROUP, Unit.KV_HEAD, Unit.KV_HEAD)),
-    CoupledLinear("self_attn.o_proj", 1, (Unit.QUERY_GROUP,)),
+    CoupledLinear("self_attn.qkv_proj", 0, (QUERY_GROUP, KV_HEAD, KV_HEAD)),
+    CoupledLinear("self_attn.o_proj", 1, (QUERY_GROUP,)),
 )
 _FUSED_MLP = (
-    CoupledLinear("mlp.gate_up_proj", 0, (Unit.NEURON, Unit.NEURON)),
-    CoupledLinear("mlp.down_proj", 1, (Unit.NEURON,)),
+    CoupledLinear("mlp.gate_up_proj", 0, (NEURON, NEURON)),
+    CoupledLinear("mlp.down_proj", 1, (NEURON,)),
 )
 
 
@@ -252,9 +220,9 @@ def _gated_mlp(
     path: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
 ) -> tuple[CoupledLinear, ...]:
     return (
-        CoupledLinear(f"{path}.{gate}", 0, (Unit.NEURON,)),
-        CoupledLinear(f"{path}.{up}", 0, (Unit.NEURON,)),
-        CoupledLinear(f"{path}.{down}", 1, (Unit.NEURON,)),
+        CoupledLinear(f"{path}.{gate}", 0, (NEURON,)),
+        CoupledLinear(f"{path}.{up}", 0, (NEURON,)),
+        CoupledLinear(f"{path}.{down}", 1, (NEURON,)),
     )
 
 
@@ -333,8 +301,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "PrunedOlmo2ForCausalLM",
         _DENSE,
         norms=(
-            CoupledLinear("self_attn.q_norm", 0, (Unit.QUERY_GROUP,)),
-            CoupledLinear("self_attn.k_norm", 0, (Unit.KV_HEAD,)),
+            CoupledLinear("self_attn.q_norm", 0, (QUERY_GROUP,)),
+            CoupledLinear("self_attn.k_norm", 0, (KV_HEAD,)),
         ),
         hidden_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         biases=(_ATTENTION_BIAS,),

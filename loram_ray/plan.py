@@ -8,64 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit, architecture_of
+from loram_ray.architectures import Architecture, CoupledLinear, architecture_of
 from loram_ray.artifacts.tensorfile import TensorFile, TensorSpec, TensorWriter
 from loram_ray.criteria import STRUCTURED
 from loram_ray.errors import LoramError, shown
 from loram_ray.masks import MASKS_FILE, Masks
+from loram_ray.units import Geometry, PerUnit, Unit
 from loram_ray.utils.parsing import parse_json
 
 PLAN_FILE = "pruning_plan.safetensors"
 _FORMAT = "1"
 
 
-def kept_neuron_count(intermediate_size: int, ratio: float) -> int:
-    """Return the number of kept neurons, ``d_ff - ceil(ratio * d_ff)`` (LoRAM's counts).
+class KeptUnits(PerUnit):
+    """The kept units of one layer: ascending indices by kind of unit.
 
-    The ratio is read as an exact decimal, so 0.35 of 100 is exactly 35.
+    Their shape is int64 ``[kept]``, or ``[experts, kept]`` if each expert keeps its own.
     """
-    return intermediate_size - math.ceil(Fraction(str(ratio)) * intermediate_size)
-
-
-def kept_kv_head_count(num_heads: int, num_kv_heads: int, ratio: float) -> int:
-    """Return the number of kept KV heads.
-
-    It is ``n_kv - int(ratio * n_kv)`` under GQA and ``int(n * (1 - ratio))`` under MHA.
-    """
-    exact = Fraction(str(ratio))
-    if num_kv_heads == num_heads:
-        return int(num_heads * (1 - exact))
-    return num_kv_heads - int(exact * num_kv_heads)
-
-
-@dataclass(frozen=True)
-class KeptUnits:
-    """The kept units of one layer.
-
-    Attributes:
-        kv_heads: Ascending indices of the kept KV heads, int64 ``[kept]``.
-        neurons: Ascending indices of the kept intermediate neurons, int64 ``[kept]``, or
-            ``[experts, kept]`` if each expert keeps its own.
-    """
-
-    kv_heads: torch.Tensor
-    neurons: torch.Tensor
-
-    def of(self, unit: Unit, expert: int | None = None) -> torch.Tensor:
-        """Return the kept indices of a kind of unit, for one expert or for all (the default)."""
-        if unit is not Unit.NEURON:
-            return self.kv_heads
-        return self.neurons if expert is None else self.neurons[expert]
 
 
 @dataclass(frozen=True)
@@ -219,8 +187,8 @@ class PruningPlan:
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {}
         for layer, kept in sorted(self.layers.items()):
-            tensors[f"layers.{layer}.kv_heads"] = kept.kv_heads
-            tensors[f"layers.{layer}.neurons"] = kept.neurons
+            for unit in self.architecture.units:
+                tensors[f"layers.{layer}.{unit.name}"] = kept[unit.name]
         return tensors
 
     def save(self, directory: Path | str) -> str:
@@ -281,7 +249,8 @@ class PruningPlan:
                 checked(WrittenPlan, said, f"{path}: plan")
                 numbers = sorted({int(name.split(".")[1]) for name in file.specs})
                 geometry = Geometry(**said["geometry"])
-                layers = {i: _read_units(file, i, geometry) for i in numbers}
+                units = architecture_of(said["model_type"]).units
+                layers = {i: _read_units(file, i, units, geometry) for i in numbers}
                 return cls(
                     model_type=said["model_type"],
                     geometry=geometry,
@@ -307,34 +276,36 @@ def _read_masks(said: dict[str, Any] | None, path: Path) -> Masks | None:
     return Masks(path, shapes, said["sha256"])
 
 
-def _read_units(file: TensorFile, layer: int, geometry: Geometry) -> KeptUnits:
-    units = KeptUnits(file.read(f"layers.{layer}.kv_heads"), file.read(f"layers.{layer}.neurons"))
-    for unit in (Unit.KV_HEAD, Unit.NEURON):
-        index, count = units.of(unit), geometry.count(unit)
-        experts = (geometry.num_experts,) if unit is Unit.NEURON and geometry.num_experts else ()
+def _read_units(
+    file: TensorFile, layer: int, units: Iterable[Unit], geometry: Geometry
+) -> KeptUnits:
+    if layer >= geometry.num_layers:
+        raise ValueError(f"layer {layer} of {geometry.num_layers}")
+    kept = KeptUnits()
+    for unit in units:
+        index = kept[unit.name] = file.read(f"layers.{layer}.{unit.name}")
+        *experts, count = unit.shape(geometry)
         ascending = (
             index.dtype == torch.int64
             and index.dim() == 1 + len(experts)
-            and index.shape[:-1] == experts
+            and list(index.shape[:-1]) == experts
             and bool((index.diff() > 0).all())
         )
         if not ascending or not index.numel() or index.min() < 0 or index.max() >= count:
-            raise ValueError(f"layer {layer} keeps no ascending {unit} indices below {count}")
-    if layer >= geometry.num_layers:
-        raise ValueError(f"layer {layer} of {geometry.num_layers}")
-    return units
+            raise ValueError(f"layer {layer} keeps no ascending {unit.title} below {count}")
+    return kept
 
 
 def _kept_indices(
-    geometry: Geometry, linear: CoupledLinear, units: KeptUnits, expert: int | None
+    geometry: Geometry, linear: CoupledLinear, kept: KeptUnits, expert: int | None
 ) -> KeptIndices:
-    """Expand kept units into indices along the linear's pruned dimension, section by section."""
+    """Expand kept units into indices along the linear's pruned dimension, span by span."""
     parts, offset = [], 0
-    for unit in linear.sections:
-        width = geometry.width(unit)
-        starts = units.of(unit, expert).unsqueeze(1) * width + offset
+    for span in linear.spans:
+        width = span.width(geometry)
+        starts = span.unit.index(kept, expert).unsqueeze(1) * width + offset
         parts.append((starts + torch.arange(width)).flatten())
-        offset += geometry.count(unit) * width
+        offset += span.size(geometry)
     return KeptIndices(linear.axis, torch.cat(parts), offset)
 
 
@@ -349,20 +320,16 @@ def unit_sums(
         per_index: Values to sum, ``[size of the pruned dimension]``.
 
     Returns:
-        Sums ``[count]`` by kind of unit. The query heads of a KV head are summed with it, under
-        ``Unit.KV_HEAD``. All sections of a fused projection are included.
+        Sums ``[count]`` by kind of unit; those of all spans of a fused projection are added.
 
     Raises:
         ValueError: If the vector's length is not the size of the dimension.
     """
-    counts = [geometry.count(unit) for unit in linear.sections]
-    widths = [geometry.width(unit) for unit in linear.sections]
-    sizes = [count * width for count, width in zip(counts, widths, strict=True)]
+    sizes = [span.size(geometry) for span in linear.spans]
     if per_index.shape != (sum(sizes),):
         raise ValueError(f"{linear.name} has {sum(sizes)} indices, got {tuple(per_index.shape)}")
     sums: dict[Unit, torch.Tensor] = {}
-    for unit, section, count in zip(linear.sections, per_index.split(sizes), counts, strict=True):
-        kind = Unit.NEURON if unit is Unit.NEURON else Unit.KV_HEAD
-        summed = section.reshape(count, -1).sum(1)
-        sums[kind] = sums[kind] + summed if kind in sums else summed
+    for span, part in zip(linear.spans, per_index.split(sizes), strict=True):
+        unit, summed = span.unit, part.reshape(span.unit.count(geometry), -1).sum(1)
+        sums[unit] = sums[unit] + summed if unit in sums else summed
     return sums

@@ -25,7 +25,7 @@ FLOORS = (
     ("config", "architectures", "artifacts", "demo"),
     ("utils",),
     ("errors",),
-    ("addresses", "commands", "criteria", "losses", "distillation", "peft_options"),
+    ("addresses", "commands", "criteria", "losses", "distillation", "peft_options", "units"),
 )
 """Folders and files of the package's top level, the highest floor first."""
 FLOOR_OF = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}

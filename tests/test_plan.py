@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from helpers.adapters import random_plan
-from loram_ray.architectures import Geometry, architecture_of
+from loram_ray.architectures import architecture_of
 from loram_ray.artifacts.tensorfile import TensorFile
 from loram_ray.config import PruneConfig
 from loram_ray.errors import LoramError
@@ -22,10 +22,9 @@ from loram_ray.plan import (
     PLAN_FILE,
     KeptUnits,
     PruningPlan,
-    kept_kv_head_count,
-    kept_neuron_count,
 )
 from loram_ray.pruning.selection import layer_range
+from loram_ray.units import Geometry, kept_kv_head_count, kept_neuron_count
 
 LLAMA = architecture_of("llama")
 
@@ -299,7 +298,7 @@ def test_a_plan_survives_saving(geometry: Geometry, tmp_path: Path) -> None:
 
 def test_the_digest_covers_everything_a_plan_says() -> None:
     plan = tiny_plan()
-    units = KeptUnits(plan.layers[1].kv_heads, plan.layers[1].neurons.flip(0))
+    units = KeptUnits(plan.layers[1], neurons=plan.layers[1].neurons.flip(0))
     others = [
         replace(plan, geometry=TINY_MHA),
         replace(plan, method="another"),

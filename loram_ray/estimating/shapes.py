@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loram_ray.alignment.engine import freeze
 from loram_ray.alignment.mfu import linear_weights
-from loram_ray.architectures import Architecture, Geometry, Unit, architecture_of
+from loram_ray.architectures import Architecture, architecture_of
 from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.config import PruneConfig
 from loram_ray.criteria import STRUCTURED
@@ -25,6 +25,7 @@ from loram_ray.models.registration import register
 from loram_ray.plan import PruningPlan
 from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_range, layer_ratios
+from loram_ray.units import Geometry
 
 
 @dataclass(frozen=True)
@@ -153,18 +154,23 @@ def model_shapes(model: Any) -> ModelShapes:
 
 
 def _layer_sizes(layer: Any, family: Architecture, geometry: Geometry) -> LayerSizes:
-    inputs = {
-        linear.sections[0]: layer.get_submodule(linear.name).weight.shape[1]
+    spans = {span.features: span for linear in family.linears for span in linear.spans}
+    kept = {
+        span.unit: layer.get_submodule(linear.name).weight.shape[1] // span.width(geometry)
         for linear in family.linears
+        for span in linear.spans
         if linear.axis == 1
     }
-    query = inputs[Unit.QUERY_GROUP]
+    query, key, neurons = (
+        kept[spans[features].unit] * spans[features].width(geometry)
+        for features in ("query", "kv", "neuron")
+    )
     norms = (m for m in layer.modules() if type(m).__name__.endswith("Norm"))
     return LayerSizes(
         query=query,
-        key=query // geometry.group_size,
+        key=key,
         heads=query // geometry.head_dim,
-        neurons=inputs[Unit.NEURON],
+        neurons=neurons,
         norms=sum(p.numel() for norm in norms for p in norm.parameters()),
     )
 
@@ -172,7 +178,7 @@ def _layer_sizes(layer: Any, family: Architecture, geometry: Geometry) -> LayerS
 def _random_plan(family: Architecture, geometry: Geometry, prune: PruneConfig) -> PruningPlan:
     layers = layer_range(prune.layers, geometry.num_layers)
     ratios = layer_ratios(prune.ratio, prune.ratios, layers)
-    scores = random_scores(geometry, layers, prune.seed)
+    scores = random_scores(family.units, geometry, layers, prune.seed)
     kept = keep_units(scores, geometry, ratios, multiple=prune.round_neurons_to)
     return PruningPlan(
         family.model_type, geometry, "random", prune.ratio, prune.seed, layers, "", kept

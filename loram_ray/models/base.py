@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loram_ray.architectures import Architecture, Geometry
+from loram_ray.architectures import Architecture
 from loram_ray.artifacts.manifest import (
     fingerprint,
     read_manifest,
@@ -18,6 +18,7 @@ from loram_ray.artifacts.manifest import (
 from loram_ray.errors import LoramError
 from loram_ray.models.files import family_described, resolve_base
 from loram_ray.models.weights import ModelCheckpoint
+from loram_ray.units import Geometry
 
 
 class BaseModel:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loram_ray.architectures import Architecture, Geometry, architecture_of
+from loram_ray.architectures import Architecture, architecture_of
 from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.errors import LoramError
 from loram_ray.models.quantisation import READABLE
+from loram_ray.units import Geometry
 
 _MOST_BLOCKS_OF_A_TENSOR = 100
 """Maximum of layers times experts per stored tensor; real models have several tensors for each."""
@@ -183,7 +184,7 @@ def _linears(
     for linear in family.linears:
         if linear.per_expert and not sparse:
             continue
-        size = sum(geometry.count(unit) * geometry.width(unit) for unit in linear.sections)
+        size = linear.size(geometry)
         shape = (size, hidden) if linear.axis == 0 else (hidden, size)
         for expert in range(geometry.num_experts) if linear.per_expert else (0,):
             yield linear.name_of(expert), shape
@@ -212,7 +213,7 @@ def _norms(
     for name in family.head_norms:
         yield name, geometry.head_dim
     for norm in family.norms:  # over the outputs of a linear that may be pruned
-        linear = next(one for one in family.linears if one.sections == norm.sections)
+        linear = next(one for one in family.linears if one.spans == norm.spans)
         yield norm.name, shapes[f"{family.layers}.{layer}.{linear.name}.weight"][0]
 
 

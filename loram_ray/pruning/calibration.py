@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from loram_ray.architectures import Architecture, Geometry
+from loram_ray.architectures import Architecture
 from loram_ray.artifacts.manifest import write_json
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.masks import pack
@@ -38,6 +38,7 @@ from loram_ray.pruning.sparsify import Sparsified
 from loram_ray.pruning.statistics import SquaredNorms, Statistic
 from loram_ray.pruning.worker import CalibrationSpec, Gradients
 from loram_ray.runtime.progress import Reporter
+from loram_ray.units import Geometry
 
 _JOURNAL = "journal.json"
 
@@ -240,12 +241,12 @@ class Calibration:
 
     def _save_scores(self, layer: int, scores: LayerScores) -> None:
         path = self._work / "scores" / f"layer-{layer:05d}.safetensors"
-        save_tensors(path, {"kv_heads": scores.kv_heads, "neurons": scores.neurons})
+        save_tensors(path, scores)
 
     def _load_scores(self) -> dict[int, LayerScores]:
         folder = self._work / "scores"
         return {
-            layer: LayerScores(**load_file(folder / f"layer-{layer:05d}.safetensors"))
+            layer: LayerScores(load_file(folder / f"layer-{layer:05d}.safetensors"))
             for layer in range(self._first, self._end)
         }
 

@@ -8,16 +8,17 @@ heads by position, which mixes heads of different groups; here each group sums i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
-from loram_ray.architectures import Architecture, CoupledLinear, Geometry, Unit
+from loram_ray.architectures import Architecture, CoupledLinear
 from loram_ray.errors import LoramError
 from loram_ray.plan import unit_sums
 from loram_ray.pruning.statistics import MeanActivations, Moments, Statistic
+from loram_ray.units import Geometry, PerUnit
 
 
 class TaylorForm(StrEnum):
@@ -31,17 +32,11 @@ class TaylorForm(StrEnum):
     """``|w g - w^2 f / 2|``."""
 
 
-@dataclass(frozen=True)
-class LayerScores:
-    """Scores of one layer's units; higher scores are more important.
+class LayerScores(PerUnit):
+    """Scores of one layer's units by kind of unit; higher scores are more important.
 
-    Attributes:
-        kv_heads: Score of each GQA group, float32 ``[num_kv_heads]``.
-        neurons: Score of each neuron, float32 ``[intermediate]`` or ``[experts, intermediate]``.
+    Their shape is float32 ``[count]``, or ``[experts, count]`` if each expert has its own units.
     """
-
-    kv_heads: torch.Tensor
-    neurons: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def layer_linears(family: Architecture, geometry: Geometry, layer: int) -> list[
 
 
 def score_layer(
-    linears: Iterable[CalibratedLinear], geometry: Geometry, per_index: PerIndex
+    linears: Sequence[CalibratedLinear], geometry: Geometry, per_index: PerIndex
 ) -> LayerScores:
     """Sum the scores of each linear's rows or columns over the units they belong to.
 
@@ -81,9 +76,8 @@ def score_layer(
     Raises:
         LoramError: If a score is not finite; the message names the linear.
     """
-    experts = max(geometry.num_experts, 1)
-    kv_heads = torch.zeros(geometry.num_kv_heads)
-    neurons = torch.zeros(experts, geometry.intermediate_size)
+    units = dict.fromkeys(span.unit for entry in linears for span in entry.linear.spans)
+    found = LayerScores({unit.name: torch.zeros(unit.shape(geometry)) for unit in units})
     for entry in linears:
         scores = per_index(entry)
         if scores is None:
@@ -94,11 +88,8 @@ def score_layer(
                 "overflowed; set prune.calibration.precision to fp32"
             )
         for unit, sums in unit_sums(geometry, entry.linear, scores.cpu()).items():
-            if unit is Unit.NEURON:
-                neurons[entry.expert or 0] += sums
-            else:
-                kv_heads += sums
-    return LayerScores(kv_heads, neurons if geometry.num_experts else neurons[0])
+            unit.add(found, sums, entry.expert)
+    return found
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def structured_scores(
     """
     criterion = config.criterion
     if criterion.name not in SCORES:
-        return random_scores(base.geometry, layers, config.seed)
+        return random_scores(base.family.units, base.geometry, layers, config.seed)
     if criterion.gradients:
         passes = 2 * base.geometry.num_layers - layers[0]
         with _calibration(config, base, layers, work, ray_config, passes) as calibration:

@@ -38,8 +38,7 @@ def save_scores(
     """
     tensors = {f"{module}{_NORMS}": tensor for module, tensor in norms.items()}
     for layer, entry in scores.items():
-        tensors[f"layers.{layer}.kv_heads"] = entry.kv_heads
-        tensors[f"layers.{layer}.neurons"] = entry.neurons
+        tensors |= {f"layers.{layer}.{unit}": scored for unit, scored in entry.items()}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     metadata = {"loram_scores": json.dumps({"method": method})}
     writer = TensorWriter(directory / SCORES_FILE, specs, metadata)
@@ -92,7 +91,11 @@ def load_scores(
             return {}, norms
         scores = {
             layer: LayerScores(
-                file.read(f"layers.{layer}.kv_heads"), file.read(f"layers.{layer}.neurons")
+                {
+                    name.removeprefix(prefix): file.read(name)
+                    for name in file.specs
+                    if name.startswith(prefix := f"layers.{layer}.")
+                }
             )
             for layer in range(*layers)
         }

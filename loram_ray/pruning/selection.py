@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from loram_ray.architectures import Geometry
 from loram_ray.errors import LoramError
-from loram_ray.plan import KeptUnits, kept_kv_head_count, kept_neuron_count
+from loram_ray.plan import KeptUnits
 from loram_ray.pruning.criteria import LayerScores
+from loram_ray.units import UNITS, Geometry, Unit
 
 Allocation = Literal["uniform", "global"]
+Counts = dict[str, int]
+"""Number of kept units of one layer, or of each of its experts, by the name of their kind."""
 
 _LEFT_WHOLE_FIRST, _LEFT_WHOLE_LAST = 4, 2
 
@@ -59,30 +62,34 @@ def layer_ratios(
 
 
 def kept_counts(
-    geometry: Geometry, ratios: Mapping[int, float], multiple: int = 1
-) -> dict[int, tuple[int, int]]:
-    """Return the number of KV heads and neurons that each layer keeps at its ratio.
+    units: Sequence[Unit], geometry: Geometry, ratios: Mapping[int, float], multiple: int = 1
+) -> dict[int, Counts]:
+    """Return the number of units that each layer keeps at its ratio.
 
     Args:
+        units: Kinds of units that the family has.
         geometry: Sizes of the base.
         ratios: Ratio of each pruned layer.
         multiple: Number to whose nearest multiple kept neurons are rounded, with at least one
             multiple.
 
     Raises:
-        LoramError: If a ratio leaves a layer without KV heads or without neurons.
+        LoramError: If a ratio leaves a layer without units of some kind.
     """
+    most = {unit: unit.count(geometry) for unit in units}
     counts = {}
     for layer, ratio in ratios.items():
-        heads = kept_kv_head_count(geometry.num_heads, geometry.num_kv_heads, ratio)
-        neurons = kept_neuron_count(geometry.intermediate_size, ratio)
-        if heads < 1 or neurons < 1:
+        kept = {unit: unit.kept(geometry, ratio) for unit in units}
+        if min(kept.values()) < 1:
+            each = " and ".join(f"one of {most[unit]} {unit.title}" for unit in units)
+            left = " and ".join(map(str, kept.values()))
             raise LoramError(
-                f"prune.ratio must leave at least one of {geometry.num_kv_heads} KV heads and one "
-                f"of {geometry.intermediate_size} neurons, {ratio} leaves {heads} and {neurons}; "
-                "lower it"
+                f"prune.ratio must leave at least {each}, {ratio} leaves {left}; lower it"
             )
-        counts[layer] = heads, round_to_multiple(neurons, multiple, geometry.intermediate_size)
+        counts[layer] = {
+            unit.name: round_to_multiple(count, multiple if unit.rounded else 1, most[unit])
+            for unit, count in kept.items()
+        }
     return counts
 
 
@@ -107,8 +114,8 @@ def keep_units(
 
     With global allocation, the ratios only set the total budget: the number of units they prune in
     all layers together. The scores of each layer are standardised to mean 0 and variance 1 (as FLAP
-    does), and the lowest are pruned. KV heads and neurons have separate budgets, and every layer
-    keeps at least one of each. Of equal scores, those with lower indices are kept first.
+    does), and the lowest are pruned. Each kind of unit has its own budget, and every layer keeps at
+    least one of each. Of equal scores, those with lower indices are kept first.
 
     Args:
         scores: Scores of each pruned layer.
@@ -118,17 +125,17 @@ def keep_units(
         multiple: Number of which each layer's kept neurons are a multiple.
 
     Raises:
-        LoramError: If a ratio leaves a layer without KV heads or without neurons.
+        LoramError: If a ratio leaves a layer without units of some kind.
     """
-    counts = kept_counts(geometry, ratios, multiple)
+    units = [unit for unit in UNITS if all(unit.name in scored for scored in scores.values())]
+    counts = kept_counts(units, geometry, ratios, multiple)
     if allocation == "global":
-        counts = _allocated(scores, kept_counts(geometry, ratios), geometry, multiple)
+        uniform = kept_counts(units, geometry, ratios)
+        shares = {u.name: _allocated(u, scores, uniform, geometry, multiple) for u in units}
+        counts = {n: {name: share[n] for name, share in shares.items()} for n in scores}
     return {
-        layer: KeptUnits(
-            kv_heads=_highest(scores[layer].kv_heads, heads),
-            neurons=_highest(scores[layer].neurons, neurons),
-        )
-        for layer, (heads, neurons) in counts.items()
+        layer: KeptUnits({name: _highest(scores[layer][name], n) for name, n in kept.items()})
+        for layer, kept in counts.items()
     }
 
 
@@ -139,22 +146,21 @@ def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _allocated(
+    unit: Unit,
     scores: Mapping[int, LayerScores],
-    uniform: Mapping[int, tuple[int, int]],
+    uniform: Mapping[int, Counts],
     geometry: Geometry,
     multiple: int,
-) -> dict[int, tuple[int, int]]:
-    heads = _share_out([s.kv_heads for s in scores.values()], sum(h for h, _ in uniform.values()))
-    experts = max(geometry.num_experts, 1)
-    budget = experts * sum(n for _, n in uniform.values())
-    neurons = _share_out([s.neurons.flatten() for s in scores.values()], budget)
-    most = geometry.intermediate_size
+) -> dict[int, int]:
+    """Return the number of one kind of unit that each layer keeps, in each expert if it has any."""
+    *experts, most = unit.shape(geometry)
+    copies = math.prod(experts)
+    budget = copies * sum(counts[unit.name] for counts in uniform.values())
+    kept = _share_out([scored[unit.name].flatten() for scored in scores.values()], budget)
+    multiple = multiple if unit.rounded else 1
     return {
-        layer: (
-            heads[i],
-            round_to_multiple(min(max(round(neurons[i] / experts), 1), most), multiple, most),
-        )
-        for i, layer in enumerate(scores)
+        layer: round_to_multiple(min(max(round(count / copies), 1), most), multiple, most)
+        for layer, count in zip(scores, kept, strict=True)
     }
 
 

@@ -17,7 +17,7 @@ from loram_ray.reporting.parts import Part, Table
 from loram_ray.reporting.results import Results
 from loram_ray.runtime.progress import HELD_OUT, restarts_in
 
-_NEURON_BINS = 64
+_BINS = 64
 
 
 def _measured(results: Results, key: str) -> dict[str, list[Curve]]:
@@ -141,24 +141,18 @@ def heats(plan: PruningPlan) -> Iterator[tuple[str, str, Draw]]:
             partial(heat, shares=shares, names=("layer", f"linear ({', '.join(kinds)})")),
         )
         return
-    heads = numpy.ones((geometry.num_layers, geometry.num_kv_heads))
-    bins = min(_NEURON_BINS, geometry.intermediate_size)
-    neurons = numpy.ones((geometry.num_layers, bins))
-    for layer, units in plan.layers.items():
-        heads[layer] = 0
-        heads[layer, units.kv_heads.numpy()] = 1
-        kept = units.neurons.reshape(-1)
-        counted = torch.bincount(kept * bins // geometry.intermediate_size, minlength=bins)
-        every = torch.arange(geometry.intermediate_size) * bins // geometry.intermediate_size
-        experts = units.neurons.shape[0] if units.neurons.dim() == 2 else 1
-        total = torch.bincount(every, minlength=bins) * experts
-        neurons[layer] = (counted / total).numpy()
-    yield "heads", "KV heads", partial(heat, shares=heads, names=("layer", "KV head"))
-    yield (
-        "neurons",
-        "Neurons",
-        partial(heat, shares=neurons, names=("layer", f"neurons, {bins} bins of their indices")),
-    )
+    for unit in plan.architecture.units:
+        *_, count = unit.shape(geometry)
+        bins = min(_BINS, count)
+        shares = numpy.ones((geometry.num_layers, bins))
+        size = torch.bincount(torch.arange(count) * bins // count, minlength=bins)
+        for layer, units in plan.layers.items():
+            index = units[unit.name]
+            kept = torch.bincount(index.flatten() * bins // count, minlength=bins)
+            shares[layer] = (kept / (size * (index.numel() // index.shape[-1]))).numpy()
+        title = unit.title[0].upper() + unit.title[1:]
+        label = f"{unit.title}, {bins} bins of their indices" if bins < count else unit.title
+        yield unit.name, title, partial(heat, shares=shares, names=("layer", label))
 
 
 def faults(results: Results) -> Part | None:

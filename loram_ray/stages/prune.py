@@ -58,7 +58,7 @@ def prune(config: PruneConfig, ray_config: RayConfig | None = None) -> StageResu
         ratios = layer_ratios(config.ratio, config.ratios, layers)
         _require_layers(base, layers)
         if config.pattern == STRUCTURED:
-            kept_counts(geometry, ratios, config.round_neurons_to)
+            kept_counts(base.family.units, geometry, ratios, config.round_neurons_to)
         else:
             ratios = _require_pattern(base, Pattern.parse(config.pattern), ratios)
         work = _Pruning(config, base, layers, ratios, ray_config or RayConfig())

@@ -47,9 +47,13 @@ def adapted_shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
 def make_plan(base: Path) -> PruningPlan:
     with Checkpoint(base) as checkpoint:
         identity = fingerprint(checkpoint)
-    geometry = architecture_of("llama").geometry(read_model_config(base))
+    family = architecture_of("llama")
+    geometry = family.geometry(read_model_config(base))
     layers = (1, geometry.num_layers)
-    scores, ratios = random_scores(geometry, layers, 0), layer_ratios(RATIO, None, layers)
+    scores, ratios = (
+        random_scores(family.units, geometry, layers, 0),
+        layer_ratios(RATIO, None, layers),
+    )
     kept = keep_units(scores, geometry, ratios)
     return PruningPlan("llama", geometry, "random", RATIO, 0, layers, identity, kept)
 

@@ -90,7 +90,10 @@ def write_pruned_adapter(base: Path, output: Path) -> None:
         identity = fingerprint(checkpoint)
     geometry = family.geometry(read_model_config(base))
     layers, ratio = (4, 78), 0.85
-    scores, ratios = random_scores(geometry, layers, 0), layer_ratios(ratio, None, layers)
+    scores, ratios = (
+        random_scores(family.units, geometry, layers, 0),
+        layer_ratios(ratio, None, layers),
+    )
     kept = keep_units(scores, geometry, ratios)
     plan = PruningPlan(family.model_type, geometry, "random", ratio, 0, layers, identity, kept)
     specs = {}

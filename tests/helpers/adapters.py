@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
-from loram_ray.architectures import Architecture, Geometry
+from loram_ray.architectures import Architecture
 from loram_ray.artifacts.stage_directory import StageDirectory, StageResult, run_stage
 from loram_ray.finetuning.adapters import save_adapter
 from loram_ray.models.base import BaseModel
@@ -19,6 +19,7 @@ from loram_ray.models.loading import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_ratios
+from loram_ray.units import Geometry
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -44,7 +45,7 @@ def random_plan(
 ) -> PruningPlan:
     """Return a random pruning plan, as in LoRAM-Rand."""
     ratios = layer_ratios(ratio, None, layers)
-    kept = keep_units(random_scores(geometry, layers, seed), geometry, ratios)
+    kept = keep_units(random_scores(family.units, geometry, layers, seed), geometry, ratios)
     return PruningPlan(
         family.model_type, geometry, "random", ratio, seed, layers, base_fingerprint, kept
     )

@@ -154,14 +154,14 @@ def naive_scores(base: Path, importance: dict[str, torch.Tensor]) -> dict[int, L
         expert = int(parts[parts.index("experts") + 1]) if "experts" in parts else 0
         shape = (max(sizes.num_experts, 1), sizes.intermediate_size)
         found = scores.setdefault(
-            layer, LayerScores(torch.zeros(sizes.num_kv_heads), torch.zeros(shape))
+            layer, LayerScores(kv_heads=torch.zeros(sizes.num_kv_heads), neurons=torch.zeros(shape))
         )
         for index, value in enumerate(values.double().sum(0 if name in COLUMNS else 1).tolist()):
             kind, unit = unit_of(name, index, sizes)
             (found.kv_heads if kind == "kv_heads" else found.neurons[expert])[unit] += value
     if sizes.num_experts:
         return scores
-    return {i: LayerScores(s.kv_heads, s.neurons[0]) for i, s in scores.items()}
+    return {i: LayerScores(s, neurons=s.neurons[0]) for i, s in scores.items()}
 
 
 def assert_scores(found: dict[int, LayerScores], expected: dict[int, LayerScores]) -> None:

@@ -25,13 +25,14 @@ from helpers.families import (
     prune,
     zero_pruned,
 )
-from loram_ray.architectures import ARCHITECTURES, Unit, architecture_of
+from loram_ray.architectures import ARCHITECTURES, architecture_of
 from loram_ray.artifacts.manifest import read_model_config
 from loram_ray.models import configuration_pruned, modeling_pruned
 from loram_ray.models.files import family_of
 from loram_ray.models.loading import load_model
 from loram_ray.models.modeling_pruned import unfuse_experts
 from loram_ray.plan import KeptUnits, PruningPlan, unit_sums
+from loram_ray.units import KV_HEAD, KV_HEADS, NEURON, NEURONS, QUERY_GROUP, Unit
 
 
 @pytest.fixture(scope="module", params=list(families.FAMILIES))
@@ -220,7 +221,7 @@ def test_modules_are_those_on_disk_and_are_located(case: Case) -> None:
         for module, linear, expert in family.modules(layer, geometry):
             assert family.locate(module) == (layer, linear, expert)
             size = stored[f"{module}.weight"].shape[linear.axis]
-            assert size == sum(geometry.count(u) * geometry.width(u) for u in linear.sections)
+            assert size == linear.size(geometry)
     coupled = {m for layer in (1, 2) for m, _, _ in family.modules(layer, geometry)}
     assert set(read_model_config(case.pruned)["pruned_linears"]) == coupled
     experts = {expert for _, _, expert in family.modules(0, geometry)} - {None}
@@ -233,12 +234,12 @@ def test_unit_sums_are_the_brute_force_sums(case: Case) -> None:
     for linear in case.plan.architecture.linears:
         expected: dict[Unit, list[float]] = {}
         at = 0
-        size = sum(geometry.count(unit) * geometry.width(unit) for unit in linear.sections)
+        size = linear.size(geometry)
         values = torch.randn(size, generator=torch.Generator().manual_seed(1)).double()
-        for unit in linear.sections:
-            kind = Unit.NEURON if unit is Unit.NEURON else Unit.KV_HEAD
-            width = {Unit.NEURON: 1, Unit.KV_HEAD: dim, Unit.QUERY_GROUP: group * dim}[unit]
-            count = geometry.intermediate_size if kind is Unit.NEURON else geometry.num_kv_heads
+        for span in linear.spans:
+            kind = NEURONS if span is NEURON else KV_HEADS
+            width = {NEURON: 1, KV_HEAD: dim, QUERY_GROUP: group * dim}[span]
+            count = geometry.intermediate_size if kind is NEURONS else geometry.num_kv_heads
             sums = expected.setdefault(kind, [0.0] * count)
             for i in range(count):
                 sums[i] += sum(values[at : at + width].tolist())
@@ -266,9 +267,9 @@ def test_a_plan_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     plan.save(tmp_path / "saved")
     assert PruningPlan.load(tmp_path / "saved").digest == plan.digest
-    cut = {n: KeptUnits(units.kv_heads, units.neurons[:3]) for n, units in plan.layers.items()}
+    cut = {n: KeptUnits(kept, neurons=kept.neurons[:3]) for n, kept in plan.layers.items()}
     replace(plan, layers=cut).save(tmp_path / "saved")
-    with pytest.raises(lr.LoramError, match="keeps no ascending neuron indices"):
+    with pytest.raises(lr.LoramError, match="keeps no ascending neurons"):
         PruningPlan.load(tmp_path / "saved")
 
 

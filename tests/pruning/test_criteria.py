@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from loram_ray.architectures import Geometry, architecture_of
+from loram_ray.architectures import architecture_of
 from loram_ray.config import CRITERIA, Criterion, PruneConfig
 from loram_ray.errors import LoramError
 from loram_ray.pruning import statistics
@@ -27,6 +27,7 @@ from loram_ray.pruning.criteria import (
     taylor,
 )
 from loram_ray.pruning.sparsify import MASKINGS
+from loram_ray.units import Geometry
 
 FAMILIES = ["llama", "phi3", "mixtral", "qwen3_moe"]
 LAYER = 1

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from loram_ray.architectures import Geometry
 from loram_ray.errors import LoramError
 from loram_ray.plan import KeptUnits
 from loram_ray.pruning.criteria import (
@@ -22,6 +21,7 @@ from loram_ray.pruning.selection import (
     layer_ratios,
     round_to_multiple,
 )
+from loram_ray.units import UNITS, Geometry
 
 SMALL = Geometry(6, 16, 12, num_heads=8, num_kv_heads=4, head_dim=2)
 
@@ -45,7 +45,7 @@ def random_layer_scores(
         neurons = torch.rand((*shape, sizes.intermediate_size), generator=generator) ** layer
         if coarse:
             heads, neurons = (heads / scale * 2).round(), (neurons * 3).round()
-        scores[layer] = LayerScores(heads, neurons * scale)
+        scores[layer] = LayerScores(kv_heads=heads, neurons=neurons * scale)
     return scores
 
 
@@ -69,8 +69,8 @@ def test_counts_of_the_reference_s_models(
 ) -> None:
     layers = layer_range(None, sizes.num_layers)
     assert layers == (4, sizes.num_layers - 2)
-    counts = kept_counts(sizes, layer_ratios(ratio, None, layers))
-    assert counts == dict.fromkeys(range(*layers), (heads, neurons))
+    counts = kept_counts(UNITS, sizes, layer_ratios(ratio, None, layers))
+    assert counts == dict.fromkeys(range(*layers), {"kv_heads": heads, "neurons": neurons})
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -113,7 +113,7 @@ def test_a_listed_ratio_out_of_range_is_refused_by_its_number(ratios: tuple[floa
 
 def test_a_listed_ratio_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(LoramError, match=r"0.99 leaves 1 and 0"):
-        kept_counts(SMALL, {1: 0.5, 2: 0.99})
+        kept_counts(UNITS, SMALL, {1: 0.5, 2: 0.99})
 
 
 def greedy(layers: list[list[float]], budget: int) -> list[list[int]]:
@@ -145,8 +145,8 @@ def test_a_global_allocation_is_the_greedy_one_of_the_uniform_budget(
     scores = random_layer_scores(SMALL, seed=seed, coarse=coarse)
     ratios = dict.fromkeys(scores, ratio)
     kept = keep_units(scores, SMALL, ratios, "global")
-    uniform = kept_counts(SMALL, ratios)
-    heads, neurons = (sum(count[i] for count in uniform.values()) for i in (0, 1))
+    uniform = kept_counts(UNITS, SMALL, ratios)
+    heads, neurons = (sum(counts[unit.name] for counts in uniform.values()) for unit in UNITS)
     found_heads = [units.kv_heads.tolist() for units in kept.values()]
     found_neurons = [units.neurons.tolist() for units in kept.values()]
     assert sum(map(len, found_heads)) == heads and sum(map(len, found_neurons)) == neurons
@@ -165,7 +165,9 @@ def test_a_global_allocation_takes_its_budget_from_listed_ratios() -> None:
 def test_a_global_allocation_moves_units_to_the_layers_that_need_them() -> None:
     """Two alike layers, but for one whose scores are a few high ones among many low ones."""
     flat, peaked = torch.linspace(1, 2, 12), torch.cat([torch.full((2,), 9.0), torch.rand(10)])
-    scores = {i: LayerScores(torch.rand(4), n) for i, n in {1: flat, 2: peaked}.items()}
+    scores = {
+        i: LayerScores(kv_heads=torch.rand(4), neurons=n) for i, n in {1: flat, 2: peaked}.items()
+    }
     kept = keep_units(scores, SMALL, {1: 0.5, 2: 0.5}, "global")
     assert len(kept[1].neurons) > 6 > len(kept[2].neurons) >= 2
 
@@ -177,7 +179,7 @@ def test_experts_of_a_global_allocation_have_equally_many_neurons_each_its_own(
     scores = random_layer_scores(MIXTURE)
     ratios = dict.fromkeys(scores, ratio)
     kept = keep_units(scores, MIXTURE, ratios, "global")
-    budget = sum(n for _, n in kept_counts(MIXTURE, ratios).values())
+    budget = sum(counts["neurons"] for counts in kept_counts(UNITS, MIXTURE, ratios).values())
     counts = [units.neurons.shape[1] for units in kept.values()]
     # A layer's share is rounded to whole neurons in each expert.
     assert abs(sum(counts) - budget) <= len(kept) / 2 and min(counts) >= 1
@@ -229,7 +231,7 @@ def test_a_ratio_of_zero_keeps_everything(allocation: str, sizes: Geometry, mult
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_equal_scores_are_kept_in_the_order_of_their_indices(allocation: str) -> None:
-    scores = {i: LayerScores(torch.ones(4), torch.zeros(12)) for i in range(1, 4)}
+    scores = {i: LayerScores(kv_heads=torch.ones(4), neurons=torch.zeros(12)) for i in range(1, 4)}
     kept = [
         keep_units(scores, SMALL, dict.fromkeys(scores, 0.5), allocation)  # type: ignore[arg-type]
         for _ in range(2)

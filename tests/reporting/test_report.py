@@ -184,11 +184,11 @@ def test_heat_maps_are_of_what_the_plan_kept(run: Path) -> None:
 
     plan = PruningPlan.load(run / "pruned")
     shares = {name: draw.keywords["shares"] for name, _, draw in heats(plan)}  # type: ignore[attr-defined]
-    assert shares["heads"].shape == (4, 4)
-    assert shares["heads"].sum(axis=1).tolist() == [4, 2, 2, 4]
+    assert shares["kv_heads"].shape == (4, 4)
+    assert shares["kv_heads"].sum(axis=1).tolist() == [4, 2, 2, 4]
     width = plan.geometry.intermediate_size
     for layer, units in plan.layers.items():
-        assert set(shares["heads"][layer].nonzero()[0]) == set(units.kv_heads.tolist())
+        assert set(shares["kv_heads"][layer].nonzero()[0]) == set(units.kv_heads.tolist())
         bins = shares["neurons"].shape[1]
         sizes = [sum(n * bins // width == b for n in range(width)) for b in range(bins)]
         kept = (shares["neurons"][layer] * sizes).round().astype(int).tolist()
