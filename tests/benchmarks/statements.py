@@ -69,7 +69,7 @@ DEMO = [
     "LoRAM kept {demo[gain]:.1%} of LoRA's gain",
 ]
 
-PLAN = ["{estimate[gigabytes]:.0f} GB a GPU and {estimate[hours]:.1f} hours"]
+PLAN = ["{estimate[gigabytes]:.0f} GB per GPU and {estimate[hours]:.1f} hours"]
 
 MANY_ADAPTERS = [
     "eight adapters took {together[fp32][8][memory]:.2f} of the memory of eight trainings in fp32 "
