@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt tests/lm-eval.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python jobs/prepare_demo.py --output $(INPUTS)
-	$(BIN)/loram run --config jobs/configs/demo.yaml
+	$(BIN)/loram compare --config jobs/configs/demo.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile

@@ -142,12 +142,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif "compare" in shipped:
             shipped["align"].update(steps=2)
             shipped["train"].update(steps=2)
-            shipped["compare"].update(ratios=[0.35], systems=["base", "unaligned"])
-            shipped["compare"]["tasks"].pop("problems")
+            shipped["evaluate"].update(max_new_tokens=2)
+            demo = path.stem == "demo"
+            shipped["compare"]["systems"] = ["base", "loram" if demo else "unaligned"]
+            shipped["compare"]["tasks"] = {"sums": shipped["compare"]["tasks"]["sums"]}
         else:
             shipped["align"].update(steps=2, checkpoint_every=1)
             if "train" in shipped:
-                shipped["baselines"] = False  # test_run compares; here it would only take longer
                 shipped["train"].update(steps=2)
                 shipped["evaluate"].update(max_new_tokens=2)
             if "calibration" in shipped["prune"]:
@@ -192,6 +193,9 @@ def test_every_command_and_program_of_the_documents_succeeds(checkout: Path) -> 
     assert len(trials) == 3 and [trial["best"] for trial in trials].count(True) == 1
     page = (checkout / "runs" / "compare" / "comparison" / "comparison.md").read_text()
     assert "LoRAM without alignment" in page
+    compared = json.loads((checkout / "runs/demo/comparison/results.json").read_text())
+    assert [row["system"] for row in compared] == ["base", "loram"]
+    assert compared[1]["mean"] == table[0]["answer_perplexity"]
     run_programs(checkout)
 
 
@@ -386,7 +390,7 @@ def sections(above: type[Section]) -> Iterator[type[Section]]:
 def test_every_shipped_config_is_valid_and_opens_with_its_command(path: Path) -> None:
     load_run(path)
     comment = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    command = path.stem if path.stem in ("batch", "sweep", "compare") else "run"
+    command = path.stem if path.stem in ("batch", "sweep", "compare") else "run"  # demo: both
     assert f"loram {command} --config jobs/configs/{path.name}" in comment
 
 
@@ -414,18 +418,21 @@ def test_the_demo_shows_loram_beating_the_untouched_base(tmp_path: Path, real_ba
     started = time.monotonic()
     demo = REPOSITORY / "jobs" / "configs" / "demo.yaml"
     fewer = ["--set", "align.steps=4", "--set", "align.optimiser.warmup_steps=1"]
-    subprocess.run([LORAM, "run", "--config", demo, *fewer], cwd=tmp_path, check=True)
+    subprocess.run([LORAM, "compare", "--config", demo, *fewer], cwd=tmp_path, check=True)
     minutes = (time.monotonic() - started) / 60
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    found = json.loads((tmp_path / "runs" / "demo" / "results.json").read_text())["rows"]
-    rows = {row["name"]: row for row in found}
+    results = tmp_path / "runs" / "demo" / "comparison" / "results.json"
+    found = json.loads(results.read_text())
+    rows = {row["system"]: row for row in found}
+    exact = {name: row["other_scores"]["exact_match"] for name, row in rows.items()}
     print(json.dumps(found, indent=1), f"{minutes:.1f} minutes, {peak / 1e9:.1f} GB at most")
-    untouched = rows["full base, untouched"]["answer_perplexity"]
-    assert rows["LoRAM"]["answer_perplexity"] < untouched
-    assert rows["LoRAM"]["exact_match"] >= rows["full base, untouched"]["exact_match"]
-    assert rows["LoRA on the full base"]["answer_perplexity"] < untouched
-    assert rows["pruned model, as it is"]["answer_perplexity"] > untouched
-    assert rows["LoRAM"]["model_bytes"] < rows["LoRA on the full base"]["model_bytes"]
+    untouched = rows["base"]["mean"]
+    assert rows["loram"]["mean"] < untouched
+    assert exact["loram"] >= exact["base"]
+    assert rows["full"]["mean"] < untouched
+    assert rows["pruned"]["mean"] > untouched
+    assert rows["loram"]["model_bytes"] < rows["full"]["model_bytes"]
+    assert (tmp_path / "runs" / "demo" / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

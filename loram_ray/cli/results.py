@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from loram_ray.cli.tables import (
-    print_comparison,
     print_json,
+    print_run,
     print_scores,
     print_systems,
     print_tasks,
@@ -85,12 +85,12 @@ def show_publication(name: str, result: Any, as_json: bool) -> None:
 
 
 def show_run(name: str, result: Any, as_json: bool) -> None:
-    """Print a run's comparison."""
+    """Print a run's scores."""
     if as_json:
         print_json({"stages": result.stages, "rows": result.rows})
         return
     if result.rows:
-        print_comparison(result.rows)
+        print_run(result.rows)
     show(f"results: {result.output}")
 
 

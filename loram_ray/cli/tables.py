@@ -113,14 +113,15 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 def print_systems(rows: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
     """Print a comparison's systems and the results of its claims."""
-    from loram_ray.studies.comparison_table import COLUMNS, cells_of, difference_of
+    from loram_ray.studies.comparison_table import difference_of, table_of
 
     table = Table(title="Systems")
-    for key in COLUMNS:
-        right = key in ("gain kept", "seeds", "parameters", "ratio")
-        table.add_column(key, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*cells_of(row))
+    head, cells = table_of(rows)
+    for key in head:
+        left = key in ("system", "method", "task")
+        table.add_column(key, justify="left" if left else "right", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
     shown = console(140)
     shown.print(table)
     table = Table(title="Claims")
@@ -132,11 +133,11 @@ def print_systems(rows: list[dict[str, Any]], claims: list[dict[str, Any]]) -> N
     shown.print(table)
 
 
-def print_comparison(rows: list[dict[str, Any]]) -> None:
-    """Print a run's rows, and the share of full LoRA's gain that was kept."""
-    from loram_ray.stages.run import loram_keeps
+def print_run(rows: list[dict[str, Any]]) -> None:
+    """Print the scores of a run."""
+    from loram_ray.stages.run import MAIN_SCORES
 
-    measured = [k for k in ("answer_perplexity", "text_perplexity", "exact_match") if k in rows[0]]
+    measured = [key for key in MAIN_SCORES if key in rows[0]]
     table = Table(title="Held-out data")
     table.add_column("model")
     for key in (*measured, "trained", "against parameters", "bytes", "training"):
@@ -150,11 +151,7 @@ def print_comparison(rows: list[dict[str, Any]]) -> None:
             f"{row['model_bytes'] / 1e6:,.0f} MB",
             "" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s",
         )
-    shown = console(140)
-    shown.print(table)
-    kept = loram_keeps(rows) if "answer_perplexity" in measured else None
-    if kept is not None:
-        shown.print(f"gain kept: {kept:.1%} of the gain of LoRA on the full base (log-perplexity)")
+    console(140).print(table)
 
 
 def _millions(count: int | None) -> str:

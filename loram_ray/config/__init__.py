@@ -24,7 +24,7 @@ from loram_ray.config.grids import named, with_values
 from loram_ray.config.load import accepts_a_run, load_command, load_run, section_of, validate
 from loram_ray.config.prune import CalibrationConfig, PruneConfig
 from loram_ray.config.publish import ExportConfig, PublishConfig, QuantizeConfig
-from loram_ray.config.run import STAGES, RunConfig, fill_paths, recovers_delta
+from loram_ray.config.run import CHAIN, STAGES, RunConfig, fill_paths, recovers_delta
 from loram_ray.config.sweep import RangeConfig, SweepConfig
 from loram_ray.config.train import LoraConfig, TrainConfig
 from loram_ray.criteria import CRITERIA, Criterion
@@ -41,6 +41,7 @@ __all__ = [
     "ExportConfig",
     "FilterConfig",
     "LoraConfig",
+    "CHAIN",
     "CRITERIA",
     "Criterion",
     "MergeConfig",

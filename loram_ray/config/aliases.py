@@ -15,7 +15,7 @@ from loram_ray.config.marks import Alias, DottedKeysOf, KeysOf, Renamed
 
 
 class RenamedKeyWarning(FutureWarning):
-    """A setting was given under its former name."""
+    """A setting was renamed or removed."""
 
 
 class _Place(NamedTuple):

@@ -13,7 +13,7 @@ from loram_ray.utils.names import first_clash, folded, output_name_error
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-_UNALIGNED = ("base", "full", "sibling", "pruned", "small", "unaligned", "qloram")
+_SYSTEMS = ("base", "full", "sibling", "pruned", "small", "unaligned", "qloram", "loram")
 _OF_THE_RUN = frozenset({"model", "adapter", "output", "data", "base", "pruned"})
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "causal": {"objective": "causal_lm"},
@@ -52,8 +52,9 @@ class CompareConfig(Section):
         "sibling: LoRA on a smaller model; pruned: the pruned model without training; "
         "small: an adapter trained and used on the pruned model. LoRAM variants: "
         "unaligned, causal (the paper's alignment), distilled, qloram (NF4 of the "
-        "best aligned model), and the names in alignments. Default: all that the "
-        "other sections allow.",
+        "best aligned model), loram (what loram run makes of the same sections; both "
+        "commands share its stages), and the names in alignments. Default: all that the "
+        "other sections allow, except loram.",
     )
     methods: tuple[str, ...] | dict[str, tuple[float | Pattern, ...]] = Field(
         (),
@@ -83,11 +84,16 @@ class CompareConfig(Section):
     )
     recover: Annotated[dict[str, Any] | None, KeysOf("recover", _OF_THE_RUN)] = Field(
         None,
-        description="Keys of the recover section, of which only correction_lambda is used. "
-        "Default: the run file's section.",
+        description="Keys of the recover section, of which all systems but loram use only "
+        "correction_lambda. Default: the run file's section.",
     )
     evaluate: Annotated[dict[str, Any] | None, KeysOf("evaluate", _OF_THE_RUN)] = Field(
         None, description="Keys of the evaluate section. Default: the run file's section."
+    )
+    run: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Sections of loram run, whose directories the system loram shares. Default: "
+        "the run file's sections.",
     )
     alignments: dict[Name, Annotated[dict[str, Any], KeysOf("align")]] = Field(
         {},
@@ -143,7 +149,7 @@ class CompareConfig(Section):
     @field_validator("alignments")
     @classmethod
     def _of_their_own(cls, alignments: dict[str, Any]) -> dict[str, Any]:
-        if taken := {name for name in alignments if folded(name) in _UNALIGNED}:
+        if taken := {name for name in alignments if folded(name) in _SYSTEMS}:
             raise ValueError(
                 f"must not use the name of another system, got {min(taken)}; rename it"
             )
@@ -170,7 +176,7 @@ class CompareConfig(Section):
                 f"ratios must not be given if methods have their own, got {list(self.ratios)}; "
                 "remove one of them"
             )
-        known = (*_UNALIGNED, *self.aligned)
+        known = (*_SYSTEMS, *self.aligned)
         if unknown := set(self.systems) - set(known):
             raise ValueError(
                 f"systems must be among {', '.join(known)}, got {min(unknown)}; change it, or add "

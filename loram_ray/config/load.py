@@ -15,7 +15,7 @@ from loram_ray.config.aliases import with_present_names
 from loram_ray.config.base import RayConfig, Section, kind_of, section_types
 from loram_ray.config.flags import Flag, option_of
 from loram_ray.config.overrides import apply_flag, apply_override
-from loram_ray.config.run import STAGES, PartOfRun, RunConfig, fill_paths
+from loram_ray.config.run import STAGES, PartOfRun, RunConfig, compares_run, fill_paths
 from loram_ray.errors import LoramError, nearest, shown
 from loram_ray.utils.parsing import read_yaml
 from loram_ray.utils.parsing.documents import broken_rule
@@ -117,6 +117,8 @@ def _unread(command: Command, data: Mapping[str, Any]) -> list[str]:
     read = {command.name, *command.reads}
     if command.panel != STUDIES:
         read |= {other.name for other in COMMANDS if other.panel != STUDIES}
+    if compares_run(data):
+        read.add("compare")  # it describes the same pipeline, and its task
     return [name for name in STAGES if name in data and name not in read]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, create_model, model_validator
 
 from loram_ray.commands import COMMAND_OF, SECTIONS_OF_A_RUN
+from loram_ray.config.aliases import RenamedKeyWarning
 from loram_ray.config.base import RayConfig, Section, merge_settings
 from loram_ray.config.marks import KeysOf
 
 STAGES: dict[str, type[Section]] = {name: COMMAND_OF[name].model for name in SECTIONS_OF_A_RUN}
 """The sections of a run file."""
+
+CHAIN = ("prune", "align", "train", "recover", "merge", "evaluate")
+"""The stages of ``loram run``, in order."""
 
 if TYPE_CHECKING:
 
@@ -32,15 +37,11 @@ else:
 
 class _Settings(_Sections):
     ray: RayConfig = RayConfig()
-    baselines: bool = Field(
-        False,
-        description="Also train without alignment and on the full base, and evaluate each.",
-    )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_paths(cls, data: Any) -> Any:
-        return fill_paths(data) if isinstance(data, dict) else data
+        return fill_paths(_without_baselines(data)) if isinstance(data, dict) else data
 
 
 class RunConfig(_Settings):
@@ -58,6 +59,20 @@ class PartOfRun(_Settings):
 
     base: str | None = None
     output: Path | None = None
+
+
+def _without_baselines(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a run file without the key that asked for a comparison, which is a command now."""
+    if "baselines" not in data:
+        return data
+    if data["baselines"] is not False:
+        raise ValueError(
+            "baselines must be left out, as comparing is a command now, got "
+            f"{str(data['baselines']).lower():.40}; remove it and run loram compare --config FILE, "
+            "see docs/how-to/compare.md"
+        )
+    warnings.warn("baselines was removed from run files; remove it", RenamedKeyWarning, 2)
+    return {key: value for key, value in data.items() if key != "baselines"}
 
 
 def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +93,23 @@ def fill_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, model in STAGES.items():
         if COMMAND_OF[name].reads and isinstance(filled.get(name), Section | Mapping):
             filled[name] = _with_shared(filled[name], model, filled)
+    if root is not None and base is not None:
+        _give_run(filled)
     return filled
+
+
+def _give_run(filled: dict[str, Any]) -> None:
+    """Give the comparison the sections of the run whose stages it shares."""
+    if compares_run(filled):
+        given = {name: _given(filled[name]) for name in CHAIN if filled.get(name) is not None}
+        filled["compare"] = {"run": given, **filled["compare"]}
+
+
+def compares_run(run: Mapping[str, Any]) -> bool:
+    """Return whether the comparison of a run file has the system that shares the run's stages."""
+    compare = run.get("compare")
+    systems = compare.get("systems") if isinstance(compare, Mapping) else None
+    return isinstance(systems, list | tuple) and "loram" in systems
 
 
 def _with_shared(

@@ -20,10 +20,9 @@ from loram_ray.reporting.parts import Part, Table, duration, text
 from loram_ray.reporting.results import Results
 from loram_ray.studies.comparison_table import (
     CLAIM_COLUMNS,
-    COLUMNS,
-    cells_of,
     cells_of_claim,
     name_of,
+    table_of,
 )
 
 
@@ -82,7 +81,7 @@ def systems(results: Results) -> Part | None:
                     size=(8.0, 0.6 + 0.28 * len(kept)),
                 )
             )
-    part.tables.append(Table(COLUMNS, [cells_of(row) for row in results.rows]))
+    part.tables.append(Table(*table_of(results.rows)))
     return part
 
 

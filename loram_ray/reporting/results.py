@@ -18,7 +18,7 @@ from loram_ray.runtime.results import RESULTS_FILE
 from loram_ray.studies.claims import CLAIMS_FILE
 from loram_ray.utils.names import is_plain
 
-_DEEPEST = 5
+_DEEPEST = 6
 _OF_MERGED_MODELS = ("evaluate", "export")
 """Stages that also accept a merged model, whose fingerprint differs from the base's."""
 
@@ -70,7 +70,7 @@ class Results:
         kind: Kind of the command that wrote them.
         stages: Complete stages, oldest first.
         unfinished: Unfinished stages.
-        rows: Rows of ``results.json``.
+        rows: Rows of ``results.json``; in the directory of a run, those of its comparison if any.
         claims: Claims of a comparison.
         finished: Whether ``results.json`` exists.
     """
@@ -108,10 +108,11 @@ def collect_results(root: Path) -> Results:
     """
     if not root.is_dir():
         raise LoramError(f"DIRECTORY must be an existing directory, got {root}; check the path")
-    rows, kind = _results(root / RESULTS_FILE)
+    written = _comparison_of(root) or root
+    rows, kind = _results(written / RESULTS_FILE)
     results = Results(root, kind or "run", rows=rows, finished=kind is not None)
-    if (root / CLAIMS_FILE).exists():
-        results.claims = read_claims(root / CLAIMS_FILE)
+    if (written / CLAIMS_FILE).exists():
+        results.claims = read_claims(written / CLAIMS_FILE)
     for directory, unfinished in _directories(root, deep=0 if kind == "batch" else _DEEPEST):
         name = str(directory.relative_to(root))
         if unfinished:
@@ -137,6 +138,12 @@ def collect_results(root: Path) -> Results:
             f"{', '.join(sorted(base[:12] for base in bases))}; report on each separately"
         )
     return results
+
+
+def _comparison_of(root: Path) -> Path | None:
+    """Return the directory of a run's comparison, whose rows include those of the run."""
+    comparison = root / "comparison"
+    return comparison if (comparison / CLAIMS_FILE).exists() else None
 
 
 def _results(path: Path) -> tuple[list[dict[str, Any]], Kind | None]:

@@ -63,7 +63,10 @@ class _OfComparison(_Row):
     deviation: _Number
     gain_kept: _Number
     gain_kept_deviation: _Number
+    other_scores: dict[str, float | int] = {}
+    trained_parameters: int | None = None
     model_parameters: int | None
+    model_bytes: int | None = None
     reason: str
 
 

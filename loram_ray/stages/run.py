@@ -1,9 +1,9 @@
-"""The run: all stages of one configuration in order, and a comparison of the results."""
+"""The run: all stages of one configuration in order, and the scores of the result."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from loram_ray.artifacts.manifest import write_json
 from loram_ray.artifacts.stage_directory import StageResult
 from loram_ray.commands import command_of
 from loram_ray.config import (
+    CHAIN,
     AlignConfig,
-    EvaluateConfig,
-    MergeConfig,
     PruneConfig,
     RayConfig,
     RunConfig,
@@ -22,12 +21,13 @@ from loram_ray.config import (
     recovers_delta,
 )
 from loram_ray.errors import LoramError
-from loram_ray.evaluation.uncertainty import gain_kept
 from loram_ray.pruning.pool import threads_of
 from loram_ray.runtime.cluster import ray_session
 from loram_ray.runtime.progress import say
 
 RESULTS_FILE = "results.json"
+MAIN_SCORES = ("answer_perplexity", "text_perplexity", "exact_match")
+"""Scores of an evaluation that tables show; those of benchmarks have names of their own."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,6 @@ class Step:
     config: Section
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the comparison.
-
-    Attributes:
-        name: Name of the compared model.
-        evaluation: Name of the step that scored it.
-        training: Name of the step that trained its adapter, or None.
-    """
-
-    name: str
-    evaluation: str
-    training: str | None = None
-
-
 @dataclass
 class RunResult:
     """Result of a run.
@@ -60,7 +45,7 @@ class RunResult:
     Attributes:
         output: Directory of the run.
         stages: Details of each step by name, with ``seconds`` and ``skipped``.
-        rows: Rows of the comparison.
+        rows: One row with the scores of LoRAM, or none without an evaluation.
     """
 
     output: Path
@@ -74,7 +59,7 @@ def run(config: RunConfig, ray_config: RayConfig | None = None) -> RunResult:
     Raises:
         LoramError: As for the stages.
     """
-    steps, rows = plan_steps(config)
+    steps = plan_steps(config)
     if not steps:
         raise LoramError("the config must have at least one stage; add 'prune:' to it")
     result = RunResult(config.output)
@@ -92,7 +77,7 @@ def run(config: RunConfig, ray_config: RayConfig | None = None) -> RunResult:
                 "seconds": seconds,
                 "details": stage.manifest.details,
             }
-    result.rows = [_row(row, result.stages) for row in rows]
+    result.rows = _rows(result.stages)
     write_json(config.output / RESULTS_FILE, {"stages": result.stages, "rows": result.rows})
     return result
 
@@ -110,22 +95,11 @@ def _cpus_for(section: Section) -> int:
     return 1
 
 
-def plan_steps(config: RunConfig) -> tuple[list[Step], list[Row]]:
-    """Return the steps of a run in order, and the comparison made from them."""
-    steps = [
-        Step(name, section)
-        for name in ("prune", "align", "train", "recover", "merge")
-        if (section := getattr(config, name)) is not None
-    ]
-    rows: list[Row] = []
+def plan_steps(config: RunConfig) -> list[Step]:
+    """Return the steps of a run in order."""
     _require_something_of_loram(config)
-    if config.baselines:
-        steps += list(_comparison_trainings(config))
-    if config.evaluate is not None:
-        for row, evaluation in _evaluations(config, config.evaluate):
-            steps.append(Step(row.evaluation, evaluation))
-            rows.append(row)
-    return steps, rows
+    sections = {name: getattr(config, name) for name in CHAIN}
+    return [Step(name, section) for name, section in sections.items() if section is not None]
 
 
 def _require_something_of_loram(config: RunConfig) -> None:
@@ -141,100 +115,25 @@ def _require_something_of_loram(config: RunConfig) -> None:
         )
 
 
-def _comparison_trainings(config: RunConfig) -> Iterator[Step]:
-    """Yield steps to train LoRAM without alignment and LoRA on the full base, on the same data."""
-    if config.train is None or config.prune is None or config.recover is None:
-        raise LoramError("baselines needs the sections prune, train and recover; add them")
-    root = config.output / "baselines"
-    if config.align is not None:
-        unaligned = {"model": config.prune.output, "output": root / "adapter_pruned_unaligned"}
-        yield Step("train without alignment", config.train.model_copy(update=unaligned))
-        recovered = {
-            "adapter": unaligned["output"],
-            "model": unaligned["model"],
-            "output": root / "adapter_unaligned",
-        }
-        yield Step("recover without alignment", config.recover.model_copy(update=recovered))
-        if recovers_delta(config.recover):
-            merging = MergeConfig(
-                base=config.base, adapter=recovered["output"], output=root / "merged_unaligned"
-            )
-            yield Step("merge without alignment", merging)
-    full = {"model": Path(config.base), "output": root / "adapter_full"}
-    yield Step("train on the full base", config.train.model_copy(update=full))
-
-
-def _evaluations(
-    config: RunConfig, evaluate: EvaluateConfig
-) -> Iterator[tuple[Row, EvaluateConfig]]:
-    root = config.output / "evaluation"
-
-    def scored(
-        name: str, folder: str, model: str | Path, adapter: Path | None, training: str | None
-    ) -> tuple[Row, EvaluateConfig]:
-        update = {"model": str(model), "adapter": adapter, "output": root / folder}
-        row = Row(name, f"evaluate {name}", training)
-        return row, evaluate.model_copy(update=update)
-
-    if config.baselines:
-        compared = config.output / "baselines"
-        assert config.prune is not None
-        yield scored("full base, untouched", "base", config.base, None, None)
-        yield scored("pruned model, as it is", "pruned", config.prune.output, None, None)
-        if config.align is not None:
-            unaligned: tuple[str | Path, Path | None] = (
-                (compared / "merged_unaligned", None)
-                if recovers_delta(config.recover)
-                else (config.base, compared / "adapter_unaligned")
-            )
-            training = "train without alignment"
-            yield scored("LoRAM without alignment", "unaligned", *unaligned, training)
-    yield (
-        Row("LoRAM", "evaluate LoRAM", "train" if config.train else None),
-        evaluate,
-    )
-    if config.baselines:
-        yield scored(
-            "LoRA on the full base",
-            "full",
-            config.base,
-            compared / "adapter_full",
-            "train on the full base",
-        )
-
-
 def _summary(name: str, stage: StageResult, seconds: float) -> str:
     if stage.skipped:
         return f"{name}: complete before, skipped ({stage.output})"
     return f"{name}: done in {seconds:.0f} s ({stage.output})"
 
 
-def _row(row: Row, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return a row of the comparison from the steps' results."""
-    scores = stages[row.evaluation]["details"]
-    training = stages[row.training]["details"] if row.training else {}
-    return {
-        "name": row.name,
-        **{
-            key: scores[key]
-            for key in ("answer_perplexity", "text_perplexity", "exact_match")
-            if key in scores
-        },
-        "trained_parameters": training.get("trained_parameters"),
-        "model_parameters": training.get("model_parameters", scores["model_parameters"]),
-        "model_bytes": training.get("model_bytes", scores["model_bytes"]),
-        "train_seconds": training.get("seconds"),
-    }
-
-
-def loram_keeps(rows: list[dict[str, Any]], metric: str = "answer_perplexity") -> float | None:
-    """Return LoRAM's gain over the untouched base as a share of full LoRA's gain.
-
-    None if a row is missing or full LoRA gained nothing.
-    """
-    found = {row["name"]: row.get(metric) for row in rows}
-    base, loram = found.get("full base, untouched"), found.get("LoRAM")
-    full = found.get("LoRA on the full base")
-    if base is None or loram is None or full is None:
-        return None
-    return gain_kept(metric, base, loram, full)
+def _rows(stages: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the row of LoRAM's scores, if the run evaluates."""
+    if "evaluate" not in stages:
+        return []
+    scores = stages["evaluate"]["details"]
+    training = stages["train"]["details"] if "train" in stages else {}
+    return [
+        {
+            "name": "LoRAM",
+            **{key: scores[key] for key in MAIN_SCORES if key in scores},
+            "trained_parameters": training.get("trained_parameters"),
+            "model_parameters": training.get("model_parameters", scores["model_parameters"]),
+            "model_bytes": training.get("model_bytes", scores["model_bytes"]),
+            "train_seconds": training.get("seconds"),
+        }
+    ]

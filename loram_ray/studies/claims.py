@@ -51,6 +51,9 @@ CLAIMS = (
         paper=False,
     ),
     Claim("qloram + correction", "qloram", "the correction helps QLoRAM", paper=False),
+    Claim("loram", "base", "LoRAM as configured improves on the untouched base", paper=False),
+    Claim("loram", "unaligned", "LoRAM as configured beats LoRAM without alignment", paper=False),
+    Claim("full", "loram", "LoRA on the full base beats LoRAM as configured", paper=False),
 )
 
 

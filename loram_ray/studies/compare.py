@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ from loram_ray.studies.scores import (
     with_others,
     write_scores,
 )
-from loram_ray.studies.systems import Cell, Comparison, Step, comparison_of
+from loram_ray.studies.steps import Cell, Comparison, Step
+from loram_ray.studies.systems import comparison_of
 from loram_ray.utils.files import make_directory, write_atomic
 
 PAGE_FILE = "comparison.md"
@@ -99,7 +101,7 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
     rows = rows_of(scores, config.metric)
     rows += [_not_done(cell, planned, failed) for cell in planned.cells if cell not in scored]
     claims = claims_of(scores, config.metric)
-    write_results(config.output, rows, _columns())
+    write_results(config.output, rows, _columns(rows))
     write_json(config.output / CLAIMS_FILE, claims)
     write_atomic(config.output / PAGE_FILE, as_markdown(rows, claims, config.metric))
     return ComparisonResult(config.output, rows, claims, failed)
@@ -218,6 +220,8 @@ def rows_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
                 "deviation": deviation,
                 "gain_kept": kept_mean,
                 "gain_kept_deviation": kept_deviation,
+                "other_scores": _mean_scores(group),
+                "trained_parameters": group[0].trained_parameters,
                 "model_parameters": group[0].model_parameters,
                 "model_bytes": group[0].model_bytes,
                 "train_seconds": group[0].train_seconds,
@@ -227,14 +231,24 @@ def rows_of(scores: Sequence[Score], metric: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _mean_scores(group: Sequence[Score]) -> dict[str, float]:
+    """Return the means of the other main scores that all scores of a group have."""
+    return {
+        name: statistics.fmean(score.other_scores[name] for score in group)
+        for name in group[0].other_scores
+        if all(name in score.other_scores for score in group)
+    }
+
+
 def _not_done(cell: Cell, planned: Comparison, failed: Mapping[str, str]) -> dict[str, Any]:
     """Return the row of a missing score, with the root cause."""
     name, reason = cell.evaluation, failed[cell.evaluation]
     while lost := [need for need in planned.steps[name].needs if need in failed]:
         name, reason = lost[0], failed[lost[0]]
-    empty = dict.fromkeys(_columns())
+    empty = dict.fromkeys(_columns(rows=()))
     return {
         **empty,
+        "other_scores": {},
         "system": cell.system,
         "method": cell.method,
         "ratio": cell.ratio,
@@ -284,8 +298,9 @@ def _verdicts(of_system: Mapping[str, Mapping[tuple[str, int], float]]) -> Itera
             yield verdict(claim, better, worse)
 
 
-def _columns() -> dict[str, pa.DataType]:
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     text, whole, real = pa.string(), pa.int64(), pa.float64()
+    others = dict.fromkeys(name for row in rows for name in row["other_scores"])
     return {
         "system": text,
         "method": text,
@@ -297,6 +312,8 @@ def _columns() -> dict[str, pa.DataType]:
         "deviation": real,
         "gain_kept": real,
         "gain_kept_deviation": real,
+        **{f"other_scores.{name}": real for name in others},
+        "trained_parameters": whole,
         "model_parameters": whole,
         "model_bytes": whole,
         "train_seconds": real,

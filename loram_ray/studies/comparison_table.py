@@ -14,12 +14,14 @@ NAMES = {
     "pruned": "pruned model, as it is",
     "small": "trained small, inferred small",
     "unaligned": "LoRAM without alignment",
+    "loram": "LoRAM",
     "causal": "LoRAM, aligned as in the paper",
     "distilled": "LoRAM, aligned by distillation",
     "qloram": "QLoRAM",
 }
 CLAIM_COLUMNS = ("claim", "whose", "method", "ratio", "what is seen", "advantage", "pairs")
 COLUMNS = ("system", "method", "ratio", "task", "score", "gain kept", "seeds", "parameters")
+"""Columns of every comparison; see `table_of`."""
 
 
 def name_of(system: str) -> str:
@@ -28,18 +30,46 @@ def name_of(system: str) -> str:
     return f"{NAMES.get(name) or f'LoRAM, alignment {name}'} {more}".strip()
 
 
-def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return a row as text, for `COLUMNS`."""
-    return (
-        name_of(row["system"]),
-        row["method"] or "",
-        "" if row["ratio"] is None else f"{row['ratio']:g}",
-        row["task"],
-        row["reason"] or _with_deviation(row["mean"], row["deviation"], ".4g"),
-        _with_deviation(row["gain_kept"], row["gain_kept_deviation"], ".1%"),
-        str(row["seeds"]),
-        "" if row["model_parameters"] is None else f"{row['model_parameters'] / 1e6:,.1f} M",
-    )
+def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the head and the cells of a comparison's table.
+
+    To `COLUMNS` it adds the other scores, the trained parameters and the bytes, where rows have
+    them. The column of the score is named after the metric.
+    """
+    others = dict.fromkeys(_words(name) for row in rows for name in row.get("other_scores") or {})
+    columns = [*COLUMNS[:5], *others, *COLUMNS[5:7]]
+    columns += ["trained"] if any(row.get("trained_parameters") for row in rows) else []
+    columns += [*COLUMNS[7:], *(["bytes"] if any(row.get("model_bytes") for row in rows) else [])]
+    metric = next((_words(row["metric"]) for row in rows if row.get("metric")), "score")
+    head = [metric if column == "score" else column for column in columns]
+    return head, [cells_of(row, columns) for row in rows]
+
+
+def cells_of(row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> tuple[str, ...]:
+    """Return a row as text, for the given columns."""
+    cells = {
+        "system": name_of(row["system"]),
+        "method": row["method"] or "",
+        "ratio": "" if row["ratio"] is None else f"{row['ratio']:g}",
+        "task": row["task"],
+        "score": row["reason"] or _with_deviation(row["mean"], row["deviation"], ".4g"),
+        "gain kept": _with_deviation(row["gain_kept"], row["gain_kept_deviation"], ".1%"),
+        "seeds": str(row["seeds"]),
+        "trained": _millions(row.get("trained_parameters"), 2),
+        "parameters": _millions(row["model_parameters"], 1),
+        "bytes": f"{row['model_bytes'] / 1e6:,.0f} MB" if row.get("model_bytes") else "",
+    }
+    for name, value in (row.get("other_scores") or {}).items():
+        cells[_words(name)] = f"{value:.4g}" if name.endswith("perplexity") else f"{value:.1%}"
+    return tuple(cells.get(column, "") for column in columns)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _millions(count: int | None, digits: int) -> str:
+    return "" if count is None else f"{count / 1e6:,.{digits}f} M"
 
 
 def cells_of_claim(claim: dict[str, Any]) -> tuple[str, ...]:
@@ -82,7 +112,7 @@ def as_markdown(
         f"Scores are {metric.replace('_', ' ')}: mean ± standard deviation over seeds. *Gain kept* "
         "is what a system gains over the untouched base as a share of what LoRA on the full base "
         f"gains, in {unit}.\n",
-        markdown_table(COLUMNS, [cells_of(row) for row in rows]),
+        markdown_table(*table_of(rows)),
         "\n## Claims\n",
         f"The better system's advantage in {unit}, over pairs of task and seed: mean ± half of its "
         "95% interval (Student's t). Noise is the variation between seeds within a task, or "

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loram_ray.artifacts.manifest import write_json
 from loram_ray.errors import LoramError
-from loram_ray.studies.systems import Cell
+from loram_ray.stages.run import MAIN_SCORES
+from loram_ray.studies.steps import Cell
 from loram_ray.utils.parsing import read_json
 
 SCORES_FILE = "scores.json"
@@ -29,6 +30,8 @@ class Score(BaseModel):
         task: Name of the task.
         seed: Random seed; None if there is no randomness.
         value: Value of the comparison's metric.
+        other_scores: Other main scores of the same evaluation, by name.
+        trained_parameters: Parameters of the adapter, if one is trained.
         model_parameters: Parameters of the model trained on, or of the model scored if none is
             trained.
         model_bytes: Bytes of that model.
@@ -43,6 +46,8 @@ class Score(BaseModel):
     task: str
     seed: int | None = None
     value: float
+    other_scores: dict[str, float] = {}
+    trained_parameters: int | None = None
     model_parameters: int
     model_bytes: int
     train_seconds: float | None = None
@@ -78,6 +83,8 @@ def scores_of(
     scores = []
     for cell in cells:
         details = done[cell.evaluation]
+        others = {name: details[name] for name in MAIN_SCORES if name in details}
+        others.pop(metric, None)
         training = done[cell.training] if cell.training else {}
         scores.append(
             Score(
@@ -87,6 +94,8 @@ def scores_of(
                 task=cell.task,
                 seed=cell.seed,
                 value=details[metric],
+                other_scores=others,
+                trained_parameters=training.get("trained_parameters"),
                 model_parameters=training.get("model_parameters", details["model_parameters"]),
                 model_bytes=training.get("model_bytes", details["model_bytes"]),
                 train_seconds=training.get("seconds"),

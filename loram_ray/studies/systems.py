@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,16 @@ from loram_ray.config import (
     PruneConfig,
     QuantizeConfig,
     RecoverConfig,
-    Section,
     TrainConfig,
     merge_settings,
     validate,
 )
 from loram_ray.criteria import STRUCTURED
 from loram_ray.errors import LoramError
+from loram_ray.studies.steps import Cell, Comparison, share_stages
 
 _DEFAULTS = PruneConfig.model_fields
 _ON_WHOLE_MODELS = {"base", "full", "sibling"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """Stage of a comparison.
-
-    Attributes:
-        name: Path of its output below the comparison's.
-        config: Configuration of the stage.
-        needs: Names of the steps whose outputs it reads.
-    """
-
-    name: str
-    config: Section
-    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,47 +58,6 @@ class Pruning:
         return f"{self.method}-{self.share.replace(':', 'of')}"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Score to compute for one system.
-
-    Attributes:
-        system: Name of the system, with ``+ correction`` if corrected.
-        task: Name of the task.
-        seed: Random seed; None if there is no randomness.
-        evaluation: Name of the step that computes the score.
-        method: Pruning method with its pattern; None if nothing is pruned.
-        ratio: Pruning ratio.
-        training: Name of the step that trains the adapter, if any.
-    """
-
-    system: str
-    task: str
-    seed: int | None
-    evaluation: str
-    method: str | None = None
-    ratio: float | None = None
-    training: str | None = None
-
-
-@dataclass
-class Comparison:
-    """Steps and cells of a comparison.
-
-    Attributes:
-        steps: Steps by name, each after those it needs.
-        cells: Scores to compute.
-    """
-
-    steps: dict[str, Step] = field(default_factory=dict)
-    cells: list[Cell] = field(default_factory=list)
-
-    def add(self, name: str, config: Section, *needs: str) -> str:
-        """Add a step and return its name."""
-        self.steps[name] = Step(name, config, needs)
-        return name
-
-
 def comparison_of(config: CompareConfig) -> Comparison:
     """Plan a comparison.
 
@@ -129,7 +73,9 @@ class _Planner:
         self._root = config.output
         self._first: dict[str, str] = {}  # first alignment to prepare each shared result
         self._planned = Comparison()
-        self._systems: tuple[str, ...] = config.systems or tuple(self._possible())
+        self._systems: tuple[str, ...] = config.systems or tuple(
+            system for system in self._possible() if system != "loram"
+        )
         if unknown := set(self._systems) - set(self._possible()):
             raise LoramError(
                 f"compare.systems needs a section for each of its systems, got "
@@ -147,11 +93,11 @@ class _Planner:
             return
         yield from ("pruned", "small", "unaligned")
         if self._config.align is not None:
-            yield from self._config.aligned
+            yield from (*self._config.aligned, "loram")
         yield "qloram"
 
     def _missing(self, systems: set[str]) -> str:
-        aligned = systems <= set(self._config.aligned)
+        aligned = systems <= {*self._config.aligned, "loram"}
         return "align" if self._config.prune is not None and aligned else "prune"
 
     def planned(self) -> Comparison:
@@ -166,6 +112,8 @@ class _Planner:
                     self._on_a_whole_model("sibling", self._config.sibling, task, seed)
             for pruning in self._prunings():
                 self._on_a_pruned_model(pruning, seed)
+        if "loram" in self._systems:
+            share_stages(self._planned.steps, self._config.run)
         return self._planned
 
     def _prunings(self) -> Iterator[Pruning]:
@@ -173,10 +121,11 @@ class _Planner:
         if prune is None or set(self._systems) <= _ON_WHOLE_MODELS:
             return
         if not isinstance(methods, dict):
-            default = {key: prune.get(key, _DEFAULTS[key].default) for key in ("method", "ratio")}
-            methods = dict.fromkeys(
-                methods or (default["method"],), self._config.ratios or (default["ratio"],)
+            method, ratio, pattern = (
+                prune.get(key, _DEFAULTS[key].default) for key in ("method", "ratio", "pattern")
             )
+            share = pattern if ":" in str(pattern) else ratio
+            methods = dict.fromkeys(methods or (method,), self._config.ratios or (share,))
         for method, shares in methods.items():
             for share in shares:
                 if isinstance(share, str):
@@ -228,10 +177,13 @@ class _Planner:
                     cell("small", task, scored, trained)
                 if system not in self._systems:
                     continue
-                scored = self._recovered(inner, trained, task, masked)
-                cell(system, task, scored, trained)
-                if self._config.correction and not masked and system != "unaligned":
-                    scored = self._recovered(f"{inner}/corrected", trained, task, False, model)
+                settings = self._recovery(system, masked)
+                cell(system, task, self._recovered(inner, trained, task, settings), trained)
+                may_correct = not masked and system not in ("unaligned", "loram")
+                if self._config.correction and may_correct:
+                    scored = self._recovered(
+                        f"{inner}/corrected", trained, task, self._corrected(model), model
+                    )
                     cell(f"{system} + correction", task, scored, trained)
 
     def _of_small(self, models: dict[str, str]) -> str:
@@ -259,7 +211,7 @@ class _Planner:
         models = {"unaligned": pruned}
         if self._config.align is not None:
             wanted = set(self._systems)
-            for system, more in self._config.aligned.items():
+            for system, more in {**self._config.aligned, "loram": {}}.items():
                 for_others = system == "causal" and "small" in wanted
                 for_others |= system == self._of_qloram() and "qloram" in wanted
                 if system in wanted or for_others:
@@ -300,24 +252,27 @@ class _Planner:
         config = validate(TrainConfig, settings, "compare, section train")
         return self._planned.add(name, config, *needs)
 
+    def _recovery(self, system: str, masked: bool) -> dict[str, Any]:
+        """Return the recover section's keys for a system without the correction."""
+        if system == "loram":
+            return dict(self._config.recover or {})
+        return {"form": "delta"} if masked else {"correction": False}
+
+    def _corrected(self, model: str) -> dict[str, Any]:
+        """Return the recover section's keys for a correction with the model trained on."""
+        recover = self._config.recover or {}
+        kept = {key: recover[key] for key in ("correction_lambda",) if key in recover}
+        return {"correction": True, "model": self._root / model, **kept}
+
     def _recovered(
-        self, folder: str, trained: str, task: str, masked: bool, corrected_by: str | None = None
+        self, folder: str, trained: str, task: str, settings: dict[str, Any], *needs: str
     ) -> str:
         """Recover an adapter, merge it if only its delta is exact, and score it."""
-        settings: dict[str, Any] = {"form": "delta"} if masked else {"correction": False}
-        if corrected_by is not None:
-            settings = {"correction": True, "model": self._root / corrected_by}
-            recover = self._config.recover or {}
-            settings |= {key: recover[key] for key in ("correction_lambda",) if key in recover}
-        config = RecoverConfig(
-            adapter=self._root / trained,
-            base=self._config.base,
-            output=self._root / folder / "adapter",
-            **settings,
-        )
-        needs = (trained, corrected_by) if corrected_by is not None else (trained,)
-        recovered = self._planned.add(f"{folder}/adapter", config, *needs)
-        if not masked:
+        settings = {**settings, "adapter": self._root / trained, "base": self._config.base}
+        settings["output"] = self._root / folder / "adapter"
+        config = validate(RecoverConfig, settings, "compare, section recover")
+        recovered = self._planned.add(f"{folder}/adapter", config, trained, *needs)
+        if config.form != "delta":
             return self._scored(folder, task, self._config.base, self._root / recovered, recovered)
         merging = MergeConfig(
             base=self._config.base,

@@ -61,14 +61,12 @@ def facts() -> dict[str, Any]:
 
 
 def _demo() -> dict[str, Any]:
-    from loram_ray.stages.run import loram_keeps
+    from loram_ray.evaluation.uncertainty import gain_kept
 
-    found = record("demo")["found"]
-    rows = {row["name"]: _in_millions(row) for row in found["rows"]}
-    return {
-        **rows,
-        "gain": loram_keeps(found["rows"]),
-    }
+    metric = "answer_perplexity"
+    rows = {row["name"]: _in_millions(row) for row in record("demo")["found"]["rows"]}
+    names = ("full base, untouched", "LoRAM", "LoRA on the full base")
+    return {**rows, "gain": gain_kept(metric, *(rows[name][metric] for name in names))}
 
 
 def _in_millions(row: Mapping[str, Any]) -> dict[str, Any]:

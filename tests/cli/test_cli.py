@@ -373,7 +373,7 @@ def test_help_mentions_every_key_of_the_section(tmp_path: Path, stage: str) -> N
 
 def test_help_of_run_mentions_what_all_stages_share(tmp_path: Path) -> None:
     words = set(loram(tmp_path, "run", "--help").stdout.split())
-    keys = ("base", "output", "baselines", *keys_of("ray"))
+    keys = ("base", "output", *keys_of("ray"))
     assert {option_of(key) for key in keys} <= words
 
 

@@ -100,8 +100,8 @@ PRUNE = ("--base", "b", "--output", "o")
         ),
         (
             "run",
-            (*PRUNE, "--prune.ratio", "0.25", "--baselines", "true"),
-            lambda s: s.prune.ratio == 0.25 and s.baselines and s.base == "b",
+            (*PRUNE, "--prune.ratio", "0.25"),
+            lambda s: s.prune.ratio == 0.25 and s.base == "b",
         ),
     ],
 )

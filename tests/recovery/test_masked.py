@@ -22,6 +22,7 @@ from loram_ray.models.loading import load_model
 from loram_ray.plan import PLAN_FILE, PruningPlan
 from loram_ray.recovery.scatter import truncated
 from loram_ray.stages.run import plan_steps
+from loram_ray.studies.systems import comparison_of
 
 IDS = token_ids(tiny.VOCABULARY)
 
@@ -287,18 +288,14 @@ def test_a_run_that_recovers_a_delta_evaluates_what_it_merged(tmp_path: Path) ->
         "recover": {"form": "delta"},
         "merge": {},
         "evaluate": {"data": data},
-        "baselines": True,
+        "compare": {"systems": ["loram"], "tasks": {"t": {"data": data, "held_out": data}}},
     }
-    steps, rows = plan_steps(lr.RunConfig.model_validate(raw))
-    configs = {step.name: step.config for step in steps}
-    loram = configs["evaluate LoRAM"]
+    config = lr.RunConfig.model_validate(raw)
+    steps = plan_steps(config)
+    loram = {step.name: step.config for step in steps}["evaluate"]
     assert (loram.model, loram.adapter) == (str(tmp_path / "merged"), None)
-    unaligned, merged = configs["evaluate LoRAM without alignment"], tmp_path / "baselines"
-    assert unaligned.model == str(merged / "merged_unaligned") and unaligned.adapter is None
-    merging = configs["merge without alignment"]
-    assert merging.adapter == configs["recover without alignment"].output
-    assert merging.output == merged / "merged_unaligned"
-    assert [row.name for row in rows].count("LoRAM") == 1
+    compared = comparison_of(config.compare).steps.values()
+    assert {step.config.output for step in compared} == {step.config.output for step in steps}
     for section in ({"merge": None}, {"evaluate": {"data": data, "model": "models/base"}}):
         refused = lr.RunConfig.model_validate({**raw, **section})
         with pytest.raises(lr.LoramError, match="evaluate must score the merged model"):

@@ -248,6 +248,14 @@ def test_a_comparison_is_plotted_against_reduction(tmp_path: Path) -> None:
     assert "reduction of the parameters" in systems.figures[0].svg
 
 
+def test_a_run_with_a_comparison_is_reported_as_compared(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    comparison_of(tmp_path / "run" / "comparison")
+    page = Page(lr.report(tmp_path / "run").read_text())
+    assert {"Systems", "Claims", "Losses", "What pruning kept"} <= set(page.headings)
+    assert {"LoRA on the full base", "within noise", "adapter_pruned"} <= set(page.cells)
+
+
 def test_what_is_no_result_or_of_two_bases_is_refused(run: Path, tmp_path: Path) -> None:
     for directory, message in (
         (tmp_path / "none", "be an existing directory"),

@@ -15,7 +15,9 @@ import yaml
 
 import loram_ray as lr
 from helpers import tiny
-from loram_ray.stages.run import loram_keeps, plan_steps
+from loram_ray.commands import COMMAND_OF
+from loram_ray.config import load_command
+from loram_ray.stages.run import plan_steps
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pruning_plan.safetensors")
 
@@ -68,54 +70,59 @@ def hashes(output: Path) -> dict[str, str]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_compares_every_way_and_a_second_run_skips_all(
+def test_a_comparison_and_a_run_of_one_file_do_each_stage_once(
     base: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
-    exact = {"data": str(tmp_path / "data.jsonl"), "exact_match": True, "max_new_tokens": 4}
-    raw = settings(base, tmp_path, tmp_path / "run", baselines=True)
-    raw["evaluate"].update(exact)
+    raw = settings(base, tmp_path, tmp_path / "run", merge=None)
+    data = str(tmp_path / "data.jsonl")
+    raw["evaluate"].update(exact_match=True, max_new_tokens=4)
+    raw["compare"] = {
+        "systems": ["base", "pruned", "unaligned", "loram", "full"],
+        "tasks": {"sums": {"data": data, "held_out": data}},
+    }
     config = lr.RunConfig.model_validate(raw)
-    result = lr.run(config)
-    assert [row["name"] for row in result.rows] == [
-        "full base, untouched",
-        "pruned model, as it is",
-        "LoRAM without alignment",
-        "LoRAM",
-        "LoRA on the full base",
-    ]
-    rows = {row["name"]: row for row in result.rows}
-    assert all(math.isfinite(row["answer_perplexity"]) for row in result.rows)
-    untouched, full = rows["full base, untouched"], rows["LoRA on the full base"]
-    assert full["answer_perplexity"] < untouched["answer_perplexity"]
-    assert rows["LoRAM"]["model_parameters"] < full["model_parameters"]
-    assert rows["LoRAM"]["trained_parameters"] < full["trained_parameters"]
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == result.rows
+    compared = lr.compare(config.compare, config.ray)
+    assert not compared.failed
+    rows = {row["system"]: row for row in compared.rows}
+    assert list(rows) == ["base", "full", "pruned", "unaligned", "loram"]
+    assert all(math.isfinite(row["mean"]) for row in rows.values())
+    assert rows["full"]["mean"] < rows["base"]["mean"]
+    assert rows["loram"]["model_parameters"] < rows["full"]["model_parameters"]
+    assert rows["loram"]["trained_parameters"] < rows["full"]["trained_parameters"]
+    assert rows["base"]["trained_parameters"] is None
     before = hashes(tmp_path / "run")
-    again = lr.run(config)
-    assert all(stage["skipped"] for stage in again.stages.values())
+    assert {"pruned", "aligned", "adapter_pruned", "adapter"} <= {Path(n).parts[0] for n in before}
+    result = lr.run(config)
+    assert all(stage["skipped"] for stage in result.stages.values())
     assert hashes(tmp_path / "run") == before
-    assert [row["answer_perplexity"] for row in again.rows] == [
-        row["answer_perplexity"] for row in result.rows
-    ]
-
-
-def test_gain_kept_is_the_share_of_full_loras_gain_in_log_perplexity() -> None:
-    rows = [
-        {"name": "full base, untouched", "answer_perplexity": math.e**2},
-        {"name": "LoRAM", "answer_perplexity": math.e**1.25},
-        {"name": "LoRA on the full base", "answer_perplexity": math.e**1},
-    ]
-    assert loram_keeps(rows) == pytest.approx(0.75)
-    assert loram_keeps(rows[:2]) is None
+    [row] = result.rows
+    assert (row["name"], row["answer_perplexity"]) == ("LoRAM", rows["loram"]["mean"])
+    assert {"exact_match": row["exact_match"]} == rows["loram"]["other_scores"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == result.rows
+    page = lr.report(tmp_path / "run").read_text()
+    assert "LoRAM without alignment" in page and "exact match" in page
 
 
 def test_without_alignment_the_pruned_model_is_what_is_trained(base: Path, tmp_path: Path) -> None:
-    raw = settings(base, tmp_path, tmp_path / "run", baselines=True)
+    raw = settings(base, tmp_path, tmp_path / "run")
     del raw["align"]
-    steps, rows = plan_steps(lr.RunConfig.model_validate(raw))
-    assert [step.name for step in steps][:4] == ["prune", "train", "recover", "merge"]
+    steps = plan_steps(lr.RunConfig.model_validate(raw))
+    assert [step.name for step in steps] == ["prune", "train", "recover", "merge", "evaluate"]
     assert steps[1].config.model == tmp_path / "run" / "pruned"  # type: ignore[attr-defined]
-    assert "LoRAM without alignment" not in [row.name for row in rows]
+
+
+def test_a_run_file_with_baselines_names_the_command_that_compares(
+    base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings(base, tmp_path, tmp_path / "run", baselines=True)))
+    command = COMMAND_OF["train"]
+    for load in (lambda: lr.load_run(file), lambda: load_command(command, file)):
+        with pytest.raises(lr.LoramError, match="baselines must .* loram compare --config") as e:
+            load()
+        assert len(str(e.value).splitlines()) == 1
+    with pytest.warns(FutureWarning, match="baselines was removed from run files; remove it"):
+        lr.load_run(file, ["baselines=false"])
 
 
 @pytest.mark.slow

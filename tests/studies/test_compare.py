@@ -33,7 +33,8 @@ from loram_ray.studies.claims import CLAIMS, Claim, verdict
 from loram_ray.studies.compare import claims_of, rows_of, run_steps
 from loram_ray.studies.comparison_table import as_markdown
 from loram_ray.studies.scores import Score, read_scores, scores_of, with_others, write_scores
-from loram_ray.studies.systems import Cell, Step, comparison_of
+from loram_ray.studies.steps import Cell, Step
+from loram_ray.studies.systems import comparison_of
 
 
 def test_stages_that_systems_share_are_planned_once(base: Path, tmp_path: Path) -> None:

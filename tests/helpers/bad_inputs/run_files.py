@@ -40,7 +40,7 @@ _NO_YAML = {
     "binary": _HEAD + "train: {data: !!binary aGk=}",
     "set": _HEAD + "prune: !!set {a, b}",
     "date_tag": _HEAD + "train: {data: !!timestamp 2024-01-01}",
-    "bool_tag": _HEAD + "baselines: !!bool maybe",
+    "bool_tag": _HEAD + "recover: {correction: !!bool maybe}",
     "list_as_key": _HEAD + "? [a, b]\n: c",
     "digits": _HEAD + "train: {data: data.jsonl, steps: " + "9" * 5000 + "}",
     "hexadecimal": _HEAD + "train: {data: data.jsonl, steps: 0x" + "f" * 5000 + "}",
