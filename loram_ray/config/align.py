@@ -7,7 +7,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loram_ray.config.base import Free, Identified, OptimiserConfig, Precision, Section
+from loram_ray.config.base import (
+    Free,
+    Identified,
+    OptimiserConfig,
+    Precision,
+    Section,
+    require_whole_batches,
+)
 from loram_ray.config.corpus import CorpusConfig
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -296,11 +303,7 @@ class AlignConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> AlignConfig:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, "
-                f"got {self.batch_size}; change one of the two"
-            )
+        require_whole_batches(self.batch_size, self.micro_batch_size)
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,22 @@ from loram_ray.config.aliases import with_former_names, with_present_names
 from loram_ray.utils.parsing import is_unicode
 
 Precision = Literal["bf16", "fp32"]
+BadShare = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="Maximum share of unusable rows to skip, from 0 to 1; a larger share is an "
+        "error.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="Threads per actor. Default: the machine's CPUs divided among the actors.",
+    ),
+]
 _T = TypeVar("_T")
 
 
@@ -87,6 +103,15 @@ class Section(BaseModel):
 @dataclass(frozen=True)
 class GeneratedText:
     """Marks text that is compared with generated text and may contain null characters."""
+
+
+def require_whole_batches(batch_size: int, micro_batch_size: int) -> None:
+    """Raise an error unless a batch consists of whole micro-batches."""
+    if batch_size % micro_batch_size:
+        raise ValueError(
+            f"batch_size must be a multiple of micro_batch_size = {micro_batch_size}, got "
+            f"{batch_size}; change one of them"
+        )
 
 
 class RayConfig(Section):

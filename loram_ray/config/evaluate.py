@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loram_ray.config.base import Free, GeneratedText, Identified, Precision, Section
+from loram_ray.config.base import (
+    BadShare,
+    Free,
+    GeneratedText,
+    Identified,
+    Precision,
+    Section,
+    Threads,
+)
 from loram_ray.config.corpus import TextConfig
 
 _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
@@ -241,13 +249,7 @@ class EvaluateConfig(Section):
         description="Maximum length of an example of data in tokens; longer ones are truncated on "
         "the right.",
     )
-    max_bad_share: Identified[float] = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="Maximum share of unusable rows to skip, from 0 to 1; a larger share is an "
-        "error.",
-    )
+    max_bad_share: Identified[BadShare] = 0.01
     batch_size: Identified[int] = Field(16, ge=1, description="Examples per forward pass.")
     max_new_tokens: Identified[int] = Field(
         64, ge=1, description="Maximum length of an answer generated for data, in tokens."
@@ -265,11 +267,7 @@ class EvaluateConfig(Section):
     max_failures: Free[int] = Field(
         3, ge=0, description="Number of actor failures to tolerate per batch of examples."
     )
-    cpus: Free[int | None] = Field(
-        None,
-        ge=1,
-        description="Threads per actor. Default: the machine's CPUs divided among the actors.",
-    )
+    cpus: Free[Threads] = None
     gpus: Free[float] = Field(
         1.0,
         gt=0,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from loram_ray.config.base import Free, Identified, Precision, Section
+from loram_ray.config.base import Free, Identified, Precision, Section, Threads
 from loram_ray.config.corpus import TextSource
 from loram_ray.criteria import CRITERIA, STRUCTURED, Criterion
 
@@ -49,11 +49,7 @@ class CalibrationConfig(Section):
     workers: Free[int] = Field(
         1, ge=1, description="Number of Ray actors, each with one GPU if there are GPUs."
     )
-    cpus_per_worker: Free[int | None] = Field(
-        None,
-        ge=1,
-        description="Threads per worker. Default: the machine's CPUs divided among the workers.",
-    )
+    cpus_per_worker: Free[Threads] = None
     precision: Identified[Precision] = Field(
         "fp32", description="Data type of weights and activations during calibration."
     )

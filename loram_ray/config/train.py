@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import (
+    BadShare,
     Free,
     Identified,
     OptimiserConfig,
     Precision,
     Section,
     merge_settings,
+    require_whole_batches,
 )
 from loram_ray.config.marks import Renamed
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
@@ -217,13 +219,7 @@ class TrainConfig(Section):
         description="Maximum length of an example in tokens; longer ones are truncated on the "
         "right.",
     )
-    max_bad_share: Identified[float] = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="Maximum share of unusable rows to skip, from 0 to 1; a larger share is an "
-        "error.",
-    )
+    max_bad_share: Identified[BadShare] = 0.01
     packing: Identified[bool] = Field(
         False,
         description="Pack the examples of a forward pass into one sequence instead of padding. "
@@ -301,11 +297,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainConfig:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, got "
-                f"{self.batch_size}; change one of them"
-            )
+        require_whole_batches(self.batch_size, self.micro_batch_size)
         return self
 
     @model_validator(mode="after")
