@@ -13,17 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from helpers import tiny
-from helpers.aligning import BATCH, LENGTH, LR, STEPS, config
+from helpers.aligning import BATCH, LENGTH, LR, STEPS, Training, config, plain_training
 from loram_ray.alignment.loop import ROWS_FILE
 from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import list_sources
-from loram_ray.corpus.stream import Share, open_order, read_chunk
 from loram_ray.runtime.progress import METRICS_FILE, read_lines, restarts_in
 
 
@@ -42,9 +40,6 @@ def losses(directory: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-Training = tuple[list[float], dict[str, torch.Tensor]]
-
-
 @pytest.fixture(scope="module")
 def prepared(
     pruned: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory, embedded_ray: None
@@ -59,35 +54,6 @@ def prepared(
 @pytest.fixture(scope="module")
 def plain(pruned: Path, prepared: Path) -> Training:
     return plain_training(pruned, prepared, STEPS)
-
-
-def plain_training(
-    pruned: Path, prepared: Path, steps: int, norms: list[float] | None = None
-) -> Training:
-    """The same training as a plain PyTorch loop on whole batches: no Ray Train, no DeepSpeed."""
-    everything = Share(0, steps * BATCH, BATCH, worker=0, workers=1)
-    order = open_order(prepared, 0)
-    parts = [read_chunk(order, chunk, everything) for chunk in order.chunks(0, steps * BATCH)]
-    ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
-    lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
-    model = lr.load_pruned(pruned, "fp32").train()
-    model.lm_head.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 2, steps)
-    seen = []
-    for batch, length in zip(ids.split(BATCH), lengths.split(BATCH), strict=True):
-        labels = batch.masked_fill(torch.arange(LENGTH) >= length[:, None], -100)
-        loss = model(input_ids=batch, labels=labels).loss
-        optimiser.zero_grad()
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
-        if norms is not None:
-            norms.append(norm)
-        optimiser.step()
-        schedule.step()
-        seen.append(float(loss))
-    return seen, {name: t.detach() for name, t in model.state_dict().items()}
 
 
 @pytest.mark.cluster
@@ -132,7 +98,7 @@ def test_the_norm_of_the_gradients_is_told_without_zero_too(
     pruned: Path, corpus: Path, prepared: Path, tmp_path: Path
 ) -> None:
     output, expected = tmp_path / "aligned", list[float]()
-    plain_training(pruned, prepared, STEPS, expected)
+    plain_training(pruned, prepared, STEPS, norms=expected)
     lr.align(config(pruned, corpus, output, zero_stage=0, workers=2))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     found = [line["grad_norm"] for line in lines if "grad_norm" in line]

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import get_cosine_schedule_with_warmup
 
 import loram_ray as lr
 from helpers import aligning, tiny
@@ -29,7 +28,7 @@ from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import CorpusConfig
 from loram_ray.corpus.prepare import prepare_corpus
 from loram_ray.corpus.sources import SourceInfo, write_sources
-from loram_ray.corpus.stream import Share, list_blocks, open_order, read_chunk
+from loram_ray.corpus.stream import Share, list_blocks, open_order
 from loram_ray.models.loading import load_model
 from loram_ray.models.tokenizer import frame_of
 from loram_ray.runtime.progress import METRICS_FILE
@@ -203,35 +202,18 @@ def test_seeds_that_share_a_corpus_have_targets_each(
 
 
 @pytest.fixture(scope="module")
-def plain(
-    teaching_base: Path, pruned: Path, text: Path, corpus: StageResult, tmp_path_factory: Any
-) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain(teaching_base: Path, pruned: Path, corpus: StageResult) -> aligning.Training:
     """Distillation as a plain PyTorch loop on whole batches and whole logits."""
-    config = stage_config(teaching_base, pruned, text, Path("unread"))
-    share = Share(0, STEPS * BATCH, BATCH, worker=0, workers=1)
-    order = open_order(corpus.output, config.seed)
-    parts = [read_chunk(order, chunk, share) for chunk in order.chunks(0, STEPS * BATCH)]
-    ids = torch.cat([torch.from_numpy(p["input_ids"]) for p in parts]).long()
-    lengths = torch.cat([torch.from_numpy(p["length"]) for p in parts])
-    model, teacher = lr.load_pruned(pruned, "fp32").train(), load_model(teaching_base, "fp32")
-    model.lm_head.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 2, STEPS)
-    seen = []
-    for batch, length in zip(ids.split(BATCH), lengths.split(BATCH), strict=True):
+    teacher = load_model(teaching_base, "fp32")
+
+    def divergence(model: Any, batch: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         wanted = torch.arange(1, LENGTH) < length[:, None]
         with torch.no_grad():
             log_p = teacher(batch).logits[:, :-1][wanted].log_softmax(-1)
         log_q = model(batch).logits[:, :-1][wanted].log_softmax(-1)
-        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        seen.append(float(loss))
-    return seen, {name: t.detach() for name, t in model.state_dict().items()}
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    return aligning.plain_training(pruned, corpus.output, STEPS, divergence)
 
 
 @pytest.mark.cluster

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from llama import Llama
 from measure import peak_memory
 
 import loram_ray as lr
@@ -29,54 +30,18 @@ from loram_ray.pruning.sparse import Pattern
 from loram_ray.pruning.worker import TOKENS_FILE, CalibrationSpec, CalibrationWorker
 from loram_ray.runtime.progress import Reporter
 
-LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32, "head_dim": 128}
-LLAMA_70B = {"hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128}
-WIDTH = {"hidden": 1024, "intermediate": 2816, "heads": 16, "kv_heads": 4, "head_dim": 64}
-VOCABULARY = 8192
+LLAMA_7B = Llama(4096, 11008, heads=32, kv_heads=32, head_dim=128)
+LLAMA_70B = Llama(8192, 28672, heads=64, kv_heads=8, head_dim=128)
+WIDTH = Llama(1024, 2816, heads=16, kv_heads=4, head_dim=64)
+VOCABULARY = WIDTH.vocabulary
 SAMPLES, TOKENS = 8, 128
 PRUNED_LAYERS_70B = 74
 
 
-def shapes_of(sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Weights ``[out, in]`` of one layer."""
-    hidden, neurons = sizes["hidden"], sizes["intermediate"]
-    queries, keys = sizes["heads"] * sizes["head_dim"], sizes["kv_heads"] * sizes["head_dim"]
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (neurons, hidden),
-        "mlp.up_proj": (neurons, hidden),
-        "mlp.down_proj": (hidden, neurons),
-    }
-
-
-def write_base(directory: Path, layers: int, sizes: dict[str, int]) -> None:
+def write_base(directory: Path, layers: int, sizes: Llama) -> None:
     """A synthetic Llama in bf16, tensor by tensor."""
-    directory.mkdir()
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["intermediate"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": sizes["heads"],
-        "num_key_value_heads": sizes["kv_heads"],
-        "head_dim": sizes["head_dim"],
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    hidden = sizes["hidden"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}{name}.weight": shape for name, shape in shapes_of(sizes).items()}
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (VOCABULARY, hidden)
+    sizes.start(directory, layers)
+    shapes = sizes.shapes(layers)
     specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
     with CheckpointWriter(directory, specs) as writer:
         for name, spec in specs.items():
@@ -156,7 +121,7 @@ def layer(folder: Path) -> dict[str, float]:
     write_base(folder / "base", 1, LLAMA_7B)
     samples, tokens = 4, 512
     worker = CalibrationWorker(setup_of(folder, samples, tokens, batch_size=1))
-    shapes, count = shapes_of(LLAMA_7B), samples * tokens
+    shapes, count = LLAMA_7B.linears(), samples * tokens
     found = {"tokens": count}
 
     def timed(name: str, operations: float, call: object, *arguments: object) -> object:

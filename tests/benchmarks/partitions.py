@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def main() -> None:
     if options.write:
         from calibration import WIDTH, write_base
 
-        write_base(folder / "tiny", 1, {**WIDTH, "intermediate": 64})
+        write_base(folder / "tiny", 1, replace(WIDTH, intermediate=64))
         write_base(folder / "base", options.write, WIDTH)
         print("{}")
         return

@@ -11,41 +11,19 @@ import time
 from pathlib import Path
 
 import torch
+from llama import Llama
 from measure import median, peak_memory, timed_copy
 
 import loram_ray as lr
 from loram_ray.artifacts.tensorfile import CheckpointWriter, TensorSpec
 
 ROUNDS, RATIO = 3, 0.65
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2048, 8192, 32, 8, 64, 32000
+SIZES = Llama(2048, 8192, heads=32, kv_heads=8, head_dim=64, vocabulary=32000)
 
 
 def write_base(directory: Path, layers: int) -> None:
-    directory.mkdir()
-    config = {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        for name, shape in {
-            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    SIZES.start(directory, layers)
+    shapes = SIZES.shapes(layers)
     specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
     with CheckpointWriter(directory, specs) as writer:
         for name, spec in specs.items():

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from llama import Llama
 from measure import median, peak_memory, timed_copy
 
 import loram_ray as lr
@@ -29,50 +30,17 @@ from loram_ray.pruning.random_scores import random_scores
 from loram_ray.pruning.selection import keep_units, layer_ratios
 
 ROUNDS, RANK = 5, 8
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = (
-    8192,
-    28672,
-    80,
-    64,
-    8,
-    128,
-    128256,
-)
+LAYERS = 80
+SIZES = Llama(8192, 28672, heads=64, kv_heads=8, head_dim=128, vocabulary=128256)
 
 
 def base_shapes() -> dict[str, tuple[int, ...]]:
-    query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
-        for name, shape in {
-            "self_attn.q_proj": (query, HIDDEN),
-            "self_attn.k_proj": (key, HIDDEN),
-            "self_attn.v_proj": (key, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, query),
-            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-            "input_layernorm": (HIDDEN,),
-            "post_attention_layernorm": (HIDDEN,),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return SIZES.shapes(LAYERS)
 
 
 def write_sparse_base(directory: Path) -> None:
     """A model directory of the real shapes whose weights are holes in a sparse file."""
-    directory.mkdir()
-    config = {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    SIZES.start(directory, LAYERS)
     header, offset = {}, 0
     for name, shape in base_shapes().items():
         end = offset + 2 * math.prod(shape)

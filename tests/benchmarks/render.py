@@ -407,13 +407,12 @@ def _extrapolation(layer: dict[str, float]) -> str:
         operations_of_forward,
         operations_of_hessians,
         operations_of_solve,
-        shapes_of,
     )
 
     def rate(part: str) -> float:
         return layer[f"{part}_operations"] / layer[f"{part}_seconds"]
 
-    shapes, tokens = shapes_of(LLAMA_70B), 128 * 2048
+    shapes, tokens = LLAMA_70B.linears(), 128 * 2048
     forward = operations_of_forward(shapes, tokens) / rate("forward")
     both = operations_of_forward(shapes, tokens) + operations_of_hessians(shapes, tokens)
     watched = both / rate("forward_and_hessians")

@@ -25,6 +25,7 @@ from loram_ray.pruning.criteria import LayerScores
 from loram_ray.pruning.pool import InProcess, Job
 from loram_ray.pruning.worker import TOKENS_FILE, CalibrationSpec
 from loram_ray.runtime.progress import Reporter
+from loram_ray.units import Geometry
 
 LAYERS = (1, 3)
 
@@ -34,6 +35,7 @@ TOKENS = torch.randint(3, tiny.VOCABULARY, (6, 24), generator=torch.Generator().
 
 
 COLUMNS = ("o_proj", "down_proj", "w2")
+"""Linears whose columns are pruned; of all others the rows are."""
 
 
 FUSED_NAMES = {
@@ -130,17 +132,17 @@ def stock_gradients(
     return loss.item(), gradients, dict(squares)
 
 
-def unit_of(name: str, index: int, sizes: Any) -> tuple[str, int]:
+def unit_of(name: str, index: int, sizes: Geometry) -> tuple[str, int]:
     """Return the KV head or neuron that a row or column of a linear belongs to."""
     dim, group = sizes.head_dim, sizes.num_heads // sizes.num_kv_heads
     queries, keys = sizes.num_heads * dim, sizes.num_kv_heads * dim
     if name in ("q_proj", "o_proj") or (name == "qkv_proj" and index < queries):
-        return "kv_heads", index // dim // group
+        return "kv_head", index // dim // group
     if name == "qkv_proj":
-        return "kv_heads", (index - queries) % keys // dim
+        return "kv_head", (index - queries) % keys // dim
     if name in ("k_proj", "v_proj"):
-        return "kv_heads", index // dim
-    return "neurons", index % sizes.intermediate_size
+        return "kv_head", index // dim
+    return "neuron", index % sizes.intermediate_size
 
 
 def naive_scores(base: Path, importance: dict[str, torch.Tensor]) -> dict[int, LayerScores]:
@@ -158,7 +160,7 @@ def naive_scores(base: Path, importance: dict[str, torch.Tensor]) -> dict[int, L
         )
         for index, value in enumerate(values.double().sum(0 if name in COLUMNS else 1).tolist()):
             kind, unit = unit_of(name, index, sizes)
-            (found.kv_heads if kind == "kv_heads" else found.neurons[expert])[unit] += value
+            (found.kv_heads if kind == "kv_head" else found.neurons[expert])[unit] += value
     if sizes.num_experts:
         return scores
     return {i: LayerScores(s, neurons=s.neurons[0]) for i, s in scores.items()}

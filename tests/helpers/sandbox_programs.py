@@ -251,12 +251,12 @@ FORGERIES = [
         "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read()",
         reason="PermissionError",
     ),
+    forged("leaves its session", "import os\nos.setsid()", reason="PermissionError"),
     forged(
         "outlives its parent",
         "import ctypes\nassert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",
         reason="AssertionError",
     ),
-    forged("leaves its session", "import os\nos.setsid()", reason="PermissionError"),
 ]
 
 _FALSE = "\nraise AssertionError('it got here')\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from helpers.calibrations import COLUMNS, unit_of
 from loram_ray.architectures import architecture_of
 from loram_ray.config import CRITERIA, Criterion, PruneConfig
 from loram_ray.errors import LoramError
@@ -31,9 +32,6 @@ from loram_ray.units import Geometry
 
 FAMILIES = ["llama", "phi3", "mixtral", "qwen3_moe"]
 LAYER = 1
-COLUMNS = ("o_proj", "down_proj", "w2")
-"""Linears whose columns are pruned; of all others the rows are."""
-INPUT_SIDE = COLUMNS
 
 
 def geometry_of(family: str) -> Geometry:
@@ -49,19 +47,6 @@ def shape_of(name: str, sizes: Geometry) -> tuple[int, int]:
     rows |= {"gate_up_proj": 2 * width}
     columns = {"o_proj": queries, "down_proj": width, "w2": width}
     return (hidden, columns[name]) if name in columns else (rows.get(name, width), hidden)
-
-
-def unit_of(name: str, index: int, sizes: Geometry) -> tuple[str, int]:
-    """To which KV head or neuron a row or column of a linear belongs."""
-    dim, group = sizes.head_dim, sizes.num_heads // sizes.num_kv_heads
-    queries, keys = sizes.num_heads * dim, sizes.num_kv_heads * dim
-    if name in ("q_proj", "o_proj") or (name == "qkv_proj" and index < queries):
-        return "kv_head", index // dim // group
-    if name == "qkv_proj":
-        return "kv_head", (index - queries) % keys // dim
-    if name in ("k_proj", "v_proj"):
-        return "kv_head", index // dim
-    return "neuron", index % sizes.intermediate_size
 
 
 def random_layer(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -159,7 +144,7 @@ def test_flap_is_the_variance_of_the_input_times_the_squared_norm_of_its_column(
     weights = random_layer(family)
     generator = torch.Generator().manual_seed(3)
     inputs = {m: 3 + torch.randn(5, 8, w.shape[1], generator=generator) for m, w in weights.items()}
-    pruned = {m: w for m, w in weights.items() if m.rpartition(".")[2] in INPUT_SIDE}
+    pruned = {m: w for m, w in weights.items() if m.rpartition(".")[2] in COLUMNS}
 
     def per_index(entry: CalibratedLinear) -> torch.Tensor | None:
         if entry.module not in pruned:
@@ -182,7 +167,7 @@ def test_activation_is_the_norm_over_sequences_of_the_mean_absolute_input(family
     weights = random_layer(family)
     generator = torch.Generator().manual_seed(3)
     inputs = {m: torch.randn(5, 8, w.shape[1], generator=generator) for m, w in weights.items()}
-    pruned = {m: w[:1] for m, w in weights.items() if m.rpartition(".")[2] in INPUT_SIDE}
+    pruned = {m: w[:1] for m, w in weights.items() if m.rpartition(".")[2] in COLUMNS}
 
     def per_index(entry: CalibratedLinear) -> torch.Tensor | None:
         if entry.module not in pruned:

@@ -193,15 +193,19 @@ def test_bf16_weights_are_summed_in_fp32_and_rounded_once(tmp_path: Path) -> Non
     assert rounded_twice > 0  # the example tells the two ways apart
 
 
+def recovered_for(base: Path, folder: Path) -> tuple[Path, Path]:
+    """A pruned model of the base, and a random adapter of it, recovered."""
+    pruned = lr.prune(
+        lr.PruneConfig(base=str(base), output=folder / "pruned", ratio=0.5, layers=(1, 3))
+    ).output
+    trained, _ = train_randomly(pruned, folder / "trained")
+    recovering = lr.RecoverConfig(adapter=trained, base=str(base), output=folder / "recovered")
+    return pruned, lr.recover(recovering).output
+
+
 def test_a_recovered_adapter_merges_into_the_base_it_was_recovered_for(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", seed=8)
-    pruned = lr.prune(
-        lr.PruneConfig(base=str(base), output=tmp_path / "pruned", ratio=0.5, layers=(1, 3))
-    ).output
-    trained, _ = train_randomly(pruned, tmp_path / "trained")
-    recovered = lr.recover(
-        lr.RecoverConfig(adapter=trained, base=str(base), output=tmp_path / "recovered")
-    ).output
+    pruned, recovered = recovered_for(base, tmp_path)
     merged = merge(base, recovered, tmp_path / "merged")
     model = peft.PeftModel.from_pretrained(load_model(base, "fp32"), recovered)
     expected = logits_of(model, IDS)
@@ -264,13 +268,7 @@ def test_merging_twice_is_skipped_and_another_adapter_is_refused(
 @pytest.mark.parametrize("difference", ["one value", "another seed"])
 def test_another_base_is_refused_and_nothing_written(tmp_path: Path, difference: str) -> None:
     base = tiny.write_base(tmp_path / "base")
-    pruned = lr.prune(
-        lr.PruneConfig(base=str(base), output=tmp_path / "pruned", ratio=0.5, layers=(1, 3))
-    ).output
-    trained, _ = train_randomly(pruned, tmp_path / "trained")
-    recovered = lr.recover(
-        lr.RecoverConfig(adapter=trained, base=str(base), output=tmp_path / "recovered")
-    ).output
+    _, recovered = recovered_for(base, tmp_path)
     other = Path(shutil.copytree(base, tmp_path / "other"))
     if difference == "another seed":
         tiny.write_base(other, seed=1)
