@@ -1,6 +1,7 @@
 # make demo   the whole of LoRAM on a real model, on CPU, in ten to twenty minutes
 # make test   the tests; make slow and make thorough: those that take minutes
 # make cluster  a Ray cluster of several processes on this machine, until Ctrl-C
+# make interop  tests with other projects' trainers, each in an environment of its own
 # make lint   ruff and mypy
 # make docs   the documentation as a site in build/docs; a broken link fails
 # make wheel  an sdist and a wheel, the wheel installed and tried in an empty environment
@@ -14,8 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INPUTS := runs/demo/inputs
+INTEROP ?= .interop
 
-.PHONY: demo test slow thorough lint docs wheel bench cluster venv clean
+.PHONY: demo test slow thorough interop lint docs wheel bench cluster venv clean
 
 venv: $(INSTALLED)
 
@@ -34,7 +36,7 @@ demo: $(INSTALLED)
 	$(BIN)/loram compare --config jobs/configs/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not interop" --numprocesses 2 --dist loadfile
 	PYTHONPATH=$(abspath $(VENV)/lm-eval) $(BIN)/python -m pytest tests/evaluation/test_harness.py
 
 slow: $(INSTALLED)
@@ -42,6 +44,14 @@ slow: $(INSTALLED)
 
 thorough: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and thorough"
+
+$(INTEROP)/%/.installed: tests/interop/%.txt
+	$(PYTHON) -m venv $(INTEROP)/$*
+	$(INTEROP)/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+interop: $(INSTALLED) $(INTEROP)/trl/.installed
+	INTEROP=$(abspath $(INTEROP)) $(BIN)/python -m pytest -m interop
 
 cluster: $(INSTALLED)
 	$(BIN)/python cluster/local_cluster.py
