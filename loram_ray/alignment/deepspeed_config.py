@@ -55,7 +55,7 @@ def _own(config: AlignConfig, workers: int) -> dict[str, Any]:
         ("offload_param", config.offload_parameters),
     ):
         if place != "none":
-            folder = {"nvme_path": str(config.offload_folder)} if place == "nvme" else {}
+            folder = {"nvme_path": str(config.offload_dir)} if place == "nvme" else {}
             zero[key] = {"device": place, **folder}
     offloads = config.offload_optimiser != "none"
     return {

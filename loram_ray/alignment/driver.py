@@ -56,7 +56,7 @@ def fit(loop: LoopSettings) -> None:
         finally:
             ended.set()
             watcher.join()
-            remove_staging(loop.storage, config.staging_folder, ABORTING)
+            remove_staging(loop.storage, config.staging_dir, ABORTING)
 
 
 def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:

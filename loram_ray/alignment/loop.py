@@ -92,7 +92,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         torch.cuda.set_device(context.get_local_rank())
     with (
         alone(loop.work) if rank == 0 else nullcontext(),
-        scratch(staging_prefix(loop.storage), loop.config.staging_folder) as staging,
+        scratch(staging_prefix(loop.storage), loop.config.staging_dir) as staging,
     ):
         checkpoint, universal = last_checkpoint(loop.work, rank, workers)
         teacher = loop.inputs.teacher

@@ -74,7 +74,7 @@ def prepare_targets(
         "closing": frame and frame.end,
         "blocks": digest_of([target_file(block) for block in blocks]),
     }
-    if config.prepared is not None:
+    if config.cache_dir is not None:
         output = output.with_name(f"{output.name}-{digest_of(settings)[:12]}")
 
     def write(target: StageDirectory) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from loram_ray.config.base import (
     require_whole_batches,
 )
 from loram_ray.config.corpus import CorpusConfig
+from loram_ray.config.marks import Renamed
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -100,7 +101,7 @@ class AlignConfig(Section):
     pruned: Free[Path] = Field(description="Directory of the pruned model, as written by prune.")
     output: Free[Path] = Field(description="Directory to write the aligned model to.")
     corpus: Free[CorpusConfig]
-    prepared: Free[Path | None] = Field(
+    cache_dir: Free[Annotated[Path | None, Renamed("prepared")]] = Field(
         None,
         description="Directory for the packed corpus and the base's targets, which can be shared "
         "by alignments on the same corpus. Default: next to the output.",
@@ -173,7 +174,7 @@ class AlignConfig(Section):
     offload_parameters: Free[Offload] = Field(
         "none", description="Device to offload partitioned weights to; requires zero_stage 3."
     )
-    offload_folder: Free[Path | None] = Field(
+    offload_dir: Free[Annotated[Path | None, Renamed("offload_folder")]] = Field(
         None, description="Directory on a fast disk for offloading to 'nvme'."
     )
     deepspeed: Free[Path | None] = Field(
@@ -213,7 +214,7 @@ class AlignConfig(Section):
     keep_checkpoints: Free[int] = Field(
         2, ge=1, description="Number of checkpoints to keep during training."
     )
-    staging_folder: Free[Path | None] = Field(
+    staging_dir: Free[Annotated[Path | None, Renamed("staging_folder")]] = Field(
         None,
         description="Directory on each worker's local disk from which checkpoints are copied to "
         "the output in the background. Default: the system's temporary directory.",
@@ -292,8 +293,8 @@ class AlignConfig(Section):
         if "nvme" in (self.offload_optimiser, self.offload_parameters):
             if stage < 3:
                 raise ValueError(f"zero_stage must be 3 to offload to nvme, got {stage}; raise it")
-            if self.offload_folder is None:
-                raise ValueError("offload_folder must be given to offload to nvme; name one there")
+            if self.offload_dir is None:
+                raise ValueError("offload_dir must be given to offload to nvme; name one there")
         if self.offload_optimiser == "nvme" and self.min_workers is not None:
             raise ValueError(
                 f"min_workers must not be given with offload_optimiser nvme, got "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Section
-from loram_ray.config.marks import KeysOf
+from loram_ray.config.marks import KeysOf, Renamed
 from loram_ray.utils.names import first_clash, folded, output_name_error
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
@@ -109,8 +109,10 @@ class CompareConfig(Section):
     metric: str = Field(
         "answer_perplexity", description="Score of evaluate by which systems are compared."
     )
-    at_a_time: int = Field(1, ge=1, description="Maximum number of stages to run concurrently.")
-    others: tuple[Path, ...] = Field(
+    max_concurrent: Annotated[int, Renamed("at_a_time")] = Field(
+        1, ge=1, description="Maximum number of stages to run concurrently."
+    )
+    merge_scores: Annotated[tuple[Path, ...], Renamed("others")] = Field(
         (),
         description="Paths of scores.json files of the same comparison with other seeds, e.g. "
         "from other machines, to include in means and claims.",

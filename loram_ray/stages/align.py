@@ -80,7 +80,7 @@ def _resolved(config: AlignConfig) -> AlignConfig:
         update={
             "pruned": config.pruned.resolve(),
             "output": config.output.resolve(),
-            "prepared": config.prepared and config.prepared.resolve(),
+            "cache_dir": config.cache_dir and config.cache_dir.resolve(),
         }
     )
 
@@ -88,8 +88,8 @@ def _resolved(config: AlignConfig) -> AlignConfig:
 def _require_cluster(config: AlignConfig) -> None:
     """Raise an error if the cluster is too small, or does not share the directories."""
     require_shared(config.output.parent, "align.output")
-    if config.prepared is not None:
-        require_shared(config.prepared, "align.prepared")
+    if config.cache_dir is not None:
+        require_shared(config.cache_dir, "align.cache_dir")
     require_resources(
         config.min_workers or config.workers,
         config.cpus_per_worker,
@@ -124,8 +124,8 @@ def _prepare(
 
 def _prepared(config: AlignConfig, what: str) -> Path:
     """Return the directory of the packed corpus or of the targets."""
-    if config.prepared is not None:
-        return config.prepared / what
+    if config.cache_dir is not None:
+        return config.cache_dir / what
     return config.output.with_name(f"{config.output.name}_{what}")
 
 

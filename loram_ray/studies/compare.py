@@ -74,13 +74,13 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
     Shared stages run once. Complete stages are skipped, so a long comparison can run in parts. A
     failed step is reported, and only the steps that need it are left out. The output contains
     ``results.json``, ``results.parquet``, ``claims.json`` and ``comparison.md``, and
-    ``scores.json`` with each individual score, for comparisons with other seeds (``others``).
+    ``scores.json`` with each individual score, for comparisons with other seeds (``merge_scores``).
 
     Raises:
         LoramError: If a section is missing or invalid, or nothing could be scored.
     """
     planned = comparison_of(config)
-    others = read_scores(config.others, config.metric, planned.cells)
+    others = read_scores(config.merge_scores, config.metric, planned.cells)
     make_directory(config.output, "compare.output")
     say("compare", f"{len(planned.steps)} stages, {len(planned.cells)} scores")
     sections = [step.config for step in planned.steps.values()]
@@ -88,7 +88,7 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
         done, failed = run_steps(
             planned.steps,
             lambda step: command_of(step.config)(step.config, ray_config),
-            config.at_a_time,
+            config.max_concurrent,
         )
     scored = [cell for cell in planned.cells if cell.evaluation in done]
     if not scored:
@@ -108,7 +108,7 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
 
 
 def run_steps(
-    steps: Mapping[str, Step], do: Callable[[Step], StageResult], at_a_time: int
+    steps: Mapping[str, Step], do: Callable[[Step], StageResult], max_concurrent: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Run steps in dependency order; a failure affects only the steps that depend on it.
 
@@ -118,7 +118,7 @@ def run_steps(
     Args:
         steps: Steps by name.
         do: Function that runs a step.
-        at_a_time: Maximum number of concurrent steps.
+        max_concurrent: Maximum number of concurrent steps.
 
     Returns:
         The manifest details of completed steps, and the reasons of failed ones, by name.
@@ -146,7 +146,7 @@ def run_steps(
             if lost := [need for need in needs if need in failed]:
                 failed[name] = f"it needs {lost[0]}"
                 del waiting[name]
-            elif all(need in done for need in needs) and len(running) < at_a_time:
+            elif all(need in done for need in needs) and len(running) < max_concurrent:
                 del waiting[name]
                 running.add(name)
                 threading.Thread(target=run, args=(name,), daemon=True).start()

@@ -236,7 +236,7 @@ class _Planner:
         assert self._config.align is not None
         settings = merge_settings(self._config.align, more)
         settings |= {"base": self._config.base, "pruned": self._root / pruned, "seed": seed}
-        settings |= {"output": self._root / name, "prepared": self._root / "models" / "prepared"}
+        settings |= {"output": self._root / name, "cache_dir": self._root / "models" / "prepared"}
         config = validate(AlignConfig, settings, f"compare, system {system}")
         shared = ["corpus"]
         if config.objective == "distillation" and config.distillation.targets == "cached":

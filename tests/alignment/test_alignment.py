@@ -282,7 +282,7 @@ def test_offloading_to_nvme_changes_nothing_though_a_worker_was_killed(
     watcher.start()
     killer.start()
     nvme = {"offload_optimiser": "nvme", "offload_parameters": "nvme"}
-    lr.align(config(pruned, corpus, swapped, offload_folder=tmp_path / "fast", **settings, **nvme))
+    lr.align(config(pruned, corpus, swapped, offload_dir=tmp_path / "fast", **settings, **nvme))
     ended.set()
     watcher.join()
     killer.join()
@@ -381,7 +381,7 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
         "zero_stage": 2,
         "checkpoint_every": 1,
         "steps": 16,
-        "staging_folder": small if where == "staging" else tmp_path / "staging",
+        "staging_dir": small if where == "staging" else tmp_path / "staging",
     }
     output = (small if where == "output" else tmp_path) / "aligned"
     with tiny.disk(small, "40m"):
@@ -398,7 +398,7 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(
         (small / "filler").unlink()
         lr.align(config(pruned, corpus, output, **settings))
         untouched = tmp_path / "untouched"
-        lr.align(config(pruned, corpus, untouched, **{**settings, "staging_folder": None}))
+        lr.align(config(pruned, corpus, untouched, **{**settings, "staging_dir": None}))
         assert losses(output) == losses(untouched)
         expected = weights(untouched)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())

@@ -59,7 +59,7 @@ def test_a_batch_that_workers_cannot_share_evenly_is_filled_up() -> None:
 
 
 def test_deepspeed_config_offloads() -> None:
-    offload = {"offload_optimiser": "nvme", "offload_parameters": "cpu", "offload_folder": "/fast"}
+    offload = {"offload_optimiser": "nvme", "offload_parameters": "cpu", "offload_dir": "/fast"}
     assert built(zero_stage=3, **offload)["zero_optimization"] == {
         "stage": 3,
         "offload_optimizer": {"device": "nvme", "nvme_path": "/fast"},
@@ -73,7 +73,7 @@ def test_nvme_without_what_it_needs_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", "/absent")
     monkeypatch.setenv("CC", "/absent/cc")
     require_async_io(built(zero_stage=3, offload_optimiser="cpu"))
-    nvme = built(zero_stage=3, offload_parameters="nvme", offload_folder="/fast")
+    nvme = built(zero_stage=3, offload_parameters="nvme", offload_dir="/fast")
     with pytest.raises(lr.LoramError, match="offload_parameters = nvme needs libaio") as error:
         require_async_io(nvme)
     assert "\n" not in str(error.value)
@@ -134,13 +134,13 @@ def test_a_users_deepspeed_json_that_contradicts_is_refused(
         ({"offload_optimiser": "nvme", "zero_stage": 2}, "zero_stage must be 3 to offload to nvme"),
         (
             {"offload_optimiser": "nvme", "zero_stage": 3},
-            "offload_folder must be given to offload to nvme",
+            "offload_dir must be given to offload to nvme",
         ),
         (
             {
                 "offload_optimiser": "nvme",
                 "zero_stage": 3,
-                "offload_folder": "/fast",
+                "offload_dir": "/fast",
                 "workers": 2,
                 "min_workers": 1,
             },
@@ -185,7 +185,7 @@ def test_swap_buffers_hold_the_largest_partition(
         tensors = {"small": torch.zeros(3), "large": torch.zeros(shape)}
         save_file(tensors, tmp_path / name / "model.safetensors")
     models = [tmp_path / "pruned", tmp_path / "base"]
-    nvme = {"zero_stage": 3, "offload_parameters": "nvme", "offload_folder": "/fast"}
+    nvme = {"zero_stage": 3, "offload_parameters": "nvme", "offload_dir": "/fast"}
     found = built(**nvme)
     size_swap_buffers(found, models, workers)
     assert found["zero_optimization"]["offload_param"]["buffer_size"] == elements

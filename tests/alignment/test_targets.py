@@ -181,13 +181,13 @@ def test_targets_that_were_cut_are_continued(
 def test_seeds_that_share_a_corpus_have_targets_each(
     teaching_base: Path, pruned: Path, text: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
-    """Alignments with one ``prepared`` reuse what is alike, and never meet what is not."""
+    """Alignments with one ``cache_dir`` reuse what is alike, and never meet what is not."""
     corpus = StageResult(tmp_path / "corpus", Manifest("corpus", "id", "base", {}, {}), False)
     write_corpus(corpus.output)
 
     def prepared(**changes: Any) -> StageResult:
         config = stage_config(
-            teaching_base, pruned, text, tmp_path / "a", prepared=tmp_path, steps=2, **changes
+            teaching_base, pruned, text, tmp_path / "a", cache_dir=tmp_path, steps=2, **changes
         )
         output = tmp_path / "targets"
         return prepare_targets(config, teaching_base, "fingerprint", corpus, None, output)

@@ -44,8 +44,11 @@ BEFORE: dict[str, Any] = {
 }  # fmt: skip
 """What stages left out of the identities of directories that are to stay valid."""
 FORMER: dict[str, dict[str, str]] = {
+    "AlignConfig": {
+        "cache_dir": "prepared", "offload_dir": "offload_folder", "staging_dir": "staging_folder",
+    },
     "TrainConfig": {"evaluate_every": "eval_every"},
-}
+}  # fmt: skip
 """Names of renamed keys in the identities of those directories."""
 CALIBRATION = {"sources": [{"path": "text.jsonl"}], "workers": 3, "samples": 7}
 SOURCES = {"sources": [{"path": "web/*.jsonl", "name": "web", "filters": {"keep": "a+"}}]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ WHOLE: dict[str, dict[str, Any]] = {
 """What a section needs at least."""
 RENAMED: list[tuple[str, str, str, Any]] = [
     ("train", "eval_every", "evaluate_every", 5),
+    ("align", "prepared", "cache_dir", Path("yes")),
+    ("align", "offload_folder", "offload_dir", Path("fast")),
+    ("align", "staging_folder", "staging_dir", Path("fast")),
+    ("compare", "at_a_time", "max_concurrent", 3),
+    ("compare", "others", "merge_scores", (Path("scores.json"),)),
 ]
 """Section, former name, name and a value."""
 each_renamed = pytest.mark.parametrize(("name", "old", "new", "value"), RENAMED)
@@ -40,8 +46,17 @@ def line_of(old: str, new: str) -> str:
     return f"{old} was renamed to {new}; change it"
 
 
+def plain(value: Any) -> Any:
+    """A value as a run file has it."""
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def text_of(value: Any) -> str:
-    return str(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+    """A value as ``--set`` and an option have it."""
+    value = "null" if value is None else plain(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def warned(call: Any) -> tuple[Any, list[str]]:
@@ -65,14 +80,16 @@ def test_a_former_name_is_accepted_in_a_run_file_and_overridden_by_the_present_o
     name: str, old: str, new: str, value: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"base": "b", "output": "o", name: WHOLE[name] | {old: value}}))
+    file.write_text(
+        yaml.safe_dump({"base": "b", "output": "o", name: WHOLE[name] | {old: plain(value)}})
+    )
     run, lines = warned(lambda: load_run(file))
     expected = COMMAND_OF[name].model(**WHOLE[name], **{new: value})
     assert getattr(getattr(run, name), new) == getattr(expected, new)
     assert lines == [f"{file}: {line_of(f'{name}.{old}', f'{name}.{new}')}"]
-    default = text_of(COMMAND_OF[name].model.model_fields[new].default or [])
-    over, _ = warned(lambda: load_run(file, [f"{name}.{new}={default}"]))
-    assert getattr(getattr(over, name), new) == COMMAND_OF[name].model.model_fields[new].default
+    default = COMMAND_OF[name].model.model_fields[new].default
+    over, _ = warned(lambda: load_run(file, [f"{name}.{new}={text_of(default)}"]))
+    assert getattr(getattr(over, name), new) == default != value
 
 
 @each_renamed
@@ -100,7 +117,7 @@ def test_both_names_are_one_line(
     name: str, old: str, new: str, value: Any, tmp_path: Path, loram: Command
 ) -> None:
     file = tmp_path / "run.yaml"
-    both = WHOLE[name] | {old: value, new: value}
+    both = WHOLE[name] | {old: plain(value), new: plain(value)}
     file.write_text(yaml.safe_dump({"base": "b", "output": "o", name: both}))
     with pytest.raises(LoramError) as caught:
         load_run(file)

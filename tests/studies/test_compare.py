@@ -61,7 +61,7 @@ def test_stages_that_systems_share_are_planned_once(base: Path, tmp_path: Path) 
     for number, name in enumerate(names):
         assert all(names.index(need) < number for need in planned.steps[name].needs)
     prepared = {
-        step.config.prepared
+        step.config.cache_dir
         for step in planned.steps.values()
         if isinstance(step.config, lr.AlignConfig)
     }
@@ -227,7 +227,7 @@ def test_the_objectives_are_compared_by_their_command() -> None:
     assert {(cell.ratio, cell.seed) for cell in planned.cells if cell.system == "live"} == {
         (ratio, seed) for ratio in (0.35, 0.65) for seed in (0, 1, 2)
     }
-    files = [repository / path for path in run.compare.others]
+    files = [repository / path for path in run.compare.merge_scores]
     others = read_scores(files, run.compare.metric, planned.cells)
     assert {score.system for score in others} >= {"full", "causal", "distilled"}
     assert {score.seed for score in others} == {None, 0, 1, 2}
@@ -293,7 +293,7 @@ def test_steps_run_after_those_they_need_and_a_failure_harms_no_other() -> None:
             raise LoramError("b is broken")
         return result_of(one.name)
 
-    done, failed = run_steps(steps, do, at_a_time=1)
+    done, failed = run_steps(steps, do, max_concurrent=1)
     assert failed == {"b": "b is broken", "d": "it needs b"}
     assert set(done) == {"a", "c", "e", "f"}
     assert order.index("a") < order.index("c") < order.index("e")
@@ -312,7 +312,7 @@ def test_as_many_steps_run_at_a_time_as_may() -> None:
             inside -= 1
         return result_of(one.name)
 
-    run_steps({f"s{n}": step(f"s{n}") for n in range(9)}, do, at_a_time=3)
+    run_steps({f"s{n}": step(f"s{n}") for n in range(9)}, do, max_concurrent=3)
     assert most == 3
 
 
@@ -346,7 +346,7 @@ def test_an_interrupt_waits_for_no_step() -> None:
 
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_steps({"a": step("a"), "b": step("b", "a")}, do, at_a_time=2)
+            run_steps({"a": step("a"), "b": step("b", "a")}, do, max_concurrent=2)
         assert not over.is_set()
     finally:
         over.set()
@@ -358,7 +358,7 @@ def test_what_is_no_users_mistake_ends_the_comparison() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_steps({"a": step("a"), "b": step("b")}, do, at_a_time=1)
+        run_steps({"a": step("a"), "b": step("b")}, do, max_concurrent=1)
 
 
 def test_gain_kept_is_that_of_the_method() -> None:

@@ -26,7 +26,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
     ),
     "compare.systems": ("[fly]", "7", "[7]"),
     "compare.seeds": ("[a]", "[1, 1]"),
-    "compare.others": ("[nowhere.json]", "7"),
+    "compare.merge_scores": ("[nowhere.json]", "7"),
 }
 _SUBMIT = ("submit", "prune", "--config", "run.yaml")
 _VARIABLES = {
