@@ -244,7 +244,7 @@ class AlignConfig(Section):
         return self.distillation.workers or self.distillation.copies(workers)
 
     @property
-    def actors(self) -> int:
+    def max_workers(self) -> int:
         """Maximum number of concurrent workers, of training or of target computation."""
         return max(self.workers, self.target_workers)
 

@@ -27,7 +27,7 @@ Threads = Annotated[
     int | None,
     Field(
         ge=1,
-        description="Threads per actor. Default: the machine's CPUs divided among the actors.",
+        description="Threads per worker. Default: the machine's CPUs divided among the workers.",
     ),
 ]
 _T = TypeVar("_T")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Section
-from loram_ray.config.marks import DottedKeysOf, KeysOf
+from loram_ray.config.marks import DottedKeysOf, KeysOf, Renamed
 from loram_ray.utils.names import output_name_error
 
 OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
@@ -95,17 +95,25 @@ class BatchConfig(Section):
         description="Keys of the train section for all tasks; they override the run file's train "
         "section.",
     )
-    actors: int = Field(1, ge=1, description="Number of Ray actors, each with a copy of the model.")
-    adapters_per_actor: int = Field(
+    workers: Annotated[int, Renamed("actors")] = Field(
+        1, ge=1, description="Number of Ray actors, each with a copy of the model."
+    )
+    adapters_per_worker: Annotated[int, Renamed("adapters_per_actor")] = Field(
         1,
         ge=1,
-        description="Number of adapters that each actor trains at once, on one copy of the model "
+        description="Number of adapters that each worker trains at once, on one copy of the model "
         "and in shared forward passes. Results match those of separate training up to "
         "rounding. loram plan shows how many fit.",
     )
-    cpus: int = Field(1, ge=1, description="Number of threads per actor.")
-    gpus: float = Field(1.0, gt=0, le=1, description="Share of a GPU per actor, if there is one.")
-    max_failures: int = Field(3, ge=0, description="Number of actor failures to tolerate per task.")
+    cpus_per_worker: Annotated[int, Renamed("cpus")] = Field(
+        1, ge=1, description="Number of threads per worker."
+    )
+    gpus_per_worker: Annotated[float, Renamed("gpus")] = Field(
+        1.0, gt=0, le=1, description="Share of a GPU per worker, if there is one."
+    )
+    max_failures: int = Field(
+        3, ge=0, description="Number of worker failures to tolerate per task."
+    )
 
     @model_validator(mode="after")
     def _no_paths_in_shared(self) -> BatchConfig:

@@ -17,6 +17,7 @@ from loram_ray.config.base import (
     Threads,
 )
 from loram_ray.config.corpus import TextConfig
+from loram_ray.config.marks import Renamed
 
 _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 
@@ -258,21 +259,21 @@ class EvaluateConfig(Section):
     precision: Identified[Precision] = Field(
         "bf16", description="Data type of weights and activations."
     )
-    actors: Free[int] = Field(
+    workers: Free[Annotated[int, Renamed("actors")]] = Field(
         1,
         ge=1,
         description="Number of Ray actors, each with a copy of the model. It does not affect the "
         "scores.",
     )
     max_failures: Free[int] = Field(
-        3, ge=0, description="Number of actor failures to tolerate per batch of examples."
+        3, ge=0, description="Number of worker failures to tolerate per batch of examples."
     )
-    cpus: Free[Threads] = None
-    gpus: Free[float] = Field(
+    cpus_per_worker: Free[Annotated[Threads, Renamed("cpus")]] = None
+    gpus_per_worker: Free[Annotated[float, Renamed("gpus")]] = Field(
         1.0,
         gt=0,
         le=1,
-        description="Share of a GPU per actor, if there is one; the rest stays available to "
+        description="Share of a GPU per worker, if there is one; the rest stays available to "
         "others.",
     )
 

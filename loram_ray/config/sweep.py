@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from loram_ray.config.base import Free, Identified, Section
 from loram_ray.config.batch import OF_THE_WHOLE
-from loram_ray.config.marks import DottedKeysOf, KeysOf
+from loram_ray.config.marks import DottedKeysOf, KeysOf, Renamed
 
 _COMPARED_BY = {
     "steps",
@@ -106,18 +106,20 @@ class SweepConfig(Section):
         ge=1,
         description="Number of best trials per model to recover and evaluate on the base.",
     )
-    actors: Free[int] = Field(
+    workers: Free[Annotated[int, Renamed("actors")]] = Field(
         1,
         ge=1,
-        description="Maximum number of concurrent trials, each in an actor with a copy of the "
-        "model.",
+        description="Maximum number of concurrent trials, each in a Ray actor with a copy of "
+        "the model.",
     )
-    cpus: Free[int] = Field(1, ge=1, description="Number of threads per actor.")
-    gpus: Free[float] = Field(
-        1.0, gt=0, le=1, description="Share of a GPU per actor, if there is one."
+    cpus_per_worker: Free[Annotated[int, Renamed("cpus")]] = Field(
+        1, ge=1, description="Number of threads per worker."
+    )
+    gpus_per_worker: Free[Annotated[float, Renamed("gpus")]] = Field(
+        1.0, gt=0, le=1, description="Share of a GPU per worker, if there is one."
     )
     max_failures: Free[int] = Field(
-        3, ge=0, description="Number of actor failures to tolerate per trial."
+        3, ge=0, description="Number of worker failures to tolerate per trial."
     )
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
         "use a larger GPU" if quantized else "quantize the model or use a larger GPU",
     )
     if adapters > 1:
-        remedy = f"lower batch.adapters_per_actor = {adapters}, or {remedy}"
+        remedy = f"lower batch.adapters_per_worker = {adapters}, or {remedy}"
     raise LoramError(
         f"train needs {asked / _GB:.1f} GB of GPU memory for {config.model}, {usable / _GB:.1f} GB "
         f"are free; {remedy}"

@@ -58,7 +58,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     require_trackers(config.trackers, "align.trackers")
     base = _base_of(config) if config.objective == "distillation" else None
     require_text(config.corpus)
-    with ray_session(ray_config or RayConfig(), cpus=config.actors * config.cpus_per_worker):
+    with ray_session(ray_config or RayConfig(), cpus=config.max_workers * config.cpus_per_worker):
         _require_cluster(config)
         inputs, prepared = _prepare(config, base, manifest.base_fingerprint)
         corpus = prepared["corpus"].manifest.details

@@ -172,15 +172,17 @@ def _write(
     record = _Record(target.work / _RECORD_FILE)
     waiting = {str(b.number): b for b in plan.batches if b.number not in record.found}
     harness = _Harness(target.work / _HARNESS_FILE, wanted=config.lm_eval is not None)
-    workers = min(config.actors, max(len(waiting) + harness.waits, 1))
-    cpus = config.cpus or max((os.cpu_count() or 1) // config.actors, 1)
+    workers = min(config.workers, max(len(waiting) + harness.waits, 1))
+    cpus = config.cpus_per_worker or max((os.cpu_count() or 1) // config.workers, 1)
     with (
         ray_session(ray_config, workers * cpus),
         Reporter("evaluate", plan.items, "item") as reporter,
     ):
-        require_resources(workers, cpus, gpus_per_worker(config.gpus), "evaluate.actors")
+        require_resources(
+            workers, cpus, gpus_per_worker(config.gpus_per_worker), "evaluate.workers"
+        )
         advise_precision(config.precision, "evaluate")
-        actors = Actors(Scorer, (absolute,), cpus, config.gpus)
+        actors = Actors(Scorer, (absolute,), cpus, config.gpus_per_worker)
 
         def work(worker: int, name: str) -> Outcome:
             if name == _HARNESS:

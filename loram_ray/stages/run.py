@@ -89,7 +89,7 @@ def cpus_for_models(sections: Iterable[Section]) -> int:
 
 def _cpus_for(section: Section) -> int:
     if isinstance(section, AlignConfig):
-        return section.actors * section.cpus_per_worker
+        return section.max_workers * section.cpus_per_worker
     if isinstance(section, PruneConfig) and section.calibration is not None:
         return section.calibration.workers * threads_of(section.calibration)
     return 1

@@ -72,19 +72,20 @@ def batch(config: BatchConfig, ray_config: RayConfig | None = None) -> BatchResu
     identity = BaseModel(config.model, "batch.model").identify()
     require_recovery(config.model, config.correction, "batch.correction")
     make_directory(config.output, "batch.output")
-    each = config.adapters_per_actor
-    workers = min(config.actors, -(-len(tasks) // each))
-    cpus = workers * config.cpus
+    each = config.adapters_per_worker
+    workers = min(config.workers, -(-len(tasks) // each))
+    cpus = workers * config.cpus_per_worker
     with (
         ray_session(ray_config or RayConfig(), cpus),
         Reporter("batch", len(tasks), "task") as reporter,
     ):
-        require_resources(workers, config.cpus, gpus_per_worker(config.gpus), "batch.actors")
+        gpus = gpus_per_worker(config.gpus_per_worker)
+        require_resources(workers, config.cpus_per_worker, gpus, "batch.workers")
         trainings = [task.train for task in tasks.values() if task.train is not None]
         if trainings:
             advise_precision(trainings[0].precision, "batch.train")
         state = _Progress(reporter, tasks)
-        actors = Actors(TaskActor, (each,), config.cpus, config.gpus, each)
+        actors = Actors(TaskActor, (each,), config.cpus_per_worker, config.gpus_per_worker, each)
         schedule = Schedule(list(tasks), config.max_failures)
         try:
             run_tasks(

@@ -71,7 +71,7 @@ def sweep(config: SweepConfig, ray_config: RayConfig | None = None) -> StageResu
     ray = ray_config or RayConfig()
     models = _models_of(config)
     trials = trials_of(config, {name: model.directory for name, model in models.items()})
-    cpus = config.actors * config.cpus
+    cpus = config.workers * config.cpus_per_worker
     made = [section for m in models.values() for section in (m.prune, m.align) if section]
     with ray_session(ray, max(cpus, cpus_for_models(made))):
         for model in models.values():
@@ -153,8 +153,10 @@ def _write(
 ) -> None:
     from loram_ray.studies.tuning import run_trials  # imports Ray, which must be set up first
 
-    gpus = gpus_per_worker(config.gpus)
-    require_resources(min(config.actors, len(trials)), config.cpus, gpus, "sweep.actors")
+    gpus = gpus_per_worker(config.gpus_per_worker)
+    require_resources(
+        min(config.workers, len(trials)), config.cpus_per_worker, gpus, "sweep.workers"
+    )
     advise_precision(trials[0].train.precision, "sweep.train")
     folder = target.work.resolve() / "trials"
     reasons = run_trials(config, trials, folder, target.work.resolve() / "tune", gpus)
@@ -219,7 +221,7 @@ def _write_settings(output: Path, trial: Trial, config: SweepConfig) -> None:
     """Write the settings with which ``loram train`` reproduces the adapter."""
     settings = trial.train.model_dump(mode="json", exclude=_OF_THE_TRIAL, exclude_unset=True)
     # Include cpus: the number of threads changes the order of summation.
-    whole = {"model": str(trial.train.model), "data": config.data, "cpus": config.cpus}
+    whole = {"model": str(trial.train.model), "data": config.data, "cpus": config.cpus_per_worker}
     section = {**whole, **settings}
     (output / BEST_FILE).write_text(yaml.safe_dump({"train": section}))
 
@@ -283,7 +285,12 @@ def _judged(trial: Trial, final: Path, config: SweepConfig) -> float:
     work = final.resolve().parent
     arguments = (absolute(trial.train), base, (final / "adapter").resolve(), work / ".judging")
     loss: float = run_in_actor(
-        _held_out_loss, arguments, config.cpus, config.max_failures, _until, config.gpus
+        _held_out_loss,
+        arguments,
+        config.cpus_per_worker,
+        config.max_failures,
+        _until,
+        config.gpus_per_worker,
     )
     shutil.rmtree(work / ".judging")
     return loss

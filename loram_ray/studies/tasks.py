@@ -73,9 +73,9 @@ def tasks_of(config: BatchConfig) -> list[Task]:
 def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
     """Require tasks that share a copy of the model to load it with equal settings."""
     kinds = {(task.train.precision, task.train.attention) for task in tasks if task.train}
-    if config.adapters_per_actor > 1 and len(kinds) > 1:
+    if config.adapters_per_worker > 1 and len(kinds) > 1:
         raise LoramError(
-            "batch.adapters_per_actor above 1 needs tasks of one precision and attention, got "
+            "batch.adapters_per_worker above 1 needs tasks of one precision and attention, got "
             f"{', '.join(f'{precision} with {attention}' for precision, attention in kinds)}; "
             "set them in batch.train or set it to 1"
         )
@@ -142,8 +142,8 @@ def _task(
         model=config.model,
         output=trained,
         data=file,
-        cpus=config.cpus,
-        gpus=config.gpus,
+        cpus=config.cpus_per_worker,
+        gpus=config.gpus_per_worker,
         max_failures=config.max_failures,
     )
     train: TrainConfig = validate(TrainConfig, settings, f"{key} ({name})")

@@ -131,8 +131,8 @@ def _trial(config: SweepConfig, model: str, directory: Path, values: dict[str, A
             "model": directory,
             "output": config.output / name,
             "data": config.data,
-            "cpus": config.cpus,
-            "gpus": config.gpus,
+            "cpus": config.cpus_per_worker,
+            "gpus": config.gpus_per_worker,
             "max_failures": config.max_failures,
         },
     )

@@ -50,12 +50,12 @@ def run_trials(
         results = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(TrialActor, trials=given),
-                {"cpu": config.cpus, "gpu": gpus},
+                {"cpu": config.cpus_per_worker, "gpu": gpus},
             ),
             param_space={_TRIAL: tune.grid_search(list(given))},
             tune_config=tune.TuneConfig(
                 scheduler=schedule,
-                max_concurrent_trials=config.actors,
+                max_concurrent_trials=config.workers,
                 reuse_actors=True,
                 trial_name_creator=_name_of,
                 trial_dirname_creator=_name_of,

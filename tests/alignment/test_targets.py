@@ -331,7 +331,7 @@ def test_what_the_base_has_not_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("workers", "distillation", "actors"),
+    ("workers", "distillation", "most"),
     [
         ({}, {}, 1),
         ({"workers": 8}, {}, 8),
@@ -342,12 +342,12 @@ def test_what_the_base_has_not_is_refused(
     ],
 )
 def test_targets_are_computed_on_what_training_will_have(
-    workers: dict[str, int], distillation: dict[str, Any], actors: int, tmp_path: Path
+    workers: dict[str, int], distillation: dict[str, Any], most: int, tmp_path: Path
 ) -> None:
     config = stage_config(
         tmp_path, tmp_path, tmp_path, tmp_path, distillation=distillation, **workers
     )
-    assert (config.target_workers, config.actors) == (actors, config.workers)
+    assert (config.target_workers, config.max_workers) == (most, config.workers)
 
 
 def write_corpus(folder: Path) -> None:

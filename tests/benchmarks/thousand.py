@@ -47,7 +47,7 @@ def main() -> None:
             "model": pruned,
             "base": str(base),
             "output": folder / "batch",
-            "actors": 2,
+            "workers": 2,
             "tasks": [{"data": f"{folder}/tasks/*.jsonl"}],
             "train": {
                 "lora": {"r": 2, "dropout": 0.0},

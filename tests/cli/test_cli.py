@@ -128,7 +128,12 @@ def folder(tmp_path: Path, bases: Path) -> Path:
         },
         "train": {"model": "pruned", "data": "data.jsonl", "steps": 2, "cpus": 1},
         "recover": {"adapter": "adapter_pruned"},
-        "evaluate": {"data": "data.jsonl", "adapter": None, "cpus": 1, "precision": "fp32"},
+        "evaluate": {
+            "data": "data.jsonl",
+            "adapter": None,
+            "cpus_per_worker": 1,
+            "precision": "fp32",
+        },
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path

@@ -48,6 +48,8 @@ FORMER: dict[str, dict[str, str]] = {
         "cache_dir": "prepared", "offload_dir": "offload_folder", "staging_dir": "staging_folder",
     },
     "TrainConfig": {"evaluate_every": "eval_every"},
+    "EvaluateConfig": {"workers": "actors", "cpus_per_worker": "cpus", "gpus_per_worker": "gpus"},
+    "SweepConfig": {"workers": "actors", "cpus_per_worker": "cpus", "gpus_per_worker": "gpus"},
 }  # fmt: skip
 """Names of renamed keys in the identities of those directories."""
 CALIBRATION = {"sources": [{"path": "text.jsonl"}], "workers": 3, "samples": 7}
@@ -67,7 +69,7 @@ SECTIONS: list[Section] = [
         model="m", output="o", data="d", eval_data="e", patience=3, evaluate_every=7,
         lora={"r": 4, "rank_pattern": {"q_proj": 2}}, optimiser={"name": "adamw"}, cpus=3,
     ),
-    config.EvaluateConfig(model="m", output="o", data="d", adapter="a", limit=3, actors=2),
+    config.EvaluateConfig(model="m", output="o", data="d", adapter="a", limit=3, workers=2),
     config.SweepConfig(
         model="m", output="o", data="d", grid={"lora.r": (2, 4)}, trials=5,
         train={"eval_share": 0.1},
@@ -145,7 +147,7 @@ def test_a_training_s_evaluations_identify_it_where_it_has_some(
 
 
 def test_a_benchmark_is_identified_by_all_but_where_its_data_is() -> None:
-    expected = EVALUATION.model_dump(mode="json", exclude=BEFORE["EvaluateConfig"])
+    expected = recorded_before(EVALUATION, BEFORE["EvaluateConfig"])
     names = ("d", "text", "problems", "chain_sum")
     for given, name in zip(expected["benchmarks"], names, strict=True):
         given["name"] = name

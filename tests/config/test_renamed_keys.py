@@ -35,6 +35,10 @@ RENAMED: list[tuple[str, str, str, Any]] = [
     ("align", "prepared", "cache_dir", Path("yes")),
     ("align", "offload_folder", "offload_dir", Path("fast")),
     ("align", "staging_folder", "staging_dir", Path("fast")),
+    *((name, "actors", "workers", 3) for name in ("batch", "evaluate", "sweep")),
+    *((name, "cpus", "cpus_per_worker", 2) for name in ("batch", "evaluate", "sweep")),
+    *((name, "gpus", "gpus_per_worker", 0.5) for name in ("batch", "evaluate", "sweep")),
+    ("batch", "adapters_per_actor", "adapters_per_worker", 2),
     ("compare", "at_a_time", "max_concurrent", 3),
     ("compare", "others", "merge_scores", (Path("scores.json"),)),
 ]

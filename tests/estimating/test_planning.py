@@ -303,7 +303,7 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     peak = found["train"]["peak_bytes"]
     once = peak["weights"] + peak["workspace"] + peak["logits"]
     each = peak["total"] - once + peak["gradients"]
-    counts = found["train"]["adapters_per_actor"]
+    counts = found["train"]["adapters_per_worker"]
     assert list(counts) == [gpu.name for gpu in GPUS] and counts["A10G"] > 1
     for gpu in GPUS:
         assert counts[gpu.name] == 1 or once + counts[gpu.name] * each <= gpu.usable

@@ -193,7 +193,7 @@ def test_the_command_shows_scores_and_runs_tasks_of_lm_eval(
         "adapter": None,
         "output": str(tmp_path / "out"),
         "precision": "fp32",
-        "cpus": 1,
+        "cpus_per_worker": 1,
         "benchmarks": [{"kind": "choice", "data": quiz}],
         "lm_eval": lm_eval,
     }

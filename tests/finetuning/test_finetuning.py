@@ -209,13 +209,13 @@ folder, found = Path(sys.argv[1]), {}
 def run(number):
     found[number] = run_in_actor(meet, (folder, number, 3), 1, 0, wait, gpus=0.3)
 
-require_resources(3, 1, gpus_per_worker(0.3), "batch.actors")
+require_resources(3, 1, gpus_per_worker(0.3), "batch.workers")
 threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 print(sorted(found.values()))
 try:
-    require_resources(4, 1, gpus_per_worker(0.3), "batch.actors")
+    require_resources(4, 1, gpus_per_worker(0.3), "batch.workers")
 except Exception as error:
     print(error)
 ray.shutdown()
@@ -231,4 +231,4 @@ def test_actors_share_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shares, refusal = done.stdout.splitlines()
     assert shares == "[0.3, 0.3, 0.3]"
-    assert "batch.actors needs 1.2 GPUs in the Ray cluster, it has 1" in refusal
+    assert "batch.workers needs 1.2 GPUs in the Ray cluster, it has 1" in refusal

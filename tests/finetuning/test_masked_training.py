@@ -297,7 +297,7 @@ def test_the_train_and_evaluate_stages_use_the_masks(tmp_path: Path, embedded_ra
 
     def evaluation(name: str, model: Path, adapter: Path | None = None) -> lr.EvaluateConfig:
         settings = {"model": str(model), "adapter": adapter, "output": tmp_path / name}
-        return lr.EvaluateConfig(data=str(data), precision="fp32", cpus=1, **settings)
+        return lr.EvaluateConfig(data=str(data), precision="fp32", cpus_per_worker=1, **settings)
 
     def perplexity(name: str, model: Path) -> float:
         return score(evaluation(name, model))["answer_perplexity"]

@@ -23,7 +23,7 @@ def run_of(base: Path, folder: Path, compare: dict[str, Any], **sections: Any) -
             "prune": {"layers": (1, 3)},
             "train": {**train, "precision": "fp32", "cpus": 1},
             "align": {**align, "precision": "fp32", "batch_size": 2, "micro_batch_size": 2},
-            "evaluate": {"precision": "fp32", "cpus": 1},
+            "evaluate": {"precision": "fp32", "cpus_per_worker": 1},
             "compare": {"tasks": {"sums": {"data": data, "held_out": held_out}}, **compare},
             **sections,
         }

@@ -63,8 +63,8 @@ def write_run(folder: Path, base: Path, steps: int = 8, **sections: Any) -> Path
         "sweep": {
             "data": "data.jsonl",
             "grid": {"lora.r": [2, 4]},
-            "actors": 1,
-            "cpus": 1,
+            "workers": 1,
+            "cpus_per_worker": 1,
             "train": {
                 **training,
                 "steps": steps,
@@ -77,7 +77,7 @@ def write_run(folder: Path, base: Path, steps: int = 8, **sections: Any) -> Path
         "export": {},
         "recover": {},
         "merge": {},
-        "evaluate": {"data": "data.jsonl", "precision": "fp32", "actors": 1, "cpus": 1},
+        "evaluate": {"data": "data.jsonl", "precision": "fp32", "workers": 1, "cpus_per_worker": 1},
         **sections,
     }
     path = folder / "run.yaml"

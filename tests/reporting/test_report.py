@@ -71,7 +71,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory, embedded_ray: None
         "prune": {"ratio": 0.5, "layers": (1, 3)},
         "train": {**train, "precision": "fp32"},
         "recover": {},
-        "evaluate": {"data": data, "limit": 6, "precision": "fp32", "cpus": 1},
+        "evaluate": {"data": data, "limit": 6, "precision": "fp32", "cpus_per_worker": 1},
     }
     return lr.run(RunConfig.model_validate(run)).output
 

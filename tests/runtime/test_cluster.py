@@ -74,7 +74,7 @@ def test_a_batch_has_the_cluster_grow_and_shrink_and_survives_a_lost_node(
             "model": str(pruned),
             "tasks": [{"data": f"{data}/*.jsonl"}],
             "train": {**TRAIN, "steps": 60, "checkpoint_every": 10},
-            "actors": 2,
+            "workers": 2,
         },
     }
     file = tmp_path / "batch.yaml"

@@ -35,7 +35,7 @@ def settings_of(directory: Path, folder: Path, **changes: Any) -> dict[str, Any]
         "output": str(folder / "out"),
         "precision": "fp32",
         "batch_size": 2,
-        "cpus": 1,
+        "cpus_per_worker": 1,
         "benchmarks": [
             {"kind": "choice", "data": quiz},
             {"kind": "code", "data": code, "samples": 4, "pass_at": [1, 3], "max_new_tokens": 8},
@@ -61,9 +61,9 @@ def test_scores_do_not_depend_on_the_number_of_actors(
     tmp_path: Path,
 ) -> None:
     outputs = []
-    for actors in (1, 2):
+    for workers in (1, 2):
         config = settings_of(
-            loud_directory, tmp_path, output=str(tmp_path / str(actors)), actors=actors
+            loud_directory, tmp_path, output=str(tmp_path / str(workers)), workers=workers
         )
         outputs.append(lr.evaluate(lr.EvaluateConfig.model_validate(config)).output)
     assert scores_in(outputs[0]) == scores_in(outputs[1])
@@ -75,8 +75,8 @@ def test_scores_do_not_depend_on_the_number_of_actors(
     }
     config = lr.EvaluateConfig.model_validate(settings_of(loud_directory, tmp_path))
     assert scores_in(outputs[0]) == score(config)
-    other = config.model_copy(update={"output": outputs[0], "actors": 2})
-    assert lr.evaluate(other).skipped, "the number of actors does not make another evaluation"
+    other = config.model_copy(update={"output": outputs[0], "workers": 2})
+    assert lr.evaluate(other).skipped, "the number of workers does not make another evaluation"
     moved = settings_of(loud_directory, tmp_path / "moved", output=str(outputs[0]))
     assert lr.evaluate(lr.EvaluateConfig.model_validate(moved)).skipped, "nor does where data are"
 
@@ -138,7 +138,7 @@ def test_a_killed_actor_and_a_killed_driver_change_nothing(
     tmp_path: Path,
 ) -> None:
     """Nothing is scored twice, nothing is lost, and sampled programs are the same."""
-    section = settings_of(loud_directory, tmp_path, actors=2, batch_size=1)
+    section = settings_of(loud_directory, tmp_path, workers=2, batch_size=1)
     section["benchmarks"][1] |= {"samples": 20, "max_new_tokens": 40}
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"base": str(loud_directory), "output": "o", "evaluate": section}))

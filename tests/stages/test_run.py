@@ -55,7 +55,7 @@ def settings(base: Path, folder: Path, output: Path, **changes: Any) -> dict[str
         },
         "recover": {},
         "merge": {},
-        "evaluate": {"data": str(data), "precision": "fp32", "cpus": 2},
+        "evaluate": {"data": str(data), "precision": "fp32", "cpus_per_worker": 2},
         **changes,
     }
 

@@ -38,7 +38,7 @@ def settings_of(model: Path, data: Path, output: Path, **changes: object) -> lr.
         "output": output,
         "tasks": [{"data": f"{data}/*.jsonl"}],
         "train": TRAIN,
-        "actors": 2,
+        "workers": 2,
         **changes,
     }
     return lr.BatchConfig.model_validate(settings)
@@ -253,7 +253,7 @@ def test_a_death_among_several_is_held_against_none_of_them() -> None:
 
 def test_tasks_that_share_a_model_want_it_loaded_alike(tmp_path: Path) -> None:
     tasks = [{"data": "a.jsonl"}, {"data": "b.jsonl", "train": {"precision": "bf16"}}]
-    config = settings_of(tmp_path, tmp_path, tmp_path, tasks=tasks, adapters_per_actor=2)
+    config = settings_of(tmp_path, tmp_path, tmp_path, tasks=tasks, adapters_per_worker=2)
     with pytest.raises(lr.LoramError, match="needs tasks of one precision"):
         tasks_of(config)
 
@@ -267,7 +267,7 @@ def test_each_adapter_is_the_one_trained_alone(
 ) -> None:
     data = write_tasks(tmp_path / "data", 2)
     tiny.write_jsonl(data / "bad.jsonl", [{"prompt": "no answer"}])
-    config = settings_of(pruned, data, tmp_path / "out", base=str(base), actors=1)
+    config = settings_of(pruned, data, tmp_path / "out", base=str(base), workers=1)
     file = tmp_path / "batch.yaml"
     section = config.model_dump(mode="json")
     file.write_text(yaml.safe_dump({"base": str(base), "output": "unused", "batch": section}))
@@ -289,8 +289,8 @@ def test_each_adapter_is_the_one_trained_alone(
     assert json.loads((config.output / "results.json").read_text()) == rows
     assert pq.read_table(config.output / "results.parquet").to_pylist() == rows
 
-    both = settings_of(pruned, data, tmp_path / "both", base=str(base), actors=1)
-    shared = lr.batch(both.model_copy(update={"adapters_per_actor": 3}))
+    both = settings_of(pruned, data, tmp_path / "both", base=str(base), workers=1)
+    shared = lr.batch(both.model_copy(update={"adapters_per_worker": 3}))
     assert [row["state"] for row in shared.rows] == ["failed", "done", "done"]
     assert shared.rows[0]["reason"] == rows[0]["reason"]
     for found, wanted in zip(shared.rows[1:], rows[1:], strict=True):

@@ -147,7 +147,7 @@ def test_the_best_adapter_is_that_of_its_own_training(
     base: Path, pruned: Path, data: Path, tmp_path: Path, embedded_ray: None
 ) -> None:
     grid = {"optimiser.learning_rate": [1e-6, 5e-3], "lora.r": [2, 4]}
-    run = run_of(base, pruned, data, tmp_path, grid=grid, grace_steps=6, actors=2)
+    run = run_of(base, pruned, data, tmp_path, grid=grid, grace_steps=6, workers=2)
     result = lr.sweep(run.sweep, run.ray)
     rows = rows_of(result.output)
     assert len(rows) == 4 and {row["state"] for row in rows.values()} == {"done"}
@@ -179,7 +179,9 @@ def test_bad_trials_are_stopped_early(
 ) -> None:
     """One after another, each better one first seen by a worse: what is worse ends at its rung."""
     rates = [4e-3, 5e-3, 1e-7, 1e-8]
-    run = run_of(base, pruned, data, tmp_path, grid={"optimiser.learning_rate": rates}, cpus=2)
+    run = run_of(
+        base, pruned, data, tmp_path, grid={"optimiser.learning_rate": rates}, cpus_per_worker=2
+    )
     rows = rows_of(lr.sweep(run.sweep, run.ray).output)
     stopped = {name: row["steps"] for name, row in rows.items() if row["state"] == "stopped"}
     assert stopped == {"learning_rate=1e-07": 2, "learning_rate=1e-08": 2}

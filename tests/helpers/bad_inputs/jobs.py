@@ -12,7 +12,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "batch.model": ("nowhere", "[]", "run.yaml"),
     "batch.tasks": ("7", "[]", "[{}]", "[{data: data.jsonl, name: ..}]"),
     "batch.train": ("7", "{model: base}"),
-    "batch.actors": ("0", "many", "1.5"),
+    "batch.workers": ("0", "many", "1.5"),
     "batch.max_failures": ("-1", "[]"),
     "sweep.grid": ("7", "{}", "{steps: []}", "{steps: 7}", "{steps: [0]}"),
     "sweep.ranges": ("{steps: {low: 3, high: 1}}", "{steps: [1, 2]}", "{steps: {low: .nan}}"),
