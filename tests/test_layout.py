@@ -119,6 +119,16 @@ def test_no_file_of_tests_is_long() -> None:
     assert {path.name: count for path, count in lines.items() if count > 600} == {}
 
 
+def test_no_function_of_the_package_is_long() -> None:
+    lines = {
+        f"{name_of(path)}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: count for name, count in lines.items() if count > 60} == {}
+
+
 def test_no_test_imports_another() -> None:
     """What tests share is in tests/helpers."""
     found = {path.stem: path for path in TESTS.rglob("test_*.py")}

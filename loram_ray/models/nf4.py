@@ -23,7 +23,7 @@ from loram_ray.artifacts.tensorfile import TensorSpec
 from loram_ray.models.quantisation import NF4
 
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 2**21  # elements; a multiple of the block size
+_PIECE = 2**21
 _CODES, _CODES_OF_SCALES = 16, 256
 
 
@@ -98,12 +98,17 @@ def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, Tens
     return {"": packed, **parts}
 
 
-def quantize_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Quantise a weight ``[out, in]`` on its device; names are those of `stored_specs`."""
+def quantize_weight(weight: torch.Tensor, piece: int = _PIECE) -> dict[str, torch.Tensor]:
+    """Quantise a weight ``[out, in]`` on its device; names are those of `stored_specs`.
+
+    Args:
+        weight: Weight to quantise.
+        piece: Number of elements to quantise at a time, a multiple of the block size.
+    """
     packed, found = [], []
     codes = torch.empty(0)
-    for piece in weight.detach().reshape(-1).split(_PIECE):
-        part, state = bnb.quantize_4bit(piece, blocksize=NF4.block, quant_type=NF4.name)
+    for elements in weight.detach().reshape(-1).split(piece):
+        part, state = bnb.quantize_4bit(elements, blocksize=NF4.block, quant_type=NF4.name)
         packed.append(part)
         found.append(state.absmax)
         codes = state.code

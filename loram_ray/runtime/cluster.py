@@ -22,7 +22,8 @@ from loram_ray.utils.parsing import parse_json
 
 _CPUS_FOR_DATA = 2
 _ROUNDING = 1e-9
-_advised: set[str] = set()
+ADVISED: set[str] = set()
+"""Sections whose precision `advise_precision` has commented on in this process."""
 _autoscaling: ContextVar[str] = ContextVar("autoscaling", default="off")
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE")
@@ -163,14 +164,14 @@ def advise_precision(precision: str, stage: str) -> None:
     import ray
     import torch
 
-    if precision != "bf16" or stage in _advised or _autoscaling.get() != "off":
+    if precision != "bf16" or stage in ADVISED or _autoscaling.get() != "off":
         return
     if gpus_per_worker():
         return
     elsewhere = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     elsewhere -= {ray.get_runtime_context().get_node_id()}
     if not elsewhere and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        _advised.add(stage)
+        ADVISED.add(stage)
         say(
             stage.partition(".")[0],
             f"this CPU has no AVX-512: {stage}.precision=fp32 is many times faster than bf16",

@@ -32,11 +32,14 @@ class Reporter:
         stage: Name of the stage.
         total: Total amount of work.
         unit: Unit of the amount: ``step``, ``example`` or ``B`` (bytes).
+        line_every: Seconds between lines where there is no terminal.
     """
 
-    def __init__(self, stage: str, total: int, unit: str) -> None:
+    def __init__(
+        self, stage: str, total: int, unit: str, line_every: float = _LINE_EVERY_SECONDS
+    ) -> None:
         self._stage, self._total, self._unit = stage, max(total, 1), unit
-        self._done = 0
+        self._done, self._line_every = 0, line_every
         self._shown = -1
         self._started = self._last_line = time.monotonic()
         self._first_done: int | None = None
@@ -94,7 +97,7 @@ class Reporter:
     def _line_is_due(self) -> bool:
         waited = time.monotonic() - self._last_line
         moved = self._done != self._shown
-        return waited >= (_LINE_EVERY_SECONDS if moved else _STILL_THERE_EVERY_SECONDS)
+        return waited >= (self._line_every if moved else _STILL_THERE_EVERY_SECONDS)
 
     def _amount(self) -> str:
         if self._unit == "B":

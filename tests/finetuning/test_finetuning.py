@@ -172,7 +172,7 @@ def test_that_bf16_is_slow_on_this_cpu_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cluster, "_advised", set())
+    monkeypatch.setattr(cluster, "ADVISED", set())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     cluster.advise_precision("bf16", "train")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import peft
 import pytest
 import torch
@@ -59,7 +60,6 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"bias": True},
     "odd columns": {"intermediate": 90},
     "last blocks that are not full": {"hidden": 40, "head_dim": 2, "intermediate": 44},
-    "several pieces": {"hidden": 256, "head_dim": 32, "intermediate": 512, "layers": 3},
 }
 
 
@@ -110,11 +110,7 @@ def quantized(pruned: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_stored_tensor_is_transformers_own(
-    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if case == "several pieces":
-        monkeypatch.setattr(nf4, "_PIECE", 64 * 7)
+def test_every_stored_tensor_is_transformers_own(tmp_path: Path, case: str) -> None:
     base = tiny.write_base(tmp_path / "base", seed=2, **CASES[case])
     pruned = prune(base, tmp_path / "pruned", round_neurons_to=1)
     odd = PruningPlan.load(pruned).layers[1].neurons.numel() % 2
@@ -126,6 +122,18 @@ def test_every_stored_tensor_is_transformers_own(
     assert torch.equal(logits_of(found), logits_of(expected))
     ours, theirs = (json.loads((d / "config.json").read_text()) for d in (output, saved))
     assert ours["quantization_config"] == theirs["quantization_config"]
+
+
+def test_a_weight_in_several_pieces_is_stored_as_bitsandbytes_stores_it_whole() -> None:
+    weight = torch.randn(48, 90, generator=torch.Generator().manual_seed(4))
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    expected = {"": packed, **{f".{k}": v for k, v in state.as_dict(packed=True).items()}}
+    pieces = nf4.quantize_weight(weight, piece=64 * 7)
+    assert pieces.keys() == expected.keys()
+    for name, tensor in pieces.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))

@@ -273,8 +273,7 @@ def test_answers_of_models_command_no_terminal(
 
 
 def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with Reporter("[red]", 2, "step") as reporter:
-        reporter._last_line = 0.0
+    with Reporter("[red]", 2, "step", line_every=0) as reporter:
         reporter.update(1, {"[/red] a\x1b[31m\nb": 0.5})
     say("stage", "[bold]x[/] \x1b[31m")
     shown = capsys.readouterr().err
