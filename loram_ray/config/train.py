@@ -18,48 +18,56 @@ from loram_ray.config.base import (
     merge_settings,
     require_whole_batches,
 )
-from loram_ray.config.marks import Renamed
+from loram_ray.config.marks import Alias, Renamed
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.patterns import patterns_error
 
-_NAMES_IN_PEFT = {
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "init_lora_weights": "init",
-    "layers_to_transform": "layers",
-    "exclude_modules": "exclude",
-}
-
-
 MAX_RANK = 2**16
 """Maximum rank, larger than any linear layer's smaller dimension."""
+
+
+def _from_peft(key: Any, value: Any) -> Any:
+    """Return an option's value as it is here, if it has another form in PEFT."""
+    if key == "init" and value is True:
+        return "default"
+    if key == "targets" and value == "all-linear":
+        return None
+    if key == "layers" and type(value) is int:
+        return (value,)
+    return value
 
 
 class LoraConfig(Section):
     """LoRA adapter, with the PEFT options that recovery carries over exactly."""
 
     r: Identified[int] = Field(8, ge=1, le=MAX_RANK, description="Rank of the adapter.")
-    alpha: Identified[float] = Field(
+    alpha: Identified[Annotated[float, Alias("lora_alpha")]] = Field(
         16,
         gt=0,
         allow_inf_nan=False,
-        description="LoRA alpha. The update is scaled by alpha / r, or alpha / sqrt(r) with "
-        "use_rslora.",
+        description="LoRA alpha (lora_alpha in PEFT). The update is scaled by alpha / r, or by "
+        "alpha / sqrt(r) with use_rslora.",
     )
-    dropout: Identified[float] = Field(
-        0.05, ge=0, lt=1, description="Dropout probability of the adapter's input."
+    dropout: Identified[Annotated[float, Alias("lora_dropout")]] = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Dropout probability of the adapter's input (lora_dropout in PEFT).",
     )
-    targets: Identified[tuple[str, ...] | None] = Field(
+    targets: Identified[Annotated[tuple[str, ...] | None, Alias("target_modules")]] = Field(
         None,
-        description="Names of the modules to adapt, e.g. q_proj. Default: all linear layers of the "
-        "family that can be pruned.",
+        description="Names of the modules to adapt, e.g. q_proj (target_modules in PEFT). "
+        "Default: all linear layers of the family that can be pruned.",
     )
-    exclude: Identified[tuple[str, ...]] = Field(
-        (), description="Names or full paths of modules to exclude from targets."
+    exclude: Identified[Annotated[tuple[str, ...], Alias("exclude_modules")]] = Field(
+        (),
+        description="Names or full paths of modules to exclude from targets "
+        "(exclude_modules in PEFT).",
     )
-    layers: Identified[tuple[int, ...] | None] = Field(
-        None, description="Indices of the layers to adapt. Default: all layers."
+    layers: Identified[Annotated[tuple[int, ...] | None, Alias("layers_to_transform")]] = Field(
+        None,
+        description="Indices of the layers to adapt (layers_to_transform in PEFT). Default: "
+        "all layers.",
     )
     lm_head: Identified[bool] = Field(False, description="Also adapt lm_head, as in the paper.")
     rank_pattern: Identified[dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]]] = Field(
@@ -75,11 +83,13 @@ class LoraConfig(Section):
     use_rslora: Identified[bool] = Field(
         False, description="Use rank-stabilised LoRA, which scales the update by alpha / sqrt(r)."
     )
-    init: Identified[Literal["default", "gaussian", "orthogonal", "eva"]] = Field(
+    init: Identified[
+        Annotated[Literal["default", "gaussian", "orthogonal", "eva"], Alias("init_lora_weights")]
+    ] = Field(
         "default",
-        description="Initialisation of A and B, whose product starts at zero. 'default': "
-        "Kaiming-uniform A; 'gaussian': normal A; 'orthogonal': A and B with orthogonal rows; "
-        "'eva': A from the principal directions of the layer's inputs.",
+        description="Initialisation of A and B (init_lora_weights in PEFT), whose product starts "
+        "at zero. 'default': Kaiming-uniform A; 'gaussian': normal A; 'orthogonal': A and B with "
+        "orthogonal rows; 'eva': A from the principal directions of the layer's inputs.",
     )
     dtype: Identified[Precision] = Field(
         "fp32", description="Data type of the adapter's weights and optimiser states."
@@ -93,16 +103,13 @@ class LoraConfig(Section):
         for key, why in NOT_RECOVERED.items():
             if is_chosen(data.get(key)):
                 raise ValueError(f"{key} cannot be recovered: {why}; remove it")
-        for name, ours in _NAMES_IN_PEFT.items():
-            if name in data:
-                raise ValueError(f"{name} is called {ours} in loram_ray; rename the key")
         start = data.get("init")
         if changes_frozen_weights(start):
             raise ValueError(
                 f"init = {start} cannot be recovered: it changes the frozen weights of the pruned "
                 "model, but not those of the base; use default, orthogonal or eva"
             )
-        return data
+        return {key: _from_peft(key, value) for key, value in data.items()}
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

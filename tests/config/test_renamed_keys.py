@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig
 
 import loram_ray.config as config
 from helpers.command import Command
@@ -169,6 +170,33 @@ def test_a_renamed_key_keeps_its_place_in_identities_and_names_of_directories() 
     }  # fmt: skip
     assert digest_of(sweep.identity()) == digest_of(before)
     assert config.named("a", {"evaluate_every": 3, "lora.r": 2}) == "a-eval_every=3-r=2"
+
+
+PEFT = {
+    "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj"], "init_lora_weights": True,
+    "layers_to_transform": 2, "exclude_modules": ["v_proj"], "rank_pattern": {"q_proj": 4},
+}  # fmt: skip
+OURS = {
+    "alpha": 32, "dropout": 0.1, "targets": ("q_proj",), "init": "default", "layers": (2,),
+    "exclude": ("v_proj",), "rank_pattern": {"q_proj": 4},
+}  # fmt: skip
+
+
+def test_options_of_lora_have_peft_s_names_too() -> None:
+    """With the values that PEFT takes, and without a warning."""
+    accepted = LoraConfig(**PEFT)
+    assert accepted.lora_alpha == 32
+    whole = {**WHOLE["train"], "preset": "modern"}
+    section, lines = warned(lambda: config.TrainConfig(**whole, lora=PEFT))
+    assert section == config.TrainConfig(**whole, lora=OURS) and not lines
+    everywhere = config.TrainConfig(**WHOLE["train"], lora={"target_modules": "all-linear"})
+    assert everywhere.lora.targets is None
+    grid = {"lora.lora_alpha": [8, 16]}
+    assert config.SweepConfig(**{**WHOLE["sweep"], "grid": grid}).grid == {"lora.alpha": (8, 16)}
+    found = load_run(None, ["base=b", "output=o", "train.data=d", "train.lora.lora_alpha=3"])
+    assert found.train.lora.alpha == 3
+    with pytest.raises(ValueError, match="lora_alpha must not be given beside alpha"):
+        config.LoraConfig(lora_alpha=1, alpha=2)
 
 
 def test_the_command_prints_one_line_for_a_former_name(tmp_path: Path, loram: Command) -> None:

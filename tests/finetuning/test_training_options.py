@@ -256,7 +256,7 @@ def test_trainings_from_eva_are_repeated_and_say_what_they_lack(
         ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot be recovered: fully trained"),
         ({"lora_bias": True}, "lora_bias cannot be recovered: a trained bias"),
         ({"bias": "all"}, "bias cannot be recovered: a trained bias"),
-        ({"init_lora_weights": True}, "init_lora_weights is called init in loram_ray"),
+        ({"init_lora_weights": "pissa"}, "init = pissa cannot be recovered"),
         ({"init": "orthogonal", "r": 5}, "r must be even with init = orthogonal, got 5"),
         (
             {"init": "eva", "rank_pattern": {"q_proj": 2}},
