@@ -112,3 +112,7 @@ def hidden_error(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     target = target.float()
     return (states.float() - target).square().sum(-1) / target.square().sum(-1)
+
+
+DIVERGENCES = {"distillation": (divergence, top_divergence)}
+"""Divergence from the full distribution and from its top tokens, by distilling objective."""

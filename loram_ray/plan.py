@@ -330,6 +330,6 @@ def unit_sums(
         raise ValueError(f"{linear.name} has {sum(sizes)} indices, got {tuple(per_index.shape)}")
     sums: dict[Unit, torch.Tensor] = {}
     for span, part in zip(linear.spans, per_index.split(sizes), strict=True):
-        unit, summed = span.unit, part.reshape(span.unit.count(geometry), -1).sum(1)
+        unit, summed = span.unit, part.reshape(-1, span.width(geometry)).sum(1)
         sums[unit] = sums[unit] + summed if unit in sums else summed
     return sums

@@ -25,7 +25,16 @@ FLOORS = (
     ("config", "architectures", "artifacts", "demo"),
     ("utils",),
     ("errors",),
-    ("addresses", "commands", "criteria", "losses", "distillation", "peft_options", "units"),
+    (
+        "addresses",
+        "commands",
+        "criteria",
+        "losses",
+        "distillation",
+        "objectives",
+        "peft_options",
+        "units",
+    ),
 )
 """Folders and files of the package's top level, the highest floor first."""
 FLOOR_OF = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}

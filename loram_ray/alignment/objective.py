@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from loram_ray.config import AlignConfig
-from loram_ray.distillation import TopTokens, divergence, hidden_error, top_divergence
+from loram_ray.distillation import DIVERGENCES, TopTokens, hidden_error
 from loram_ray.losses import labelled, logits_of, output_head, sum_in_chunks
 
 PARTS = ("nll", "divergence", "hidden_error")
@@ -33,7 +33,9 @@ class AlignmentModel(nn.Module):
         super().__init__()
         self.model = model
         self.teacher = teacher
-        self._distils = config.objective == "distillation"
+        self._distils = config.distils
+        if self._distils:
+            self._divergence, self._top_divergence = DIVERGENCES[config.objective]
         self._temperature = config.distillation.temperature
         self._hidden_layers = config.distillation.hidden_layers if self._distils else ()
         causal_lm = config.distillation.causal_lm_weight if self._distils else 1.0
@@ -120,9 +122,9 @@ class AlignmentModel(nn.Module):
         if self.teacher is not None:
             with torch.no_grad():
                 base_logits = logits_of(self.teacher, *target)
-            found = divergence(logits, base_logits, self._temperature)
+            found = self._divergence(logits, base_logits, self._temperature)
         elif target:
-            found = top_divergence(logits, TopTokens(*target), self._temperature)
+            found = self._top_divergence(logits, TopTokens(*target), self._temperature)
         else:
             return torch.stack([nll, torch.zeros_like(nll)])
         return torch.stack([nll, found.sum()])

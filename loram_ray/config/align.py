@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,13 @@ from loram_ray.config.base import (
 )
 from loram_ray.config.corpus import CorpusConfig
 from loram_ray.config.marks import Renamed
+from loram_ray.objectives import OBJECTIVES
 
 Offload = Literal["none", "cpu", "nvme"]
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 
 
 class DistillationConfig(Section):
@@ -109,10 +114,11 @@ class AlignConfig(Section):
     isolate_documents: Identified[bool] = Field(
         False, description="Mask attention between documents packed into one sequence."
     )
-    objective: Identified[Literal["causal_lm", "distillation"]] = Field(
+    objective: Identified[ObjectiveName] = Field(
         "distillation",
-        description="Training objective. 'distillation' matches the base's predictions on the "
-        "corpus; 'causal_lm' predicts the next token of the corpus, as in the paper.",
+        description="Training objective. "
+        + "; ".join(f"'{one.name}' {one.help}" for one in OBJECTIVES.values())
+        + ".",
     )
     base: Free[str | None] = Field(
         None,
@@ -227,6 +233,11 @@ class AlignConfig(Section):
     seed: Identified[int] = Field(0, ge=0, lt=2**32, description="Seed of the data order.")
 
     @property
+    def distils(self) -> bool:
+        """Whether the objective learns from the base's predictions."""
+        return OBJECTIVES[self.objective].distils
+
+    @property
     def total_steps(self) -> int:
         """Number of optimiser steps, unless the time limit ends training."""
         if self.tokens is not None:
@@ -250,10 +261,11 @@ class AlignConfig(Section):
 
     @model_validator(mode="after")
     def _distillation_has_a_base(self) -> AlignConfig:
-        if self.objective == "distillation" and self.base is None:
+        if self.distils and self.base is None:
+            others = " or ".join(one.name for one in OBJECTIVES.values() if not one.distils)
             raise ValueError(
-                "base must be given with objective distillation; add the base model, or set "
-                "objective to causal_lm"
+                f"base must be given with objective {self.objective}; add the base model, or set "
+                f"objective to {others}"
             )
         return self
 

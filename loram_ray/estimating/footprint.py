@@ -193,6 +193,6 @@ def saved_by_layer(layer: LayerSizes, width: int) -> int:
 
 def source_of(config: AlignConfig) -> str:
     """Return the source of the training signal: ``causal_lm``, ``cached`` or ``live``."""
-    if config.objective == "causal_lm":
+    if not config.distils:
         return "causal_lm"
     return config.distillation.targets

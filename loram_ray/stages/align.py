@@ -56,7 +56,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     users = read_user_config(config.deepspeed)
     deepspeed_config(config, users, config.workers)  # reports a misfit before work begins
     require_trackers(config.trackers, "align.trackers")
-    base = _base_of(config) if config.objective == "distillation" else None
+    base = _base_of(config) if config.distils else None
     require_text(config.corpus)
     with ray_session(ray_config or RayConfig(), cpus=config.max_workers * config.cpus_per_worker):
         _require_cluster(config)
@@ -133,7 +133,7 @@ def _settings(config: AlignConfig, users: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine the result, besides the inputs."""
     settings = config.identity()
     settings |= {"steps": config.total_steps, "deepspeed": users, "order_window": WINDOW}
-    if config.objective == "distillation":
+    if config.distils:
         settings["distillation"] = config.distillation.identity()
     return settings
 

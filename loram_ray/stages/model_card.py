@@ -15,6 +15,7 @@ from loram_ray.corpus.sources import SourceInfo
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.uncertainty import perplexity_of
 from loram_ray.models.quantisation import NF4
+from loram_ray.objectives import OBJECTIVES
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import HELD_OUT
 from loram_ray.runtime.results import markdown_table
@@ -185,11 +186,12 @@ def hub_id(base: str | None) -> str | None:
 
 
 def _objective(config: AlignConfig) -> str:
-    if config.objective == "causal_lm":
-        return "causal-LM loss"
+    named = OBJECTIVES[config.objective].card
+    if not config.distils:
+        return named
     distillation = config.distillation
     kept = "" if distillation.targets == "live" else f" ({distillation.top_k} likeliest tokens)"
-    return f"distilled from the base{kept}, temperature {distillation.temperature:g}"
+    return f"{named}{kept}, temperature {distillation.temperature:g}"
 
 
 def _perplexity(nll: float | None) -> str:

@@ -239,7 +239,7 @@ class _Planner:
         settings |= {"output": self._root / name, "cache_dir": self._root / "models" / "prepared"}
         config = validate(AlignConfig, settings, f"compare, system {system}")
         shared = ["corpus"]
-        if config.objective == "distillation" and config.distillation.targets == "cached":
+        if config.distils and config.distillation.targets == "cached":
             # other alignments may share targets, runs of this one always do
             shared += [f"targets of seed {seed}", f"targets of {system}, seed {seed}"]
         first = {self._first.setdefault(what, name) for what in shared} - {name}
