@@ -10,7 +10,7 @@ from typing import Any
 from loram_ray.commands import COMMAND_OF
 from loram_ray.config import Section, validate
 
-_FREE = {"output", "prepared"}
+_FREE = {"output", "cache_dir"}
 """Keys in which a step may differ from a stage of the run: only paths to write to."""
 
 

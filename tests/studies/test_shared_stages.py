@@ -46,8 +46,8 @@ def test_the_demo_compares_what_its_run_makes() -> None:
     of_run = {step.config.output: step.config for step in plan_steps(run)}  # type: ignore[attr-defined]
     for step in planned.steps.values():
         if (own := of_run.get(step.config.output)) is not None:  # type: ignore[attr-defined]
-            assert step.config.model_copy(update={"prepared": None}) == own.model_copy(
-                update={"prepared": None}
+            assert step.config.model_copy(update={"cache_dir": None}) == own.model_copy(
+                update={"cache_dir": None}
             )
     read = [step.config.model for name, step in planned.steps.items() if "unaligned" in name]  # type: ignore[attr-defined]
     assert read[0] == Path("runs/demo/pruned")
