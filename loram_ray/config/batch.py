@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from loram_ray.config.base import Section
-from loram_ray.config.marks import DottedKeysOf, KeysOf, Renamed
+from loram_ray.config.marks import DottedKeysOf, KeysOf, Renamed, SetByStudy, keys_with
+from loram_ray.config.train import TrainConfig
 from loram_ray.utils.names import output_name_error
 
-OF_THE_WHOLE = frozenset({"model", "output", "data", "cpus", "gpus", "max_failures"})
+OF_THE_WHOLE = keys_with(TrainConfig, SetByStudy())
 """Keys of the train section that a batch sets for all of its trainings."""
 
 

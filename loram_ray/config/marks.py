@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
 
 @dataclass(frozen=True)
 class Alias:
@@ -40,3 +42,18 @@ class DottedKeysOf:
     """Marks a dictionary whose keys are dotted keys of a stage's section, e.g. ``lora.r``."""
 
     stage: str
+
+
+@dataclass(frozen=True)
+class SetByStudy:
+    """Marks a key of a training that a batch or a sweep sets itself."""
+
+
+@dataclass(frozen=True)
+class EqualInTrials:
+    """Marks a key that all trials of a sweep share, as their losses are compared."""
+
+
+def keys_with(model: type[BaseModel], mark: object) -> frozenset[str]:
+    """Return the keys of a section that have a mark."""
+    return frozenset(key for key, field in model.model_fields.items() if mark in field.metadata)

@@ -9,17 +9,10 @@ from pydantic import Field, model_validator
 
 from loram_ray.config.base import Free, Identified, Section
 from loram_ray.config.batch import OF_THE_WHOLE
-from loram_ray.config.marks import DottedKeysOf, KeysOf, Renamed
+from loram_ray.config.marks import DottedKeysOf, EqualInTrials, KeysOf, Renamed, keys_with
+from loram_ray.config.train import TrainConfig
 
-_COMPARED_BY = {
-    "steps",
-    "seed",
-    "max_length",
-    "chat_template",
-    "eval_data",
-    "eval_share",
-    "evaluate_every",
-}
+_COMPARED_BY = keys_with(TrainConfig, EqualInTrials())
 
 
 class RangeConfig(Section):

@@ -18,7 +18,7 @@ from loram_ray.config.base import (
     merge_settings,
     require_whole_batches,
 )
-from loram_ray.config.marks import Alias, Renamed
+from loram_ray.config.marks import Alias, EqualInTrials, Renamed, SetByStudy
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.patterns import patterns_error
 
@@ -202,25 +202,29 @@ class TrainConfig(Section):
         description="Preset that changes the defaults of other keys; keys that are given take "
         f"precedence. {_described()}.",
     )
-    model: Free[Path] = Field(
+    model: Free[Annotated[Path, SetByStudy()]] = Field(
         description="Directory of the pruned, aligned, quantised or base model to train on."
     )
-    output: Free[Path] = Field(description="Directory to write the adapter to.")
-    data: Free[str] = Field(
+    output: Free[Annotated[Path, SetByStudy()]] = Field(
+        description="Directory to write the adapter to."
+    )
+    data: Free[Annotated[str, SetByStudy()]] = Field(
         description="Training data: a JSON Lines, JSON, CSV or Parquet file, or a saved or hub "
         "data set, with 'messages', 'prompt' and 'completion', 'instruction' and 'output', or "
         "'text'."
     )
-    chat_template: Free[Path | None] = Field(
+    chat_template: Free[Annotated[Path | None, EqualInTrials()]] = Field(
         None, description="Jinja file with a chat template. Default: the tokenizer's."
     )
     lora: Identified[LoraConfig] = LoraConfig()
-    steps: Identified[int] = Field(400, ge=1, description="Number of optimiser steps.")
+    steps: Identified[Annotated[int, EqualInTrials()]] = Field(
+        400, ge=1, description="Number of optimiser steps."
+    )
     batch_size: Identified[int] = Field(16, ge=1, description="Examples per optimiser step.")
     micro_batch_size: Identified[int] = Field(
         4, ge=1, description="Examples per forward pass; must divide batch_size."
     )
-    max_length: Identified[int] = Field(
+    max_length: Identified[Annotated[int, EqualInTrials()]] = Field(
         512,
         ge=8,
         description="Maximum length of an example in tokens; longer ones are truncated on the "
@@ -232,18 +236,18 @@ class TrainConfig(Section):
         description="Pack the examples of a forward pass into one sequence instead of padding. "
         "Attention is masked between examples, and the loss is the same.",
     )
-    eval_data: Free[str | None] = Field(
+    eval_data: Free[Annotated[str | None, EqualInTrials()]] = Field(
         None,
         description="Held-out data in the formats of data. The checkpoint with the lowest loss on "
         "it is kept.",
     )
-    eval_share: Identified[float] = Field(
+    eval_share: Identified[Annotated[float, EqualInTrials()]] = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of the data to hold out, from 0 to below 1, instead of eval_data.",
     )
-    evaluate_every: Free[Annotated[int, Renamed("eval_every")]] = Field(
+    evaluate_every: Free[Annotated[int, Renamed("eval_every"), EqualInTrials()]] = Field(
         50, ge=1, description="Steps between evaluations."
     )
     patience: Free[int | None] = Field(
@@ -275,18 +279,20 @@ class TrainConfig(Section):
         description="Steps between checkpoints. With held-out data, each evaluation also writes a "
         "checkpoint.",
     )
-    max_failures: Free[int] = Field(3, ge=0, description="Number of actor failures to tolerate.")
-    cpus: Free[int | None] = Field(
+    max_failures: Free[Annotated[int, SetByStudy()]] = Field(
+        3, ge=0, description="Number of actor failures to tolerate."
+    )
+    cpus: Free[Annotated[int | None, SetByStudy()]] = Field(
         None, ge=1, description="Number of threads. Default: the machine's CPUs."
     )
-    gpus: Free[float] = Field(
+    gpus: Free[Annotated[float, SetByStudy()]] = Field(
         1.0,
         gt=0,
         le=1,
         description="Share of a GPU to reserve, if there is one; the rest stays available to "
         "others.",
     )
-    seed: Identified[int] = Field(
+    seed: Identified[Annotated[int, EqualInTrials()]] = Field(
         0, ge=0, lt=2**32, description="Seed for initialisation, data order and dropout."
     )
 

@@ -21,6 +21,7 @@ from loram_ray.config import (
     accepts_a_run,
     validate,
 )
+from loram_ray.config.batch import OF_THE_WHOLE
 from loram_ray.errors import LoramError
 from loram_ray.finetuning.summary import TrainingSummary
 from loram_ray.models.base import BaseModel
@@ -43,7 +44,7 @@ from loram_ray.utils.names import folded, is_plain
 from loram_ray.utils.parsing.documents import read_as
 
 BEST_FILE = "best.yaml"
-_OF_THE_TRIAL = {"model", "output", "data", "cpus", "gpus", "max_failures", "preset"}
+_OF_THE_TRIAL = {*OF_THE_WHOLE, "preset"}
 
 
 @dataclass(frozen=True)

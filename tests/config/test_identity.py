@@ -10,6 +10,7 @@ import pytest
 
 import loram_ray.config as config
 from loram_ray.config.base import Free, Identified, InIdentity, Section
+from loram_ray.config.marks import EqualInTrials, SetByStudy, keys_with
 from loram_ray.stages.evaluate import _settings as settings_of_evaluation
 from loram_ray.stages.train import _settings as settings_of_training
 
@@ -155,6 +156,13 @@ def test_a_benchmark_is_identified_by_all_but_where_its_data_is() -> None:
             given.pop(place, None)
     expected["lm_eval"].pop("include_path")
     assert settings_of_evaluation(EVALUATION) == expected
+
+
+def test_a_training_s_keys_say_which_of_them_studies_set_and_compare_trials_by() -> None:
+    whole = {"model", "output", "data", "cpus", "gpus", "max_failures"}
+    assert keys_with(config.TrainConfig, SetByStudy()) == whole
+    compared = {"steps", "seed", "max_length", "chat_template", "eval_data", "eval_share"}
+    assert keys_with(config.TrainConfig, EqualInTrials()) == compared | {"evaluate_every"}
 
 
 def test_free_keys_are_left_out_wherever_sections_are() -> None:
