@@ -1,4 +1,9 @@
-"""Workers of a calibration: one in this process, or Ray actors."""
+"""Workers of a calibration: one in this process, or Ray actors.
+
+`ray.util.ActorPool` is not used: its ordered ``map`` gives a free actor its next job only after
+the results of all earlier jobs have been taken, so one slow job leaves the other actors idle. Its
+``map_unordered`` does not say which job a result belongs to.
+"""
 
 from __future__ import annotations
 

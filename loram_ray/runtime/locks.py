@@ -1,4 +1,8 @@
-"""Lock of a work directory, and exponential backoff."""
+"""Lock of a work directory, and exponential backoff.
+
+`filelock` is not used: it polls instead of waiting, and it locks whatever is at the path, while
+`open_lock` accepts only a regular file and names anything else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Schedule tasks over workers, with retries; independent of Ray."""
+"""Schedule tasks over workers, with retries; independent of Ray.
+
+`ray.util.ActorPool` does none of this: it has no retries, does not replace dead actors, and runs
+one task at a time in an actor.
+"""
 
 from __future__ import annotations
 

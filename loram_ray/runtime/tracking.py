@@ -2,6 +2,9 @@
 
 The driver reads the workers' metrics and logs them, so accounts and credentials are needed on its
 machine only. All libraries are optional, except Prometheus, which is part of Ray.
+
+`accelerate.tracking` is not used: it has no tracker for Ray's Prometheus metrics, does not find an
+MLflow run again after a restart, and does not convert metric names to those that MLflow accepts.
 """
 
 from __future__ import annotations
