@@ -149,11 +149,11 @@ class _Watch(TrainerCallback):
     """Writes metrics.jsonl, marks complete checkpoints, and stops at a non-finite loss."""
 
     def __init__(
-        self, log: MetricsLog, batch_size: int, heard: Callable[[int, float], None]
+        self, log: MetricsLog, batch_size: int, on_evaluation: Callable[[int, float], None]
     ) -> None:
         self._log = log
         self._batch_size = batch_size
-        self._heard = heard
+        self._on_evaluation = on_evaluation
         self._judged: float | None = None
         self._last = time.perf_counter()
 
@@ -190,7 +190,7 @@ class _Watch(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / _COMPLETE).touch()
         if self._judged is not None:
-            self._heard(state.global_step, self._judged)
+            self._on_evaluation(state.global_step, self._judged)
             self._judged = None
 
 
@@ -200,7 +200,7 @@ def train_adapter(
     output: Path,
     frozen: FrozenModel | None = None,
     lockstep: Lockstep | None = None,
-    heard: Callable[[int, float], None] = lambda step, loss: None,
+    on_evaluation: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainingSummary:
     """Train an adapter, resuming from the last complete checkpoint in ``work``.
 
@@ -210,8 +210,8 @@ def train_adapter(
         output: Directory to write the adapter to: the one with the best held-out loss, or the last.
         frozen: Loaded model, which is not changed. Default: load it.
         lockstep: Trainings on the same model, in threads of their own, to join.
-        heard: Called with the step and the held-out loss when the step's checkpoint is complete.
-            An exception that it raises ends the training.
+        on_evaluation: Called with the step and the held-out loss when the step's checkpoint is
+            complete. An exception that it raises ends the training.
 
     Raises:
         LoramError: There is no usable example, or the model lacks a target.
@@ -224,7 +224,15 @@ def train_adapter(
         place = contextlib.nullcontext() if lockstep is None else lockstep.slot()
         with place as slot, frozen.adapted(config) as model:
             trainer = _trainer(
-                model, learnt, held_out, end_of_text(tokenizer), config, work, frozen, slot, heard
+                model,
+                learnt,
+                held_out,
+                end_of_text(tokenizer),
+                config,
+                work,
+                frozen,
+                slot,
+                on_evaluation,
             )
             started = time.perf_counter()
             last = _last_checkpoint(work)
@@ -264,7 +272,7 @@ def _trainer(
     work: Path,
     frozen: FrozenModel,
     slot: Slot | None,
-    heard: Callable[[int, float], None],
+    on_evaluation: Callable[[int, float], None],
 ) -> LoraTrainer:
     optimiser = config.optimiser
     save_every = config.checkpoint_every if held_out is None else config.evaluate_every
@@ -298,7 +306,7 @@ def _trainer(
         remove_unused_columns=False,
     )
     log = MetricsLog(work / METRICS_FILE, _step_of(_last_checkpoint(work)))
-    callbacks: list[TrainerCallback] = [_Watch(log, config.batch_size, heard)]
+    callbacks: list[TrainerCallback] = [_Watch(log, config.batch_size, on_evaluation)]
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.patience))
     return LoraTrainer(

@@ -99,7 +99,7 @@ def _train(train: TrainConfig, folder: Path, frozen: FrozenModel, report: Report
         if step < train.steps:  # the last step is saved before the trial can be stopped
             report(step, loss)
 
-    summary = train_adapter(train, work, adapter, frozen, heard=on_evaluation)
+    summary = train_adapter(train, work, adapter, frozen, on_evaluation=on_evaluation)
     shutil.copyfile(work / METRICS_FILE, folder / METRICS_FILE)
     write_json(folder / SUMMARY_FILE, asdict(summary))
 
