@@ -239,15 +239,7 @@ def train_adapter(
             if config.lora.init == "eva" and last is None:
                 begin = functools.partial(explain_inputs, model, learnt, config, frozen)
                 begin() if slot is None else slot.compute(begin)
-            try:
-                trainer.train(resume_from_checkpoint=last)
-                save_adapter(model, output)
-            except LoramError:
-                raise
-            except Exception as error:  # each library that writes raises its own error
-                if is_full(error, work):
-                    raise _full_disk(work, trainer.state.global_step) from error
-                raise
+            _train_and_save(trainer, last, model, output, work)
             steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
             return TrainingSummary(
                 examples=len(learnt),
@@ -261,6 +253,21 @@ def train_adapter(
                 best_step=None if best is None else _step_of(best),
                 eval_loss=trainer.state.best_metric,
             )
+
+
+def _train_and_save(
+    trainer: LoraTrainer, last: str | None, model: Any, output: Path, work: Path
+) -> None:
+    """Train from the last checkpoint, if any, and write the adapter; name a full disk."""
+    try:
+        trainer.train(resume_from_checkpoint=last)
+        save_adapter(model, output)
+    except LoramError:
+        raise
+    except Exception as error:  # each library that writes raises its own error
+        if is_full(error, work):
+            raise _full_disk(work, trainer.state.global_step) from error
+        raise
 
 
 def _trainer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -215,11 +216,16 @@ def _write(
         measurement.title: found
         for measurement, found in zip(plan.measurements, plan.found(record.found), strict=True)
     }
-    (target.path / ITEMS).mkdir()
-    for title, found in (items | harness.samples).items():
-        lines = "".join(json.dumps(one, default=str) + "\n" for one in found)
-        (target.path / ITEMS / f"{slug(title)}.jsonl").write_text(lines)
+    _write_items(target.path / ITEMS, items | harness.samples)
     target.details.update(scores)
+
+
+def _write_items(folder: Path, results: Mapping[str, Iterable[Any]]) -> None:
+    """Write each benchmark's items and their results to a file of its own."""
+    folder.mkdir()
+    for title, items in results.items():
+        lines = "".join(json.dumps(one, default=str) + "\n" for one in items)
+        (folder / f"{slug(title)}.jsonl").write_text(lines)
 
 
 class _Kept(NamedTuple):
