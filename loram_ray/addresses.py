@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 _HIDDEN = "***"
-_SCHEME = r"[A-Za-z][\w+.-]*:/{1,2}"  # a path that was an address has one slash left
+_SCHEME = r"[A-Za-z][\w+.-]*:/{1,2}"  # an address that was converted to a path has only one slash
 _ADDRESS = re.compile(_SCHEME)
 _NAMES_NO_SECRET = ("anonymous", "git")
-_USER_AND_PASSWORD = re.compile(rf"({_SCHEME})[^/@?\s]*:[^\s'\"]*@")  # a secret may hold a slash
+_USER_AND_PASSWORD = re.compile(rf"({_SCHEME})[^/@?\s]*:[^\s'\"]*@")  # a secret may contain a slash
 _USER = re.compile(rf"({_SCHEME})(?!(?:{'|'.join(_NAMES_NO_SECRET)})@)[^/@?\s:]+@")
 _PARAMETER = re.compile(
     r"([?&;][^=&\s?]*(?:key|secret|token|passw|pwd|credential|signature|auth)[^=&\s]*="
@@ -42,6 +42,6 @@ def credentials_error(value: str) -> str | None:
         return None
     return (
         "must not contain credentials, which would be written to logs, got "
-        f"{without_credentials(value)}; give them in the environment, e.g. AWS_ACCESS_KEY_ID and "
+        f"{without_credentials(value)}; set them in the environment, e.g. AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY, or HF_TOKEN"
     )

@@ -101,8 +101,8 @@ class Architecture:
         kv_heads = _size(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise LoramError(
-                f"num_key_value_heads in the model's config.json must divide its {heads} "
-                f"num_attention_heads, got {kv_heads}; restore the file"
+                "num_key_value_heads in the model's config.json must divide num_attention_heads = "
+                f"{heads}, got {kv_heads}; restore the file"
             )
         return Geometry(
             num_layers=_size(config, "num_hidden_layers"),
@@ -188,7 +188,7 @@ def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
         raise LoramError(f"the model's config.json lacks {key}; restore the file")
     if type(value) is not int or value < 1:
         raise LoramError(
-            f"{key} in the model's config.json must be a positive whole number, got {value!r:.40}; "
+            f"{key} in the model's config.json must be a positive integer, got {value!r:.40}; "
             "restore the file"
         )
     return value
@@ -341,6 +341,6 @@ def architecture_of(model_type: str | None) -> Architecture:
             return architecture
     supported = ", ".join(a.model_type for a in ARCHITECTURES)
     raise LoramError(
-        f"the base's model_type must be one of [{supported}], got {model_type!r}; "
-        "choose a base of a supported family"
+        f"the base's model_type must be one of [{supported}], got {model_type!r}; use a base of a "
+        "supported family"
     )

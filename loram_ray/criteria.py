@@ -59,4 +59,4 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("random", units=True, reusable=False),
     )
 }
-"""All criteria by name; those that usually preserve more quality come first."""
+"""All criteria by name; those that usually preserve more quality are first."""

@@ -133,8 +133,8 @@ class PruningPlan:
             return tensor
         if tensor.shape[kept.axis] != kept.full_size:
             raise LoramError(
-                f"{parameter} has {tensor.shape[kept.axis]} along dimension {kept.axis}, the plan "
-                f"expects {kept.full_size}; use the base that the plan was made for"
+                f"{parameter} has size {tensor.shape[kept.axis]} along dimension {kept.axis}, but "
+                f"the plan requires {kept.full_size}; use the base that was pruned"
             )
         return tensor.index_select(kept.axis, kept.index)
 
@@ -146,7 +146,7 @@ class PruningPlan:
         """
         if fingerprint != self.base_fingerprint:
             raise LoramError(
-                f"{what} has fingerprint {fingerprint[:12]}, the pruning plan was made for "
+                f"{what} has fingerprint {fingerprint[:12]}, but the pruning plan is for "
                 f"{self.base_fingerprint[:12]}; use the base that was pruned"
             )
 
@@ -233,8 +233,8 @@ class PruningPlan:
         path = Path(directory) / PLAN_FILE
         if not cls.is_in(directory):
             raise LoramError(
-                f"{directory} holds no {PLAN_FILE}; give a directory that prune, align or train "
-                "has written"
+                f"{directory} contains no {PLAN_FILE}; use a directory written by prune, align or "
+                "train"
             )
         with TensorFile(path) as file:
             try:
@@ -243,8 +243,8 @@ class PruningPlan:
                 )
                 if said["format"] != _FORMAT:
                     raise LoramError(
-                        f"{path} has format {shown(said['format'])}, this loram_ray reads "
-                        f"{_FORMAT}; install the version that wrote it"
+                        f"{path} has format {shown(said['format'])}, but this version of loram_ray "
+                        f"reads {_FORMAT}; install the version that wrote it"
                     )
                 checked(WrittenPlan, said, f"{path}: plan")
                 numbers = sorted({int(name.split(".")[1]) for name in file.specs})
@@ -264,14 +264,16 @@ class PruningPlan:
                     masks=_read_masks(said["masks"], path.with_name(MASKS_FILE)),
                 )
             except (LookupError, ValueError, TypeError) as error:
-                raise LoramError(f"{path} is not a pruning plan ({error}); restore it") from error
+                raise LoramError(
+                    f"{path} is not a valid pruning plan ({error}); restore it"
+                ) from error
 
 
 def _read_masks(said: dict[str, Any] | None, path: Path) -> Masks | None:
     if said is None:
         return None
     if not os.path.lexists(path):
-        raise LoramError(f"{path} is missing, the plan beside it needs it; copy it again")
+        raise LoramError(f"{path} is missing, but the plan next to it requires it; copy it again")
     shapes = {name: (rows, columns) for name, (rows, columns) in said["shapes"].items()}
     return Masks(path, shapes, said["sha256"])
 
@@ -292,7 +294,7 @@ def _read_units(
             and bool((index.diff() > 0).all())
         )
         if not ascending or not index.numel() or index.min() < 0 or index.max() >= count:
-            raise ValueError(f"layer {layer} keeps no ascending {unit.title} below {count}")
+            raise ValueError(f"layer {layer} must keep ascending {unit.title} below {count}")
     return kept
 
 

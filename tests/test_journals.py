@@ -69,11 +69,11 @@ def test_a_fifo_in_place_of_a_journal_blocks_nobody(tmp_path: Path, reader: str)
 def test_a_prepared_corpus_names_a_source_and_files_beside_it(tmp_path: Path) -> None:
     path = tmp_path / SOURCES_FILE
     path.write_text("[]")
-    assert "must name a source" in refusal(lambda path: list_sources(path.parent), path)
+    assert "must name at least one source" in refusal(lambda path: list_sources(path.parent), path)
     source: dict[str, Any] = {"name": "a", "weight": None, "share": 1.0, "held_out_files": []}
     for name in ("../x.parquet", "/etc/passwd"):
         path.write_text(json.dumps([{**source, "unit_files": [name]}]))
-        assert "files beside it" in refusal(lambda path: list_sources(path.parent), path)
+        assert "files next to it" in refusal(lambda path: list_sources(path.parent), path)
 
 
 def test_lines_of_metrics_without_a_step_are_left_out(tmp_path: Path) -> None:

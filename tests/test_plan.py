@@ -205,7 +205,9 @@ def test_bias_is_cut_with_its_rows_and_whole_with_its_columns() -> None:
 
 
 def test_a_tensor_of_another_size_than_the_plan_s_is_refused() -> None:
-    with pytest.raises(LoramError, match=r"model.layers.2.mlp.up_proj.weight has 21 .*expects 20"):
+    with pytest.raises(
+        LoramError, match=r"model.layers.2.mlp.up_proj.weight has size 21 .*requires 20"
+    ):
         tiny_plan().select("model.layers.2.mlp.up_proj.weight", torch.randn(21, 24))
 
 
@@ -267,7 +269,7 @@ def test_default_layers_leave_the_first_four_and_the_last_two() -> None:
     [(TINY_MHA, 0.9), (TINY_GQA, 0.96), (replace(TINY_GQA, intermediate_size=1), 0.01)],
 )
 def test_a_ratio_that_leaves_nothing_is_refused(geometry: Geometry, ratio: float) -> None:
-    with pytest.raises(LoramError, match=r"prune.ratio must leave"):
+    with pytest.raises(LoramError, match=r"prune.ratio must keep"):
         tiny_plan(geometry, ratio)
 
 
@@ -319,7 +321,7 @@ def test_another_base_is_refused_by_fingerprint() -> None:
 
 
 def test_a_directory_without_a_plan_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoramError, match=r"holds no pruning_plan.safetensors; give"):
+    with pytest.raises(LoramError, match=r"contains no pruning_plan.safetensors; use"):
         PruningPlan.load(tmp_path)
 
 

@@ -113,7 +113,9 @@ def to_device(
     positions = None
     if isolated:
         positions = document_positions(input_ids, frame)
-        labels = labels.masked_fill(positions == 0, IGNORED)  # no context to predict it from
+        labels = labels.masked_fill(
+            positions == 0, IGNORED
+        )  # a document's first token has no context
     top = None
     if "missing" in batch:
         parts = (torch.from_numpy(batch[name].copy()) for name in LISTS)

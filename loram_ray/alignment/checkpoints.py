@@ -25,7 +25,7 @@ from loram_ray.runtime.scratch import remove_abandoned, temporary_directory
 
 TAG = "state"
 _STAGING = "loram-staging-"
-_ON_NVME = "offloaded_tensors"  # in DeepSpeed's checkpoints
+_ON_NVME = "offloaded_tensors"  # directory in DeepSpeed's checkpoints
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def remove_staging(storage: Path, staging: Path | None, seconds: float) -> None:
     parent = staging or temporary_directory()
     while remove_abandoned(staging_prefix(storage), parent) and time.monotonic() < until:
         time.sleep(0.1)
-    remove_abandoned(_STAGING, parent)  # also those of runs whose drivers were killed
+    remove_abandoned(_STAGING, parent)  # including those of runs whose driver was killed
 
 
 class FailedStep(LoramError):
@@ -108,8 +108,8 @@ def last_checkpoint(work: Path, worker: int, workers: int) -> tuple[Path | None,
         return found, False
     if (found / TAG / _ON_NVME).is_dir():
         raise LoramError(
-            f"align.workers must be {read_worker_count(found)}, as when {found.name} was saved "
-            f"with align.offload_optimiser = nvme, got {workers}; continue with the same number"
+            f"align.workers must be {read_worker_count(found)}, with which {found.name} was saved "
+            f"(align.offload_optimiser = nvme), got {workers}; use the same number"
         )
     universal = work / "universal" / found.name
     if worker == 0:

@@ -111,15 +111,16 @@ def _joined(own: dict[str, Any], user_config: Mapping[str, Any], prefix: str) ->
         if value == "auto":
             if key not in own:
                 raise LoramError(
-                    f"align.deepspeed sets {path} to auto, which no setting determines; set a value"
+                    f"align.deepspeed must not set {path} to auto, as no other key determines it; "
+                    "set a value"
                 )
         elif isinstance(value, Mapping):
             inner = joined.get(key)
             joined[key] = _joined(inner if isinstance(inner, dict) else {}, value, f"{path}.")
         elif path in _DECIDED and value != own.get(key, value):
             raise LoramError(
-                f"align.deepspeed sets {path} to {value}, but {_DECIDED[path]} gives {own[key]}; "
-                "change one of the two or remove it from the file"
+                f"align.deepspeed sets {path} to {value}, but {_DECIDED[path]} requires "
+                f"{own[key]}; change one of them or remove it from the file"
             )
         else:
             joined[key] = value
@@ -172,7 +173,7 @@ def load_partitioned(directory: Path, ds_config: dict[str, Any], precision: str)
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     with ModelCheckpoint(directory) as checkpoint, no_init_weights(), torch.no_grad():
         config = AutoConfig.from_pretrained(directory)
-        if checkpoint.has_own_head():  # as in from_pretrained
+        if checkpoint.has_own_head():  # as from_pretrained does
             config.tie_word_embeddings = False
         with _partitioning(ds_config) if partitioned else nullcontext():
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])

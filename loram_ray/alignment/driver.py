@@ -70,7 +70,7 @@ def _full_disk_of(error: Any, loop: LoopSettings) -> LoramError | None:
         return None
     try:
         last = ray.train.Result.from_path(str(loop.storage), atomic_local_filesystem()).checkpoint
-    except RuntimeError:  # Ray Train has no list of checkpoints yet
+    except RuntimeError:  # Ray Train has not listed the checkpoints yet
         last = None
     complete = {step_of(Path(last.path)): last.path} if last is not None else {}
     step = last_step(loop.work / METRICS_FILE)

@@ -63,7 +63,7 @@ def start_engine(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     base = None
-    if teacher is not None:  # ZeRO-3 partitions the base, too
+    if teacher is not None:  # ZeRO-3 also partitions the base
         base = load_partitioned(teacher, ds_config, config.precision)
         base.requires_grad_(False)
     engine, *_ = deepspeed.initialize(

@@ -178,7 +178,7 @@ class _Logs:
         self._work = loop.work
         self._metrics = MetricsLog(loop.work / METRICS_FILE, resume_at=step)
         self._rows = None
-        if loop.config.log_rows:  # same content as an uninterrupted run
+        if loop.config.log_rows:  # with the same content as in an uninterrupted run
             self._rows = MetricsLog(loop.work / ROWS_FILE, step, count_restarts=False)
 
     def write(self, step: int, metrics: dict[str, float], row_ids: list[int] | None = None) -> None:
@@ -197,7 +197,7 @@ def _finite_loss(
     if not math.isfinite(loss):
         raise FailedStep(
             f"align: the loss is {loss} at step {step}, rows {rows()}; lower "
-            "align.optimiser.learning_rate or inspect those rows",
+            "align.optimiser.learning_rate or inspect these rows",
             good_until=step - 2,  # the previous step's weights produced this loss
         )
     return loss

@@ -29,8 +29,8 @@ def require_async_io(ds_config: Mapping[str, Any]) -> None:
 
             if not AsyncIOBuilder().is_compatible(verbose=False):
                 raise LoramError(
-                    f"align.{ours} = nvme needs libaio with its headers and a C++ compiler on the "
-                    "machines of the workers; install them (libaio-dev, g++) or offload to cpu"
+                    f"align.{ours} = nvme needs libaio with headers and a C++ compiler on the "
+                    "workers' machines; install libaio-dev and g++, or offload to cpu"
                 )
 
 
@@ -67,7 +67,7 @@ def require_all_swapped(engine: Any) -> None:
     if small := [size for size in sizes if not swapper.is_swappable_tensor(numel=size)]:
         raise LoramError(
             "align.offload_optimiser = nvme needs at least 1 MiB in each part of a worker's "
-            f"optimizer state, got a part of {min(small)} float32 values; use fewer workers, "
+            f"optimiser state, got a part of {min(small)} float32 values; use fewer workers, "
             "change sub_group_size in align.deepspeed, or offload to cpu"
         )
 

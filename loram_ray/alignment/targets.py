@@ -134,7 +134,9 @@ def _compute(spec: TeacherSpec, workers: int, groups: Iterator[list[Block]]) -> 
     """Compute the groups that are not complete yet on Ray Data actors."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is in its log file
+    logging.getLogger("ray.data").setLevel(
+        logging.ERROR
+    )  # Ray Data reports progress in its log file
     everything = list(groups)
     pending = [
         group

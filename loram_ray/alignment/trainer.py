@@ -25,7 +25,7 @@ from loram_ray.runtime.cluster import gpus_per_worker
 from loram_ray.runtime.embedded import HOST
 
 ABORTING = 5.0
-"""Seconds for workers to exit."""
+"""Seconds that workers have to exit."""
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -117,7 +117,7 @@ def last_good(complete: dict[int, str], until: int) -> str:
     """
     good = [step for step, path in complete.items() if step <= until and Path(path).is_dir()]
     if not good:
-        return "there is no good checkpoint before it"
+        return "there is no checkpoint before it"
     return f"the last good checkpoint is {complete[max(good)]}"
 
 

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk."""
+"""Error numbers that indicate a full disk."""
 _SPACE = 2**20
-"""Free bytes, after a failed write, from which on a disk does not count as full."""
+"""Free bytes after a failed write from which a disk does not count as full."""
 
 
 def full_disk(stage: str, where: Path, step: int) -> str:

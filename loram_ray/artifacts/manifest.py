@@ -73,7 +73,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     from loram_ray.utils.parsing.documents import checked
 
     if not os.path.lexists(path):
-        raise LoramError(f"{path.parent} holds no {path.name}; give a model directory")
+        raise LoramError(f"{path.parent} contains no {path.name}; use a model directory")
     remedy = "download it again"
     config: dict[str, Any] = read_json(path, remedy=remedy)
     checked(ModelConfig, config, str(path), remedy=remedy)
@@ -126,7 +126,7 @@ def read_manifest(directory: Path | str) -> Manifest | None:
     path = Path(directory) / MANIFEST_FILE
     if not os.path.lexists(path):  # does not raise if the name is too long
         return None
-    remedy = "make the directory again"
+    remedy = "run the stage that wrote it again"
     data, name = read_bytes(path, remedy=remedy), f"{path} is not a manifest"
     written: dict[str, Any] = parse_json(data, f"{name}:", remedy=remedy, constants=True)
     checked(WrittenManifest, written, name, remedy=remedy)
@@ -149,14 +149,14 @@ def require_stage(directory: Path | str, stages: tuple[str, ...], key: str) -> M
     if manifest is None or manifest.stage not in stages:
         found = "no manifest.json" if manifest is None else f"the output of {manifest.stage}"
         raise LoramError(
-            f"{key} must be a directory written by {' or '.join(stages)}, {directory} holds "
-            f"{found}; run loram {stages[0]} first or give its output"
+            f"{key} must be a directory written by {' or '.join(stages)}, but {directory} contains "
+            f"{found}; run loram {stages[0]} first, or use its output"
         )
     require_files(Path(directory), manifest)
     for name, entry in manifest.files.items():
         path = Path(directory) / name
         if hash_file(path) != entry["sha256"]:
-            raise LoramError(f"{path} differs from its manifest's SHA-256; copy it again")
+            raise LoramError(f"{path} does not match the SHA-256 in its manifest; copy it again")
     return manifest
 
 
@@ -170,8 +170,8 @@ def require_sizes(directory: Path | str, manifest: Manifest, keys: Iterable[str]
         size = manifest.details.get(key)
         if type(size) is not int or size < 1:
             raise LoramError(
-                f"{Path(directory) / MANIFEST_FILE}: details.{key} must be a whole number above 0, "
-                f"got {shown(size)}; make the directory again"
+                f"{Path(directory) / MANIFEST_FILE}: details.{key} must be a positive integer, got "
+                f"{shown(size)}; run the stage that wrote it again"
             )
     return {key: manifest.details[key] for key in keys}
 
@@ -184,8 +184,8 @@ def require_files(directory: Path, manifest: Manifest) -> None:
         if size != entry["bytes"]:
             found = "is missing" if size < 0 else f"has {size} bytes"
             raise LoramError(
-                f"{path} {found}, its manifest says {entry['bytes']} bytes; copy it again, or move "
-                "the directory away to have it made again"
+                f"{path} {found}, but its manifest lists {entry['bytes']} bytes; copy it again, or "
+                "move the directory away and run the stage again"
             )
 
 

@@ -80,12 +80,12 @@ class ModelConfig(Document):
     @classmethod
     def _is_given(cls, size: Any) -> Any:
         if size is None:
-            raise ValueError("must be a whole number, got null")
+            raise ValueError("must be an integer, got null")
         return size
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.text_config is None:  # a text model, which needs them
+        if self.text_config is None:  # only text models, which need these keys
             for key in _NEEDED:
                 if getattr(self, key) is None:
                     raise ValueError(f"{key} must be given")
@@ -97,8 +97,8 @@ class ModelConfig(Document):
             )
         if heads and self.hidden_size and not self.head_dim and self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads = {heads} where head_dim "
-                f"is not given, got {self.hidden_size}"
+                f"hidden_size must be a multiple of num_attention_heads = {heads} if head_dim is "
+                f"not given, got {self.hidden_size}"
             )
         return self
 
@@ -124,5 +124,5 @@ class AdapterConfig(Document):
     @model_validator(mode="after")
     def _scales(self) -> AdapterConfig:
         if self.lora_alpha == 0:
-            raise ValueError("lora_alpha must not be 0, with which the adapter does nothing")
+            raise ValueError("lora_alpha must not be 0, which disables the adapter")
         return self

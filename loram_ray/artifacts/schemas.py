@@ -43,7 +43,7 @@ class WrittenManifest(Document):
     def _in_the_directory(cls, files: dict[str, _File]) -> dict[str, _File]:
         for name in files:
             if not is_inside(name):
-                raise ValueError(f"must name files of its directory, got {shown(name)}")
+                raise ValueError(f"must name files in its directory, got {shown(name)}")
         return files
 
 

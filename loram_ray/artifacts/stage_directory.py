@@ -174,15 +174,17 @@ def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = (
     if os.path.exists(output) and output.samefile("."):
         raise LoramError(
             f"{key} must not be the current directory, which a stage cannot replace, got {output}; "
-            "name a new directory in it"
+            "choose a directory inside it"
         )
     if (fault := name_error(output.name)) is not None:
-        raise LoramError(f"{key} must be a directory whose name is {fault}, got {output}; name one")
+        raise LoramError(
+            f"{key} must be a directory whose name is {fault}, got {output}; rename it"
+        )
     try:
         if output.is_symlink():
             raise LoramError(
-                f"{key} must be a directory of its own, {output} is a symbolic link; remove it or "
-                "name another"
+                f"{key} must be a directory, but {output} is a symbolic link; remove it or choose "
+                "another output"
             )
         place = output.resolve()
         for path in reads:
@@ -193,12 +195,12 @@ def require_place(output: Path, key: str, reads: Iterable[str | Path | None] = (
                 relation = "is" if place == read else "is in"
                 relation = "holds" if place in read.parents else relation
                 raise LoramError(
-                    f"{key} must be a new or empty directory outside of what is read, {output} "
+                    f"{key} must be a new or empty directory outside of the inputs, but {output} "
                     f"{relation} {path}; choose another output"
                 )
     except (OSError, RuntimeError) as error:  # pathlib's own error for a loop of links
         reason = getattr(error, "strerror", None) or error
-        raise LoramError(f"{key} cannot be {output} ({reason}); name another directory") from error
+        raise LoramError(f"{key} cannot be {output} ({reason}); choose another output") from error
 
 
 def require_free(output: Path, key: str) -> None:
@@ -211,8 +213,8 @@ def require_free(output: Path, key: str) -> None:
         return
     if output.exists():
         raise LoramError(
-            f"{key} must be a new or empty directory, {output} holds something else; "
-            "choose another output or move it away"
+            f"{key} must be a new or empty directory, but {output} contains something else; choose "
+            "another output or move it away"
         )
 
 
@@ -225,8 +227,8 @@ def require_space(directory: Path, nbytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise LoramError(
-            f"{directory} needs {nbytes / 1e6:,.1f} MB free, its disk has {free / 1e6:,.1f} MB; "
-            "free some space or choose an output on another disk"
+            f"{directory} needs {nbytes / 1e6:,.1f} MB of free disk space, but {free / 1e6:,.1f} "
+            "MB are free; free some space or choose an output on another disk"
         )
 
 
@@ -286,7 +288,7 @@ def _exclusive(lock: Path, output: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(os.fstat(descriptor), lock.stat())
-        except (BlockingIOError, FileNotFoundError):  # held, or just released and removed
+        except (BlockingIOError, FileNotFoundError):  # locked, or just released and removed
             held = False
         if not held:
             raise LoramError(
@@ -309,8 +311,8 @@ def _naming_full_disks(target: StageDirectory) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise LoramError(
-                f"the disk of {output} is full; nothing was left half-written there, free some "
-                "space or choose an output on another disk"
+                f"the disk of {output} is full; nothing incomplete was left there: free some space "
+                "or choose an output on another disk"
             ) from error
         if error.errno in _NOT_WRITABLE and _is_of(error, target):
             raise LoramError(

@@ -31,7 +31,7 @@ MODEL = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SIZE = 2**60
-"""Upper bound of sizes: above the bytes of any file, and below the limit of torch's indices."""
+"""Upper bound of sizes: more than the bytes of any file, and less than torch's largest index."""
 _MAX_RANK = 16
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -98,7 +98,7 @@ class TensorFile:
 
     def _corrupt(self, reason: str) -> LoramError:
         return LoramError(
-            f"{self.path} is not a whole safetensors file: {reason}; copy or download it again"
+            f"{self.path} is not a valid safetensors file: {reason}; copy or download it again"
         )
 
     def _read_header(self) -> tuple[dict[str, TensorSpec], dict[str, str], dict[str, int]]:
@@ -123,7 +123,9 @@ class TensorFile:
                     raise self._corrupt(f"tensor {name} has shape {shown(shape)} at {place}")
                 spec = TensorSpec(tuple(shape), self._dtype(name, entry["dtype"]))
                 if end - begin != spec.nbytes:
-                    raise self._corrupt(f"tensor {name} has {end - begin} bytes of {spec.nbytes}")
+                    raise self._corrupt(
+                        f"tensor {name} has {end - begin} bytes, its shape requires {spec.nbytes}"
+                    )
                 specs[name], offsets[name] = spec, 8 + length + begin
                 spans.append((begin, end))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -134,17 +136,19 @@ class TensorFile:
                 raise self._corrupt(f"its tensors overlap or leave a gap at byte {end_of_data}")
             end_of_data = end
         if 8 + length + end_of_data != size:
-            raise self._corrupt(f"{8 + length + end_of_data} bytes are announced, {size} are there")
+            raise self._corrupt(
+                f"its header declares {8 + length + end_of_data} bytes, but it has {size}"
+            )
         return specs, metadata, offsets
 
     def _parse(self, header: bytes) -> dict[str, Any]:
-        name = f"{self.path} is not a whole safetensors file: its header"
+        name = f"{self.path} is not a valid safetensors file: its header"
         return parse_json(header, name, remedy="copy or download it again")
 
     def _dtype(self, tensor: str, name: str) -> torch.dtype:
         if name not in _DTYPES:
             raise LoramError(
-                f"{self.path} holds {tensor} as {name}, loram_ray reads {', '.join(_DTYPES)}; "
+                f"{self.path} stores {tensor} as {name}, but loram_ray reads {', '.join(_DTYPES)}; "
                 "convert the model to one of them"
             )
         return _DTYPES[name]
@@ -183,7 +187,7 @@ class TensorFile:
         while done < len(buffer):
             count = os.preadv(self._fd, [buffer[done:]], offset + done)
             if count == 0:
-                raise self._corrupt("it became shorter while being read")
+                raise self._corrupt("it was truncated while being read")
             done += count
 
     def sample(self, name: str, pieces: int, piece_bytes: int) -> bytes:
@@ -238,7 +242,7 @@ class TensorWriter:
         self._write(len(encoded).to_bytes(8, "little") + encoded)
 
     def _write(self, data: bytes | memoryview) -> None:
-        hashing = self._hasher.submit(self._hash.update, data)  # both release the GIL
+        hashing = self._hasher.submit(self._hash.update, data)  # both operations release the GIL
         try:
             self._file.write(data)
         finally:
@@ -255,7 +259,7 @@ class TensorWriter:
         if name != expected:
             raise ValueError(f"expected tensor {expected}, got {name}")
         if TensorSpec(tuple(tensor.shape), tensor.dtype) != self._specs[name]:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not as announced")
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not as declared")
         if tensor.numel():
             self._write(memoryview(_bytes_of(tensor.detach().cpu().contiguous())))
 
@@ -304,7 +308,9 @@ class Checkpoint:
     def _open(self) -> None:
         index = self.directory / self._index
         weight_map: dict[str, str] = {}
-        if os.path.lexists(self.directory / self._single):  # before an index, as transformers does
+        if os.path.lexists(
+            self.directory / self._single
+        ):  # preferred to an index, as in Transformers
             self.files[self._single] = TensorFile(self.directory / self._single)
         elif os.path.lexists(index):
             self.entry = self._index
@@ -318,13 +324,13 @@ class Checkpoint:
             for name, file_name in weight_map.items():
                 if name not in self.files[file_name].specs:
                     raise LoramError(
-                        f"{self.directory / file_name} lacks tensor {name} that {self._index} "
-                        "promises; download the model again"
+                        f"{self.directory / file_name} lacks tensor {name}, which {self._index} "
+                        "lists; download the model again"
                     )
         else:
             raise LoramError(
-                f"{self.directory} holds no {self._single} and no {self._index}; "
-                "loram_ray reads safetensors only, convert pickled weights first"
+                f"{self.directory} contains neither {self._single} nor {self._index}; convert "
+                "pickled weights to safetensors first"
             )
         for file_name, file in self.files.items():
             for name in file.specs:
@@ -435,7 +441,7 @@ class CheckpointWriter:
                 self._writer.abort()
             return
         if self._writer is not None or self._current + 1 != len(self._shards):
-            raise ValueError(f"{self.directory}: not every announced tensor was written")
+            raise ValueError(f"{self.directory}: not every declared tensor was written")
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(s.nbytes for s in self._specs.values())},
@@ -464,8 +470,8 @@ def require_finite(name: str, tensor: torch.Tensor, place: Path | str) -> torch.
         return tensor
     bad = int((~values.isfinite()).sum())
     raise LoramError(
-        f"tensor {name} of {place} must be finite, {bad} of its {tensor.numel()} values are NaN or "
-        "infinite; make or download it again"
+        f"tensor {name} of {place} must be finite, but {bad} of its {tensor.numel()} values are "
+        "NaN or infinite; create or download it again"
     )
 
 

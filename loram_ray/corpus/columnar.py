@@ -101,7 +101,7 @@ def refuse_repeated(names: Sequence[str], where: str) -> None:
     for name in names:
         if name and name in seen:
             raise LoramError(
-                f"{where} must have one column '{name}', it has several; rename the others"
+                f"{where} must have one column '{name}', but has several; rename the others"
             )
         seen.add(name)
 
@@ -126,7 +126,7 @@ def _footer(file: pa.NativeFile, magic: bytes, padding: int) -> bytes:
     """
     size, closing = file.size(), 4 + len(magic)
     file.seek(max(size - _TAIL, 0))
-    tail = file.read(_TAIL)  # one round trip for a remote file
+    tail = file.read(_TAIL)  # a single round trip for a remote file
     length = int.from_bytes(tail[-closing : -len(magic)], "little", signed=True)
     if not tail.endswith(magic) or not 0 < length <= size - closing - len(magic) - padding:
         raise pa.ArrowInvalid("it does not end with a footer")
@@ -190,8 +190,8 @@ def _refuse_extensions(schema: bytes, parse: Callable[[Any], pa.Schema], name: s
     found = (pair for field in harmless for pair in _extensions_in(field))
     column, kind = next(found, ("?", "?"))
     raise LoramError(
-        f"{name} must have columns of plain types, '{column}' is of the extension type '{kind}', "
-        "and reading one can run code; write the file without that column"
+        f"{name} must have columns of plain types, but '{column}' has the extension type '{kind}', "
+        "and reading it could run code; write the file without that column"
     )
 
 

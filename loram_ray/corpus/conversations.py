@@ -34,7 +34,7 @@ _REFUSED = {
     **dict.fromkeys(("assistant_masks", "completion_mask", "loss_mask"), _MASK),
     **dict.fromkeys(("weight", "train"), _ROWS_ALIKE),
 }
-"""Columns that change what a row means in other trainers, and why they are refused.
+"""Columns that change the meaning of a row in other trainers, and why they are rejected.
 
 Null, empty and default values are accepted; see `_is_refused`.
 """
@@ -192,7 +192,9 @@ def _messages_of(row: dict[str, Any]) -> object | None:
     if messages is None or not (system or history):
         return messages
     if not isinstance(messages, list) or (history and row.get("messages") is not None):
-        raise BadMessages("its 'history' only goes with 'instruction' and 'output'; remove it")
+        raise BadMessages(
+            "its 'history' is only supported with 'instruction' and 'output'; remove it"
+        )
     turns = []
     for turn in history or ():
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
@@ -245,7 +247,7 @@ def _without_loss(message: Any) -> Any:
 
 def _is_refused(name: str, row: dict[str, Any]) -> bool:
     value = row.get(name)
-    if name == "label":  # a preference is a bool; numbers and strings are class labels
+    if name == "label":  # a bool is a preference; numbers and strings are class labels
         return isinstance(value, bool)
     if name in KEYS_OF_WEIGHT:
         return value is not None and value != 1
@@ -268,5 +270,5 @@ def _arguments_of(row: dict[str, Any]) -> dict[str, Any]:
         raise BadMessages("its 'chat_template_kwargs' must be an object")
     documents = row.get("documents")
     if isinstance(documents, list) and documents and isinstance(documents[0], dict):
-        given = {**given, "documents": documents}  # a list of strings is not for the template
+        given = {**given, "documents": documents}  # a list of strings is not meant for the template
     return given

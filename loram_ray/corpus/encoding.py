@@ -7,7 +7,7 @@ import codecs
 from loram_ray.errors import LoramError
 
 BYTE_ORDER_MARK = "\ufeff"
-_MARKS = {  # UTF-32 first: its mark starts with that of UTF-16
+_MARKS = {  # UTF-32 first, as its mark starts with that of UTF-16
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
@@ -27,16 +27,16 @@ def refuse_other_encodings(head: bytes, path: str) -> None:
     for encoding, marks in _MARKS.items():
         if head.startswith(marks):
             raise LoramError(
-                f"{path} must be UTF-8 text, it begins with the byte order mark of {encoding}; "
+                f"{path} must be UTF-8 text, but begins with the byte order mark of {encoding}; "
                 f"convert it: iconv -f {encoding} -t UTF-8"
             )
     if head.count(0) > _NUL_SHARE * len(head):
         raise LoramError(
-            f"{path} must be UTF-8 text, it begins with NUL bytes as UTF-16 and UTF-32 do; "
+            f"{path} must be UTF-8 text, but begins with NUL bytes, like UTF-16 and UTF-32; "
             "convert it: iconv -f UTF-16LE -t UTF-8"
         )
     if b"\r" in head[:-1] and b"\n" not in head:
         raise LoramError(
-            f"{path} must have lines that end in LF or CRLF, they end in CR; convert it: "
-            "tr '\\r' '\\n'"
+            f"{path} must have lines that end in LF or CRLF, but they end in CR; convert it: tr "
+            "'\\r' '\\n'"
         )

@@ -82,7 +82,7 @@ def tokenise_row(
         tokenised = tokenise_batch(tokenizer, [row.text])
         rows, lengths = pack(tokenised, max_length, frame.end, frame.opening)
         pieces = [ids[:n].tolist() for ids, n in zip(rows, lengths.tolist(), strict=True)]
-        given = max(len(frame.opening), 1)  # the first token of a piece is never predicted
+        given = max(len(frame.opening), 1)  # the first token of a chunk is never predicted
         return [Example(row.place, p, ((given, len(p)),)) for p in pieces if len(p) > given]
     try:
         refuse_unread_parts(tokenizer, row)
@@ -99,7 +99,7 @@ def tokenise_row(
     if not examples:
         return BadRow(
             row.place,
-            f"no answer token is left in max_length = {max_length} (the prompt has "
+            f"no answer token fits into max_length = {max_length} (the prompt has "
             f"{found[0][1][0][0]})",
         )
     return examples
@@ -150,9 +150,9 @@ def _what_differs(prompt: str, whole: str) -> str:
     """Describe how the generation prompt differs from the rendered conversation."""
     begin = len(os.path.commonprefix([prompt, whole]))
     return (
-        f"the chat template's prompt is not a prefix of prompt and answer: it renders "
+        "the chat template's prompt is not a prefix of prompt and answer: it renders "
         f"{prompt[begin:]!r:.60} without the answer, but {whole[begin:]!r:.40} with it; set "
-        "chat_template to a template that renders both alike"
+        "chat_template to a template that renders the prompt identically"
     )
 
 
@@ -163,8 +163,8 @@ def _closed(tokenizer: Any, whole: str, begin: int) -> int:
     found = whole.find(mark, begin) if mark else -1
     if found < 0:
         raise TemplateFault(
-            "the chat template renders earlier answers differently from the last and closes none "
-            "with a special token"
+            "the chat template renders earlier answers differently from the last, and ends no "
+            "answer with a special token"
         )
     return found + len(mark)
 
@@ -191,7 +191,7 @@ def tokenised_rows(
             continue
         if isinstance(row, Conversation) and tokenizer.chat_template is None:
             raise LoramError(
-                f"{stage} needs a chat template for {row.place} and the model's tokenizer has "
+                f"{stage} needs a chat template for {row.place}, but the model's tokenizer has "
                 f"none; set {stage}.chat_template to a template file"
             )
         found = tokenise_row(tokenizer, row, max_length)
@@ -241,7 +241,7 @@ def require_examples(good: int, data: str, key: str) -> None:
     """
     if good == 0:
         raise LoramError(
-            f"{key} must hold examples, {data} has none that can be used; add rows with text to "
+            f"{key} must contain examples, but {data} has no usable ones; add rows with text to "
             "train on"
         )
 

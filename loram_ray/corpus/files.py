@@ -90,7 +90,7 @@ def form_of(path: str) -> Form | None:
     if suffix not in _CODECS:
         return Form(suffix) if suffix in EXAMPLES.names else None
     kind = posixpath.splitext(stem)[1]
-    if kind == ".json":  # C4 and others name JSON lines so
+    if kind == ".json":  # C4 and other datasets use this name for JSON Lines
         kind = ".jsonl"
     return Form(kind, _CODECS[suffix]) if kind in _LINES else None
 
@@ -126,12 +126,19 @@ def list_files(path: str, key: str, kinds: Kinds = TEXT) -> list[DataFile]:
         form = form_of(name)
         if form is None or form.kind not in kinds.names:
             raise LoramError(
-                f"{key} must name files of {kinds.description}, got {name}; convert it"
+                f"{key} must name files in the formats {kinds.description}, got {name}; convert it"
             )
         files.append(DataFile(name, info.base_name, form, info.size, info.mtime_ns))
     if not files:
-        remedy = "check it" if "://" in path else "check it (on the Hub: hf://datasets/org/name)"
-        raise LoramError(f"{key} must name files of {kinds.description}, {path} has none; {remedy}")
+        remedy = (
+            "check the path"
+            if "://" in path
+            else ("check the path (on the Hub: hf://datasets/org/name)")
+        )
+        raise LoramError(
+            f"{key} must name files in the formats {kinds.description}, but {path} "
+            f"has none; {remedy}"
+        )
     return files
 
 
@@ -170,7 +177,7 @@ def read_lines(path: str) -> Iterator[bytes]:
                 raise
             raise LoramError(
                 f"{path} is truncated or damaged past line {number} ({in_one_line(error)}); "
-                "download it again, or leave it out"
+                "download it again or remove it"
             ) from error
 
 

@@ -19,7 +19,7 @@ _README_BYTES = 2**20
 _STATE_BYTES = 64 * 2**20
 _README_LEVELS = 3
 _TOP_PARTS = {"hf": 3}
-"""Number of components in the shortest address of a dataset; elsewhere a bucket suffices."""
+"""Number of components in the shortest address of a dataset; for other stores a bucket suffices."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def refuse_mixed_splits(
         else place.name_of(posixpath.join(_as_given(place, folder, top), pattern))
     )
     raise LoramError(
-        f"{key} must be one {several.kind} of a dataset, {place.name_of(folder.rstrip('/'))} "
-        f"holds {', '.join(several.names)}; write {remedy}"
+        f"{key} must be one {several.kind} of a dataset, but {place.name_of(folder.rstrip('/'))} "
+        f"has {', '.join(several.names)}; use {remedy}"
     )
 
 
@@ -161,8 +161,8 @@ def _refuse_dictionary(place: Place, path: str, key: str) -> None:
     folder = posixpath.dirname(path)
     one = place.name_of(posixpath.join(folder, names[0] if names else "train"))
     raise LoramError(
-        f"{key} must be one split of a dataset, {place.name_of(folder)} holds "
-        f"{', '.join(names) or 'several'}; write {one}"
+        f"{key} must be one split of a dataset, but {place.name_of(folder)} has "
+        f"{', '.join(names) or 'several'}; use {one}"
     )
 
 

@@ -39,7 +39,7 @@ def checked_messages(messages: object) -> tuple[list[dict[str, Any]], frozenset[
     """
     if not isinstance(messages, list) or len(messages) < 2:
         raise BadMessages(
-            "'messages' must be a list of at least a user message and an assistant message"
+            "'messages' must be a list with at least one user message and one assistant message"
         )
     given = set()
     checked = []
@@ -102,7 +102,9 @@ def _takes_loss(message: dict[str, Any]) -> bool:
         if weight not in (0, 1):
             raise BadMessages(f"a message's {key} must be 0 or 1, got {weight!r:.40}")
         if weight and key == "train" and message["role"] != "assistant":
-            raise BadMessages(f"only assistant messages can carry loss, {key} is set on another")
+            raise BadMessages(
+                f"only assistant messages can have a loss, but {key} is set on another"
+            )
         takes = takes and bool(weight)
     return takes
 
@@ -132,7 +134,7 @@ def _text_of(message: dict[str, Any]) -> str:
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         for part in content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise BadMessages(f"only text is supported, a message has a part {part!r:.60}")
+                raise BadMessages(f"only text is supported, but a message has a part {part!r:.60}")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadMessages("a message's content must be text")
@@ -143,7 +145,7 @@ def _checked_call(call: Any) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, as chat templates expect."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadMessages("each of 'tool_calls' must hold a 'function' with a 'name'")
+        raise BadMessages("each of 'tool_calls' must have a 'function' with a 'name'")
     arguments = parsed(function.get("arguments"), "arguments")
     if arguments is not None and not isinstance(arguments, dict):
         raise BadMessages(f"a call's 'arguments' must be an object, got {arguments!r:.40}")

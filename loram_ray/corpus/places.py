@@ -22,19 +22,21 @@ class Place:
 
     def __init__(self, path: str) -> None:
         if problem := credentials_error(path):
-            raise LoramError(f"the address of data {problem}")
+            raise LoramError(f"the data's address {problem}")
         scheme, separator, rest = path.partition("://")
         if not separator:
             self.scheme, self.inner, self._prefix, self._query = "", path, "", ""
             return
         if scheme not in _STORES:
             stores = ", ".join(f"{store}://" for store in _STORES)
-            raise LoramError(f"{path} must be a local path or begin with {stores}; copy it there")
+            raise LoramError(
+                f"{path} must be a local path or begin with {stores}; copy the data there"
+            )
         rest, mark, query = rest.partition("?")
         authority, slash, key = rest.partition("/")
         if scheme == "file" and authority:
             raise LoramError(
-                f"{path} must have three slashes after file:, and no host; fix the address"
+                f"{path} must have three slashes after file: and no host; fix the address"
             )
         user, at, bucket = authority.rpartition("@")
         self.scheme, self.inner = scheme, bucket + slash + key

@@ -100,12 +100,12 @@ def require_text(config: CorpusConfig) -> list[Unit]:
     """
     units = list_units(config.sources)
     if not units:
-        raise LoramError(f"{CORPUS_KEY} must hold text, every file is empty; add some")
+        raise LoramError(f"{CORPUS_KEY} must contain text, but every file is empty; add some")
     for number in range(len(config.sources)):
         if not any(unit.source == number for unit in units):
             raise LoramError(
-                f"{_key_of(config, number)} must hold text, every file is empty; add some or leave "
-                "the source out"
+                f"{_key_of(config, number)} must contain text, but every file is empty; add some "
+                "or remove the source"
             )
     return units
 
@@ -135,9 +135,9 @@ def _refuse_other_tokenizer(output: Path, model: Path, tokenizer: str) -> None:
     other = manifest.parents.get("tokenizer", "")
     if other != tokenizer:
         raise LoramError(
-            f"{output} must be tokenised as {model} does (tokenizer {tokenizer[:12]}), it holds a "
-            f"corpus of another tokenizer ({other[:12]}); move it away to prepare it again, or "
-            "choose another output"
+            f"{output} must be tokenised with the tokenizer of {model} ({tokenizer[:12]}), but "
+            f"contains a corpus of another tokenizer ({other[:12]}); move it away to prepare it "
+            "again, or choose another output"
         )
 
 
@@ -193,10 +193,10 @@ def _describe_sources(
         total = Counts.sum(counts[index] for index in mine)
         if not total.sequences:
             raise LoramError(
-                f"{_key_of(config, number)} must hold text, none of its {total.rows} rows is left "
-                f"to train on ({total.filtered} filtered, {total.duplicates} duplicates, "
-                f"{total.held_out_documents} held out, {total.bad_rows} bad); add some or leave "
-                "the source out"
+                f"{_key_of(config, number)} must contain text, but none of its {total.rows} rows "
+                f"is left to train on ({total.filtered} filtered, {total.duplicates} duplicates, "
+                f"{total.held_out_documents} held out, {total.bad_rows} bad); add some or remove "
+                "the source"
             )
         held_out = [directory / _held_out_file(index) for index in mine]
         sources.append(

@@ -182,7 +182,7 @@ def parse_document(raw: bytes, field: str, place: str) -> str | BadRow:
         return row
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
-        return BadRow(place, f"field '{field}' holds no text")
+        return BadRow(place, f"field '{field}' contains no text")
     return text
 
 
@@ -192,7 +192,7 @@ def parse_object(raw: bytes, place: str) -> dict[str, object] | BadRow:
         # decode first: from bytes, json would let lone surrogates pass
         row = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_distinct)
         if b"\\u" in raw:
-            json.dumps(row, ensure_ascii=False).encode()  # refuses lone surrogates
+            json.dumps(row, ensure_ascii=False).encode()  # rejects lone surrogates
     except _Repeated as error:
         return BadRow(place, f"it has the key '{error}' twice")
     except (ValueError, RecursionError) as error:
@@ -235,8 +235,8 @@ def refuse_bad_rows(
     more = f"; and {count - len(first)} more" if count > len(first) else ""
     if count > max_share * total:
         raise LoramError(
-            f"{key} must be at least the share of bad rows, got {max_share} with {count} bad of "
-            f"{total}: {named}{more}; fix the rows or raise it"
+            f"{key} must be at least the share of bad rows, got {max_share} with {count} bad rows "
+            f"of {total}: {named}{more}; fix the rows or raise it"
         )
     say("warning", f"skipped {count} bad rows of {total}: {named}{more}")
 
@@ -248,7 +248,7 @@ def _json_documents(unit: Unit) -> Iterator[str | BadRow]:
             continue
         document = parse_document(raw, unit.field, unit.path)
         if isinstance(document, BadRow):
-            # Count lines only on demand: doing so for every unit rereads the file many times.
+            # Count lines only on demand: counting for every unit would reread the file many times.
             first = first or first_line_number(unit)
             document = BadRow(f"{unit.path}:{first + position}", document.reason)
         yield document
@@ -278,7 +278,7 @@ def _text_documents(unit: Unit, cut: bool) -> Iterator[str | BadRow]:
             if unit.start == number == 0:
                 text = text.removeprefix(BYTE_ORDER_MARK)
             if "\0" in text:
-                yield bad_at(content.index(b"\0"), "it holds a NUL byte")
+                yield bad_at(content.index(b"\0"), "it contains a NUL byte")
             elif text.strip():
                 yield text
         number += len(lines)
@@ -305,7 +305,7 @@ def _arrow_documents(unit: Unit) -> Iterator[str | BadRow]:
         except (ArrowException, OSError) as error:
             raise LoramError(
                 f"{unit.path} is truncated or damaged ({' '.join(str(error).split())}); download "
-                "it again, or leave it out"
+                "it again or remove it"
             ) from error
 
 
@@ -324,9 +324,9 @@ def _column_documents(
             except UnicodeDecodeError as error:
                 yield BadRow(f"{place} row {number}", f"not UTF-8 ({error})")
                 continue
-            except (ValueError, OverflowError):  # for example a date out of Python's range
+            except (ValueError, OverflowError):  # for example a date outside of Python's range
                 text = None
             if isinstance(text, str) and text.strip():
                 yield text
             else:
-                yield BadRow(f"{place} row {number}", "holds no text")
+                yield BadRow(f"{place} row {number}", "contains no text")

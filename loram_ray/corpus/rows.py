@@ -105,7 +105,7 @@ def _columns(file: DataFile, columns: Collection[str]) -> Iterator[Row | BadRow]
         except (ArrowException, OSError, ValueError, OverflowError) as error:
             raise LoramError(
                 f"{file.path} cannot be read past row {number} ({' '.join(str(error).split())}); "
-                "download it again, or leave it out"
+                "download it again or remove it"
             ) from error
 
 

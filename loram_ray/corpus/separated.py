@@ -20,7 +20,7 @@ from loram_ray.utils.parsing import is_unicode
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LONGEST_FIELD = 64 * 2**20
-_REMEDY = 'remove the quote, or write the field in quotes and each quote in it twice ("")'
+_REMEDY = 'remove the quote, or quote the field and double each quote inside it ("")'
 
 
 def separated_rows(file: DataFile) -> Iterator[tuple[str, dict[str, str]] | BadRow]:
@@ -46,7 +46,7 @@ def separated_rows(file: DataFile) -> Iterator[tuple[str, dict[str, str]] | BadR
         elif not is_unicode(content):
             yield BadRow(place, "not UTF-8")
         elif "\0" in content:
-            yield BadRow(place, "it holds a NUL byte")
+            yield BadRow(place, "it contains a NUL byte")
         else:
             yield place, dict(zip(header, fields, strict=True))
 
@@ -86,8 +86,8 @@ class _Records:
             got = "it is not closed" if "end" in message else f"it takes {LONGEST_FIELD:,} bytes"
         elif "new-line" in message:
             raise LoramError(
-                f"{self._path}:{self._first} must end in LF or CRLF, it holds a lone CR outside "
-                "quotes; convert the line ends, or write the field in quotes"
+                f"{self._path}:{self._first} must end in LF or CRLF, but contains a lone CR "
+                "outside quotes; convert the line endings, or quote the field"
             ) from error
         else:
             rule = "close a quote where its field ends"
@@ -113,8 +113,8 @@ class _Records:
         if len(lines) == 2 and self._quotes_on_purpose():
             return
         raise LoramError(
-            f"{self._path}:{self._first} must close the quote that opens a field, it swallows the "
-            f"rows up to line {self._first + len(lines) - 1}; {_REMEDY}"
+            f"{self._path}:{self._first} must close the quote that opens a field, but it includes "
+            f"the rows up to line {self._first + len(lines) - 1}; {_REMEDY}"
         )
 
     def _is_row(self, line: str, columns: int) -> bool:
@@ -135,8 +135,8 @@ class _Records:
 
 def _checked_header(names: Sequence[str], place: str) -> list[str]:
     if not is_unicode("".join(names)):
-        raise LoramError(f"{place} must be UTF-8 text, the header is not; convert the file")
+        raise LoramError(f"{place} must be UTF-8 text, but the header is not; convert the file")
     if not any(name.strip() for name in names):
-        raise LoramError(f"{place} must name the columns, it is empty; add a header")
+        raise LoramError(f"{place} must name the columns, but is empty; add a header")
     refuse_repeated(names, place)
     return list(names)

@@ -86,12 +86,12 @@ def list_sources(corpus: Path) -> list[SourceInfo]:
     path, again = corpus / SOURCES_FILE, "move the corpus away to prepare it again"
     if not os.path.lexists(path):
         raise LoramError(
-            f"{corpus} must be a prepared corpus, it holds no {SOURCES_FILE}; move it away to "
+            f"{corpus} must be a prepared corpus, but contains no {SOURCES_FILE}; move it away to "
             "prepare it again"
         )
     found = read_as(path, list[SourceInfo], remedy=again)
     if not found:
-        raise LoramError(f"{path} must name a source, it names none; {again}")
+        raise LoramError(f"{path} must name at least one source, but names none; {again}")
     return [
         replace(
             source,
@@ -107,8 +107,8 @@ def _beside(path: Path, names: Iterable[Path]) -> tuple[Path, ...]:
     for name in names:
         if not is_plain(str(name)):
             raise LoramError(
-                f"{path} must name files beside it, got {str(name)!r:.80}; move the corpus away to "
-                "prepare it again"
+                f"{path} must name files next to it, got {str(name)!r:.80}; move the corpus away "
+                "to prepare it again"
             )
     return tuple(path.parent / name for name in names)
 

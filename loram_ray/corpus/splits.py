@@ -110,7 +110,7 @@ def _several_by_name(splits: Mapping[str, str | None]) -> Several | None:
         if split is not None:
             found.setdefault(split, []).append(path)
     canonical = {_canonical(split) for split in found}
-    if len(canonical) < 2:  # shards whose names are not split names are no splits
+    if len(canonical) < 2:  # shards whose names are not split names do not form splits
         return None
     order = (*_KEYWORDS, *found)
     ordered = dict(sorted(found.items(), key=lambda item: order.index(item[0])))

@@ -32,7 +32,9 @@ def map_items(
     """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is in its log file
+    logging.getLogger("ray.data").setLevel(
+        logging.ERROR
+    )  # Ray Data reports progress in its log file
     pending = [item for path, item in items.items() if not path.exists()]
     with Reporter(label, total=len(items), unit=unit) as reporter:
         reporter.update(len(items) - len(pending), {})

@@ -13,7 +13,7 @@ from loram_ray.corpus.messages import arguments_of_calls, with_arguments_as_text
 from loram_ray.errors import LoramError, first_line
 from loram_ray.models.tokenizer import continuation, render_chat
 
-_ANSWER = "xyzzy"  # a word that no template writes
+_ANSWER = "xyzzy"  # a word that no template contains
 _ANCHORS = ("", "\n", ">", "a", "|")
 _MEANINGFUL = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _RESERVED = frozenset(
@@ -94,7 +94,7 @@ def render(tokenizer: Any, conversation: Conversation, count: int, prompt: bool)
         except LoramError:
             raise
         except Exception as error:  # a template may raise anything
-            raise TemplateFault(f"the chat template refuses it ({first_line(error)})") from error
+            raise TemplateFault(f"the chat template rejects it ({first_line(error)})") from error
 
     text = apply(messages)
     objects = [arguments for message in messages for arguments in arguments_of_calls(message)]
@@ -111,7 +111,7 @@ def refuse_unread_parts(tokenizer: Any, conversation: Conversation) -> None:
     """
     reserved = [name for name in conversation.arguments if name in _RESERVED]
     if reserved:
-        raise TemplateFault(f"'chat_template_kwargs' must not hold '{reserved[0]}'; remove it")
+        raise TemplateFault(f"'chat_template_kwargs' must not contain '{reserved[0]}'; remove it")
     names = [*conversation.arguments]
     if conversation.tools is not None:
         names.append("tools")
@@ -146,7 +146,7 @@ def _require_change(
 
 def _unread(what: str) -> TemplateFault:
     return TemplateFault(
-        f"the chat template does not read {what}; set chat_template to a template that does, or "
+        f"the chat template does not use {what}; set chat_template to a template that does, or "
         "remove it from the row"
     )
 

@@ -29,7 +29,7 @@ from loram_ray.estimating.shapes import ModelShapes
 
 GB = 1e9
 GPU_MEMORY = 80 * GB
-"""An H100 has 85.5e9 bytes; the rest is left to CUDA, NCCL and allocator fragmentation."""
+"""An H100 has 85.5e9 bytes; the rest is for CUDA, NCCL and allocator fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _on_memory(
     """Suggest settings if the alignment does not fit."""
     if peak <= GPU_MEMORY:
         return None
-    remedy = "no setting here fits; use more GPUs"
+    remedy = "no setting fits; use more GPUs"
     for name, changed in _remedies(config):
         settings = {**zero, "stage": changed.zero_stage}
         needed = memory_of(changed, settings, pruned, teacher, gpus).peak
@@ -215,7 +215,7 @@ def _on_memory(
             break
     return (
         f"align.zero_stage {config.zero_stage} needs {peak / GB:.1f} GB on each of {gpus} GPUs, "
-        f"more than {GPU_MEMORY / GB:.0f} GB; {remedy}"
+        f"which have {GPU_MEMORY / GB:.0f} GB; {remedy}"
     )
 
 
@@ -228,7 +228,7 @@ def _on_batches(config: AlignConfig, gpus: int) -> str | None:
     return (
         f"align.batch_size {config.batch_size} is {config.batch_size / sequences:.0%} of the "
         f"{gpus} GPUs x {micro_batches} x align.micro_batch_size {config.micro_batch_size} "
-        "sequences computed, the rest has no labels; lower align.micro_batch_size"
+        "sequences that are computed, and the rest are padding; lower align.micro_batch_size"
     )
 
 
@@ -242,8 +242,8 @@ def _on_base(config: AlignConfig, base: ModelShapes) -> str | None:
     if share <= GPU_MEMORY:
         return None
     return (
-        f"align.distillation.gpus_per_worker {distillation.gpus_per_worker} puts "
-        f"{share / GB:.0f} GB of the base on a GPU, more than {GPU_MEMORY / GB:.0f} GB; set it to "
+        f"align.distillation.gpus_per_worker {distillation.gpus_per_worker} puts {share / GB:.0f} "
+        f"GB of the base on a GPU with {GPU_MEMORY / GB:.0f} GB; set it to "
         f"{math.ceil(weights / (0.9 * GPU_MEMORY))} or more, or set stream_rows"
     )
 

@@ -30,12 +30,12 @@ def as_markdown(found: AlignmentForecast) -> str:
     shown = [part for part in _PARTS if any(getattr(row.memory, part) for row in rows)]
     lines = [
         f"{pruned.parameters / GB:.2f}B parameters of {base.parameters / GB:.2f}B, "
-        f"{pruned.trained / GB:.2f}B trained, {first.steps:,} steps; "
-        f"{first.work.total / GB:.1f} GFLOP a token: forward {first.work.forward / GB:.1f}, "
-        f"backward {first.work.backward / GB:.1f}, recomputed {first.work.recomputed / GB:.1f}"
+        f"{pruned.trained / GB:.2f}B trained, {first.steps:,} steps; {first.work.total / GB:.1f} "
+        f"GFLOP per token: forward {first.work.forward / GB:.1f}, backward "
+        f"{first.work.backward / GB:.1f}, recomputed {first.work.recomputed / GB:.1f}"
         + (f", base {first.work.base / GB:.1f}" if first.work.base else ""),
         "",
-        f"| GB of a GPU | {' | '.join(shown)} | **peak** | {' | '.join(_stages(first))} |",
+        f"| GB per GPU | {' | '.join(shown)} | **peak** | {' | '.join(_stages(first))} |",
         "|---" * (len(shown) + 2 + len(first.by_stage)) + "|",
     ]
     for row in rows:
@@ -47,8 +47,8 @@ def as_markdown(found: AlignmentForecast) -> str:
         )
     lines += [
         "",
-        "| GPUs | GB sent in a step | computing | sending | offloading | step | hours | GPU hours "
-        "| cost | mfu |",
+        "| GPUs | GB sent per step | compute | communication | offloading | step | hours | GPU "
+        "hours | cost | MFU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -76,9 +76,11 @@ def _targets(rows: Sequence[Estimate]) -> list[str]:
     ]
     if not found:
         return []
-    head = "| GPUs | copies of the base | its GB on a GPU | hours | cost | stored, at most |"
+    head = (
+        "| GPUs | copies of the base | GB of the base per GPU | hours | cost | storage, at most |"
+    )
     return [
-        "The base's pass for its likeliest tokens, once:",
+        "The base's pass for its most likely tokens, computed once:",
         "",
         head,
         "|---" * 6 + "|",
@@ -90,9 +92,9 @@ def _targets(rows: Sequence[Estimate]) -> list[str]:
 def _assumptions(cluster: Cluster) -> list[str]:
     return [
         f"Assumed: {cluster.mfu:.0%} of the peak, {NVLINK / GB:.0f} GB/s between GPUs of a node, "
-        f"{cluster.bandwidth / GB:.0f} GB/s of network a node, {cluster.price:g} for a GPU hour; "
-        "checkpoints, evaluations and start-up not counted. ZeRO-3 overlaps sending with "
-        "computing, so the longer counts; ZeRO-0 to 2 add them. Peak is to be at most "
-        f"{GPU_MEMORY / GB:.0f} GB: weights, base and optimiser, and the larger of the backward "
-        "pass (gradients to logits) and the update.",
+        f"{cluster.bandwidth / GB:.0f} GB/s of network per node, {cluster.price:g} per GPU hour. "
+        "Checkpoints, evaluations and start-up are not included. ZeRO-3 overlaps communication "
+        "with computation, so the longer of the two counts; ZeRO-0 to 2 add them. The peak must "
+        f"be at most {GPU_MEMORY / GB:.0f} GB: weights, base and optimiser, and the larger of the "
+        "backward pass (gradients to logits) and the update.",
     ]

@@ -32,7 +32,7 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-8B": _llama(32, 4096, 14336, 32, 8, 128256, 131072),
     "meta-llama/Llama-3.1-70B": _llama(80, 8192, 28672, 64, 8, 128256, 131072),
 }
-"""Shapes of gated bases, whose files need an access request on the Hub."""
+"""Shapes of gated bases, whose files require an access request on the Hub."""
 
 
 def base_config(base: str, file: Path | None = None) -> dict[str, Any]:

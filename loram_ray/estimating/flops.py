@@ -16,7 +16,7 @@ PCIE = 50e9
 DISK = 3e9
 """Bandwidth of a GPU's share of its node's NVMe disks."""
 HOST_MEMORY = 300e9
-"""Memory bandwidth of a node, as reached by AdamW on the CPU."""
+"""Memory bandwidth of a node that AdamW reaches on the CPU."""
 
 _FP32 = 4
 _ADAM_TRAFFIC = 7 * _FP32  # reads weight, gradient and both moments; writes all but the gradient

@@ -33,7 +33,8 @@ _AS_THE_PAPER = (
     "train.lora.lm_head=true",
     "train.activation_checkpointing=true",
 )
-"""Training settings for a publisher's recipe without a ``train`` section, beside the defaults."""
+"""Training settings for a publisher's recipe without a ``train`` section, in addition to the
+defaults."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def forecast(
     except ValueError as error:
         raise LoramError(
             f"train.lora.targets must name linears of the model, got {train.lora.targets} "
-            f"({error}); see the model's modules"
+            f"({error}); check the model's module names"
         ) from error
     return Forecast(
         prune=prune,

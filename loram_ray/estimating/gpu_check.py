@@ -43,13 +43,13 @@ def require_memory(config: TrainConfig, free: int, adapters: int = 1) -> None:
         return
     remedy = next(
         (_described(changes) for changes, changed in _smaller(config) if needed(changed) <= usable),
-        "use a larger GPU" if quantized else "quantize the model or use a larger GPU",
+        "use a larger GPU" if quantized else "quantise the model or use a larger GPU",
     )
     if adapters > 1:
         remedy = f"lower batch.adapters_per_worker = {adapters}, or {remedy}"
     raise LoramError(
-        f"train needs {asked / _GB:.1f} GB of GPU memory for {config.model}, {usable / _GB:.1f} GB "
-        f"are free; {remedy}"
+        f"train needs {asked / _GB:.1f} GB of GPU memory for {config.model}, but "
+        f"{usable / _GB:.1f} GB are free; {remedy}"
     )
 
 

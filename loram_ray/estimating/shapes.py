@@ -107,8 +107,8 @@ def require_dense(family: Architecture, base_config: dict[str, Any]) -> None:
     """
     if family.geometry(base_config).num_experts:
         raise LoramError(
-            f"prune.base must be a dense model for an estimate, got {family.model_type}: routing "
-            "to experts is not modelled; choose a dense family"
+            f"prune.base must be a dense model for an estimate, got {family.model_type}, whose "
+            "routing is not modelled; use a dense family"
         )
 
 

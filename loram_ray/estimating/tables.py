@@ -31,8 +31,8 @@ def tables(found: Forecast) -> Iterator[Table | str]:
     yield _sizes(found)
     yield _training(found)
     yield (
-        f"The peak must fit a GPU's memory less {CONTEXT / _GB:.1f} GB for CUDA and {GAPS:.0%} for "
-        "fragmentation."
+        f"The peak must fit into a GPU's memory minus {CONTEXT / _GB:.1f} GB for CUDA and "
+        f"{GAPS:.0%} for fragmentation."
     )
     if found.alignment is not None:
         yield _alignment(found.alignment)
@@ -88,7 +88,7 @@ def _alignment(row: Estimate) -> Table:
     assumed = Cluster(row.gpus)
     table = Table(
         title=f"Alignment on {row.gpus} GPUs, at {assumed.mfu:.0%} of an H100's peak",
-        caption="loram plan --alignment has details and other clusters",
+        caption="loram plan --alignment shows details and other clusters",
     )
     for column in ("GB per GPU", "per step", "steps", "hours", "GPU hours", "cost"):
         table.add_column(column, justify="right")

@@ -232,12 +232,13 @@ def gym_dataset(name: str, size: int, seed: int, options: dict[str, Any], key: s
         import reasoning_gym
     except ImportError as error:
         raise LoramError(
-            f"{key}.kind reasoning_gym needs the package reasoning-gym; pip install reasoning-gym"
+            f"{key}.kind = reasoning_gym needs the package reasoning-gym; run pip install "
+            "reasoning-gym"
         ) from error
     try:
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
     except (ValueError, TypeError, AssertionError) as error:
         raise LoramError(
-            f"{key} must be a data set and options of reasoning-gym's, got {name} with {options} "
-            f"({' '.join(str(error).split()):.200}); fix them"
+            f"{key} must name a reasoning-gym dataset with valid options, got {name} with "
+            f"{options} ({' '.join(str(error).split()):.200}); fix them"
         ) from error

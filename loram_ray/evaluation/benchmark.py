@@ -81,4 +81,4 @@ def require_items(items: Sequence[Any], key: str, data: str) -> None:
         LoramError: There is no item.
     """
     if not items:
-        raise LoramError(f"{key} must hold items, {data} has none; give a file with rows")
+        raise LoramError(f"{key} must contain items, but {data} has none; use a file with rows")

@@ -44,8 +44,8 @@ def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Benchmark]:
             asked = [row for row in rows if isinstance(row, Conversation)]
             if len(asked) < len(rows):
                 raise LoramError(
-                    "evaluate.exact_match needs questions with answers, "
-                    f"{config.data} holds plain text; set it to false or give other data"
+                    f"evaluate.exact_match needs questions with answers, but {config.data} "
+                    "contains plain text; set it to false or use other data"
                 )
             found.append(exact_answers("", tokenizer, asked, config.max_new_tokens))
     if config.text is not None:
@@ -55,9 +55,7 @@ def measurements_of(config: EvaluateConfig, tokenizer: Any) -> list[Benchmark]:
         key = f"evaluate.benchmarks.{number}"
         name = name_of(benchmark)
         if name in names:
-            raise LoramError(
-                f"{key}.name must differ from those of other benchmarks, got {name} twice; name it"
-            )
+            raise LoramError(f"{key}.name must be unique, got {name} twice; rename one")
         names.add(name)
         found.append(_measurement_of(name, benchmark, key, config, tokenizer))
         _require_fit(found[-1], config.model, key)
@@ -70,8 +68,8 @@ def _require_fit(measurement: Benchmark, model: str, key: str) -> None:
     longest = max(map(measurement.span, measurement.items))
     if most is not None and longest > most:
         raise LoramError(
-            f"{key} must fit into the model's {most:,} positions, its longest item needs "
-            f"{longest:,} tokens; lower shots or max_new_tokens, or leave that row out"
+            f"{key} must fit into the model's context of {most:,} tokens, but its longest item "
+            f"needs {longest:,}; lower shots or max_new_tokens, or remove that row"
         )
 
 

@@ -72,7 +72,7 @@ class Chat:
             text = render(self.tokenizer, Conversation("", asked), len(asked), prompt=True)
         except TemplateFault as error:
             raise LoramError(
-                f"{error}; ask otherwise, or give another template with --chat-template FILE"
+                f"{error}; rephrase the question, or use another template with --chat-template FILE"
             ) from error
         prompt = ids_of(self.tokenizer, text)
         ids = torch.tensor([prompt], device=self.model.device)
@@ -163,7 +163,7 @@ def open_chat(
     tokenizer = load_tokenizer(directory, template or own_template(adapter), "--chat-template")
     if not tokenizer.chat_template:
         raise LoramError(
-            f"--model {model} must have a chat template, its tokenizer has none; give one with "
+            f"--model {model} must have a chat template, but its tokenizer has none; add "
             "--chat-template FILE"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"

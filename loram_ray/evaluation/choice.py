@@ -129,14 +129,16 @@ def _parsed(row: Any, config: ChoiceBenchmark) -> tuple[str, str, list[str], int
     if isinstance(choices, dict):
         choices, labels = choices.get("text"), choices.get("label")
     if not isinstance(choices, list) or len(choices) < 2:
-        return BadRow(place, f"its {config.choices} must be two texts or more, got {choices!r:.80}")
+        return BadRow(
+            place, f"its {config.choices} must be at least two texts, got {choices!r:.80}"
+        )
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        return BadRow(place, f"its {config.choices} must be texts, none of them empty")
+        return BadRow(place, f"its {config.choices} must be non-empty texts")
     right = _number_of(values[config.answer], choices, labels)
     if right is None:
         return BadRow(
             place,
-            f"its {config.answer} {values[config.answer]!r:.80} is none of its {config.choices}",
+            f"its {config.answer} {values[config.answer]!r:.80} is not one of its {config.choices}",
         )
     return place, filled(config.prompt, values), choices, right
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 _WORTH_KEEPING = 16
-"""Minimum length in tokens of a common beginning whose keys and values are cached."""
+"""Minimum length in tokens of a common prefix whose keys and values are cached."""
 
 
 class Engine:

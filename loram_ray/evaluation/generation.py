@@ -14,9 +14,9 @@ from loram_ray.evaluation.engine import Engine
 from loram_ray.models.tokenizer import continuation
 
 _MARGIN = 4
-"""Additional number of tokens to search for stop texts."""
+"""Number of additional tokens in which to search for stop texts."""
 _CONTEXT = 4
-"""Number of tokens in front of these, for correct decoding."""
+"""Number of tokens before these, for correct decoding."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _COMMON_SENSE = (
 )  # fmt: skip
 """Tasks whose mean accuracy LoRAM's paper reports as CSR."""
 _BEGINNING = 64
-"""Number of tokens that identify prompts with the same solved examples."""
+"""Number of tokens that identify prompts with the same few-shot examples."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -235,9 +235,9 @@ def run_harness(
         )
     except (KeyError, ValueError, OSError, ImportError, AssertionError) as error:
         raise LoramError(
-            f"evaluate.lm_eval.tasks must be tasks that lm-eval can load here, got "
-            f"{', '.join(config.tasks)} ({' '.join(str(error).split()):.300}); see lm-eval ls "
-            "tasks, and whether their data can be had"
+            "evaluate.lm_eval.tasks must be tasks that lm-eval can load, got "
+            f"{', '.join(config.tasks)} ({' '.join(str(error).split()):.300}); check the names "
+            "with lm-eval ls tasks, and that their data is available"
         ) from error
     assert results is not None
     return scores_of(results["results"]), dict(results["samples"])

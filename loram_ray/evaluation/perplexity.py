@@ -123,7 +123,7 @@ def perplexity_of_text(name: str, tokenizer: Any, corpus: TextConfig, key: str) 
     )
     refuse_bad_rows(bad, good + len(bad), corpus.max_bad_share, f"{key}.max_bad_share")
     if not len(sequences):
-        raise LoramError(f"{key}.sources must hold text, no document was found; add some")
+        raise LoramError(f"{key}.sources must contain text, got no document; add some")
     predicted = ~openings(torch.from_numpy(sequences), frame).numpy()
     predicted[:, 0] = False
     items = [

@@ -84,8 +84,8 @@ def chosen(shots: Sequence[Shot], count: int, seed: int | None, key: str) -> lis
     """
     if len(shots) < count:
         raise LoramError(
-            f"{key} must hold as many rows as there are shots, {count}, it has {len(shots)}; "
-            "lower shots or give more rows"
+            f"{key} must have at least {count} rows for shots, got {len(shots)}; lower shots or "
+            "add rows"
         )
     return list(shots[:count]) if seed is None else random.Random(seed).sample(shots, count)
 
@@ -109,8 +109,8 @@ class PromptBuilder:
     ) -> None:
         if chat and tokenizer.chat_template is None:
             raise LoramError(
-                f"{key}.chat needs a chat template and the model's tokenizer has none; give a file "
-                "with one as evaluate.chat_template, or set chat to false"
+                f"{key}.chat needs a chat template, but the model's tokenizer has none; set "
+                "evaluate.chat_template to a file, or set chat to false"
             )
         self._tokenizer, self._shots, self._key = tokenizer, shots, key
         self.chat = chat
@@ -134,8 +134,8 @@ class PromptBuilder:
             raise
         except Exception as error:  # a template is a program and may raise anything
             raise LoramError(
-                f"{self._key}.chat: the chat template refuses a question ({first_line(error)}); "
-                "give another as evaluate.chat_template, or set chat to false"
+                f"{self._key}.chat: the chat template rejects a question ({first_line(error)}); "
+                "set evaluate.chat_template to another file, or set chat to false"
             ) from error
 
     @property

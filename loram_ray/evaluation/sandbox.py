@@ -116,10 +116,9 @@ def require_sandbox() -> None:
     verdict = run_program("pass", Limits(seconds=60.0))
     if not verdict.passed:
         raise LoramError(
-            "a benchmark of kind code needs a kernel that can confine its programs: "
-            f"Linux 5.13 or newer with Landlock and seccomp, got {platform.system()} "
-            f"{platform.release()} ({verdict.reason:.200}); run it on such a machine or leave the "
-            "benchmark out"
+            "a benchmark of kind code needs a kernel that can sandbox programs: Linux 5.13 or "
+            f"newer with Landlock and seccomp, got {platform.system()} {platform.release()} "
+            f"({verdict.reason:.200}); run it on such a machine or remove the benchmark"
         )
 
 
@@ -140,7 +139,7 @@ def _new_folder() -> Iterator[tuple[str, int]]:
         yield path, folder
     finally:
         os.close(folder)
-        with contextlib.suppress(OSError):  # leftovers do no harm
+        with contextlib.suppress(OSError):  # leftovers are harmless
             _remove(path)
 
 

@@ -242,7 +242,7 @@ def _filter_of(machine: str) -> list[bytes]:
         calls.refuse(number, _EPERM)
     for number in (_CLONE3, _OPENAT2, _CLOSE_RANGE):  # not needed, or with unreadable flags
         calls.refuse(number, _ENOSYS)
-    calls.refuse(_FALLOCATE[machine], _EOPNOTSUPP)  # it bypasses the file size limit
+    calls.refuse(_FALLOCATE[machine], _EOPNOTSUPP)  # bypasses the file size limit
     calls.when_null(_LIMITS[machine], 2)  # address of the new limits
     calls.when_among(_FCNTL[machine], 1, _SIGNALLING, others=True)
     calls.when_among(_PRCTL[machine], 0, _NAMES_ONLY, others=False)
@@ -273,8 +273,8 @@ def _limit(limits: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file"],) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits["files"],) * 2)
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        _LIBC.setenv(name.encode(), b"1", 1)  # or NumPy starts a thread per core
-    if hasattr(_LIBC, "mallopt"):  # or each thread reserves 64 MB of address space
+        _LIBC.setenv(name.encode(), b"1", 1)  # otherwise NumPy starts a thread per core
+    if hasattr(_LIBC, "mallopt"):  # otherwise each thread reserves 64 MB of address space
         _LIBC.mallopt(_M_ARENA_MAX, 1)
 
 
@@ -319,7 +319,7 @@ def _main() -> None:
     site.setquit()
     scratch = settings["scratch"]
     is_mounted = bool(scratch) and mount_scratch(*scratch)
-    _end_with(settings["parent"])  # again, since new credentials reset it
+    _end_with(settings["parent"])  # set again, since new credentials reset it
     _checked(_LIBC.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no_new_privs")
     _limit(settings)
     _give_up_capabilities()

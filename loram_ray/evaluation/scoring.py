@@ -140,8 +140,8 @@ class Scorer:
             from loram_ray.evaluation.lm_eval_model import run_harness
         except ImportError as error:
             raise LoramError(
-                f"evaluate.lm_eval needs the package lm-eval ({error}); "
-                "pip install 'loram-ray[lm-eval]'"
+                f"evaluate.lm_eval needs the package lm-eval ({error}); run pip install "
+                "'loram-ray[lm-eval]'"
             ) from error
         config = self._config
         assert config.lm_eval is not None
@@ -197,6 +197,6 @@ def with_adapter(model: Any, directory: str, adapter: Path, key: str) -> Any:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise LoramError(
-            f"{key} {adapter} does not fit the model ({reason:.300}); "
-            "use the model that it was trained for"
+            f"{key} {adapter} does not match the model ({reason:.300}); use the model that it was "
+            "trained for"
         ) from error

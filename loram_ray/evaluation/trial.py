@@ -133,7 +133,7 @@ class Trial:
                 if now > look or ends:
                     self._check_usage()
                     look = time.monotonic() + LOOK_EVERY_SECONDS
-                if ends:  # it was kept alive until its files were measured
+                if ends:  # kept alive until its files were measured
                     with contextlib.suppress(BrokenPipeError):
                         inputs.close()
                     until = now + _END_SECONDS

@@ -71,17 +71,17 @@ def new_adapter(
     if config.init == "orthogonal" and getattr(frozen, "is_loaded_in_4bit", False):
         raise LoramError(
             "train.lora.init must be default, gaussian or eva on a quantised model, got "
-            "orthogonal, which PEFT makes in the dtype of the frozen weights; change it"
+            "orthogonal, which PEFT computes in the frozen weights' dtype; change it"
         )
     settings = lora_config(config, family)
     try:
-        with warnings.catch_warnings():  # a hint on memory that shells do not need
+        with warnings.catch_warnings():  # a hint about memory that does not apply to empty models
             warnings.filterwarnings("ignore", "lora with eva initialization")
             model = put_adapter_on(frozen, directory, settings, masks)
     except ValueError as error:
         raise LoramError(
             f"train.lora.targets must name linears of the model, got {config.targets} "
-            f"({' '.join(str(error).split()):.300}); see the model's modules"
+            f"({' '.join(str(error).split()):.300}); check the model's module names"
         ) from error
     set_dtype(model, config)
     return model

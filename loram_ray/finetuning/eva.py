@@ -39,8 +39,9 @@ class _Batches:
         self._left = MOST_BATCHES
         if not self._batches:
             raise LoramError(
-                f"train.lora.init = eva needs micro-batches with at least r = {rank} labels, this "
-                f"data has none at train.micro_batch_size = {size}; raise that or lower r"
+                f"train.lora.init = eva needs micro-batches with at least r = {rank} labels, but "
+                f"no micro-batch of train.micro_batch_size = {size} has as many; raise it or lower "
+                "r"
             )
 
     def __len__(self) -> int:
@@ -50,8 +51,8 @@ class _Batches:
         for batch in self._batches:
             if not self._left:
                 raise LoramError(
-                    f"train.lora.init = eva must find steady components, {MOST_BATCHES:,} batches "
-                    "did not show them; set it to default or lower r"
+                    f"train.lora.init = eva must converge, but did not within {MOST_BATCHES:,} "
+                    "batches; set it to default or lower r"
                 )
             self._left -= 1
             yield padded(batch, 0)

@@ -45,7 +45,8 @@ def tables(
     counts = [len(table) for table in found]
     if not all(counts):
         raise LoramError(
-            f"train.eval_share must leave examples on both sides, {config.eval_share} makes "
-            f"{counts[0]} to learn and {counts[1]} held out; change it or give train.eval_data"
+            "train.eval_share must leave examples for both training and evaluation, but "
+            f"{config.eval_share} leaves {counts[0]} and {counts[1]}; change it or set "
+            "train.eval_data"
         )
     return found

@@ -116,7 +116,7 @@ class Lockstep:
             self._begin(slot)
             GradientState._shared_state.clear()
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # this thread computes little
+        torch.set_num_threads(1)  # this thread does little work
         try:
             yield slot
         finally:

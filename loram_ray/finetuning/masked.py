@@ -99,7 +99,7 @@ class MaskedProduct(torch.autograd.Function):
         """Return the gradients of x, a and b."""
         x, a, b, packed, weight = ctx.saved_tensors
         tokens, grads = x.flatten(0, -2), grad.flatten(0, -2)
-        wide = torch.promote_types(x.dtype, torch.float32)  # no rounding at each block
+        wide = torch.promote_types(x.dtype, torch.float32)  # avoids rounding after each block
         for_x = tokens.new_zeros(tokens.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         for_matrices = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         for_a, for_b = torch.zeros_like(a), torch.zeros_like(b)
@@ -145,7 +145,7 @@ class MaskedLoraLinear(lora.Linear):
     ) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         if self.lora_variant or any(self.lora_bias.values()):
-            raise ValueError("only a plain LoRA can be masked, without DoRA or biases of its own")
+            raise ValueError("only a plain LoRA can be masked, without DoRA or biases")
         frozen: Any = self.get_base_layer()
         device = frozen.weight.device
         self.register_buffer("packed_mask", packed_mask.to(device), persistent=False)
@@ -158,7 +158,7 @@ class MaskedLoraLinear(lora.Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layer's output, ``[..., out]``, from ``x``, ``[..., in]``."""
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapters under a mask cannot be mixed in one batch")
+            raise ValueError("masked adapters cannot be mixed in one batch")
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
             return super().forward(x, *args, **kwargs)
@@ -222,7 +222,7 @@ def put_adapter_on(
     # PEFT only warns about modules without a tensor, and ignores tensors without a module.
     found: Any = peft.set_peft_model_state_dict(adapted, weights)
     if found.unexpected_keys:
-        raise ValueError(f"the model has no place for {found.unexpected_keys[0]}")
+        raise ValueError(f"the model has no parameter {found.unexpected_keys[0]}")
     lacking = [name for name in found.missing_keys if "lora_" in name]
     if lacking:
         raise ValueError(f"it lacks {lacking[0]}")

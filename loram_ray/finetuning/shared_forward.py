@@ -170,7 +170,10 @@ class SharedForward:
                 _put_back([members[n] for n in joined], before)
                 if _is_memory(error):
                     self._most = sum(tokens[n] for n in joined) // 2
-                    say("train", f"memory is short: at most {self._most:,} tokens in a pass now")
+                    say(
+                        "train",
+                        f"out of memory: continuing with at most {self._most:,} tokens per pass",
+                    )
                 if self._frozen.device == "cuda":
                     torch.cuda.empty_cache()
         for number, member in enumerate(members):

@@ -164,7 +164,7 @@ class _Watch(TrainerCallback):
         if not math.isfinite(logs[kind]):
             raise LoramError(
                 f"train: the {kind} is {logs[kind]} at step {state.global_step}; lower "
-                "train.optimiser.learning_rate or look at the examples"
+                "train.optimiser.learning_rate or inspect the examples"
             )
         now = time.perf_counter()
         if kind == "eval_loss":
@@ -184,7 +184,7 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.load_best_model_at_end and state.global_step >= state.max_steps:
-            control.should_evaluate = True  # evaluate what was learnt since the last evaluation
+            control.should_evaluate = True  # evaluate the steps since the last evaluation
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -101,7 +101,9 @@ class BaseModel:
             stages = ("prune", "align", "quantize", "merge")
             manifest = require_stage(self.directory, stages, self.key)
         if manifest is not None and manifest.stage != "merge":
-            ModelCheckpoint(self.directory, self.config).close()  # raises if the model is damaged
+            ModelCheckpoint(
+                self.directory, self.config
+            ).close()  # raises an error if the model is damaged
             return manifest.digest, manifest.base_fingerprint
         with self:
             return self.fingerprint, self.fingerprint
@@ -125,12 +127,12 @@ class BaseModel:
         """
         if self.is_pruned:
             raise LoramError(
-                f"{self.key} must be a model that is not pruned, {self.place} is; give its base"
+                f"{self.key} must be a model that is not pruned, but {self.place} is; use its base"
             )
         if self.config.get("quantization_config"):
             raise LoramError(
-                f"{self.key} must be in full precision, {self.place} is quantised{reason}; give "
-                "the model that was quantised"
+                f"{self.key} must be in full precision, but {self.place} is quantised{reason}; use "
+                "the model that it was quantised from"
             )
 
     def close(self) -> None:

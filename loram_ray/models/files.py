@@ -17,7 +17,7 @@ from loram_ray.errors import LoramError, first_line
 from loram_ray.plan import PruningPlan
 
 NORM_MEAN = "kept"
-"""How norms over pruned features compute their mean in new pruned models: over the kept features
+"""How norms over pruned features compute their mean in newly pruned models: over the kept features
 only. On OLMo 2 this was better than over all features in 18 of 18 prunings (ratio 0.625: perplexity
 9.90 instead of 10.72).
 """
@@ -54,8 +54,8 @@ def resolve_base(base: str | Path, key: str) -> Path:
     text = str(base)
     if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
         raise LoramError(
-            f"{key} must be a model directory or a hub id, {base} is neither; check the path or "
-            "the id"
+            f"{key} must be a model directory or a Hub id, but {base} is neither; check the path "
+            "or the id"
         )
     from huggingface_hub import snapshot_download
 
@@ -64,7 +64,7 @@ def resolve_base(base: str | Path, key: str) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
         raise LoramError(
-            f"{key} {base} is no directory here and could not be had from the hub "
+            f"{key} {base} is not a local directory and could not be downloaded from the Hub "
             f"({first_line(error)}); check the name, the network and HF_TOKEN"
         ) from error
 
@@ -91,9 +91,8 @@ def family_described(config: Mapping[str, Any], directory: Path | str) -> Archit
     text = config.get("text_config")
     if isinstance(text, dict):
         raise LoramError(
-            f"the base's model_type must be that of a text model, {directory} is a "
-            f"{config.get('model_type')} around a {text.get('model_type')}; save its language "
-            "model alone and use that"
+            f"the base must be a text model, but {directory} is a {config.get('model_type')} "
+            f"around a {text.get('model_type')}; save its language model separately and use that"
         )
     return architecture_of(stock_model_type(config.get("model_type")))
 

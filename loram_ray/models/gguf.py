@@ -89,26 +89,26 @@ def _require_computed(config: PreTrainedConfig, architecture: str) -> None:
         LoramError: If there is such a key; the message names the first one.
     """
     llama = architecture == _ROTATED_IN_PAIRS
-    if config.hidden_act not in ("silu", "swish"):  # two names of one function
+    if config.hidden_act not in ("silu", "swish"):  # two names for the same function
         raise LoramError(
-            f"hidden_act must be silu to be exported, the model's is {config.hidden_act}, which "
-            "llama.cpp lacks in this family; serve it with vLLM"
+            f"hidden_act must be silu for export, got {config.hidden_act}, which llama.cpp does "
+            "not support in this family; serve the model with vLLM"
         )
     if rotary_factors(config) is not None and not llama:
         raise LoramError(
-            f"export writes Llama 3.1's scaling of rotary embeddings for Llama and Mistral only, "
-            f"the model is a {config.model_type}; serve it with vLLM"
+            "export supports Llama 3.1's scaling of rotary embeddings only for Llama and Mistral, "
+            f"got {config.model_type}; serve the model with vLLM"
         )
     if architecture == "qwen3" and config.attention_bias:
         raise LoramError(
-            "attention_bias must be false to be exported: llama.cpp has no biases in Qwen3; serve "
+            "attention_bias must be false for export, as llama.cpp has no biases in Qwen3; serve "
             "the model with vLLM"
         )
     width = _head_dim(config) * config.num_attention_heads
     if architecture == "qwen2" and width != config.hidden_size:
         raise LoramError(
-            f"a Qwen2's heads must be as wide together as hidden_size ({config.hidden_size}) to be "
-            f"exported, they are {width} wide, which llama.cpp cannot load; serve it with vLLM"
+            f"num_attention_heads times head_dim must equal hidden_size = {config.hidden_size} for "
+            f"export of Qwen2, got {width}, which llama.cpp cannot load; serve the model with vLLM"
         )
 
 
@@ -176,8 +176,8 @@ def architecture_of(model_type: str) -> str:
     """
     if model_type not in _NAMES:
         raise LoramError(
-            f"export writes {', '.join(_NAMES)} as GGUF, the model is a {model_type}; convert it "
-            "with llama.cpp's convert_hf_to_gguf.py"
+            f"export supports {', '.join(_NAMES)}, got {model_type}; convert the model with "
+            "llama.cpp's convert_hf_to_gguf.py"
         )
     return _NAMES[model_type]
 
@@ -196,7 +196,7 @@ def _tensors(checkpoint: ModelCheckpoint, source: Source, kind: str) -> Iterator
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise LoramError(f"export knows no place for tensor {key} in GGUF; {_REMEDY}")
+            raise LoramError(f"export cannot write tensor {key} to GGUF; {_REMEDY}")
         if not own_head and name == "output.weight":
             continue
         heads = 0
@@ -264,8 +264,8 @@ def rotary_factors(config: PreTrainedConfig) -> torch.Tensor | None:
         return None
     if kind != "llama3":
         raise LoramError(
-            f"export writes rotary embeddings as they are or as Llama 3.1 scales them, the model's "
-            f"rope_type is {kind}; convert it with llama.cpp's convert_hf_to_gguf.py"
+            "export supports default rotary embeddings and Llama 3.1's scaling, got rope_type "
+            f"{kind}; convert the model with llama.cpp's convert_hf_to_gguf.py"
         )
     dim = _head_dim(config)
     frequencies = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -121,8 +121,8 @@ def _require_known(pre_tokenizer: str) -> None:
     if pre_tokenizer not in known:
         near = get_close_matches(pre_tokenizer, known, n=3, cutoff=0.0)
         raise LoramError(
-            "export.pre_tokenizer must be llama.cpp's name of a pre-tokenisation, got "
-            f"{shown(pre_tokenizer)}; give another, such as {', '.join(near)}"
+            "export.pre_tokenizer must be llama.cpp's name of a pre-tokenizer, got "
+            f"{shown(pre_tokenizer)}; use e.g. {', '.join(near)}"
         )
 
 
@@ -135,19 +135,20 @@ def _require_byte_level(backend: dict[str, Any], directory: Path) -> None:
     model = backend["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise LoramError(
-            f"export writes byte-level BPE vocabularies, {directory} has another; {_REMEDY}"
+            f"export supports byte-level BPE vocabularies, but {directory} has another kind; "
+            f"{_REMEDY}"
         )
     normalizer = backend["normalizer"] or {}
     for part in normalizer.get("normalizers", [normalizer] if normalizer else []):
         if part["type"] != "NFC":
             raise LoramError(
-                f"{directory}/tokenizer.json must have no normalizer but NFC to be exported, it "
-                f"has {part['type']}, which llama.cpp's BPE lacks; export another model"
+                f"{directory}/tokenizer.json must have no normalizer other than NFC for export, "
+                f"got {part['type']}, which llama.cpp's BPE does not support; export another model"
             )
     if any(part.get("add_prefix_space") for part in _parts(backend["pre_tokenizer"] or {})):
         raise LoramError(
-            f"add_prefix_space must be false in {directory}/tokenizer.json to be exported: "
-            "llama.cpp's BPE puts no space in front of a text; export another model"
+            f"add_prefix_space must be false in {directory}/tokenizer.json for export, as "
+            "llama.cpp's BPE adds no space before a text; export another model"
         )
 
 
@@ -192,8 +193,8 @@ def _added(tokenizer: Any, directory: Path) -> tuple[bool, bool]:
     if opening not in ((), bos) or closing not in ((), eos):
         words = tokenizer.convert_ids_to_tokens([*opening, *closing])
         raise LoramError(
-            f"{directory} must have a tokenizer that adds at most its bos_token in front of a text "
-            f"and its eos_token behind it, it adds {' '.join(words)}; set them in its "
+            f"{directory} must have a tokenizer that adds at most its bos_token before a text and "
+            f"its eos_token after it, but it adds {' '.join(words)}; set them in its "
             "tokenizer_config.json"
         )
     return bool(opening), bool(closing)
@@ -212,8 +213,8 @@ def _templates(
     for name in given:
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             raise LoramError(
-                f"names of chat templates must be of letters, digits and _ in GGUF, {directory} "
-                f"has {name!r}; rename it in its tokenizer files"
+                "names of chat templates must consist of letters, digits and _ in GGUF, but "
+                f"{directory} has {name!r}; rename it in its tokenizer files"
             )
     return [{"name": name, "template": template} for name, template in given.items()]
 
@@ -235,6 +236,6 @@ def _recognised(pre_tokenizer: dict[str, Any], directory: Path) -> str:
             if expression in _SPLITS and not parts[1]["use_regex"]:
                 return _SPLITS[expression]
     raise LoramError(
-        f"export.pre_tokenizer must be given, {directory} splits text in a way that is not "
-        "recognised; llama.cpp's name of it is in its convert_hf_to_gguf.py"
+        f"export.pre_tokenizer must be given, as that of {directory} is not recognised; look up "
+        "llama.cpp's name in its convert_hf_to_gguf.py"
     )

@@ -51,7 +51,7 @@ class LayerStream:
         self._layers: Any = self._model.get_submodule(family.layers)
         for layer in self._layers.children():
             unfuse_experts(layer, self._model.config)
-        self._model.eval()  # in training mode, experts without a token would run too
+        self._model.eval()  # in training mode, experts without tokens would also run
 
     @contextmanager
     def layer(
@@ -97,7 +97,7 @@ class LayerStream:
         """
         if name not in self.checkpoint.location:
             raise LoramError(
-                f"{self.checkpoint.directory} lacks tensor {name} that its config.json asks for; "
+                f"{self.checkpoint.directory} lacks tensor {name}, which its config.json requires; "
                 "download the model again"
             )
         return self.checkpoint.read(name)
@@ -202,8 +202,8 @@ class LayerStream:
             tensor = changed[full] if full in changed else self.read(full)
             if tensor.shape != parameter.shape:
                 raise LoramError(
-                    f"{self.checkpoint.directory} holds {full} as {tuple(tensor.shape)}, its "
-                    f"config.json says {tuple(parameter.shape)}; download the model again"
+                    f"{self.checkpoint.directory} has {full} of shape {tuple(tensor.shape)}, but "
+                    f"its config.json requires {tuple(parameter.shape)}; download the model again"
                 )
             weights[name] = tensor.to(self._device, self._dtype)
         module.load_state_dict(weights, strict=False, assign=True)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NO_ADAPTER = "no adapter"
-"""Folder in which transformers looks for an adapter's configuration. By default it is the model's
-own, and transformers would silently apply an adapter beside the weights.
+"""Folder in which Transformers looks for an adapter's configuration. By default it is the model's,
+and Transformers would silently apply an adapter next to the weights.
 """
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -70,14 +70,14 @@ def load_model(
                 f"{directory} cannot be loaded ({reason}); restore its config.json"
             ) from error
         raise LoramError(
-            f"attention = {attention} cannot be used for {directory} "
-            f"({reason}); install what it needs or leave it out"
+            f"attention = {attention} cannot be used for {directory} ({reason}); install what it "
+            "needs, or remove it"
         ) from error
     _require_finite(model, directory)
     if getattr(model, "is_loaded_in_4bit", False):
         from loram_ray.models.nf4 import compute_in, work_around_cpu_kernels
 
-        for parameter in model.parameters():  # transformers keeps the rest in the stored dtype
+        for parameter in model.parameters():  # Transformers keeps the rest in the stored dtype
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[precision])
         compute_in(model, DTYPES[precision])

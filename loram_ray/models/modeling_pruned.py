@@ -116,7 +116,8 @@ class Experts(nn.Module):
         """
         gate, up, down = self.names
         out = torch.zeros_like(hidden_states)
-        # In training every expert runs, even without tokens, so each has a gradient on each worker.
+        # In training every expert runs, even without tokens, so that it has a gradient on every
+        # worker.
         used = range(self.num_experts) if self.training else top_k_index.unique().tolist()
         for number in used:
             token, choice = torch.where(top_k_index == number)

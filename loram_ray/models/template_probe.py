@@ -59,12 +59,12 @@ for messages in ([user], [user, answer], [system, user, answer, user]):
             text = compiled.render(messages=messages, add_generation_prompt=prompt, tools=None,
                                    documents=None, bos_token="<s>", eos_token="</s>")
         except MemoryError:
-            print("one that needs less memory")
+            print("a template that needs less memory")
             sys.exit()
         except Exception:
             continue
         if len(text) > most:
-            print(f"one that writes at most {most:,} characters around four messages")
+            print(f"a template that adds at most {most:,} characters to four messages")
             sys.exit()
 """
 
@@ -80,7 +80,7 @@ def fault_of_template(template: str) -> str | None:
         return f"at most {MAX_CHARACTERS:,} characters long, got {len(template):,}"
     done = run_apart(_PROGRAM, [template, CPU_SECONDS, _BYTES, MAX_CHARACTERS])
     if done is None or done.returncode < 0:
-        return f"one that renders four messages within {CPU_SECONDS} s"
+        return f"a template that renders four messages within {CPU_SECONDS} s"
     if done.returncode:  # out of memory where Python cannot raise
-        return "one that needs less memory"
+        return "a template that needs less memory"
     return done.stdout.decode().strip() or None

@@ -19,7 +19,7 @@ from loram_ray.units import Geometry
 _MOST_BLOCKS_OF_A_TENSOR = 100
 """Maximum of layers times experts per stored tensor; real models have several tensors for each."""
 _RECOMPUTED = ".rotary_emb.inv_freq"
-"""Suffix of the names of rotary frequencies, which old models store and transformers computes."""
+"""Suffix of the names of rotary frequencies, which old models store and Transformers computes."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -63,7 +63,7 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
             shapes[f"{family.layers}.{layer}.{name}.weight"] = (size,)
     if changed:
         raise LoramError(
-            f"pruned_linears in the model's config.json must name linears of its layers, got "
+            "pruned_linears in the model's config.json must name linears in its layers, got "
             f"{next(iter(changed))}; restore the file"
         )
     return shapes
@@ -86,8 +86,8 @@ def require_described(
     named = config.get("transformers_weights")
     if named not in (None, file):
         raise LoramError(
-            f"transformers_weights in {directory / 'config.json'} must be left out, got "
-            f"{named!r:.80}; the model is {file}"
+            f"transformers_weights in {directory / 'config.json'} must not be set, got "
+            f"{named!r:.80}; remove it, the weights are in {file}"
         )
     _require_possible(directory, config, len(stored))
     expected = expected_shapes(config)
@@ -103,24 +103,24 @@ def require_described(
             found = left.pop(part)
             if size is not None and found.shape != size:
                 raise LoramError(
-                    f"{directory} holds {part} as {found.shape}, its config.json says {size}; "
-                    "correct config.json or download the model again"
+                    f"{directory} has {part} of shape {found.shape}, but its config.json requires "
+                    f"{size}; correct config.json or download the model again"
                 )
         if parts.keys() == {name} and not stored[name].dtype.is_floating_point:
             raise LoramError(
-                f"{directory} holds {name} as {stored[name].dtype}, a weight must be in floating "
+                f"{directory} has {name} in {stored[name].dtype}, but weights must be floating "
                 "point; convert the model or download it again"
             )
     family = family_in(config)
     head = f"{family.output_head}.weight"
     embeddings = expected[f"{family.embeddings}.weight"]
     for name, spec in left.items():
-        if name == head and spec.shape == embeddings:  # a tied model that stores its head twice
+        if name == head and spec.shape == embeddings:  # a tied model that also stores its head
             continue
         if not is_recomputed(name):
             raise LoramError(
-                f"{directory} holds tensor {name} {spec.shape}, its config.json describes a model "
-                "without it; correct config.json or download the model again"
+                f"{directory} has tensor {name} {spec.shape}, but its config.json describes a "
+                "model without it; correct config.json or download the model again"
             )
 
 
@@ -132,7 +132,7 @@ def _require_possible(directory: Path, config: Mapping[str, Any], stored: int) -
     if blocks > _MOST_BLOCKS_OF_A_TENSOR * max(1, stored):
         experts = f" of {geometry.num_experts:,} experts" if geometry.num_experts else ""
         raise LoramError(
-            f"{directory} holds {stored:,} tensors, its config.json describes "
+            f"{directory} has {stored:,} tensors, but its config.json describes "
             f"{geometry.num_layers:,} layers{experts}; correct config.json or download the model "
             "again"
         )
@@ -142,7 +142,7 @@ def _missing(directory: Path, name: str, shape: tuple[int, ...] | None, others: 
     more = f" and {others} more" if others else ""
     size = "" if shape is None else f" {shape}"
     return LoramError(
-        f"{directory} lacks tensor {name}{size}{more}, which its config.json asks for; correct "
+        f"{directory} lacks tensor {name}{size}{more}, which its config.json requires; correct "
         "config.json or download the model again"
     )
 
@@ -156,8 +156,8 @@ def _size_of_vocabulary(config: Mapping[str, Any]) -> int:
     words = config.get("vocab_size")
     if type(words) is not int or words < 1:
         raise LoramError(
-            "vocab_size in the model's config.json must be a positive whole number, got "
-            f"{words!r:.40}; restore the file"
+            f"vocab_size in the model's config.json must be a positive integer, got {words!r:.40}; "
+            "restore the file"
         )
     return words
 
@@ -169,7 +169,7 @@ def _changed_linears(config: Mapping[str, Any]) -> Shapes:
         shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in found.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise LoramError(
-            "pruned_linears in the model's config.json must give [out, in] by name, got "
+            "pruned_linears in the model's config.json must map names to [out, in], got "
             f"{found!r:.80}; restore the file"
         ) from error
     return dict(shapes)
@@ -232,8 +232,8 @@ class _Quantisation:
         kind = said.get("quant_method", "bitsandbytes")
         if self._is_on and (kind != "bitsandbytes" or not said.get("load_in_4bit")):
             raise LoramError(
-                f"quantization_config in {directory / 'config.json'} must be bitsandbytes' with "
-                f"load_in_4bit, got {kind}; give the model in full precision"
+                f"quantization_config in {directory / 'config.json'} must be bitsandbytes with "
+                f"load_in_4bit, got {kind}; use the model in full precision"
             )
         self._is_double = bool(said.get("bnb_4bit_use_double_quant"))
         self._layers = f"{family_in(config).layers}."
@@ -254,14 +254,14 @@ class _Quantisation:
             is_linear &= name.split(".")[-2] in self._modules
             if self._is_on and is_linear and not self._some_whole and name in stored:
                 raise LoramError(
-                    f"{self._directory} holds {name} in full precision, quantization_config in "
-                    "its config.json says that it is quantised; take quantization_config out or "
-                    "quantise the model again"
+                    f"{self._directory} has {name} in full precision, but quantization_config in "
+                    "its config.json marks it as quantised; remove quantization_config or quantise "
+                    "the model again"
                 )
             return {name: shape}
         if not self._is_on:
             raise LoramError(
-                f"{self._directory} holds {name} quantised, its config.json has no "
+                f"{self._directory} has {name} quantised, but its config.json has no "
                 "quantization_config; restore config.json or quantise the model again"
             )
         return form.stored_shapes(name, shape, self._is_double)

@@ -71,7 +71,7 @@ def end_of_text(tokenizer: Any) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise LoramError(
-            f"{tokenizer.name_or_path} must have an end-of-text token, its tokenizer has none; "
+            f"{tokenizer.name_or_path} must have an end-of-text token, but its tokenizer has none; "
             "set eos_token in its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
@@ -125,8 +125,8 @@ def added_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
             if whole[begin:end] == plain:
                 return tuple(whole[:begin]), tuple(whole[end:])
     raise LoramError(
-        f"{tokenizer.name_or_path} must have a tokenizer that adds special tokens around a text "
-        "only; use its base's tokenizer files"
+        f"{tokenizer.name_or_path} must have a tokenizer that adds special tokens only before and "
+        "after a text; use its base's tokenizer files"
     )
 
 
@@ -149,12 +149,12 @@ def load_tokenizer(
     require_tokenizer_files(Path(directory))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-    except BaseException as error:  # the Rust library panics, which is not an Exception
+    except BaseException as error:  # a panic of the Rust library is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise LoramError(
-            f"{directory} has no tokenizer that transformers can load ({first_line(error)}); "
-            "copy the base's tokenizer files into it"
+            f"{directory} has no tokenizer that Transformers can load ({first_line(error)}); copy "
+            "the base's tokenizer files into it"
         ) from error
     _require_embedded(tokenizer, Path(directory))
     if chat_template is not None:
@@ -179,8 +179,8 @@ def _require_embedded(tokenizer: Any, directory: Path) -> None:
     if beyond:
         number, token = min(beyond)
         raise LoramError(
-            f"{directory}: token {token!r:.80} has number {number}, the embeddings have {words} "
-            "rows; resize the model's embeddings or take the token out of its tokenizer"
+            f"{directory}: token {token!r:.80} has id {number}, but the embeddings have {words} "
+            "rows; resize the model's embeddings or remove the token from its tokenizer"
         )
 
 
@@ -202,9 +202,9 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **arguments:
         )
     except TooLong as error:
         raise LoramError(
-            f"the chat template must render a conversation within {RENDER_SECONDS:g} s, it takes "
-            f"longer for one of {len(messages)} messages that begins with "
-            f"{shown(messages[0].get('content'))}; give another template"
+            f"the chat template must render a conversation within {RENDER_SECONDS:g} s, but takes "
+            f"longer for {len(messages)} messages that begin with "
+            f"{shown(messages[0].get('content'))}; use another template"
         ) from error
     return text
 
@@ -216,5 +216,5 @@ def read_template(path: Path, key: str) -> str:
         LoramError: If it cannot be read as text.
     """
     if not os.path.lexists(path):
-        raise LoramError(f"{key} {path} cannot be read (it does not exist); check the path")
+        raise LoramError(f"{key} {path} does not exist; check the path")
     return read_text(path, key, remedy="check the path")

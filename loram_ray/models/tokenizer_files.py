@@ -98,7 +98,7 @@ def require_tokenizer_files(directory: Path) -> None:
         LoramError: If a file is invalid; the message names the first one.
     """
     if not directory.is_dir():
-        raise LoramError(f"{directory} must be a model directory, it is none; check the path")
+        raise LoramError(f"{directory} is not a model directory; check the path")
     for name, model in _DOCUMENTS.items():
         path = directory / name
         if os.path.lexists(path):
@@ -125,4 +125,4 @@ def require_template(template: Any, name: str) -> None:
     several = template.values() if isinstance(template, dict) else [template]
     for text in several:
         if isinstance(text, str) and (fault := fault_of_template(text)) is not None:
-            raise LoramError(f"{name} is no chat template: it must be {fault}; fix it")
+            raise LoramError(f"{name} is not a usable chat template: it must be {fault}; fix it")

@@ -50,7 +50,7 @@ class ModelCheckpoint(Checkpoint):
             for name in file.specs:
                 if self.location[name] != file_name:
                     raise LoramError(
-                        f"{self.directory} holds tensor {name} twice, in {self.location[name]} and "
+                        f"{self.directory} has tensor {name} twice, in {self.location[name]} and "
                         f"{file_name}; download the model again"
                     )
 

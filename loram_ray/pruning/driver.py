@@ -151,8 +151,8 @@ def _calibration(
     assert calibration is not None
     if base.positions is not None and calibration.sequence_length > base.positions:
         raise LoramError(
-            f"{KEY}.sequence_length must be at most {base.positions} (the base's positions), got "
-            f"{calibration.sequence_length}; lower it"
+            f"{KEY}.sequence_length must be at most {base.positions} (the base's context length), "
+            f"got {calibration.sequence_length}; lower it"
         )
     work = work.resolve()
     tokens = work / TOKENS_FILE

@@ -9,7 +9,7 @@ import torch
 
 from loram_ray.errors import LoramError
 
-LONG_ROW = 2**24  # topk is faster in short rows, but limited by memory bandwidth in long ones
+LONG_ROW = 2**24  # topk is faster for short rows, but limited by memory bandwidth for long ones
 CHUNK = 2**20  # scores ranked at a time; they fit into a processor's cache
 
 
@@ -40,7 +40,7 @@ class Pattern:
         numbers = re.fullmatch(r"([0-9]+):([0-9]+)", text)
         if numbers is None or not 0 < int(numbers[1]) < int(numbers[2]):
             raise LoramError(
-                "prune.pattern must be 'unstructured' or n:m with 0 < n < m (n zeros of every m "
+                "prune.pattern must be 'unstructured' or n:m with 0 < n < m (n zeros in every m "
                 f"inputs), got {text!r}; set it to unstructured, 2:4 or 4:8"
             )
         return cls(int(numbers[1]), int(numbers[2]))
@@ -56,8 +56,8 @@ class Pattern:
         """
         if self.group and columns % self.group:
             raise LoramError(
-                f"prune.pattern must have an m that divides the inputs of every pruned linear, got "
-                f"{self} and {columns} inputs of {module}; choose an m that divides {columns}, or "
+                "prune.pattern must have an m that divides the inputs of every pruned linear, got "
+                f"{self} with {columns} inputs of {module}; choose an m that divides {columns}, or "
                 "unstructured"
             )
 

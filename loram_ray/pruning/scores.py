@@ -63,8 +63,8 @@ def load_scores(
     path = directory / SCORES_FILE
     if not path.exists():
         raise LoramError(
-            f"prune.scores must be a directory with {SCORES_FILE}, {directory} has none ("
-            f"{_NOT_KEPT} keep no scores); leave it out to calibrate"
+            f"prune.scores must be a directory with {SCORES_FILE}, but {directory} has none "
+            f"({_NOT_KEPT} store no scores); remove it to calibrate"
         )
     with TensorFile(path) as file:
         metadata = file.metadata.get("loram_scores", "{}")
@@ -72,8 +72,8 @@ def load_scores(
         said = written.get("method")
         if said != method:
             raise LoramError(
-                f"prune.scores must be scores of {method}, {directory} holds those of {said}; "
-                "change prune.method or leave prune.scores out"
+                f"prune.scores must contain scores of {method}, but {directory} contains those of "
+                f"{said}; change prune.method or remove prune.scores"
             )
         norms = {
             name.removesuffix(_NORMS): file.read(name)
@@ -84,8 +84,8 @@ def load_scores(
         missing = [n for n in range(*layers) if f"layers.{n}." not in held]
         if missing:
             raise LoramError(
-                f"prune.scores must hold layers [{layers[0]}, {layers[1]}), {directory} lacks "
-                f"layer {missing[0]}; change prune.layers or leave prune.scores out"
+                f"prune.scores must contain layers [{layers[0]}, {layers[1]}), but {directory} "
+                f"lacks layer {missing[0]}; change prune.layers or remove prune.scores"
             )
         if norms:
             return {}, norms

@@ -31,8 +31,8 @@ def layer_range(layers: tuple[int, int] | None, num_layers: int) -> tuple[int, i
     first, end = layers if layers else (_LEFT_WHOLE_FIRST, num_layers - _LEFT_WHOLE_LAST)
     if not 0 <= first < end <= num_layers:
         raise LoramError(
-            f"prune.layers must satisfy 0 <= first < end <= {num_layers} (the model's layers), "
-            f"got [{first}, {end}]; set prune.layers within the model"
+            f"prune.layers must satisfy 0 <= first < end <= {num_layers} (the model's layers), got "
+            f"[{first}, {end}]; change prune.layers"
         )
     return first, end
 
@@ -55,8 +55,7 @@ def layer_ratios(
     for number, listed in enumerate(ratios or ()):
         if not 0 <= listed < 1:
             raise LoramError(
-                f"prune.ratios.{number} must be at least 0 and below 1, got {listed}; choose the "
-                "share to prune"
+                f"prune.ratios.{number} must be at least 0 and below 1, got {listed}; change it"
             )
     return dict(zip(numbers, ratios or [ratio] * len(numbers), strict=True))
 
@@ -84,7 +83,7 @@ def kept_counts(
             each = " and ".join(f"one of {most[unit]} {unit.title}" for unit in units)
             left = " and ".join(map(str, kept.values()))
             raise LoramError(
-                f"prune.ratio must leave at least {each}, {ratio} leaves {left}; lower it"
+                f"prune.ratio must keep at least {each}, but {ratio} keeps {left}; lower it"
             )
         counts[layer] = {
             unit.name: round_to_multiple(count, multiple if unit.rounded else 1, most[unit])
@@ -170,7 +169,7 @@ def _share_out(layers: list[torch.Tensor], kept: int) -> list[int]:
     for scores in layers:
         spread = scores.std(correction=0)
         z = (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
-        z[scores.argmax()] = torch.inf  # every layer keeps one
+        z[scores.argmax()] = torch.inf  # every layer keeps at least one
         standardised.append(z)
     owner = torch.cat([torch.full((len(z),), i) for i, z in enumerate(standardised)])
     best = torch.cat(standardised).sort(descending=True, stable=True).indices[:kept]

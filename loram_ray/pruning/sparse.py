@@ -19,8 +19,8 @@ from loram_ray.runtime.progress import say
 __all__ = ["Pattern", "SparseGptResult", "magnitude_mask", "sparsegpt", "wanda_mask"]
 
 _MOST_DAMPING = 1.0
-_LEAST_RAISED = 1e-3  # first step when damping is zero, which multiplying by ten would not raise
-_LEAF = 8  # columns whose errors are collected for one product within a block
+_LEAST_RAISED = 1e-3  # first step if damping is zero, which multiplication by ten would not raise
+_LEAF = 8  # number of columns whose errors are accumulated for one product within a block
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ def _factor(
             return lower.t().flip(0, 1), damping, added
         if damping >= _MOST_DAMPING:
             raise LoramError(
-                f"prune.damping must make the Hessian of {name} positive definite, it is not at "
-                f"{damping:g} of its mean diagonal; check the calibration inputs of {name}"
+                f"prune.damping must make the Hessian of {name} positive definite, but {damping:g} "
+                f"of its mean diagonal does not; check the calibration inputs of {name}"
             )
         raised = min(max(10 * damping, _LEAST_RAISED), _MOST_DAMPING)
         say(
@@ -303,15 +303,13 @@ def _output_energy(weight: torch.Tensor, hessian: torch.Tensor, block: int = 512
 
 def _check(weight: torch.Tensor, ratio: float, pattern: Pattern, name: str) -> None:
     if not pattern.group and not 0 <= ratio < 1:
-        raise LoramError(
-            f"prune.ratio must be at least 0 and below 1, got {ratio}; choose a share of zeros"
-        )
+        raise LoramError(f"prune.ratio must be at least 0 and below 1, got {ratio}; change it")
     pattern.require(weight.shape[1], name)
     _require_finite(weight, "weight", name)
 
 
 def _require_finite(tensor: torch.Tensor, what: str, name: str) -> None:
-    # Minimum and maximum propagate NaN, and need no mask of the tensor's size.
+    # Minimum and maximum propagate NaN and need no mask as large as the tensor.
     if not all(bound.isfinite() for bound in tensor.aminmax()):
         raise LoramError(
             f"the {what} of {name} must be finite, got NaN or infinity; check the base model and "

@@ -52,7 +52,7 @@ def sparsify_linear(
     if not ratio:  # SparseGPT would still zero the columns of dead inputs
         return Sparsified(weight.cpu(), torch.ones_like(weight, dtype=torch.bool).cpu(), None)
     if CRITERIA[method].calibrates and inputs is None:
-        say("prune", f"{name} saw no calibration token; it is pruned by magnitude")
+        say("prune", f"{name} received no calibration tokens; it is pruned by magnitude")
     by = method if inputs is not None else "magnitude"
     return MASKINGS[by](_Linear(weight, inputs, ratio, pattern, damping, name))
 

@@ -53,11 +53,14 @@ def calibration_sequences(config: CalibrationConfig, base: Path, seed: int) -> t
     samples = torch.cat([*found, torch.empty(0, length, dtype=torch.int64)])[:wanted]
     if not len(samples):
         raise LoramError(
-            f"{KEY}.sources must hold at least one sequence of {length} tokens, they hold "
-            f"{sum(map(len, left_over))}; give more text or lower {KEY}.sequence_length"
+            f"{KEY}.sources must contain at least one sequence of {length} tokens, got "
+            f"{sum(map(len, left_over))} tokens; add text or lower {KEY}.sequence_length"
         )
     if len(samples) < wanted:
-        say("prune", f"{KEY}.sources hold {len(samples)} samples of {wanted}; going on with those")
+        say(
+            "prune",
+            f"{KEY}.sources contain {len(samples)} of {wanted} samples; continuing with these",
+        )
     return samples
 
 

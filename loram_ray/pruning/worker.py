@@ -91,7 +91,7 @@ class CalibrationWorker:
         self._holding: tuple[int, Path | None] | None = None
         self._layer: Any = None
 
-    # Read when first used: the caller sees errors of a job, but not of an actor's __init__.
+    # Read on first use: the caller sees errors of a method, but not of an actor's __init__.
     @cached_property
     def _stream(self) -> LayerStream:
         spec = self._spec
@@ -138,7 +138,7 @@ class CalibrationWorker:
                 del hidden, output
                 return_freed_memory()
         for found in statistics.values():
-            if isinstance(found, Hessian):  # summed where the layer ran, read where there is no GPU
+            if isinstance(found, Hessian):  # summed on the layer's device, but read on the CPU
                 found.total = found.total.cpu()
         return statistics, same_inputs
 
@@ -263,7 +263,7 @@ class CalibrationWorker:
             gradient = weight.grad.float()
             weight.grad = None
             _accumulate(found.total, path, gradient)
-            if squares:  # of the sample's own mean loss, not of its 1 / samples share
+            if squares:  # of the sample's mean loss, not divided by the number of samples
                 _accumulate(found.squares, path, (gradient * samples).square_() / samples)
 
 

@@ -21,7 +21,7 @@ from loram_ray.recovery.origin import Origin
 from loram_ray.recovery.scatter import squared_norm
 from loram_ray.runtime.progress import say
 
-_MOVING = ("align", "quantize")  # stages that change the kept weights
+_MOVING = ("align", "quantize")  # the stages that change kept weights
 BLOCK_ELEMENTS = 2**22  # elements of a weight in memory at a time; 16 MB in float32
 
 
@@ -52,8 +52,8 @@ def require_correctable(plan: PruningPlan, key: str, which: str) -> None:
     """
     if plan.masks is not None:
         raise LoramError(
-            f"{key} must be false for a {plan.pattern} pruning, which {which}: a masked product is "
-            "no function of A x, on which the correction rests"
+            f"{key} must be false for {plan.pattern} pruning, which {which}: the correction "
+            "requires structured pruning"
         )
 
 
@@ -76,14 +76,14 @@ def trained_on(config: RecoverConfig, adapter: Adapter, origin: Origin) -> Path:
     model = config.model or Path(str(named))
     if not model.is_dir():
         raise LoramError(
-            f"recover.model must be a directory, got {model}; the correction needs the model that "
+            f"recover.model must be a directory, got {model}; set it to the model that "
             f"{adapter.directory} was trained on, or set recover.correction to false"
         )
     digest, _ = BaseModel(model, "recover.model").identify()
     if digest != origin.model:
         raise LoramError(
             f"recover.model must be the model that {adapter.directory} was trained on, "
-            f"{origin.model[:12]}, {model} is {digest[:12]}; give that one"
+            f"{origin.model[:12]}, but {model} is {digest[:12]}; use that model"
         )
     return model
 
@@ -141,8 +141,8 @@ class Correction:
         if not self._norms:
             say(
                 "warning",
-                "the correction changed nothing: the adapter was trained on the base's own "
-                "weights, or has learnt nothing; leave recover.correction out",
+                "the correction changed nothing, as the adapter was trained on the base's own "
+                "weights or has a zero update; remove recover.correction",
             )
         return {
             "corrected_modules": len(self._norms),
@@ -188,6 +188,7 @@ class Correction:
 def _weight(name: str | None, module: str, checkpoint: Checkpoint) -> str:
     if name is None:
         raise LoramError(
-            f"the adapter adapts {module}, {checkpoint.directory} has no such module; check it"
+            f"the adapter adapts {module}, which {checkpoint.directory} does not have; check the "
+            "base"
         )
     return name

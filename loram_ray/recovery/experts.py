@@ -36,9 +36,9 @@ def require_fusable_experts(
     why = _why_not(adapter, family, experts, base_parameters) if experts else None
     if why is not None:
         raise LoramError(
-            f"{adapter.directory} adapts experts in a way that PEFT cannot put on the base, which "
-            f"holds them fused: {why}; train with settings that treat all experts alike, or leave "
-            "the experts out of train.lora.targets"
+            f"{adapter.directory} adapts experts in a way that PEFT cannot apply to the base's "
+            f"fused experts: {why}; train with the same settings for all experts, or exclude "
+            "experts from train.lora.targets"
         )
 
 
@@ -50,9 +50,9 @@ def _why_not(
 ) -> str | None:
     config = adapter.config
     if config.get("use_rslora"):
-        return "use_rslora scales by the square root of the rank, which fusing doubles"
+        return "use_rslora scales by the rank's square root, and fusing doubles the rank"
     if isinstance(config.get("target_modules"), str):
-        return "target_modules is an expression"
+        return "target_modules is a regular expression"
     rank, alpha = config["r"], config["lora_alpha"]
     for module in experts:
         if adapter.rank(module) != rank or adapter.scale(module) != alpha / rank:
@@ -64,11 +64,11 @@ def _why_not(
     stored = (name.removesuffix(".weight") for name in base_parameters)
     for module, linear in _of_experts(stored, family).items():
         if linear in adapted and module not in experts:
-            return f"{module} is not adapted, others of its kind are"
+            return f"{module} is not adapted, but other experts are"
     names = {module.rpartition(".")[2] for module in experts}
     for module in adapter.modules:
         if module not in experts and module.rpartition(".")[2] in names:
-            return f"{module} is no expert and has the name of one"
+            return f"{module} is named like an expert, but is not one"
     return None
 
 

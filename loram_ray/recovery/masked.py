@@ -100,9 +100,9 @@ def write_truncated(
     if error.total > config.max_svd_error:
         say(
             "warning",
-            f"the recovered adapter misses {error.total:.1%} of the masked one "
-            f"(recover.max_svd_error {config.max_svd_error:.1%}); raise recover.svd_rank, or set "
-            "recover.form to delta and merge, which is exact",
+            f"the recovered adapter has a relative error of {error.total:.1%}, above "
+            f"recover.max_svd_error = {config.max_svd_error:.1%}; raise recover.svd_rank, or set "
+            "recover.form to delta, which is exact, and merge",
         )
 
 
@@ -168,8 +168,8 @@ def _peft_config(
     of_experts = sorted({ranks[module] for module in experts})
     if len(of_experts) > 1:
         raise LoramError(
-            f"recover.svd_rank must give all experts one rank, got {of_experts}; the base holds "
-            "them fused: set it to the adapter's own, or recover.form to delta"
+            "recover.svd_rank must give all experts the same rank, as the base fuses them, got "
+            f"{of_experts}; set it to the adapter's rank, or set recover.form to delta"
         )
     rank = of_experts[0] if of_experts else max(ranks.values())
     others = {module: own for module, own in ranks.items() if own != rank}

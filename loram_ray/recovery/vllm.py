@@ -39,10 +39,13 @@ def why_not_vllm(adapter: Adapter, family: Architecture) -> str | None:
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if root else config["r"])
     for module in adapter.modules:
         if not math.isclose(adapter.scale(module), scale, rel_tol=1e-6):
-            return f"{module} is scaled by {adapter.scale(module):g}, vLLM scales all by {scale:g}"
+            return (
+                f"{module} is scaled by {adapter.scale(module):g}, but vLLM scales all modules "
+                f"by {scale:g}"
+            )
     rank = max(adapter.rank(module) for module in adapter.modules)
     if rank > VLLM_RANKS[-1]:
-        return f"a rank is {rank}, its largest {VLLM_RANKS[-1]}"
+        return f"a rank is {rank}, and vLLM's maximum is {VLLM_RANKS[-1]}"
     return None
 
 
@@ -50,5 +53,5 @@ def serving_note(adapter: Adapter, family: Architecture) -> str:
     """Return one line on how to serve an adapter with vLLM."""
     reason = why_not_vllm(adapter, family)
     if reason is not None:
-        return f"not as an adapter ({reason}); loram merge makes a model that it serves"
+        return f"cannot be served as an adapter ({reason}); use loram merge"
     return vllm_options(adapter)

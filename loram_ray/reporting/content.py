@@ -26,7 +26,7 @@ def build_report(results: Results) -> Report:
     ]  # fmt: skip
     state = "complete" if results.finished and not results.unfinished else "unfinished"
     if results.unfinished:
-        state += f": {', '.join(map(_how_far, results.unfinished))} still to be completed"
+        state += f": {', '.join(map(_how_far, results.unfinished))} not yet complete"
     return Report(
         f"{results.root.resolve().name}: a {results.kind}",
         state,
@@ -45,12 +45,12 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
     if results.stages:
         last = results.stages[-1].manifest
         yield "base", last.base_fingerprint[:16]
-        yield "last change", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last.created))
+        yield "last changed", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last.created))
         yield "versions", ", ".join(f"{name} {number}" for name, number in last.versions.items())
     seconds = [s.manifest.details.get("seconds") for s in results.stages]
     total = sum(s for s in seconds if s is not None)
     if total:
-        yield "time of all stages", duration(total)
+        yield "total time of the stages", duration(total)
 
 
 def _box(stage: Stage) -> Box:
@@ -71,7 +71,7 @@ def _lineage(results: Results) -> Part | None:
         return None
     digests = {stage.manifest.digest: stage.name for stage in results.stages}
     rows = []
-    part = Part("Configuration and lineage", "Inputs are named if they are in this directory.")
+    part = Part("Configuration and lineage", "Inputs in this directory are shown by name.")
     for stage in results.stages:
         parents = [
             f"{role}: {digests.get(digest, digest[:12])}"
@@ -83,5 +83,5 @@ def _lineage(results: Results) -> Part | None:
             "details": {k: v for k, v in stage.manifest.details.items() if k not in _NOT_SHOWN},
         }
         part.folded.append((stage.name, json.dumps(shown, indent=1, default=str)))
-    part.tables.append(Table(("directory", "stage", "made of"), rows))
+    part.tables.append(Table(("directory", "stage", "inputs"), rows))
     return part

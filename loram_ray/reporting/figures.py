@@ -20,8 +20,8 @@ from loram_ray.utils.printing import plain
 _INK = "#13579b"  # placeholder for the page's text colour
 # Okabe and Ito's colours, which are distinguishable with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
-_MARKERS = "osD^vPX*<"  # one more than colours, so pairs repeat late
-_FAR = 1.5  # larger multiples of the base's perplexity are listed in the legend, not plotted
+_MARKERS = "osD^vPX*<"  # one more than colours, so that pairs repeat late
+_FAR = 1.5  # larger multiples of the base's perplexity are listed in the legend instead of plotted
 _POINTS, _BINS = 400, 30
 _MOST_CURVES = 12
 _LONGEST_LABEL = 60
@@ -72,7 +72,7 @@ def figure_of(
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
         raise LoramError(
-            f"report needs the package matplotlib ({error}); pip install 'loram-ray[report]'"
+            f"report needs the package matplotlib ({error}); run pip install 'loram-ray[report]'"
         ) from error
 
     def drawn(ink: str, kind: str, **options: Any) -> bytes:
@@ -277,6 +277,6 @@ def quality(axes: Any, points: Sequence[Point], label: str, is_perplexity: bool)
             capsize=3,
             label=f"{_label(system)} (far above: {far})" if far else _label(system),
         )
-    axes.set(xlabel="reduction of the parameters trained on (base / model)", ylabel=_label(label))
+    axes.set(xlabel="parameter reduction during training (base / model)", ylabel=_label(label))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -34,8 +34,8 @@ def systems(results: Results) -> Part | None:
         return None
     part = Part(
         "Systems",
-        "Mean ± standard deviation over seeds; gain kept is the share of what LoRA on the full "
-        "base gains over the untouched base.",
+        "Mean ± standard deviation over seeds. Gain kept is the gain over the untouched base as a "
+        "share of the gain of LoRA on the full base.",
     )
     scored = [row for row in results.rows if row["mean"] is not None]
     metric = scored[0]["metric"]
@@ -75,8 +75,8 @@ def systems(results: Results) -> Part | None:
                 figure_of(
                     f"gain-{task}",
                     f"Gain kept: {task}",
-                    "1 is all that LoRA on the full base gains, below 0 is worse than the base; "
-                    "bars end at -1.",
+                    "1 is the full gain of LoRA on the base, below 0 is worse than the base; bars "
+                    "are cut at -1.",
                     partial(bars, rows=kept, label="gain kept", least=-1.0),
                     size=(8.0, 0.6 + 0.28 * len(kept)),
                 )
@@ -108,7 +108,7 @@ def _rows_of_a_run(results: Results) -> Part | None:
         ]
         for row in results.rows
     ]
-    part = Part("Systems", "The same held-out data for all.", tables=[Table(head, rows)])
+    part = Part("Systems", "All systems use the same held-out data.", tables=[Table(head, rows)])
     for key in scores:
         values = [(row["name"], row[key], row.get(f"{key}_stderr")) for row in results.rows]
         part.figures.append(_score_figure(f"systems-{key}", key, values))
@@ -120,7 +120,8 @@ def claims(results: Results) -> Part | None:
     if not results.claims:
         return None
     says = (
-        "Mean advantage of the better system over pairs of task and seed, ± half its 95% interval."
+        "Mean advantage of the better system over pairs of task and seed, ± half-width of its 95% "
+        "interval."
     )
     return Part(
         "Claims",
@@ -179,7 +180,9 @@ def trials(results: Results) -> Part | None:
         for row in results.rows
     ]
     head = ("trial", "state", *keys, "steps", "held-out loss", "on the base", "")
-    part = Part("Trials", "The best is kept.", tables=[Table(head, rows)])
+    part = Part(
+        "Trials", "The checkpoint with the lowest loss is kept.", tables=[Table(head, rows)]
+    )
     values = [
         (row["name"], row["eval_loss"], None)
         for row in results.rows

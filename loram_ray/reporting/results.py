@@ -124,8 +124,8 @@ def collect_results(root: Path) -> Results:
     results.stages.sort(key=lambda stage: stage.manifest.created)
     if not results.stages and not results.unfinished and not results.rows:
         raise LoramError(
-            f"DIRECTORY must hold results of loram run, batch, sweep or compare, {root} has none; "
-            "give the directory that such a command wrote"
+            f"DIRECTORY must contain results of loram run, batch, sweep or compare, but {root} has "
+            "none; use the output directory of one of them"
         )
     bases = {
         stage.manifest.base_fingerprint
@@ -134,7 +134,7 @@ def collect_results(root: Path) -> Results:
     } - {""}
     if len(bases) > 1 and kind != "comparison":  # a comparison may include a smaller sibling
         raise LoramError(
-            f"DIRECTORY must hold results of one base, {root} has those of {len(bases)}: "
+            f"DIRECTORY must contain results of one base, but {root} has those of {len(bases)}: "
             f"{', '.join(sorted(base[:12] for base in bases))}; report on each separately"
         )
     return results

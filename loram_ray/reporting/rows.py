@@ -111,7 +111,7 @@ def read_claims(path: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    # constants, as diverged trainings have infinite losses
+    # constants such as Infinity, as diverged trainings have infinite losses
     return read_json(
         path, kind=object, remedy="run the command that wrote it again", constants=True
     )
@@ -130,6 +130,4 @@ def _checked(path: Path, rows: Any, kind: type[_Row]) -> list[dict[str, Any]]:
 
 
 def _invalid(path: Path, reason: str) -> LoramError:
-    return LoramError(
-        f"{path} must be as written by loram, {reason:.200}; run the command that wrote it again"
-    )
+    return LoramError(f"{path} is not valid ({reason:.200}); run the command that wrote it again")

@@ -93,7 +93,7 @@ def memory(results: Results) -> Part | None:
     figure = figure_of(
         "memory",
         "Peak memory",
-        "Memory of the GPU, or of the process without one. Dashed lines are the next larger GPUs.",
+        "GPU memory, or process memory without a GPU. Dashed lines are the next larger GPUs.",
         partial(memory_bars, peaks=shown),
         size=(7.0, 1.0 + 0.3 * len(shown)),
     )
@@ -103,7 +103,7 @@ def memory(results: Results) -> Part | None:
 
 def kept(results: Results) -> Part | None:
     """Plot heat maps of the weights that pruning kept, for each plan."""
-    part = Part("What pruning kept", "Layers that were not pruned are complete.")
+    part = Part("Kept by pruning", "Layers that were not pruned are kept completely.")
     seen = set()
     for stage in results.stages:
         plan = PruningPlan.load_if_any(stage.directory) if stage.manifest.stage == "prune" else None
@@ -166,4 +166,4 @@ def faults(results: Results) -> Part | None:
     total = sum(count for _, count in rows)
     says = f"{total:,} restarts, each from the last checkpoint."
     shown = [[name, str(count)] for name, count in rows]
-    return Part("Faults survived", says, tables=[Table(("training", "restarts"), shown)])
+    return Part("Restarts", says, tables=[Table(("training", "restarts"), shown)])

@@ -88,15 +88,15 @@ def actor_death_error(error: Any, key: str, max_failures: int) -> BaseException:
         key: Configuration key of the tolerated failures, for the message.
         max_failures: Value of the key.
     """
-    if error.actor_init_failed:  # the constructor would raise again
+    if error.actor_init_failed:  # the constructor would fail again
         line = one_line(error).partition(": ")[2]
         if line.startswith(_OF_OURS):
             return LoramError(line.removeprefix(_OF_OURS))
         wrapper: BaseException = error
         return wrapper
     return LoramError(
-        f"a worker died more than {key} = {max_failures} times ({one_line(error)}); the usual "
-        "cause is memory: lower the batch size or the sequence length"
+        f"a worker died more than {key} = {max_failures} times ({one_line(error)}); it probably "
+        "ran out of memory: lower the batch size or the sequence length"
     )
 
 

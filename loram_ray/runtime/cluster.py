@@ -63,7 +63,7 @@ def _connected(config: RayConfig, cpus: int) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # Ray would print stack traces where we print one line, and errors of its own actors.
+    # Ray would print stack traces instead of one line, and errors of its internal actors.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     import ray.data
@@ -103,7 +103,7 @@ def _job_variables() -> set[str]:
     for key in ("runtime_env", "env_vars"):
         job = job.get(key) or {}
         if not isinstance(job, dict):
-            raise LoramError(f"{_JOB_CONFIG} must have a JSON object as {key}; unset it")
+            raise LoramError(f"{_JOB_CONFIG} must have a JSON object under {key}; unset it")
     return set(job)
 
 
@@ -137,7 +137,7 @@ def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
         have = sum(node.get(kind, 0) for node in nodes)
         if have < wanted:
             raise LoramError(
-                f"{key} needs {wanted:g} {kind}s in the Ray cluster, it has {math.floor(have)}; "
+                f"{key} needs {wanted:g} {kind}s, but the Ray cluster has {math.floor(have)}; "
                 "lower it, add nodes, or set ray.autoscaling if the cluster has an autoscaler"
             )
     places = sum(
@@ -146,8 +146,8 @@ def require_resources(workers: int, cpus: int, gpus: float, key: str) -> None:
     if places < workers:
         each = f"{cpus} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
         raise LoramError(
-            f"{key} needs room for {workers} workers of {each}, each on one node, the Ray "
-            f"cluster's nodes have room for {math.floor(places)}; lower it or add larger nodes"
+            f"{key} needs {workers} workers with {each}, each on one node, but the Ray cluster's "
+            f"nodes can hold {math.floor(places)}; lower it or add larger nodes"
         )
 
 
@@ -216,7 +216,7 @@ def require_shared(folder: Path, key: str) -> None:
     for node, sees in zip(nodes, seen, strict=True):
         if not sees:
             raise LoramError(
-                f"{key} must be on storage that all nodes share, {folder} is not the same "
+                f"{key} must be on storage that all nodes share, but {folder} is not the same "
                 f"directory on node {node['NodeManagerAddress']} ({node['NodeID'][:8]}); use a "
                 "shared file system such as NFS, mounted on all nodes"
             )

@@ -21,10 +21,10 @@ _PREFIX = "loram-ray-"
 _MARK = "LORAM_RAY_SESSION"
 """Environment variable with the session's directory, set in all of its processes."""
 _INNER = "r"
-"""Ray's subdirectory of the session's: Ray makes it writable for all users."""
+"""Ray's subdirectory of the session's directory; Ray makes it writable for all users."""
 _LONGEST_PARENT = 22
 """Maximum length of the parent directory: socket paths have at most 107 characters, 85 fixed."""
-_ENDING = 5.0  # seconds that Ray's processes have to exit
+_ENDING = 5.0  # seconds for Ray's processes to exit
 _ON_LOOPBACK = {
     # With this, Ray uses 127.0.0.1 as this machine's address and listens on nothing else; otherwise
     # it replaces even "127.0.0.1" by the external address.
@@ -109,7 +109,7 @@ def _ended(folder: Path) -> Iterator[None]:
     finally:
         current = interruption.current()
         lost = current is not None and current.ending is not None and current.ending.code == 1
-        if lost:  # a process that the shutdown needs is dead
+        if lost:  # a process that the shutdown needs has died
             interruption.end_processes(_processes_of(folder))
         else:
             ray.shutdown()
@@ -167,8 +167,8 @@ def _parent() -> Path:
         if len(str(folder)) <= _LONGEST_PARENT and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise LoramError(
-        f"TMPDIR must be at most {_LONGEST_PARENT} characters long for Ray's sockets, got {usual}, "
-        "and /tmp is not writable; set TMPDIR to a shorter path"
+        f"TMPDIR must be at most {_LONGEST_PARENT} characters long because of Ray's sockets, got "
+        f"{usual}, and /tmp is not writable; set TMPDIR to a shorter path"
     )
 
 

@@ -177,7 +177,7 @@ class Interruption:
         if self.ending is None:
             self._end(_by(number, self.remedy))
         assert self.ending is not None
-        with contextlib.suppress(OSError, ValueError):  # they may be closed
+        with contextlib.suppress(OSError, ValueError):  # the streams may be closed
             _mute_others()
         raise Interrupted(self.ending.line)
 
@@ -205,7 +205,7 @@ class Interruption:
             now = time.monotonic()
             if ready and not numbers:
                 reading.close()
-                return  # the block has ended
+                return  # the block has already ended
             if any(number in self._handlers for number in numbers):
                 self._end(_by(numbers[0], self.remedy))
                 heard = heard or now

@@ -14,7 +14,7 @@ from loram_ray.runtime.watching import watched
 
 _CONNECTING = 5.0  # seconds
 _AWAY = 40.0
-"""Seconds without an answer of the head node until the command ends; Ray exits after 60."""
+"""Seconds without an answer from the head node until the command ends; Ray exits after 60."""
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def _address_of(address: str) -> str:
         try:
             socket.create_connection((candidate, port), timeout=_CONNECTING).close()
         except (OSError, UnicodeError) as error:
-            why = f"nothing answers at {candidate}:{port}: {error}"
+            why = f"no answer from {candidate}:{port}: {error}"
             continue
         endpoint = f"{HOST if candidate == 'localhost' else candidate}:{port}"
         if not client:
@@ -97,8 +97,8 @@ def _require_head(address: str, endpoint: str) -> None:
         code = error.code()  # type: ignore[attr-defined]
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             raise LoramError(
-                f"the cluster at {endpoint} rejects the token; set RAY_AUTH_TOKEN, or "
-                "RAY_AUTH_TOKEN_PATH to a file, to that of the cluster"
+                f"the cluster at {endpoint} rejected the token; set RAY_AUTH_TOKEN to the "
+                "cluster's token, or RAY_AUTH_TOKEN_PATH to a file with it"
             ) from error
         why = f"the server at {endpoint} is not the head of a Ray cluster: {code.name}"
         raise _no_cluster(address, why) from error

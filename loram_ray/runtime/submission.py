@@ -81,8 +81,8 @@ class JobSpec:
         for name in self.variables:
             if _SECRET.search(name):
                 raise LoramError(
-                    f"--env must not contain secrets, got {name}: it would be shown with the job; "
-                    "set it in the environment that the cluster's nodes are started with"
+                    f"--env must not contain secrets, got {name}, which would be shown with the "
+                    "job; set it in the environment of the cluster's nodes"
                 )
 
         seen = {"--env": self.variables, "--metadata": self.metadata}
@@ -139,7 +139,7 @@ def pins() -> list[str]:
         named = re.match(r"[A-Za-z0-9_.-]+", line)
         if named is None or "extra ==" in line or named[0] == "ray":
             continue
-        installed = version(named[0]).partition("+")[0]  # without torch's build suffix
+        installed = version(named[0]).partition("+")[0]  # without torch's local version suffix
         pinned.append(f"{named[0]}=={installed}")
     return pinned
 
@@ -162,8 +162,8 @@ def require_directory(address: str, directory: str | None, settings: RunConfig) 
     relative = next((path for path in _paths(settings) if not path.is_absolute()), None)
     if relative is not None:
         raise LoramError(
-            f"--directory must be given for relative paths such as {relative}; name a directory on "
-            "storage that all nodes of the cluster share"
+            f"--directory must be given for relative paths such as {relative}; add a directory on "
+            "storage that all nodes share"
         )
     return "/"
 
@@ -219,10 +219,12 @@ class Jobs:
     ) -> None:
         _host_of(address)
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # takes precedence over Ray's argument
+        os.environ["RAY_API_SERVER_ADDRESS"] = (
+            address  # the environment takes precedence over Ray's argument
+        )
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard", "ray._private.runtime_env"):  # we log the same ourselves
+        for name in ("ray.dashboard", "ray._private.runtime_env"):  # logged here instead
             logging.getLogger(name).setLevel(logging.WARNING)
         self._address = without_credentials(address)  # for messages
         self._log, self._patience = log, patience
@@ -254,7 +256,7 @@ class Jobs:
                     )
                 except RuntimeError as error:
                     if "already exists" in str(error) and sent:
-                        return name  # submitted by the request whose answer was lost
+                        return name  # the request was accepted, but its answer was lost
                     raise
                 finally:
                     sent.append(name)
@@ -313,7 +315,7 @@ class Jobs:
                     return
                 lost = "the connection was closed"
             except (OSError, RuntimeError) as error:
-                self.details(name)  # raises if the job is gone
+                self.details(name)  # raises if the job no longer exists
                 lost = _short(error)
             self._wait(waits, lost)
 
@@ -344,20 +346,20 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise LoramError(
-                f"the cluster at {self._address} rejects the token; set RAY_AUTH_TOKEN, or "
-                "RAY_AUTH_TOKEN_PATH to a file, to that of the cluster"
+                f"the cluster at {self._address} rejected the token; set RAY_AUTH_TOKEN to the "
+                "cluster's token, or RAY_AUTH_TOKEN_PATH to a file with it"
             ) from error
         except ConnectionError as error:
             raise LoramError(
-                f"--address must be the dashboard of a Ray cluster, nothing answers at "
-                f"{self._address}; start the cluster or forward its port"
+                f"--address must be the dashboard of a Ray cluster, but {self._address} does not "
+                "answer; start the cluster or forward its port"
             ) from error
         except RuntimeError as error:
             if name is not None and ("404" in str(error) or "does not exist" in str(error)):
                 line = f"job {name} does not exist at {self._address}; see loram jobs list"
                 raise LoramError(line) from error
             if "already exists" in str(error):
-                line = "--name must be new, a job of that name exists; choose another"
+                line = "--name must be new, but a job with that name exists; choose another"
                 raise LoramError(line) from error
             raise
 
@@ -389,7 +391,7 @@ def run_job(
         if attempt == spec.retries or not is_retryable(spec.command, code):
             return code
         time.sleep(next(waits))
-    raise AssertionError("not reached")
+    raise AssertionError("not reachable")
 
 
 def exit_code(details: Any) -> int:

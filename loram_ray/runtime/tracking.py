@@ -159,7 +159,7 @@ class Tracking:
                 tracker.log(line["step"], metrics)
             self._last = line["step"]
         if new:
-            with suppress(OSError):  # the run itself reports a full disk
+            with suppress(OSError):  # a full disk is reported by the run itself
                 write_json(self._note, self._last)
 
 
@@ -212,7 +212,9 @@ def require_trackers(names: Iterable[str], key: str) -> None:
     """
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise LoramError(f"{key} has {name}, which is not installed; run pip install {name}")
+            raise LoramError(
+                f"{key} must contain installed trackers, got {name}; run pip install {name}"
+            )
 
 
 def _identity(folder: Path, stage: str) -> str:

@@ -54,7 +54,7 @@ def align(config: AlignConfig, ray_config: RayConfig | None = None) -> StageResu
     config = _resolved(config)
     _require_sequence_fits(config)
     users = read_user_config(config.deepspeed)
-    deepspeed_config(config, users, config.workers)  # reports a misfit before work begins
+    deepspeed_config(config, users, config.workers)  # raises errors before work begins
     require_trackers(config.trackers, "align.trackers")
     base = _base_of(config) if config.distils else None
     require_text(config.corpus)
@@ -147,8 +147,8 @@ def _base_of(config: AlignConfig) -> Path:
     top_k, words = config.distillation.top_k, base.config["vocab_size"]
     if top_k > words:
         raise LoramError(
-            f"align.distillation.top_k must be at most {words} (the vocabulary), got {top_k}; "
-            "lower it"
+            f"align.distillation.top_k must be at most the vocabulary's size, {words}, got "
+            f"{top_k}; lower it"
         )
     layers = base.config["num_hidden_layers"]
     for layer in config.distillation.hidden_layers:
@@ -164,8 +164,8 @@ def _require_sequence_fits(config: AlignConfig) -> None:
     limit = BaseModel(config.pruned, "align.pruned").positions
     if limit is not None and config.corpus.sequence_length > limit:
         raise LoramError(
-            f"align.corpus.sequence_length must be at most {limit} (the model's positions), got "
-            f"{config.corpus.sequence_length}; lower it"
+            f"align.corpus.sequence_length must be at most {limit} (the model's context length), "
+            f"got {config.corpus.sequence_length}; lower it"
         )
 
 

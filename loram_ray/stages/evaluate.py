@@ -130,13 +130,13 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
     """Return an adapter's digest; raise an error if it was made for another model."""
     if is_delta(adapter):
         raise LoramError(
-            f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds a dense delta; "
-            "run loram merge and evaluate the merged model"
+            f"evaluate.adapter must be a PEFT adapter directory, but {adapter} contains a dense "
+            "delta; run loram merge and evaluate the merged model"
         )
     if not (adapter / CONFIG_FILE).exists():
         raise LoramError(
-            f"evaluate.adapter must be a PEFT adapter directory, {adapter} holds no {CONFIG_FILE}; "
-            "run loram train or loram recover first"
+            f"evaluate.adapter must be a PEFT adapter directory, but {adapter} contains no "
+            f"{CONFIG_FILE}; run loram train or loram recover first"
         )
     require_readable(adapter, "evaluate.adapter")
     if read_manifest(adapter) is None:
@@ -144,17 +144,21 @@ def _adapter_digest(adapter: Path, model: Path, model_digest: str, base: str) ->
     manifest = require_stage(adapter, ("train", "recover"), "evaluate.adapter")
     if manifest.base_fingerprint != base:
         raise LoramError(
-            f"evaluate.adapter {adapter} was made for base {manifest.base_fingerprint[:12]}, "
-            f"{model} is of {base[:12]}; use the adapter's own base"
+            f"evaluate.adapter must belong to evaluate.model's base, but {adapter} is for base "
+            f"{manifest.base_fingerprint[:12]} and {model} has base {base[:12]}; use the adapter's "
+            "own base"
         )
     of_model, of_adapter = PruningPlan.load_if_any(model), PruningPlan.load_if_any(adapter)
     if (of_model is None) != (of_adapter is None):
         remedy = "evaluate it on its base" if of_adapter is None else "run loram recover first"
-        raise LoramError(f"evaluate.adapter {adapter} is not for {model}; {remedy}")
+        raise LoramError(
+            f"evaluate.adapter must match evaluate.model, but {adapter} is not for "
+            f"{model}; {remedy}"
+        )
     if of_model is not None and of_adapter is not None and of_model.digest != of_adapter.digest:
         raise LoramError(
-            f"evaluate.adapter {adapter} was trained under another plan than {model}'s; "
-            "use the pruned model it was trained on"
+            f"evaluate.adapter must have the pruning plan of evaluate.model, but {adapter} was "
+            f"trained with another one than {model}'s; use the pruned model it was trained on"
         )
     return manifest.digest
 

@@ -32,8 +32,8 @@ def export(config: ExportConfig, ray_config: RayConfig | None = None) -> StageRe
     for key, what in (("pruned_linears", "pruned"), ("quantization_config", "quantised")):
         if model.config.get(key) is not None:
             raise LoramError(
-                f"export.model must be a base or a merged model, {model.directory} is {what}; run "
-                "loram merge and give its output"
+                f"export.model must be a base or merged model, but {model.directory} is {what}; "
+                "run loram merge and use its output"
             )
     architecture_of(model.config["model_type"])
     source = read_source(model.directory, config.pre_tokenizer)
@@ -44,7 +44,9 @@ def export(config: ExportConfig, ray_config: RayConfig | None = None) -> StageRe
         settings={
             "type": config.type,
             "pre_tokenizer": config.pre_tokenizer,
-            "form": 3 if source.slides else 2,  # files of form 2 give these too long a context
+            "form": 3
+            if source.slides
+            else 2,  # form 2 records a context length that is too long for these
         },
         parents={"model": digest},
         base_fingerprint=base_fingerprint,

@@ -39,8 +39,8 @@ GENERATION_FILE = "generation_config.json"
 _EXACT = 1e-3
 _MORE_THAN_ROUNDING = 10
 _FELT, _LOST = 0.1, 0.5
-"""Limits on the merged logits' error, as shares of the adapter's change of the logits: the error of
-float32, the multiple of the weights' rounding error, the error to report, the error to refuse."""
+"""Limits on the error of the merged logits, relative to the adapter's change of the logits: float32
+error, multiple of the weights' rounding error, error to report, error to reject."""
 
 
 def merge(config: MergeConfig, ray_config: RayConfig | None = None) -> StageResult:
@@ -99,7 +99,7 @@ def _learnt_ends(base: BaseModel, adapter: Path) -> dict[str, Any] | None:
     try:
         tokenizer = load_tokenizer(base.directory, template, "merge.adapter")
     except LoramError:
-        return None  # a base without a tokenizer is served with another's files
+        return None  # the tokenizer of a base without one comes from another directory
     if not tokenizer.chat_template:
         return None
     path = base.directory / GENERATION_FILE
@@ -123,12 +123,14 @@ def _require_base(change: Change, identity: str, base: str) -> None:
     require_stage(change.directory, ("recover", "train"), "merge.adapter")
     if PruningPlan.is_in(change.directory):
         raise LoramError(
-            f"merge.adapter {change.directory} is for a pruned model; run loram recover first"
+            f"merge.adapter must be for the base, but {change.directory} is for a pruned model; "
+            "run loram recover first"
         )
     if manifest.base_fingerprint != identity:
         raise LoramError(
-            f"merge.base {base} has fingerprint {identity[:12]}, the adapter was made for "
-            f"{manifest.base_fingerprint[:12]}; use the base that was pruned"
+            "merge.base must be the base that was pruned, fingerprint "
+            f"{manifest.base_fingerprint[:12]}, but {base} has {identity[:12]}; use the base of "
+            "the adapter"
         )
 
 
@@ -136,7 +138,9 @@ def _stored_name(module: str, checkpoint: Checkpoint, family: Architecture) -> s
     """Return the name of the tensor that a module's delta is added to, the embedding if tied."""
     name = family.weight_name(module, checkpoint.location)
     if name is None:
-        raise LoramError(f"merge.adapter adapts {module}, the base has no such module; check it")
+        raise LoramError(
+            f"merge.adapter adapts {module}, which the base does not have; check the adapter"
+        )
     return name
 
 
@@ -144,8 +148,9 @@ def _require_shapes(change: Change, module: str, spec: TensorSpec) -> None:
     rows, columns = change.shape(module)
     if (rows, columns) != spec.shape:
         raise LoramError(
-            f"merge.adapter changes {module} by {rows} x {columns}, the base has "
-            f"{' x '.join(map(str, spec.shape))}; run loram recover first or use its base"
+            f"merge.adapter must have the base's shapes, but {module} is {rows} x {columns} in the "
+            f"adapter and {' x '.join(map(str, spec.shape))} in the base; run loram recover first, "
+            "or use the adapter's base"
         )
 
 
@@ -204,25 +209,28 @@ def _require_parity(
     found = parity_of(base, change, target.path, family, device)
     if found.modules < len(change.modules):
         other = len(change.modules) - found.modules
-        say("merge", f"parity was not checked: {other} changed modules are no linears of a layer")
+        say(
+            "merge",
+            f"parity was not checked: {other} changed modules are not linears of a decoder layer",
+        )
         return
     share = found.relative_error
     measured = (
-        f"the merged model's logits are {found.error:.3g} away from those of base and adapter, "
-        f"whose own change of the base's is {found.effect:.3g}"
+        f"the merged model's logits differ by {found.error:.3g} from those of the base with the "
+        f"adapter, which differ by {found.effect:.3g} from the base's"
     )
     if share > max(_EXACT, _MORE_THAN_ROUNDING * rounded) and not found.is_float_error:
         raise LoramError(
-            f"merge: {measured}, and rounding does not explain it; check memory and disk, and "
+            f"merge: {measured}, which rounding does not explain; check memory and disk, and "
             "report it with the adapter's adapter_config.json"
         )
     if share > _LOST:
         raise LoramError(
-            f"merge: {measured}; the weights' dtype cannot hold so small a change, use the adapter "
-            "unmerged or train it longer"
+            f"merge: {measured}; the change is too small for the weights' dtype: use the adapter "
+            "unmerged, or train it longer"
         )
     if share > _FELT:
-        say("merge", f"{measured}: rounding to the weights' dtype is felt")
+        say("merge", f"{measured}: rounding to the weights' dtype has a noticeable effect")
     target.details.update(
         parity_relative_error=share, parity_kl=found.kl, parity_agreement=found.agreement
     )

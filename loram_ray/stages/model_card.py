@@ -24,7 +24,7 @@ from loram_ray.utils.printing import markdown
 
 CARD_FILE = "README.md"
 SIZES = ("base_parameters", "parameters", "base_bytes", "bytes")
-"""Entries of a pruned or aligned model's manifest that the card shows."""
+"""Entries of a pruned or aligned model's manifest that the card lists."""
 _USE = "## Use"
 
 
@@ -54,9 +54,9 @@ def model_card(
         f"{steps * config.batch_size * config.corpus.sequence_length:,} tokens",
         "learning rate": f"{config.optimiser.learning_rate:g}, {config.optimiser.schedule}, "
         f"{config.optimiser.warmup_steps} warm-up steps",
-        "loss at the end": f"{last['loss']:.4g}",
+        "final loss": f"{last['loss']:.4g}",
     }
-    head = ("source", "share", "documents", "tokens", "perplexity held out, pruned", "aligned")
+    head = ("source", "share", "documents", "tokens", "held-out perplexity, pruned", "aligned")
     corpus = [
         (
             source.name,
@@ -99,12 +99,12 @@ def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
         head["base_model_relation"] = "quantized"
     saved = details["bytes_before"] / details["bytes"]
     section = (
-        "## Quantisation\n\n"
-        f"{details['quantized_tensors']:,} linears ({details['quantized_parameters']:,} of "
-        f"{details['parameters']:,} parameters) are in {NF4.description}; "
-        "embeddings, output head and norms are as they were. "
-        f"{details['bytes']:,} bytes are stored, {details['bytes_before']:,} before ({saved:.2f} "
-        "times fewer). transformers loads it as it is, with bitsandbytes installed.\n\n"
+        f"## Quantisation\n\n{details['quantized_tensors']:,} linears "
+        f"({details['quantized_parameters']:,} of {details['parameters']:,} parameters) are in "
+        f"{NF4.description}; embeddings, output head and norms are unchanged. Storage: "
+        f"{details['bytes']:,} bytes, {saved:.2f} times fewer than before "
+        f"({details['bytes_before']:,}). Transformers loads the model directly if bitsandbytes is "
+        "installed.\n\n"
     )
     title, _, rest = body.partition("\n")
     if title.startswith("# "):
@@ -145,17 +145,17 @@ def _card(
     }
     lines = [
         f"{_yaml(head)}# {markdown(name)}",
-        f"A {kind} language model to train LoRA adapters on, by "
-        "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained here is *recovered* to the "
-        "shapes of the base and used with the base, which training never loads.",
+        f"A {kind} language model for training LoRA adapters with "
+        "[LoRAM](https://arxiv.org/abs/2502.13533). An adapter trained on it is *recovered* to "
+        "the shapes of the base and used with the base, which training never loads.",
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         *sections,
         _USE,
         "```sh\npip install loram-ray\n"
         f"loram train {run} --set train.model=DIRECTORY --set train.data=examples.jsonl\n"
         f"loram recover {run} --set recover.form=adapter\n```",
-        "`run/adapter/` is an ordinary PEFT adapter of the base. `pruning_plan.safetensors` says "
-        "which parts were kept; `manifest.json` has the whole lineage.",
+        "`run/adapter/` is a standard PEFT adapter for the base. `pruning_plan.safetensors` lists "
+        "the parts that were kept; `manifest.json` records the full lineage.",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -171,11 +171,11 @@ def _split_head(card: str) -> tuple[dict[str, Any], str]:
     written, end, body = rest.partition("---\n")
     if before.strip() or not end:
         return {}, card
-    head = parse_yaml(written, f"the head of {CARD_FILE}")
+    head = parse_yaml(written, f"the YAML of {CARD_FILE}")
     if not isinstance(head, dict) or not isinstance(head.get("tags", []), list):
         raise LoramError(
-            f"{CARD_FILE} must begin with keys and values between lines of ---, tags a list; "
-            "remove it or correct it"
+            f"{CARD_FILE} must begin with YAML between lines of ---, with tags as a list; correct "
+            "it or remove it"
         )
     return head, body.lstrip("\n")
 
@@ -190,7 +190,7 @@ def _objective(config: AlignConfig) -> str:
     if not config.distils:
         return named
     distillation = config.distillation
-    kept = "" if distillation.targets == "live" else f" ({distillation.top_k} likeliest tokens)"
+    kept = "" if distillation.targets == "live" else f" (top {distillation.top_k} tokens)"
     return f"{named}{kept}, temperature {distillation.temperature:g}"
 
 

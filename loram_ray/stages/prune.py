@@ -94,8 +94,8 @@ def _parents(config: PruneConfig, base: BaseModel) -> dict[str, str]:
         manifest = require_stage(config.scores, ("prune",), "prune.scores")
         if manifest.base_fingerprint != identity:
             raise LoramError(
-                f"prune.scores {config.scores} was made of base {manifest.base_fingerprint[:12]}, "
-                f"prune.base is {identity[:12]}; use scores of this base"
+                f"prune.scores must be for prune.base, fingerprint {identity[:12]}, but "
+                f"{config.scores} is for {manifest.base_fingerprint[:12]}; use scores of this base"
             )
         parents["scores"] = manifest.digest
     elif config.calibrates and config.calibration is not None:
@@ -124,9 +124,8 @@ def _require_experts(
     }
     if stored == {False} and any(linear.per_expert for _, linear, _ in modules):
         raise LoramError(
-            f"prune.layers must be layers of one kind, layer {layer} of {checkpoint.directory} "
-            "has no linears of experts, which the other layers of its family have; leave it out "
-            "of prune.layers"
+            f"prune.layers must be mixture-of-experts layers, but layer {layer} of "
+            f"{checkpoint.directory} has no experts; remove it from prune.layers"
         )
 
 

@@ -75,8 +75,8 @@ def publish(config: PublishConfig, ray_config: RayConfig | None = None) -> Publi
     _refuse_local_paths(config.directory, contents)
     if get_token() is None:
         raise LoramError(
-            "publish must have a token that may write to the hub, there is none; set HF_TOKEN or "
-            "run 'hf auth login'"
+            "publish needs a Hub token with write access, got none; set HF_TOKEN or run 'hf auth "
+            "login'"
         )
     api = HfApi(library_name="loram-ray")
     with _naming_refusals(config.repo):
@@ -120,8 +120,8 @@ def _contents(config: PublishConfig, manifest: Manifest) -> dict[str, Path | byt
             base = hub_id(config.base)
             if base is None:
                 raise LoramError(
-                    f"publish.base must be the hub id of the adapter's base, which "
-                    f"{config.directory} names by a local path, got {config.base}; give owner/name"
+                    f"publish.base must be the Hub id of the adapter's base, as {config.directory} "
+                    f"records a local path, got {config.base}; set it to owner/name"
                 )
             changed[ADAPTER_CONFIG_FILE] = _json({**settings, _BASE_OF_ADAPTER: base})
     if _MODEL_CONFIG_FILE in contents:
@@ -147,7 +147,7 @@ def _refuse_links(directory: Path, manifest: Manifest) -> None:
     for name in (*manifest.files, MANIFEST_FILE):
         if not (directory / name).resolve().is_relative_to(root):
             raise LoramError(
-                f"publish.directory must hold its files itself, {directory / name} is a link to "
+                f"publish.directory must contain its files, but {directory / name} links to "
                 "another place; copy the file"
             )
 
@@ -162,8 +162,8 @@ def _refuse_local_paths(directory: Path, contents: dict[str, Path | bytes]) -> N
         for found in _ABSOLUTE_PATH.finditer(text):
             if Path("/", found[1]).is_dir():
                 raise LoramError(
-                    f"publish.directory must name no path of this machine, {directory / name} "
-                    f"names {found[0]}; take it out of the settings and make the directory again"
+                    f"publish.directory must not contain local paths, but {directory / name} "
+                    f"contains {found[0]}; remove it from the settings and run the stage again"
                 )
 
 
@@ -172,11 +172,13 @@ def _naming_refusals(repo: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise LoramError("publish must reach the hub, HF_HUB_OFFLINE is set; unset it") from error
+        raise LoramError(
+            "publish needs access to the Hub, but HF_HUB_OFFLINE is set; unset it"
+        ) from error
     except HfHubHTTPError as error:
         if error.response.status_code in _REFUSED:
             raise LoramError(
-                f"publish.repo {repo} may not be written to with this token (HTTP "
+                f"publish.repo must be writable with this token, but {repo} is not (HTTP "
                 f"{error.response.status_code}); use a token with write access to it"
             ) from error
         raise

@@ -49,8 +49,8 @@ def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> Sta
     plan = PruningPlan.load(config.model)
     if plan.masks is not None:
         raise LoramError(
-            f"quantize.model must be structurally pruned, {config.model} has {plan.pattern} masks: "
-            "its linears are trained under them in full precision; prune with a structured method"
+            f"quantize.model must be structurally pruned, but {config.model} has {plan.pattern} "
+            "masks, which need full precision; prune with a structured method"
         )
     with BaseModel(config.model, "quantize.model") as model:
         return run_stage(
@@ -69,8 +69,8 @@ def _refuse_quantized(model: Path) -> None:
     manifest = read_manifest(model)
     if manifest is not None and manifest.stage == "quantize":
         raise LoramError(
-            f"quantize.model must be in full precision, {model} is quantised already; give the "
-            "model that it was made of"
+            f"quantize.model must be in full precision, but {model} is already quantised; use the "
+            "model that it was quantised from"
         )
 
 
@@ -144,10 +144,10 @@ def _outline(
     for name in sorted(weights):
         found = checkpoint.specs.get(name)
         if found is None or found.dtype not in QUANTIZABLE:
-            how = "not at all" if found is None else f"as {found.dtype}"
+            how = "lacks it" if found is None else f"stores it as {found.dtype}"
             raise LoramError(
-                f"quantize.model {directory} holds {name} {how}, its config.json describes a "
-                "linear in floating point; make the model again"
+                f"quantize.model must contain {name} in floating point, but {directory} {how}; run "
+                "the stage that wrote it again"
             )
     outline = _Outline({}, {})
     for name, spec in checkpoint.specs.items():

@@ -61,7 +61,7 @@ def run(config: RunConfig, ray_config: RayConfig | None = None) -> RunResult:
     """
     steps = plan_steps(config)
     if not steps:
-        raise LoramError("the config must have at least one stage; add 'prune:' to it")
+        raise LoramError("the config must have at least one stage; add one, e.g. 'prune:'")
     result = RunResult(config.output)
     ray = ray_config or config.ray
     with ray_session(ray, cpus_for_models([step.config for step in steps])):
@@ -110,14 +110,14 @@ def _require_something_of_loram(config: RunConfig) -> None:
     untouched = evaluate.adapter is None and evaluate.model == config.base
     if untouched or evaluate.adapter == recover.output:
         raise LoramError(
-            "evaluate must score the merged model where recover.form is delta; add 'merge:' and "
-            "leave evaluate.model and evaluate.adapter out"
+            "evaluate must score the merged model if recover.form is delta; add 'merge:' and "
+            "remove evaluate.model and evaluate.adapter"
         )
 
 
 def _summary(name: str, stage: StageResult, seconds: float) -> str:
     if stage.skipped:
-        return f"{name}: complete before, skipped ({stage.output})"
+        return f"{name}: already complete, skipped ({stage.output})"
     return f"{name}: done in {seconds:.0f} s ({stage.output})"
 
 

@@ -104,7 +104,7 @@ def train_by(
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine the adapter, besides the inputs."""
     settings = config.identity()
-    if config.evaluates:  # they determine which checkpoint is kept
+    if config.evaluates:  # they affect which checkpoint is kept
         settings |= {"eval_every": config.evaluate_every, "patience": config.patience}
     return settings
 
@@ -187,6 +187,8 @@ def require_room(config: TrainConfig, adapters: int = 1) -> None:
         from loram_ray.estimating.gpu_check import require_memory
 
         free, whole = torch.cuda.mem_get_info()
-        if config.gpus < 1:  # a training beyond its share fails itself and not its neighbour
+        if (
+            config.gpus < 1
+        ):  # a training that exceeds its share fails alone, without affecting others
             torch.cuda.set_per_process_memory_fraction(config.gpus)
         require_memory(config, min(free, int(config.gpus * whole)), adapters)

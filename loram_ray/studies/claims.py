@@ -41,7 +41,9 @@ CLAIMS = (
     Claim("causal", "pruned", "LoRAM beats the pruned model as it is"),
     Claim("causal", "sibling", "LoRAM beats LoRA on a smaller sibling"),
     Claim("qloram", "base", "QLoRAM improves on the untouched base"),
-    Claim("distilled", "causal", "alignment by distillation beats the paper's", paper=False),
+    Claim(
+        "distilled", "causal", "alignment by distillation beats the paper's alignment", paper=False
+    ),
     Claim("distilled", "base", "LoRAM aligned by distillation improves on the base", paper=False),
     Claim("causal + correction", "causal", "the correction helps LoRAM", paper=False),
     Claim(
@@ -66,7 +68,7 @@ def claims_about(alignments: Iterable[str]) -> list[Claim]:
     claims = list(CLAIMS)
     for name in alignments:
         claims += [
-            Claim(name, "causal", f"alignment {name} beats the paper's", paper=False),
+            Claim(name, "causal", f"alignment {name} beats the paper's alignment", paper=False),
             Claim("distilled", name, f"distillation beats alignment {name}", paper=False),
             Claim(f"{name} + correction", name, f"the correction helps alignment {name}", False),
         ]

@@ -93,7 +93,7 @@ def compare(config: CompareConfig, ray_config: RayConfig | None = None) -> Compa
     scored = [cell for cell in planned.cells if cell.evaluation in done]
     if not scored:
         name, reason = next(iter(failed.items()))
-        raise LoramError(f"compare: nothing could be scored; {name}: {reason}")
+        raise LoramError(f"compare: no system could be scored; {name}: {reason}")
     _require_metric(config.metric, scored, done)
     own = scores_of(scored, done, config.metric)
     write_scores(config.output / SCORES_FILE, own, config.metric)
@@ -144,7 +144,7 @@ def run_steps(
         for name in list(waiting):
             needs = waiting[name].needs
             if lost := [need for need in needs if need in failed]:
-                failed[name] = f"it needs {lost[0]}"
+                failed[name] = f"requires {lost[0]}, which failed"
                 del waiting[name]
             elif all(need in done for need in needs) and len(running) < max_concurrent:
                 del waiting[name]
@@ -182,7 +182,7 @@ def _require_metric(
     if metric not in details:
         known = [k for k, v in details.items() if isinstance(v, float) and "stderr" not in k]
         raise LoramError(
-            f"compare.metric must be one of the scores, {', '.join(known)}, got {metric}; change it"
+            f"compare.metric must be one of {', '.join(known)}, got {metric}; change it"
         )
 
 

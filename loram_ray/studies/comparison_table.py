@@ -12,14 +12,14 @@ NAMES = {
     "full": "LoRA on the full base",
     "sibling": "LoRA on a smaller sibling",
     "pruned": "pruned model, as it is",
-    "small": "trained small, inferred small",
+    "small": "trained and used on the pruned model",
     "unaligned": "LoRAM without alignment",
     "loram": "LoRAM",
     "causal": "LoRAM, aligned as in the paper",
     "distilled": "LoRAM, aligned by distillation",
     "qloram": "QLoRAM",
 }
-CLAIM_COLUMNS = ("claim", "whose", "method", "ratio", "what is seen", "advantage", "pairs")
+CLAIM_COLUMNS = ("claim", "whose", "method", "ratio", "result", "advantage", "pairs")
 COLUMNS = ("system", "method", "ratio", "task", "score", "gain kept", "seeds", "parameters")
 """Columns of every comparison; see `table_of`."""
 
@@ -109,15 +109,15 @@ def as_markdown(
     unit = "log-perplexity" if metric.endswith("perplexity") else metric
     parts = [
         "# Comparison\n",
-        f"Scores are {metric.replace('_', ' ')}: mean ± standard deviation over seeds. *Gain kept* "
-        "is what a system gains over the untouched base as a share of what LoRA on the full base "
-        f"gains, in {unit}.\n",
+        f"Scores are {metric.replace('_', ' ')}: mean ± standard deviation over seeds. *Gain "
+        "kept* is a system's gain over the untouched base as a share of the gain of LoRA on the "
+        f"full base, in {unit}.\n",
         markdown_table(*table_of(rows)),
         "\n## Claims\n",
-        f"The better system's advantage in {unit}, over pairs of task and seed: mean ± half of its "
-        "95% interval (Student's t). Noise is the variation between seeds within a task, or "
-        "between tasks if there is one seed. *Seen*: the interval is above zero; *not seen*: "
-        "below; *within noise*: it contains zero; *one pair*: the noise is unknown.\n",
-        markdown_table(CLAIM_COLUMNS, map(cells_of_claim, claims), bold="what is seen"),
+        f"The better system's advantage in {unit}, over pairs of task and seed: mean ± half-width "
+        "of its 95% interval (Student's t). Noise is the variation between seeds within a task, "
+        "or between tasks if there is only one seed. *Seen*: the interval is above zero; *not "
+        "seen*: below; *within noise*: it contains zero; *one pair*: the noise is unknown.\n",
+        markdown_table(CLAIM_COLUMNS, map(cells_of_claim, claims), bold="result"),
     ]
     return "\n".join(parts) + "\n"

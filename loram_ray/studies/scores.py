@@ -126,8 +126,8 @@ def read_scores(paths: Sequence[Path], metric: str, cells: Sequence[Cell]) -> li
         for score in _read(path, metric):
             if score.of in taken:
                 raise LoramError(
-                    f"compare.merge_scores must have other seeds, {path} repeats {score}; leave "
-                    "out the file or the seed"
+                    f"compare.merge_scores must have other seeds, but {path} also has {score}; "
+                    "remove the file or the seed"
                 )
             if score.seed is not None:
                 taken.add(score.of)
@@ -150,28 +150,26 @@ def with_others(scores: Sequence[Score], others: Sequence[Score]) -> list[Score]
         known = found.setdefault(score.of, score)
         if not math.isclose(known.value, score.value, rel_tol=_SAME):
             raise LoramError(
-                f"compare.merge_scores must be of the same base and tasks, {score} scores "
-                f"{score.value:.6g} there and {known.value:.6g} here; leave them out"
+                f"compare.merge_scores must be for the same base and tasks, but {score} has "
+                f"{score.value:.6g} there and {known.value:.6g} here; remove the file"
             )
     return list(found.values())
 
 
 def _read(path: Path, metric: str) -> list[Score]:
     try:
-        data: object = read_json(
-            path, "compare.merge_scores", remedy="leave it out", constants=True
-        )
+        data: object = read_json(path, "compare.merge_scores", remedy="remove it", constants=True)
         file = _File.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise LoramError(
-            f"compare.merge_scores must be {SCORES_FILE} of comparisons, got {path}: {where}: "
-            f"{first['msg']}; leave it out"
+            f"compare.merge_scores must be {SCORES_FILE} files of comparisons, got {path} ({where}: "
+            f"{first['msg']}); remove it"
         ) from error
     if file.metric != metric:
         raise LoramError(
-            f"compare.merge_scores must be scores of {metric}, {path} has {file.metric}; leave "
-            "it out or change compare.metric"
+            f"compare.merge_scores must contain scores of {metric}, but {path} has {file.metric}; remove "
+            "it or change compare.metric"
         )
     return file.scores

@@ -141,7 +141,7 @@ def _identified(models: Mapping[str, _Model]) -> dict[str, tuple[str, str]]:
     bases = {fingerprint for _, fingerprint in found.values()}
     if len(bases) > 1:
         raise LoramError(
-            f"sweep.models must share one base, got {len(bases)} bases; sweep each separately"
+            f"sweep.models must have the same base, got {len(bases)} bases; run a sweep for each"
         )
     return found
 
@@ -152,7 +152,7 @@ def _write(
     trials: Sequence[Trial],
     identities: Mapping[str, tuple[str, str]],
 ) -> None:
-    from loram_ray.studies.tuning import run_trials  # imports Ray, which must be set up first
+    from loram_ray.studies.tuning import run_trials  # imports Ray, which must be configured first
 
     gpus = gpus_per_worker(config.gpus_per_worker)
     require_resources(

@@ -71,14 +71,14 @@ class _Planner:
     def __init__(self, config: CompareConfig) -> None:
         self._config = config
         self._root = config.output
-        self._first: dict[str, str] = {}  # first alignment to prepare each shared result
+        self._first: dict[str, str] = {}  # first alignment that prepares each shared result
         self._planned = Comparison()
         self._systems: tuple[str, ...] = config.systems or tuple(
             system for system in self._possible() if system != "loram"
         )
         if unknown := set(self._systems) - set(self._possible()):
             raise LoramError(
-                f"compare.systems needs a section for each of its systems, got "
+                "compare.systems must have a section for each system, got "
                 f"{', '.join(sorted(unknown))} without {self._missing(unknown)}; add it"
             )
 
@@ -105,7 +105,9 @@ class _Planner:
             if "base" in self._systems:
                 scored = self._scored(f"base/{task}", task, self._config.base)
                 self._planned.cells.append(Cell("base", task, None, scored))
-        for seed in self._config.seeds:  # outermost, so that a partial run has whole comparisons
+        for seed in (
+            self._config.seeds
+        ):  # the outermost loop, so that a partial run contains whole comparisons
             for task in self._config.tasks:
                 self._on_a_whole_model("full", self._config.base, task, seed)
                 if self._config.sibling is not None:
@@ -240,7 +242,7 @@ class _Planner:
         config = validate(AlignConfig, settings, f"compare, system {system}")
         shared = ["corpus"]
         if config.distils and config.distillation.targets == "cached":
-            # other alignments may share targets, runs of this one always do
+            # other alignments may share these targets, as do all runs of this one
             shared += [f"targets of seed {seed}", f"targets of {system}, seed {seed}"]
         first = {self._first.setdefault(what, name) for what in shared} - {name}
         return self._planned.add(name, config, pruned, *sorted(first))

@@ -61,11 +61,13 @@ def tasks_of(config: BatchConfig) -> list[Task]:
         task for number, one in enumerate(config.tasks) for task in _expand(config, number, one)
     ]
     if not found:
-        raise LoramError("batch.tasks must hold tasks, got none; add one with its data")
+        raise LoramError("batch.tasks must not be empty; add a task with data")
     if (clash := first_clash(task.name for task in found)) is not None:
         one, other = clash
-        clashing = f"two are {one}" if one == other else f"{one} and {other} differ only in case"
-        raise LoramError(f"batch.tasks must have distinct names, {clashing}; set their names")
+        clashing = (
+            f"{one} occurs twice" if one == other else f"{one} and {other} differ only in case"
+        )
+        raise LoramError(f"batch.tasks must have distinct names, but {clashing}; set name")
     _require_one_model(config, found)
     return sorted(found, key=lambda task: -task.priority)
 
@@ -75,9 +77,10 @@ def _require_one_model(config: BatchConfig, tasks: list[Task]) -> None:
     kinds = {(task.train.precision, task.train.attention) for task in tasks if task.train}
     if config.adapters_per_worker > 1 and len(kinds) > 1:
         raise LoramError(
-            "batch.adapters_per_worker above 1 needs tasks of one precision and attention, got "
-            f"{', '.join(f'{precision} with {attention}' for precision, attention in kinds)}; "
-            "set them in batch.train or set it to 1"
+            "batch.adapters_per_worker above 1 needs the same precision and attention for all "
+            "tasks, got "
+            f"{', '.join(f'{precision} with {attention}' for precision, attention in kinds)}; set "
+            "them in batch.train, or set it to 1"
         )
 
 
@@ -88,7 +91,9 @@ def _expand(config: BatchConfig, number: int, task: TaskConfig) -> Iterator[Task
     files = sorted(glob(source, recursive=True)) if has_magic(source) else [source]
     if not files:
         kind = "file" if which == "data" else "directory"
-        raise LoramError(f"{key}.{which} matches no {kind}, got {source}; check the path")
+        raise LoramError(
+            f"{key}.{which} must match at least one {kind}, got {source}; check the path"
+        )
     if which == "adapter":
         _require_recoverable(config, f"{key}.adapter")
     for file in files:

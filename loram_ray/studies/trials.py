@@ -28,7 +28,7 @@ ADAPTER, WORK, SUMMARY_FILE = "adapter", "work", "summary.json"
 
 _DIGITS = 3
 _DRAWS_EACH = 100
-"""Draws per trial before the search for new combinations ends."""
+"""Maximum number of draws per trial in search of a new combination."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ def trials_of(config: SweepConfig, models: Mapping[str, Path]) -> list[Trial]:
     ]
     if not found[0].train.evaluates:
         raise LoramError(
-            "sweep.train must hold out examples to compare trials by their loss, got none; add "
-            "eval_share, e.g. 0.1, or eval_data"
+            "sweep.train must hold out examples to compare trials by; add eval_data or eval_share, "
+            "e.g. 0.1"
         )
     for trial in found:
         if (fault := output_name_error(trial.name)) is not None:
             raise LoramError(
-                f"sweep must try values whose trial names are {fault}, got "
-                f"{trial.name!r:.80}; rename the model or try other values"
+                f"sweep must have values whose trial names are {fault}, got {trial.name!r:.80}; "
+                "rename the model or change the values"
             )
     if (clash := first_clash(trial.name for trial in found)) is not None:
         raise LoramError(
-            f"sweep must try values with distinct trial names, got {clash[0]} and {clash[1]}; "
-            "rename the files that they name"
+            f"sweep must have values with distinct trial names, got {clash[0]} and {clash[1]}; "
+            "rename the files that they refer to"
         )
     grace, steps = config.grace_steps or 1, found[0].train.steps
     if grace > steps:

@@ -65,7 +65,7 @@ def run_trials(
                 storage_path=str(scratch.parent),
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_at_end=False
-                ),  # trials write their own
+                ),  # trials write their own checkpoints
                 failure_config=tune.FailureConfig(max_failures=config.max_failures),
                 callbacks=[
                     _ProgressCallback(reporter, training.steps, len({t.model for t in trials}) == 1)
@@ -79,7 +79,9 @@ def run_trials(
 
 def _configure_tune() -> None:
     """Set the environment variables that Ray Tune reads."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has everything
+    os.environ.setdefault(
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"
+    )  # metrics.jsonl contains everything
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output ignores verbose=0
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep immediately
 

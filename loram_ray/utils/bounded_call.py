@@ -76,7 +76,9 @@ def _end_the_slow() -> None:
                 slow = time.clock_gettime(clock) > limit
             except OSError:  # the thread has just ended
                 continue
-            if slow and _limits.pop(thread, None) is not None:  # else the call has just returned
+            if (
+                slow and _limits.pop(thread, None) is not None
+            ):  # otherwise the call has just returned
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(thread), ctypes.py_object(_Ended)
                 )

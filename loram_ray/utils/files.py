@@ -197,12 +197,12 @@ def make_directory(path: Path, key: str) -> None:
     except ValueError as error:
         reason = str(error)
     if reason is not None:
-        raise LoramError(f"{key} must be a directory to write to, got {path} ({reason}); change it")
+        raise LoramError(f"{key} must be a writable directory, got {path} ({reason}); change it")
 
 
 def _not_regular(path: Path | str, kind: str) -> LoramError:
-    return LoramError(f"{path} cannot be read: it must be a regular file, got {kind}; replace it")
+    return LoramError(f"{path} must be a regular file, got {kind}; replace it")
 
 
 def _in_the_way(path: Path, kind: str) -> LoramError:
-    return LoramError(f"{path} is needed while the output is written, it is {kind}; remove it")
+    return LoramError(f"{path} must be free while the output is written, but is {kind}; remove it")

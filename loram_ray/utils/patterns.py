@@ -89,7 +89,7 @@ def patterns_error(patterns: Sequence[str], names: Sequence[str] = ()) -> str | 
     if done is not None and not done.returncode:
         return None
     return (
-        f"matched within {SECONDS} s, {shown(patterns[0])} takes longer; write patterns without "
+        f"matched within {SECONDS} s, but {shown(patterns[0])} takes longer; use patterns without "
         "nested repetitions"
     )
 
@@ -138,9 +138,9 @@ class Search:
         answer = process.stdout.read(1)
         if not answer:
             raise LoramError(
-                f"{self._name} must be matched within {SECONDS} s per million characters, "
-                f"{shown(self._pattern)} takes longer on a text of {place}; write a pattern "
-                "without nested repetitions"
+                f"{self._name} must be matched within {SECONDS} s per million characters, but "
+                f"{shown(self._pattern)} takes longer on a text of {place}; use a pattern without "
+                "nested repetitions"
             )
         return answer == b"1"
 

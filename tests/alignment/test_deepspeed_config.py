@@ -115,7 +115,7 @@ def test_another_optimiser_keeps_nothing_of_torchs() -> None:
             "must not set scheduler: use align.optimiser.schedule",
         ),
         ({"fp16": {"enabled": True}}, "must not set fp16"),
-        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm to auto, which no setting"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm to auto, as no other key"),
     ],
 )
 def test_a_users_deepspeed_json_that_contradicts_is_refused(

@@ -300,8 +300,8 @@ def test_an_output_that_not_all_nodes_see_is_refused(
     )
     assert done.returncode == 2
     assert re.search(
-        rf"loram: align.output must be on storage that all nodes share, {hidden} is not the same "
-        r"directory on node .*; use a shared file system such as NFS",
+        rf"loram: align.output must be on storage that all nodes share, but {hidden} is not the "
+        r"same directory on node .*; use a shared file system such as NFS",
         done.stderr,
     ), done.stderr
     assert [path.name for path in hidden.iterdir()] == ["aligned.yaml"]
@@ -313,6 +313,6 @@ def test_a_worker_that_fits_on_no_node_is_refused_at_once(folder: Path, nodes: N
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2
     assert (
-        "align.workers needs room for 1 workers of 4 CPUs, each on one node, the Ray cluster's "
-        "nodes have room for 0" in done.stderr
+        "align.workers needs 1 workers with 4 CPUs, each on one node, but the Ray cluster's "
+        "nodes can hold 0" in done.stderr
     )

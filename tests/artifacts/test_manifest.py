@@ -170,7 +170,9 @@ def test_other_work_in_a_full_directory_is_refused(
     stage(tmp_path / "out")
     before = tiny.tree(tmp_path)
     call = {"stage": "test", "settings": {"a": 1}, "parents": {"input": "x"}, **changed}
-    with pytest.raises(LoramError, match=r"output must be a new or empty directory, .*out holds"):
+    with pytest.raises(
+        LoramError, match=r"output must be a new or empty directory, but .*out contains"
+    ):
         run_stage(tmp_path / "out", base_fingerprint="base", write=never, **call)  # type: ignore[arg-type]
     assert tiny.tree(tmp_path) == before
 
@@ -282,8 +284,8 @@ def test_equal_content_has_equal_digests_whenever_and_wherever_it_was_made(tmp_p
     ("damage", "told"),
     [
         (lambda path: path.unlink(), "is missing"),
-        (lambda path: os.truncate(path, 3), "has 3 bytes, its manifest says 5 bytes"),
-        (lambda path: path.write_bytes(b"whold"), "differs from its manifest's SHA-256"),
+        (lambda path: os.truncate(path, 3), "has 3 bytes, but its manifest lists 5 bytes"),
+        (lambda path: path.write_bytes(b"whold"), "does not match the SHA-256 in its manifest"),
     ],
     ids=["missing", "truncated", "one bit flipped"],
 )
@@ -298,9 +300,9 @@ def test_require_stage_refuses_other_stages_and_plain_directories(tmp_path: Path
     stage(tmp_path / "out")
     with pytest.raises(LoramError, match=r"align.pruned must be .* written by prune or align, "):
         require_stage(tmp_path / "out", ("prune", "align"), "align.pruned")
-    with pytest.raises(LoramError, match="holds no manifest.json; run loram prune first"):
+    with pytest.raises(LoramError, match="contains no manifest.json; run loram prune first"):
         require_stage(tmp_path, ("prune",), "align.pruned")
-    with pytest.raises(LoramError, match="holds no manifest.json"):
+    with pytest.raises(LoramError, match="contains no manifest.json"):
         require_stage(tmp_path / "absent", ("prune",), "align.pruned")
 
 
@@ -316,7 +318,7 @@ def test_a_model_config_that_is_none_is_told(tmp_path: Path, content: str) -> No
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(LoramError, match="download it again"):
         read_model_config(tmp_path)
-    with pytest.raises(LoramError, match="give a model directory"):
+    with pytest.raises(LoramError, match="use a model directory"):
         read_model_config(tmp_path / "config.json")
 
 
@@ -398,7 +400,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_too_small_is_told_before_anything_is_written(base: Path, small_disk: Path) -> None:
     assert (base / "model.safetensors").stat().st_size > 400_000
     config = PruneConfig(base=str(base), output=small_disk / "pruned", ratio=0.0, layers=(1, 3))
-    with pytest.raises(LoramError, match=r"needs 0\.\d MB free, its disk has 0\.4 MB; free some"):
+    with pytest.raises(
+        LoramError, match=r"needs 0\.\d MB of free disk space, but 0\.4 MB; free some"
+    ):
         prune(config)
     assert tiny.tree(small_disk) == {}
 
@@ -411,7 +415,9 @@ def test_a_disk_that_fills_while_weights_are_written_is_told(small_disk: Path) -
             for name in specs:
                 writer.write(name, torch.zeros(shape))
 
-    with pytest.raises(LoramError, match=r"the disk of .*out is full; nothing was left") as caught:
+    with pytest.raises(
+        LoramError, match=r"the disk of .*out is full; nothing incomplete was left"
+    ) as caught:
         stage(small_disk / "out", write)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC

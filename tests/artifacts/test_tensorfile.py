@@ -245,7 +245,7 @@ def test_a_whole_file_beside_an_index_is_what_we_read_as_transformers_does(tmp_p
 def test_unfinished_checkpoint_is_an_error_and_leaves_no_index(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(4), "b": torch.ones(4)}
     with (
-        pytest.raises(ValueError, match="not every announced tensor"),
+        pytest.raises(ValueError, match="not every declared tensor"),
         CheckpointWriter(tmp_path, specs_of(tensors), max_shard_bytes=16) as writer,
     ):
         writer.write("a", tensors["a"])

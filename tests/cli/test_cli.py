@@ -218,7 +218,7 @@ def nothing(folder: Path) -> None:
         (
             nothing,
             ["prune", "--set", "prune.ratio=0.9"],
-            "prune.ratio must leave at least one of 8 KV heads and one of 96 neurons, 0.9 leaves 0",
+            "prune.ratio must keep at least one of 8 KV heads and one of 96 neurons, but 0.9 keeps",
         ),
         (
             nothing,
@@ -228,7 +228,11 @@ def nothing(folder: Path) -> None:
         (unsupported, ["prune"], "the base's model_type must be one of [llama, mistral, qwen2, "),
         (truncated, ["prune"], "base/model-00002-of-"),
         (corrupt_header, ["prune"], "base/model-00002-of-"),
-        (occupied, ["prune"], "prune.output must be a new or empty directory, out/pruned holds"),
+        (
+            occupied,
+            ["prune"],
+            "prune.output must be a new or empty directory, but out/pruned contains",
+        ),
         (
             nothing,
             ["recover", "--set", "recover.base=other"],
@@ -243,7 +247,7 @@ def nothing(folder: Path) -> None:
                 "--set",
                 "evaluate.adapter=adapter_pruned",
             ],
-            "evaluate.adapter adapter_pruned was made for base ",
+            "evaluate.adapter must belong to evaluate.model's base, but adapter_pruned is for",
         ),
     ],
     ids=[
@@ -269,7 +273,7 @@ def test_a_mistake_in_the_inputs_is_one_line(
     assert line.startswith(told)
     assert "; " in line  # the remedy
     if mistake in (truncated, corrupt_header):
-        assert "is not a whole safetensors file: " in line
+        assert "is not a valid safetensors file: " in line
         assert line.endswith("; copy or download it again")
 
 
@@ -292,7 +296,7 @@ def refused_by_a_worker(folder: Path, *arguments: str) -> str:
 def test_an_empty_corpus_is_one_line(folder: Path) -> None:
     (folder / "text.jsonl").write_text("")
     line = refusal(folder, "align", "--config", "run.yaml")
-    assert line == "align.corpus.sources must hold text, every file is empty; add some"
+    assert line == "align.corpus.sources must contain text, but every file is empty; add some"
 
 
 @pytest.mark.timeout(300)

@@ -104,9 +104,9 @@ def test_every_reader_refuses_a_column_of_pickled_objects(
         with pytest.raises(LoramError) as caught:
             reader()
         assert str(caught.value) == (
-            f"{path} must have columns of plain types, 'text' is of the extension type "
-            "'ray.data.arrow_pickled_object', and reading one can run code; write the file without "
-            "that column"
+            f"{path} must have columns of plain types, but 'text' has the extension type "
+            "'ray.data.arrow_pickled_object', and reading it could run code; write the file "
+            "without that column"
         ), name
 
 
@@ -128,10 +128,10 @@ def test_prepared_rows_and_targets_with_pickled_objects_are_refused(
 ) -> None:
     path = write(tmp_path / "unit-000000.parquet", pa.table({"input_ids": trapped(marker)}))
     block = Block(str(path), 0, 2)
-    with pytest.raises(LoramError, match="must have columns of plain types, 'input_ids'"):
+    with pytest.raises(LoramError, match="must have columns of plain types, but 'input_ids'"):
         read_block(block)
     write(tmp_path / target_file(block), pa.table({"token_ids": trapped(marker)}))
-    with pytest.raises(LoramError, match="must have columns of plain types, 'token_ids'"):
+    with pytest.raises(LoramError, match="must have columns of plain types, but 'token_ids'"):
         read_targets(tmp_path, block, np.array([0]))
 
 
@@ -155,7 +155,7 @@ def test_an_extension_type_is_found_wherever_it_is_nested(
     for number, (name, column) in enumerate(nested(trapped(marker)).items()):
         table = pa.table({"text": ["a", "b"], "c": column})
         path = write(tmp_path / str(number) / form, table)
-        with pytest.raises(LoramError, match=f"'{name}' is of the extension type 'ray.data"):
+        with pytest.raises(LoramError, match=f"'{name}' has the extension type 'ray.data"):
             read(path)
         # a column that would not be read is refused too
         with pytest.raises(LoramError, match="must have columns of plain types"):
@@ -168,7 +168,7 @@ def test_an_extension_type_is_found_in_a_dictionary_and_a_union(
     column = trapped(marker)
     tags = pa.array([0, 0], pa.int8())
     union = pa.UnionArray.from_sparse(tags, [column], ["only"])
-    with pytest.raises(LoramError, match=r"'c.only' is of the extension type"):
+    with pytest.raises(LoramError, match=r"'c.only' has the extension type"):
         read(write(tmp_path / "u.file.arrow", pa.table({"c": union})))
     struct = pa.StructArray.from_arrays([column], names=["inner"])
     encoded = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), struct)
@@ -183,7 +183,7 @@ def test_other_extension_types_are_refused_too(tmp_path: Path, form: str) -> Non
     uuids = pa.array([b"0" * 16] * 2, pa.uuid())
     for number, column in enumerate((tensors, uuids)):
         path = write(tmp_path / str(number) / form, pa.table({"c": column}))
-        with pytest.raises(LoramError, match="'c' is of the extension type"):
+        with pytest.raises(LoramError, match="'c' has the extension type"):
             read(path)
 
 
@@ -218,7 +218,7 @@ def test_no_class_rebuilds_a_type_before_it_is_refused(
     for form in FORMS:
         path = write(tmp_path / form, pa.table({"c": column}))
         rebuilt.rebuilt = 0
-        with pytest.raises(LoramError, match="'c' is of the extension type 'tests.rebuilt'"):
+        with pytest.raises(LoramError, match="'c' has the extension type 'tests.rebuilt'"):
             read(path)
         assert rebuilt.rebuilt == 0
     pq.ParquetFile(tmp_path / FORMS[0])

@@ -193,39 +193,39 @@ MESSAGES = [USER, ANSWER]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tools that the template has no place for": (
         {"messages": MESSAGES, "tools": [SKY]},
-        "the chat template does not read 'tools'",
+        "the chat template does not use 'tools'",
     ),
     "calls that it has no place for": (
         {"messages": [USER, {**ANSWER, "tool_calls": [CALL]}]},
-        "the chat template does not read 'tool_calls'",
+        "the chat template does not use 'tool_calls'",
     ),
     "an old call": (
         {"messages": [USER, {**ANSWER, "function_call": {"name": "sky"}}]},
-        "the chat template does not read 'function_call'",
+        "the chat template does not use 'function_call'",
     ),
     "thoughts": (
         {"messages": [USER, {**ANSWER, "reasoning_content": "hm"}]},
-        "the chat template does not read 'reasoning_content'",
+        "the chat template does not use 'reasoning_content'",
     ),
     "other thoughts": (
         {"messages": [USER, {**ANSWER, "thinking": "hm"}]},
-        "the chat template does not read 'thinking'",
+        "the chat template does not use 'thinking'",
     ),
     "a name": (
         {"messages": [{**USER, "name": "Ada"}, ANSWER]},
-        "the chat template does not read the user's 'name'",
+        "the chat template does not use the user's 'name'",
     ),
     "an argument": (
         {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": False}},
-        "the chat template does not read 'enable_thinking'",
+        "the chat template does not use 'enable_thinking'",
     ),
     "an argument of transformers'": (
         {"messages": MESSAGES, "chat_template_kwargs": {"tokenize": True}},
-        "'chat_template_kwargs' must not hold 'tokenize'",
+        "'chat_template_kwargs' must not contain 'tokenize'",
     ),
     "documents": (
         {"messages": MESSAGES, "documents": [{"text": "x"}]},
-        "the chat template does not read 'documents'",
+        "the chat template does not use 'documents'",
     ),
     "tools that are no JSON": ({"messages": MESSAGES, "tools": "[{"}, "its 'tools'"),
     "tools that are names": (
@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no weight": ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every assistant message has"),
     "a question that is learnt": (
         {"messages": [{**USER, "train": True}, ANSWER]},
-        "only assistant messages can carry loss",
+        "only assistant messages can have a loss",
     ),
     "parts of words": ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "'train_detail'"),
     "a picture": (
@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a call without a name": (
         {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}]},
-        "each of 'tool_calls' must hold",
+        "each of 'tool_calls' must have",
     ),
     "an answer of nobody": (
         {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]},
@@ -313,7 +313,7 @@ def test_a_template_that_leaves_a_message_out_is_refused(role: str) -> None:
         "system": {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
         "tool": {"messages": TOOL_ROW["messages"]},
     }
-    assert f"does not read the {role}'s content" in reason(deaf, rows[role])
+    assert f"does not use the {role}'s content" in reason(deaf, rows[role])
 
 
 def test_ordinary_columns_and_empty_ones_are_passed_over() -> None:
@@ -391,13 +391,13 @@ def test_a_template_that_opens_thoughts_in_the_prompt_is_refused_with_the_remedy
     )
     found = reason(tokenizer, {"messages": MESSAGES})
     assert "renders '<think>\\n' without the answer, but 'Rain." in found
-    assert "set chat_template to a template that renders both alike" in found
+    assert "set chat_template to a template that renders the prompt identically" in found
 
 
 def test_a_template_that_raises_anything_makes_a_bad_row(tmp_path: Path) -> None:
     for fault in ("{{ 1 // 0 }}", "{{ messages[9].content }}", "{{ messages | sum }}"):
         found = reason(with_template(fault), {"messages": MESSAGES})
-        assert found.startswith("the chat template refuses it") and "\n" not in found
+        assert found.startswith("the chat template rejects it") and "\n" not in found
 
 
 def test_a_named_template_for_tools_is_used(tmp_path: Path) -> None:

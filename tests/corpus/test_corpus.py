@@ -120,9 +120,9 @@ def test_bad_json_lines_are_told_with_their_line_numbers(
     bad = {
         3: (lines[2][: len(lines[2]) // 2], "not JSON"),
         4: (b'["text"]', "not a JSON object"),
-        7: (b'{"body": "x"}', "field 'text' holds no text"),
-        8: (b'{"text": 5}', "field 'text' holds no text"),
-        9: (b'{"text": "  "}', "field 'text' holds no text"),
+        7: (b'{"body": "x"}', "field 'text' contains no text"),
+        8: (b'{"text": 5}', "field 'text' contains no text"),
+        9: (b'{"text": "  "}', "field 'text' contains no text"),
         10: (b'{"text": "\xff"}', "not JSON"),
         11: (b'{"text": "half \\ud83d of a pair"}', "not JSON"),
         12: (lines[11][:-4], "not JSON"),
@@ -261,9 +261,11 @@ def test_directories_and_globs_name_files_and_nothing_is_told(tmp_path: Path) ->
     assert names("") == ["a.jsonl", "b.txt", "deep/c.jsonl"]
     assert names("*.jsonl") == ["a.jsonl"]
     assert names("**/*.jsonl") == ["a.jsonl", "deep/c.jsonl"]
-    with pytest.raises(LoramError, match=r"key must name files of .*absent.* has none"):
+    with pytest.raises(LoramError, match=r"key must name files in the formats .*absent.* has none"):
         names("absent/*.jsonl")
-    with pytest.raises(LoramError, match=r"key must name files of .*got .*notes.md; convert it"):
+    with pytest.raises(
+        LoramError, match=r"key must name files in the formats .*got .*notes.md; convert it"
+    ):
         names("*.md")
 
 
@@ -413,7 +415,7 @@ def test_another_corpus_or_tokenizer_is_not_taken_for_the_prepared_one(
     config = json.loads((other / "tokenizer_config.json").read_text())
     config["eos_token"] = "<|im_end|>"
     (other / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(LoramError, match="out must be tokenised as .*other does .* holds a corpus"):
+    with pytest.raises(LoramError, match="out must be tokenised with .*other .* contains a corpus"):
         prepare_corpus(source, other, tmp_path / "out")
 
 
@@ -446,7 +448,9 @@ def test_a_corpus_without_text_is_refused(embedded_ray: None, base: Path, tmp_pa
     for content in ("", "\n \n"):
         (tmp_path / "data.jsonl").write_text(content)
         source = SourceConfig(path=str(tmp_path / "data.jsonl"))
-        with pytest.raises(LoramError, match=r"align.corpus.sources.* must hold text, .* add some"):
+        with pytest.raises(
+            LoramError, match=r"align.corpus.sources.* must contain text, .* add some"
+        ):
             prepare_corpus(CorpusConfig(sources=(source,)), base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

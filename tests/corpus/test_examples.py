@@ -130,7 +130,7 @@ def test_an_example_whose_answer_is_cut_away_is_bad(
     [(_, whole)] = read(path, tokenizer)
     [(_, one)] = read(path, tokenizer, max_length=whole.learnt[0][0] + 1)
     assert labelled(tokenizer, one, tmp_path) == "5"
-    with pytest.raises(LoramError, match=r"data.jsonl:1: no answer token is left in max_length"):
+    with pytest.raises(LoramError, match=r"data.jsonl:1: no answer token fits into max_length"):
         read(path, tokenizer, max_length=whole.learnt[0][0])
 
 
@@ -238,7 +238,7 @@ def test_data_without_examples_are_refused(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content)
-    with pytest.raises(LoramError, match=r"train.data must hold examples, .* has none"):
+    with pytest.raises(LoramError, match=r"train.data must contain examples, .* has none"):
         read(path, tokenizer)
 
 
@@ -247,7 +247,7 @@ def test_data_of_bad_rows_alone_are_refused_whatever_the_share(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("{\n")
-    with pytest.raises(LoramError, match=r"train.data must hold examples"):
+    with pytest.raises(LoramError, match=r"train.data must contain examples"):
         read(path, tokenizer, share=1.0)
 
 
@@ -304,7 +304,7 @@ def test_what_the_chat_template_refuses_is_a_bad_row(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         + tiny.CHAT_TEMPLATE
     )
-    with pytest.raises(LoramError, match=r"data.jsonl:2: .*template refuses it \(no system role"):
+    with pytest.raises(LoramError, match=r"data.jsonl:2: .*template rejects it \(no system role"):
         read(path, tokenizer)
 
 
@@ -323,7 +323,7 @@ def test_a_template_that_does_not_begin_the_answer_with_its_prompt_is_told(
     assert str(bad) == (
         "file:8: the chat template's prompt is not a prefix of prompt and answer: it renders "
         "'<answer>' without the answer, but '[assistant]y' with it; set chat_template to a "
-        "template that renders both alike"
+        "template that renders the prompt identically"
     )
 
 

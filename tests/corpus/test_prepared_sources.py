@@ -161,14 +161,14 @@ def test_a_source_of_which_nothing_is_left_is_refused_by_name(
         with pytest.raises(LoramError) as caught:
             prepare_corpus(config, base, tmp_path / "out")
         assert str(caught.value) == (
-            f"align.corpus.sources.1 ({source.name}) must hold text, none of its 20 rows is left "
-            f"to train on ({counts}, 0 held out, 0 bad); add some or leave the source out"
+            f"align.corpus.sources.1 ({source.name}) must contain text, but none of its 20 rows is "
+            f"left to train on ({counts}, 0 held out, 0 bad); add some or remove the source"
         )
         assert not (tmp_path / "out").exists()
     (tmp_path / "empty.jsonl").write_text("")
     empty = SourceConfig(path=str(tmp_path / "empty.jsonl"))
     with pytest.raises(
-        LoramError, match=r"sources.1 \(empty\) must hold text, every file is empty"
+        LoramError, match=r"sources.1 \(empty\) must contain text, but every file is empty"
     ):
         prepare_corpus(CorpusConfig(sources=(good, empty)), base, tmp_path / "out")
 

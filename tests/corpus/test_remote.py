@@ -146,7 +146,9 @@ def test_bad_objects_are_told_with_their_address(bucket: str, store: str) -> Non
         read_all(f"{bucket}/cut{store}")
     with pytest.raises(LoramError, match=r"has none; check it"):
         read_all(f"{bucket}/absent{store}")
-    with pytest.raises(LoramError, match=r"must name files of .*notes.md.*; convert it"):
+    with pytest.raises(
+        LoramError, match=r"must name files in the formats .*notes.md.*; convert it"
+    ):
         read_all(f"{bucket}/web/*.md{store}")
 
 
@@ -265,8 +267,8 @@ def test_a_data_set_of_the_hub_with_several_splits_is_refused(
     for address in ("hf://datasets/org/name", "hf://datasets/org/name/data"):
         done = ask_the_hub(script.format(address))
         assert done.stderr.splitlines()[-1] == (
-            f"loram_ray.errors.LoramError: train.data must be one split of a dataset, {address} "
-            f"holds {splits}; write hf://datasets/org/name/data/train-*"
+            f"loram_ray.errors.LoramError: train.data must be one split of a dataset, but "
+            f"{address} has {splits}; use hf://datasets/org/name/data/train-*"
         )
     assert ask_the_hub(script.format("hf://datasets/org/name/data/train-*")).returncode == 0
 

@@ -64,8 +64,14 @@ def sums(count: int, delimiter: str) -> list[str]:
     ("closing", "said"),
     [
         (None, "close the quote that opens a field, it is not closed"),
-        ((100, '6 feet 2"'), "close the quote that opens a field, it swallows the rows up to line"),
-        ((8, '6 feet 2"'), "close the quote that opens a field, it swallows the rows up to line"),
+        (
+            (100, '6 feet 2"'),
+            "close the quote that opens a field, but it includes the rows up to line",
+        ),
+        (
+            (8, '6 feet 2"'),
+            "close the quote that opens a field, but it includes the rows up to line",
+        ),
         (
             (100, '"quoted"'),
             "close a quote where its field ends, it closes within text in line 101",
@@ -157,7 +163,7 @@ def test_two_lines_that_could_be_rows_are_a_field_where_quotes_are_used_on_purpo
     tmp_path: Path,
 ) -> None:
     ambiguous = 'prompt,completion\nq,"print\nf(1,2)"\n'
-    assert "swallows the rows up to line 3" in refusal(write(tmp_path / "a.csv", ambiguous))
+    assert "includes the rows up to line 3" in refusal(write(tmp_path / "a.csv", ambiguous))
     [row, _] = rows_of(write(tmp_path / "b.csv", f'{ambiguous}r,"s, t"\n'))
     assert isinstance(row, dict)
     assert row["completion"] == "print\nf(1,2)"
@@ -211,7 +217,7 @@ def test_headers_without_names_or_with_one_twice_are_refused(tmp_path: Path) -> 
     path = tmp_path / "data.csv"
     for header in (",", '" ",""'):
         assert refusal(write(path, f"{header}\na,b\n")) == (
-            f"{path}:1 must name the columns, it is empty; add a header"
+            f"{path}:1 must name the columns, but is empty; add a header"
         )
     assert rows_of(write(path, "prompt,completion\n")) == []
     assert rows_of(write(path, "")) == []
@@ -237,12 +243,12 @@ def test_a_column_twice_is_refused_by_name_in_every_form(tmp_path: Path) -> None
     for name, (content, line) in paths.items():
         path = write(tmp_path / name, content)
         assert refusal(path) == (
-            f"{path}{line} must have one column 'completion', it has several; rename the others"
+            f"{path}{line} must have one column 'completion', but has several; rename the others"
         )
     for name, column, of in (("a", "completion", table), ("b", "role", nested)):
         path = tmp_path / f"{name}.parquet"
         pq.write_table(of, path)
-        assert refusal(path).startswith(f"{path} must have one column '{column}', it has several")
+        assert refusal(path).startswith(f"{path} must have one column '{column}', but has several")
         for new in (pa.ipc.new_file, pa.ipc.new_stream):
             path = tmp_path / f"{name}.arrow"
             with pa.OSFile(str(path), "wb") as sink, new(sink, of.schema) as writer:
@@ -264,7 +270,7 @@ def test_a_key_twice_in_an_object_of_json_is_told(tmp_path: Path) -> None:
     units = list_units([TextSource(path=str(path))])
     assert [type(d) for unit in units for d in documents(unit)] == [BadRow, BadRow, str]
     path = write(tmp_path / "data.json", f'[{{"text": "a"}},\n{twice}]')
-    assert refusal(path).startswith(f"{path} must have each key once, got 'completion'")
+    assert refusal(path).startswith(f"{path} must not repeat keys, got 'completion'")
 
 
 # -- encodings
@@ -316,12 +322,12 @@ def test_a_mark_before_a_chat_template_is_no_token(tmp_path: Path) -> None:
 )
 def test_other_encodings_are_refused(tmp_path: Path, kind: str, encoding: str) -> None:
     path = write(tmp_path / f"data.{kind}", CONTENTS[kind].encode(encoding))
-    assert refusal(path).startswith(f"{path} must be UTF-8 text, it begins with")
+    assert refusal(path).startswith(f"{path} must be UTF-8 text, but begins with")
     if kind in ("jsonl", "txt"):
         with pytest.raises(LoramError, match="must be UTF-8 text"):
             [list(documents(unit)) for unit in list_units([TextSource(path=str(path))])]
         path = write(tmp_path / f"data.{kind}.gz", gzip.compress(CONTENTS[kind].encode(encoding)))
-        assert refusal(path).startswith(f"{path} must be UTF-8 text, it begins with")
+        assert refusal(path).startswith(f"{path} must be UTF-8 text, but begins with")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "txt"])
@@ -344,7 +350,7 @@ def test_any_line_ends_are_white_space_in_json(tmp_path: Path) -> None:
 
 def test_a_lone_carriage_return_is_told_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "data.csv", "prompt,completion\na,b\nc\rd,e\n")
-    assert refusal(path).startswith(f"{path}:3 must end in LF or CRLF, it holds a lone CR")
+    assert refusal(path).startswith(f"{path}:3 must end in LF or CRLF, but contains a lone CR")
     path = write(tmp_path / "data.csv", 'prompt,completion\na,"b\rc"\n')
     assert rows_of(path) == [{"prompt": "a", "completion": "b\rc"}]
 

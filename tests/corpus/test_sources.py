@@ -158,7 +158,7 @@ def test_one_split_of_a_saved_dataset_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(LoramError) as caught:
         list_files(str(folder), "key")
     assert str(caught.value) == (
-        f"key must be one split of a dataset, {folder} holds train, test; write {folder}/train"
+        f"key must be one split of a dataset, but {folder} has train, test; use {folder}/train"
     )
     assert read_all(folder / "test") == TEXTS
 
@@ -188,7 +188,7 @@ def test_globs_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("ftp://host/a.jsonl", "must be a local path or begin with s3://, gs://, hf://, file://"),
         ("file:///absent/a.jsonl", r"has none; check it$"),
-        ("org/name", r"has none; check it \(on the Hub: hf://datasets/org/name\)"),
+        ("org/name", r"has none; check the path \(on the Hub: hf://datasets/org/name\)"),
         (
             "file://host/a.jsonl",
             "must have three slashes after file:, and no host; fix the address",

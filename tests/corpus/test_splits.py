@@ -84,12 +84,12 @@ def test_a_folder_of_several_splits_is_refused_with_what_to_write(
 ) -> None:
     names, splits, remedy = SEVERAL[kind]
     folder = lay_out(tmp_path / "repo", *names)
-    expected = f"key must be one split of a dataset, {folder} holds {splits}; write {folder}/"
+    expected = f"key must be one split of a dataset, but {folder} has {splits}; use {folder}/"
     assert refusal(folder) == expected + remedy
     # what it says to write is read, and is of one split
     chosen = names_in(f"{folder}/{remedy}")
     assert 0 < len(chosen) < len(names)
-    assert refusal(f"file://{folder}").endswith(f"write file://{folder}/{remedy}")
+    assert refusal(f"file://{folder}").endswith(f"use file://{folder}/{remedy}")
     assert refusal(f"{folder}/**").startswith("key must be one split of a dataset")
 
 
@@ -118,14 +118,14 @@ def test_one_split_is_read_by_its_path_or_glob(tmp_path: Path) -> None:
     assert names_in(f"{folder}/data/train-*") == [TRAIN]
     assert names_in(f"{folder}/data/{TEST}") == [TEST]
     assert names_in(f"{folder}/**/test*") == ["test.jsonl", TEST]
-    assert refusal(f"{folder}/data/t*").endswith(f"write {folder}/data/{TRAIN}")
+    assert refusal(f"{folder}/data/t*").endswith(f"use {folder}/data/{TRAIN}")
 
 
 def test_to_evaluate_the_test_split_is_suggested(tmp_path: Path) -> None:
     folder = lay_out(tmp_path, "train.jsonl", "val.jsonl", "test.jsonl")
-    assert refusal(folder, "train.data").endswith(f"write {folder}/train.jsonl")
-    assert refusal(folder, "evaluate.data").endswith(f"write {folder}/test.jsonl")
-    assert refusal(folder, "train.eval_data").endswith(f"write {folder}/test.jsonl")
+    assert refusal(folder, "train.data").endswith(f"use {folder}/train.jsonl")
+    assert refusal(folder, "evaluate.data").endswith(f"use {folder}/test.jsonl")
+    assert refusal(folder, "train.eval_data").endswith(f"use {folder}/test.jsonl")
 
 
 def test_every_key_that_names_data_refuses(tmp_path: Path, base: Path) -> None:
@@ -166,11 +166,11 @@ CONFIGURATIONS = """configs:
 def test_a_readme_declares_the_splits(tmp_path: Path) -> None:
     names = ["data/a-0.jsonl", "data/a-1.jsonl", "data/b.jsonl", "data/c.jsonl"]
     folder = lay_out(tmp_path / "repo", *names, readme=SPLITS)
-    said = f"holds train, test; write {folder}/data/a-*"
-    assert refusal(folder) == f"key must be one split of a dataset, {folder} {said}"
+    said = f"has train, test; use {folder}/data/a-*"
+    assert refusal(folder) == f"key must be one split of a dataset, but {folder} {said}"
     assert said in refusal(f"{folder}/**/*.jsonl")
     # of a folder inside, by the README above
-    assert refusal(folder / "data").endswith(f"holds train, test; write {folder}/data/a-*")
+    assert refusal(folder / "data").endswith(f"has train, test; use {folder}/data/a-*")
     assert names_in(f"{folder}/data/a-*") == ["a-0.jsonl", "a-1.jsonl"]
     assert names_in(f"{folder}/data/[bc].jsonl") == ["b.jsonl", "c.jsonl"]
 
@@ -181,10 +181,10 @@ def test_paths_that_are_relative_are_answered_with_relative_ones(
     names = ["data/a-0.jsonl", "data/a-1.jsonl", "data/b.jsonl"]
     lay_out(tmp_path / "repo", *names, readme=SPLITS)
     monkeypatch.chdir(tmp_path)
-    assert refusal("repo").endswith("repo holds train, test; write repo/data/a-*")
-    assert refusal("repo/data").endswith("holds train, test; write repo/data/a-*")
+    assert refusal("repo").endswith("repo has train, test; use repo/data/a-*")
+    assert refusal("repo/data").endswith("has train, test; use repo/data/a-*")
     monkeypatch.chdir(tmp_path / "repo")
-    assert refusal("*/*").endswith("holds train, test; write data/a-*")
+    assert refusal("*/*").endswith("has train, test; use data/a-*")
     assert names_in("data/a-*") == ["a-0.jsonl", "a-1.jsonl"]
 
 
@@ -192,17 +192,17 @@ def test_a_readme_declares_configurations(tmp_path: Path) -> None:
     names = ["en/a.jsonl", "en/b.jsonl", "fr/a.jsonl", "fr/b.jsonl"]
     folder = lay_out(tmp_path / "repo", *names, readme=CONFIGURATIONS)
     assert refusal(folder) == (
-        f"key must be one configuration of a dataset, {folder} holds en, fr; write {folder}/en"
+        f"key must be one configuration of a dataset, but {folder} has en, fr; use {folder}/en"
     )
     assert names_in(folder / "en") == ["a.jsonl", "b.jsonl"]
-    assert refusal(folder / "fr").endswith(f"holds train, test; write {folder}/fr/a.jsonl")
+    assert refusal(folder / "fr").endswith(f"has train, test; use {folder}/fr/a.jsonl")
 
 
 def test_configurations_by_folder_are_told_apart(tmp_path: Path) -> None:
     readme = "configs:\n- {config_name: a, data_dir: a}\n- {config_name: b, data_dir: b}\n"
     folder = lay_out(tmp_path, "a/train.txt", "a/test.txt", "b/train.txt", readme=readme)
-    assert refusal(folder).endswith(f"holds a, b; write {folder}/a/train.txt")
-    assert refusal(folder / "a").endswith(f"holds train, test; write {folder}/a/train.txt")
+    assert refusal(folder).endswith(f"has a, b; use {folder}/a/train.txt")
+    assert refusal(folder / "a").endswith(f"has train, test; use {folder}/a/train.txt")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_what_a_readme_declares_as_one_split_is_one(tmp_path: Path, readme: str)
 )
 def test_where_a_readme_says_nothing_of_use_the_names_count(tmp_path: Path, readme: str) -> None:
     lay_out(tmp_path, "train.jsonl", "test.jsonl", readme=readme)
-    assert "holds train, test; write" in refusal(tmp_path)
+    assert "has train, test; use" in refusal(tmp_path)
 
 
 def test_saved_datasets_are_told_apart_by_their_states(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_saved_datasets_are_told_apart_by_their_states(tmp_path: Path) -> None:
             writer.write_batch(pa.record_batch([["a"]], schema=schema))
         state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split}
         (tmp_path / name / "state.json").write_text(json.dumps(state))
-    said = f"holds train, test; write {tmp_path}/one/data-00000-of-00001.arrow"
+    said = f"has train, test; use {tmp_path}/one/data-00000-of-00001.arrow"
     assert said in refusal(tmp_path)
     assert len(names_in(tmp_path / "two")) == 1
 

@@ -357,7 +357,7 @@ def test_the_tool_prints_a_row_for_each_number_of_gpus(
     found = tool("--gpus", "8,16,64", "--base-config", config_file, *override).out
     assert "17.85B parameters of 70.55B" in found
     rows = [line.split("|")[1].strip() for line in found.splitlines() if line.startswith("| ")]
-    expected = [["GB of a GPU", "8 GPUs", "16 GPUs", "64 GPUs"], *2 * [["GPUs", "8", "16", "64"]]]
+    expected = [["GB per GPU", "8 GPUs", "16 GPUs", "64 GPUs"], *2 * [["GPUs", "8", "16", "64"]]]
     assert rows == [name for table in expected for name in table]
 
 
@@ -377,7 +377,7 @@ def test_the_tools_json_has_every_part(tool: Callable[..., Ended], config_file: 
         (["--gpus", "8 16"], "--gpus must be whole numbers separated by commas, got 8 16"),
         (["--price", "nan"], "--price must be at least 0, got nan"),
         (["--set", "prune.base=nobody/absent"], "prune.base nobody/absent is not a local"),
-        (["--base-config", "/missing/config.json"], "/missing holds no config.json"),
+        (["--base-config", "/missing/config.json"], "/missing contains no config.json"),
     ],
 )
 def test_the_tool_says_in_one_line_what_to_fix(

@@ -258,7 +258,7 @@ def test_what_a_gpu_cannot_hold_is_refused_with_what_it_can(tmp_path: Path) -> N
     assert refusal(needed(**short)).endswith(
         "; set train.activation_checkpointing=true, train.micro_batch_size=1, train.max_length=256"
     )
-    assert refusal(1e6).endswith("; quantize the model or use a larger GPU")
+    assert refusal(1e6).endswith("; quantise the model or use a larger GPU")
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))

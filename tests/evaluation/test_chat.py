@@ -101,7 +101,9 @@ def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(silent)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(silent)
-    with pytest.raises(lr.LoramError, match="--model .* must have a chat template, its tokenizer"):
+    with pytest.raises(
+        lr.LoramError, match="--model .* must have a chat template, but its tokenizer"
+    ):
         open_chat(str(silent))
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")

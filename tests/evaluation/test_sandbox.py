@@ -519,6 +519,6 @@ def test_a_machine_that_cannot_confine_is_refused(
     assert lacking != source
     (tmp_path / "lacking.py").write_text(lacking)
     monkeypatch.setattr(sandbox, "CHILD", tmp_path / "lacking.py")
-    with pytest.raises(LoramError, match=r"Linux 5.13 or newer .*Landlock.* leave the benchmark"):
+    with pytest.raises(LoramError, match=r"Linux 5.13 or newer .*Landlock.* remove the benchmark"):
         sandbox.require_sandbox.__wrapped__()
     assert not run_program("", LATER).passed

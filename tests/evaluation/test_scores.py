@@ -243,7 +243,7 @@ def test_an_adapter_changes_the_scores_and_a_foreign_one_is_refused(
     assert found["answer_perplexity"] != pytest.approx(plain["answer_perplexity"], rel=1e-3)
 
     wider = tiny.write_base(tmp_path / "wider", intermediate=128)
-    with pytest.raises(LoramError, match=r"evaluate.adapter .* does not fit the model") as caught:
+    with pytest.raises(LoramError, match=r"evaluate.adapter .* does not match the model") as caught:
         evaluation(wider, tmp_path, data=data, adapter=adapter)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -258,7 +258,7 @@ def test_answers_of_plain_text_cannot_be_matched(base: Path, tmp_path: Path) -> 
 def test_nothing_to_score_is_refused(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("\n")
-    with pytest.raises(LoramError, match=r"evaluate\.data must hold examples"):
+    with pytest.raises(LoramError, match=r"evaluate\.data must contain examples"):
         evaluation(base, tmp_path, data=str(path))
-    with pytest.raises(LoramError, match=r"evaluate\.text\.sources must hold text"):
+    with pytest.raises(LoramError, match=r"evaluate\.text\.sources must contain text"):
         evaluation(base, tmp_path, text={"sources": [{"path": str(path)}]})

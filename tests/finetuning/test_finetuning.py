@@ -231,4 +231,4 @@ def test_actors_share_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shares, refusal = done.stdout.splitlines()
     assert shares == "[0.3, 0.3, 0.3]"
-    assert "batch.workers needs 1.2 GPUs in the Ray cluster, it has 1" in refusal
+    assert "batch.workers needs 1.2 GPUs, but the Ray cluster has 1" in refusal

@@ -148,7 +148,7 @@ def test_a_share_held_out_is_judged_by_and_not_learnt_from(
 def test_a_share_that_leaves_nothing_is_refused(pruned: Path, tmp_path: Path) -> None:
     one = tiny.write_jsonl(tmp_path / "one.jsonl", tiny.questions(1))
     settings = config(pruned, one, tmp_path, eval_share=0.5)
-    with pytest.raises(lr.LoramError, match=r"train.eval_share must leave examples on both sides"):
+    with pytest.raises(lr.LoramError, match=r"train.eval_share must leave examples for both"):
         run_directly(settings, tmp_path / "run")
 
 

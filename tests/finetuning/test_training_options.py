@@ -242,7 +242,7 @@ def test_trainings_from_eva_are_repeated_and_say_what_they_lack(
     assert losses(first) == losses(second)
     assert losses(first)[-1] < losses(first)[0]
     wide = config(pruned, data, tmp_path, lora={"r": 48, "init": "eva"})
-    with pytest.raises(lr.LoramError, match=r"with at least r = 48 labels, this data has none at"):
+    with pytest.raises(lr.LoramError, match=r"with at least r = 48 labels, but no micro-batch of"):
         run_directly(wide, tmp_path / "wide")
 
 
@@ -332,7 +332,10 @@ def test_a_given_chat_template_is_trained_with_and_goes_with_the_adapter(
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("{% for m in %}", "is no chat template: .* in line 1; fix it")],
+    [
+        (None, "cannot be read"),
+        ("{% for m in %}", "is not a usable chat template: .* in line 1; fix it"),
+    ],
 )
 def test_a_template_that_is_none_is_one_line(
     content: str | None, said: str, pruned: Path, data: Path, tmp_path: Path
@@ -407,4 +410,4 @@ def test_a_preview_of_nothing_is_one_line(pruned: Path, tmp_path: Path) -> None:
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "no answer"}])
     shown = run_preview(pruned, data)
     assert isinstance(shown.exception, lr.LoramError)
-    assert "has none that can be used" in str(shown.exception)
+    assert "has no usable ones" in str(shown.exception)

@@ -60,12 +60,14 @@ def test_weights_are_opened_when_they_are_asked_for(base: Path, tmp_path: Path) 
 
 
 def test_pruned_and_quantised_models_are_no_bases(base: Path, pruned: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoramError, match=r"^merge\.base must be a model that is not pruned, here"):
+    with pytest.raises(
+        LoramError, match=r"^merge\.base must be a model that is not pruned, but here"
+    ):
         BaseModel(pruned, "merge.base", "here").require_full()
     settings = json.loads((base / "config.json").read_text())
     settings["quantization_config"] = {"load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(LoramError, match="is quantised and merging would round; give the model"):
+    with pytest.raises(LoramError, match="is quantised and merging would round; use the model"):
         BaseModel(tmp_path, "merge.base").require_full(" and merging would round")
     BaseModel(base, "merge.base").require_full()
 

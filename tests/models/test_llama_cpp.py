@@ -139,9 +139,9 @@ def test_a_window_that_no_layer_has_changes_nothing(tmp_path: Path) -> None:
     [
         ("llama", {"hidden_act": "gelu"}, r"hidden_act must be silu .* is gelu"),
         ("qwen3", {"attention_bias": True}, r"attention_bias must be false .* Qwen3"),
-        ("qwen2", {"head_dim": 16}, r"hidden_size \(64\) to be exported, they are 128 wide"),
-        ("qwen2", {"rope_parameters": LLAMA_3_1}, r"scaling .* for Llama and Mistral only"),
-        ("qwen3", {"rope_parameters": LLAMA_3_1}, r"scaling .* for Llama and Mistral only"),
+        ("qwen2", {"head_dim": 16}, r"hidden_size = 64 for export of Qwen2, got 128"),
+        ("qwen2", {"rope_parameters": LLAMA_3_1}, r"scaling .* only for Llama and Mistral"),
+        ("qwen3", {"rope_parameters": LLAMA_3_1}, r"scaling .* only for Llama and Mistral"),
     ],
 )
 def test_what_llama_cpp_lacks_is_refused_before_anything_is_written(

@@ -147,12 +147,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no embeddings": (_without("model.embed_tokens.weight"), "lacks tensor model.embed_tokens"),
     "a projection turned": (
         _with("model.layers.0.mlp.up_proj.weight", torch.ones(64, 96)),
-        r"up_proj.weight as \(64, 96\), its config.json says \(96, 64\)",
+        r"up_proj.weight of shape \(64, 96\), but its config.json requires \(96, 64\)",
     ),
     "a norm with a row": (_with("model.norm.weight", torch.ones(1, 64)), r"\(1, 64\), its config"),
     "integers": (
         _with("model.norm.weight", torch.ones(64, dtype=torch.int32)),
-        "weight must be in floating point",
+        "weights must be floating point",
     ),
     "a bias that config.json does not say": (
         _with("model.layers.0.self_attn.q_proj.bias", torch.ones(64)),
@@ -185,7 +185,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no hidden size": (lambda b: change_config(b, hidden_size="gone"), "hidden_size must be given"),
     "weights in another file": (
         lambda b: change_config(b, transformers_weights="other.safetensors"),
-        "transformers_weights in .* must be left out",
+        "transformers_weights in .* must not be set",
     ),
     "a missing shard": (_remove_a_shard, "model-00002-of-.* could not be read"),
     "an index that promises too much": (_promise_too_much, "lacks tensor .*q_proj.bias"),
@@ -229,10 +229,12 @@ def test_quantised_weights_and_what_config_json_says_of_them_agree(
 ) -> None:
     says_so = shutil.copytree(base, tmp_path / "says")
     change_config(says_so, quantization_config={"load_in_4bit": True})
-    with pytest.raises(lr.LoramError, match="q_proj.weight in full precision, quantization_config"):
+    with pytest.raises(
+        lr.LoramError, match="q_proj.weight in full precision, but quantization_config"
+    ):
         load_model(says_so)
     change_config(says_so, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(lr.LoramError, match="must be bitsandbytes' with load_in_4bit, got gptq"):
+    with pytest.raises(lr.LoramError, match="must be bitsandbytes with load_in_4bit, got gptq"):
         load_model(says_so)
     quantized = lr.quantize(
         lr.QuantizeConfig(base=str(base), model=pruned, output=tmp_path / "q")
@@ -365,7 +367,7 @@ def test_pickled_weights_alone_are_refused(base: Path, tmp_path: Path) -> None:
     pickled = shutil.copytree(base, tmp_path / "pickled")
     torch.save(load_file(base / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(lr.LoramError, match="reads safetensors only"):
+    with pytest.raises(lr.LoramError, match="convert pickled weights"):
         load_model(pickled)
 
 
@@ -383,10 +385,10 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused(base: Path, tmp_path:
     cases = {
         "must be finite": spoilt("nan", lambda t: t[a].fill_(torch.nan)),
         "it lacks .*layers.1.self_attn.q_proj.lora_A": spoilt("less", lambda t: t.pop(a)),
-        "no place for .*layers.9": spoilt(
+        "no parameter .*layers.9": spoilt(
             "more", lambda t: t.update({a.replace("layers.1", "layers.9"): t[a] + 0})
         ),
-        "does not fit the model": spoilt("other", lambda t: t.update({a: t[a][:, :32].clone()})),
+        "does not match the model": spoilt("other", lambda t: t.update({a: t[a][:, :32].clone()})),
     }
     for message, directory in cases.items():
         with pytest.raises(lr.LoramError, match=message):

@@ -252,16 +252,28 @@ def test_scores_that_do_not_fit_are_refused(
     calls = in_process()
     cases: list[tuple[Path, str, Path, dict[str, Any], str]] = [
         (base, "taylor", taylor, {"taylor": "second"}, "scores of taylor second, .* taylor first"),
-        (base, "flap", taylor, {}, "prune.scores must be scores of flap, .* taylor first"),
-        (base, "wanda", taylor, {}, "prune.scores must be scores of wanda"),
-        (base, "taylor", wanda, {}, "prune.scores must be scores of taylor first, .* of wanda"),
-        (base, "random", taylor, {}, "prune.scores must be scores of random"),
-        (base, "sparsegpt", wanda, {}, "prune.scores must be scores of sparsegpt"),
-        (base, "taylor", random, {}, "random and sparsegpt keep no scores"),
-        (base, "sparsegpt", sparsegpt, {}, "random and sparsegpt keep no scores"),
-        (base, "taylor", taylor, {"layers": (0, 3)}, "prune.scores must hold .* lacks layer 0"),
-        (base, "wanda", wanda, {"layers": (1, 4)}, "prune.scores must hold .* lacks layer 3"),
-        (other, "taylor", taylor, {}, "prune.scores .* was made of base .*; use scores of this"),
+        (base, "flap", taylor, {}, "prune.scores must contain scores of flap, .* taylor first"),
+        (base, "wanda", taylor, {}, "prune.scores must contain scores of wanda"),
+        (
+            base,
+            "taylor",
+            wanda,
+            {},
+            "prune.scores must contain scores of taylor first, .* of wanda",
+        ),
+        (base, "random", taylor, {}, "prune.scores must contain scores of random"),
+        (base, "sparsegpt", wanda, {}, "prune.scores must contain scores of sparsegpt"),
+        (base, "taylor", random, {}, "random and sparsegpt store no scores"),
+        (base, "sparsegpt", sparsegpt, {}, "random and sparsegpt store no scores"),
+        (base, "taylor", taylor, {"layers": (0, 3)}, "prune.scores must contain .* lacks layer 0"),
+        (base, "wanda", wanda, {"layers": (1, 4)}, "prune.scores must contain .* lacks layer 3"),
+        (
+            other,
+            "taylor",
+            taylor,
+            {},
+            "prune.scores must be for prune.base, .*; use scores of this",
+        ),
         (base, "taylor", base, {}, "prune.scores must be a directory written by prune"),
     ]
     for of_base, method, scores, settings, message in cases:

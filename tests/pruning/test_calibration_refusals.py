@@ -41,7 +41,7 @@ def test_a_weight_that_is_not_finite_is_named(
 ) -> None:
     base = spoilt_base(tmp_path / "base", tensor, value)
     source = None if method == "magnitude" else text
-    with pytest.raises(lr.LoramError, match=rf"tensor {tensor} of .* must be finite, 1 of"):
+    with pytest.raises(lr.LoramError, match=rf"tensor {tensor} of .* must be finite, but 1 of"):
         prune(base, tmp_path / "out", method, source, pattern=pattern)
     assert {path.name for path in tmp_path.iterdir()} <= {"base", ".out.work"}
 
@@ -54,7 +54,7 @@ def test_saved_norms_do_not_hide_a_weight_that_is_not_finite(
     copy = Path(shutil.copytree(base, tmp_path / "base"))
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(lr.LoramError, match="prune.scores .* was made of base|up_proj.*finite"):
+    with pytest.raises(lr.LoramError, match="prune.scores must be for prune.base|up_proj.*finite"):
         prune(copy, tmp_path / "out", "wanda", scores=norms)
 
 
@@ -65,7 +65,7 @@ def test_text_shorter_than_a_sample_is_refused(
     short = tiny.write_jsonl(tmp_path / "short.jsonl", [{"text": "too short"}])
     with pytest.raises(
         lr.LoramError,
-        match=r"prune.calibration.sources must hold at least one sequence of 24 tokens, .* 10; ",
+        match=r"prune.calibration.sources must contain at least one sequence of 24 tokens, got 10",
     ):
         prune(base, tmp_path / "out", "flap", short)
     (tmp_path / "empty").mkdir()
@@ -89,7 +89,7 @@ def test_fewer_samples_than_asked_for_are_said_and_taken(
     tokens = len(calls) // 4  # an embedding and three layers of each
     assert 2 <= tokens <= 12 and len(calls) == 4 * tokens
     said = capfd.readouterr().err
-    assert f"prune.calibration.sources hold {tokens} samples of 100; going on" in said
+    assert f"prune.calibration.sources contain {tokens} of 100 samples; continuing" in said
     assert PruningPlan.load(output).layers.keys() == {1, 2}
 
 
@@ -113,7 +113,7 @@ def test_an_m_that_does_not_divide_the_inputs_is_refused_before_anything_is_done
     base = tiny.write_base(tmp_path / "base", intermediate=100)
     calls, before = in_process(), tiny.tree(tmp_path)
     with pytest.raises(
-        lr.LoramError, match=r"m that divides .* got 4:8 and 100 inputs of model.layers.1.mlp.down"
+        lr.LoramError, match=r"m that divides .* got 4:8 with 100 inputs of model.layers.1.mlp.down"
     ):
         prune(base, tmp_path / "out", method, text, pattern="4:8")
     assert not calls and tiny.tree(tmp_path) == before

@@ -81,7 +81,7 @@ def test_a_worker_says_what_is_wrong_with_its_base_when_it_is_given_a_job(tmp_pa
     shard = base / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-9])
     pool = InProcess(CalibrationSpec(base, "llama", tmp_path, "fp32", 2, ((0, 6),)))
-    with pytest.raises(lr.LoramError, match=r"model.safetensors is not a whole"):
+    with pytest.raises(lr.LoramError, match=r"model.safetensors is not a valid"):
         list(pool.run([("forward", (1, 0, None, None, True))]))
 
 

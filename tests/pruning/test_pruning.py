@@ -218,7 +218,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
         {},
         "config.json: model_type must be a valid string, got None",
     ),
-    "no config": (lambda base: (base / "config.json").unlink(), {}, "holds no config.json"),
+    "no config": (lambda base: (base / "config.json").unlink(), {}, "contains no config.json"),
     "broken config": (lambda base: (base / "config.json").write_text("{"), {}, "not valid JSON"),
     "config without sizes": (
         lambda base: (base / "config.json").write_text('{"model_type": "llama"}'),
@@ -230,16 +230,20 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
         {},
         "full precision",
     ),
-    "no neuron left": (_refuse_nothing, {"ratio": 0.99}, "prune.ratio must leave"),
+    "no neuron left": (_refuse_nothing, {"ratio": 0.99}, "prune.ratio must keep"),
     "layers beyond the model": (_refuse_nothing, {"layers": (1, 5)}, r"prune.layers .* 4 "),
     "no layers": (_refuse_nothing, {"layers": (2, 2)}, "prune.layers"),
     "default layers of a shallow model": (_refuse_nothing, {"layers": None}, "prune.layers"),
-    "truncated shard": (_truncate, {}, r"model.safetensors is not a whole"),
-    "no weights": (lambda base: (base / "model.safetensors").unlink(), {}, "holds no model"),
+    "truncated shard": (_truncate, {}, r"model.safetensors is not a valid"),
+    "no weights": (
+        lambda base: (base / "model.safetensors").unlink(),
+        {},
+        "contains neither model",
+    ),
     "another size than its config says": (
         lambda base: _edit_config(base, intermediate_size=95),
         {},
-        r"mlp.gate_proj.weight as \(96, 64\), its config.json says \(95, 64\)",
+        r"mlp.gate_proj.weight of shape \(96, 64\), but its config.json requires \(95, 64\)",
     ),
     "more layers than tensors": (
         lambda base: _edit_config(base, num_hidden_layers=6),
@@ -268,7 +272,7 @@ def test_refusals_write_nothing(base: Path, tmp_path: Path, case: str) -> None:
 def test_a_ratio_that_leaves_no_kv_head_is_refused(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base", heads=4, kv_heads=4, intermediate=200)
     before = tiny.tree(tmp_path)
-    with pytest.raises(lr.LoramError, match=r"one of 4 KV heads .* leaves 0 and 40"):
+    with pytest.raises(lr.LoramError, match=r"one of 4 KV heads .* keeps 0 and 40"):
         prune(base, tmp_path / "pruned", ratio=0.8)
     assert tiny.tree(tmp_path) == before
 

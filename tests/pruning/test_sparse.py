@@ -334,7 +334,7 @@ def test_groups_must_divide_the_inputs():
         lambda: wanda_mask(weight, x.norm(dim=0), 0.5, rule, name="layers.0.q_proj"),
         lambda: magnitude_mask(weight, 0.5, rule, name="layers.0.q_proj"),
     ):
-        with pytest.raises(LoramError, match=r"prune\.pattern .* 2:4 and 10 .*layers\.0\.q_proj"):
+        with pytest.raises(LoramError, match=r"prune\.pattern .* 2:4 with 10 .*layers\.0\.q_proj"):
             call()
     UNSTRUCTURED.require(10, "layers.0.q_proj")
     Pattern.parse("3:5").require(10, "layers.0.q_proj")

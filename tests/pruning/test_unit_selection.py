@@ -112,7 +112,7 @@ def test_a_listed_ratio_out_of_range_is_refused_by_its_number(ratios: tuple[floa
 
 
 def test_a_listed_ratio_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(LoramError, match=r"0.99 leaves 1 and 0"):
+    with pytest.raises(LoramError, match=r"0.99 keeps 1 and 0"):
         kept_counts(UNITS, SMALL, {1: 0.5, 2: 0.99})
 
 
@@ -289,7 +289,9 @@ def test_scores_of_another_criterion_or_of_other_layers_are_refused(tmp_path: Pa
         with pytest.raises(LoramError, match=f"scores of {method}, .* those of taylor first"):
             load_scores(tmp_path, method, (1, 5))
     for layers, missing in {(0, 4): 0, (2, 6): 5, (1, 6): 5}.items():
-        with pytest.raises(LoramError, match=rf"prune.scores must hold layers .* layer {missing}"):
+        with pytest.raises(
+            LoramError, match=rf"prune.scores must contain layers .* layer {missing}"
+        ):
             load_scores(tmp_path, "taylor first", layers)
 
 
@@ -297,5 +299,7 @@ def test_norms_of_other_layers_are_refused(tmp_path: Path) -> None:
     norms = {f"model.layers.{i}.mlp.up_proj": torch.rand(7) for i in (1, 2)}
     save_scores(tmp_path, "wanda", {}, norms)
     for layers, missing in {(0, 2): 0, (1, 4): 3}.items():
-        with pytest.raises(LoramError, match=rf"prune.scores must hold layers .* layer {missing}"):
+        with pytest.raises(
+            LoramError, match=rf"prune.scores must contain layers .* layer {missing}"
+        ):
             load_scores(tmp_path, "wanda", layers)

@@ -210,7 +210,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_said(
     solved, said = load_file(sparsified_file(tmp_path / "work", 1)), capfd.readouterr().err
     whole = load_file(base / "model.safetensors")
     for module in unused:
-        assert f"{module} saw no calibration token" in said
+        assert f"{module} received no calibration token" in said
         weight = whole[f"{module}.weight"]
         threshold = weight.abs().flatten().sort().values[weight.numel() // 2]
         assert torch.equal(solved[f"{module}.weight"], weight * (weight.abs() >= threshold))

@@ -465,7 +465,9 @@ def test_another_model_is_refused_and_nothing_written(aligned: Case, tmp_path: P
     tensors = load_file(aligned.model / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, aligned.model / "model.safetensors", {"format": "pt"})
-    assert "differs from its manifest" in refusal(tmp_path, aligned.trained, aligned.base)
+    assert "does not match the SHA-256 in its manifest" in refusal(
+        tmp_path, aligned.trained, aligned.base
+    )
 
 
 def test_it_is_skipped_where_it_is_complete_and_another_lambda_is_other_work(
@@ -504,7 +506,7 @@ def test_a_failure_half_way_leaves_nothing_and_another_try_is_whole(
 def test_it_is_refused_after_masked_training(tmp_path: Path, form: str) -> None:
     case = masked.make_case(tmp_path, "2:4")
     message = refusal(tmp_path, case.trained, case.base, form=form)
-    assert message.startswith("recover.correction must be false for a 2:4 pruning")
+    assert message.startswith("recover.correction must be false for 2:4 pruning")
 
 
 def test_a_batch_and_a_sweep_refuse_it_before_masked_training(
@@ -515,14 +517,14 @@ def test_a_batch_and_a_sweep_refuse_it_before_masked_training(
     shared: dict[str, Any] = {
         "model": case.pruned, "base": str(case.base), "output": tmp_path / "out", "correction": True
     }  # fmt: skip
-    with pytest.raises(lr.LoramError, match=r"^batch.correction must be false for a 2:4 pruning"):
+    with pytest.raises(lr.LoramError, match=r"^batch.correction must be false for 2:4 pruning"):
         lr.batch(lr.BatchConfig(**shared, tasks=[{"data": data}]))
     run = lr.RunConfig(
         base=str(case.base),
         output=tmp_path,
         sweep={**shared, "data": data, "train": {"eval_share": 0.5}, "grid": {"lora.r": [2]}},
     )
-    with pytest.raises(lr.LoramError, match=r"^sweep.correction must be false for a 2:4 pruning"):
+    with pytest.raises(lr.LoramError, match=r"^sweep.correction must be false for 2:4 pruning"):
         lr.sweep(run.sweep, run.ray)
     assert not (tmp_path / "out").exists()
 

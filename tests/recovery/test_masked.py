@@ -80,7 +80,7 @@ def test_a_plan_keeps_its_masks_and_refuses_others(case: Case, tmp_path: Path) -
     assert again.mask("lm_head") is None
     assert replace(plan, masks=replace(plan.masks, sha256="0")).digest != plan.digest
     (copy / MASKS_FILE).unlink()
-    with pytest.raises(lr.LoramError, match="is missing, the plan beside it needs it"):
+    with pytest.raises(lr.LoramError, match="is missing, but the plan next to it requires it"):
         PruningPlan.load(copy)
     save_file({"x": torch.zeros(1)}, copy / MASKS_FILE)
     with pytest.raises(lr.LoramError, match="does not match its pruning plan"):
@@ -91,7 +91,9 @@ def test_an_adapter_whose_masks_were_changed_is_refused(case: Case, tmp_path: Pa
     content = bytearray((case.trained / MASKS_FILE).read_bytes())
     content[-1] ^= 1
     (case.trained / MASKS_FILE).write_bytes(content)
-    with pytest.raises(lr.LoramError, match="pruning_masks.safetensors differs from its manifest"):
+    with pytest.raises(
+        lr.LoramError, match="pruning_masks.safetensors does not match the SHA-256 in its manifest"
+    ):
         case.recover(tmp_path / "delta", form="delta")
 
 
@@ -153,7 +155,7 @@ def test_merging_a_delta_is_the_sum_bit_for_bit(
         expected = (tensor.float() + changes[name]).to(dtype) if name in changes else tensor
         assert torch.equal(merged[name], expected), name
     other = tiny.write_base(tmp_path / "other", seed=5, dtype=dtype, tied=tied)
-    with pytest.raises(lr.LoramError, match=r"merge.base .* has fingerprint"):
+    with pytest.raises(lr.LoramError, match=r"merge.base must be the base that was pruned"):
         lr.merge(merging.model_copy(update={"base": str(other), "output": tmp_path / "no"}))
 
 
@@ -177,7 +179,7 @@ def test_the_truncated_svd_is_near_the_best_and_its_error_is_told(
     case = case.retrained(tmp_path / "retrained", dtype)
     recovered = case.recover(tmp_path / "svd", svd_rank=rank)
     said, told = capsys.readouterr().err, details(recovered)
-    assert "recovered adapter misses" in said and "recover.form to delta" in said
+    assert "recovered adapter has a relative error" in said and "recover.form to delta" in said
     stored = stored_products(recovered)
     squares = missed = 0.0
     for module, product in case.products().items():
@@ -194,7 +196,7 @@ def test_the_truncated_svd_is_near_the_best_and_its_error_is_told(
         squares, missed = squares + size, missed + error
     assert told["svd_error"] == pytest.approx(math.sqrt(missed / squares), rel=1e-4)
     quiet = case.recover(tmp_path / "quiet", svd_rank=rank, max_svd_error=1.0)
-    assert "misses" not in capsys.readouterr().err
+    assert "relative error" not in capsys.readouterr().err
     name = "adapter_model.safetensors"
     assert (quiet / name).read_bytes() == (recovered / name).read_bytes()
 
@@ -225,7 +227,9 @@ def test_experts_are_recovered_to_what_peft_puts_on_fused_ones(tmp_path: Path) -
     changes = {module: product.float() for module, product in stored_products(recovered).items()}
     expected = logits_of(with_changes(apart, changes), IDS)
     torch.testing.assert_close(logits_of(on_base, IDS), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(lr.LoramError, match=r"recover.svd_rank must give all experts one rank"):
+    with pytest.raises(
+        lr.LoramError, match=r"recover.svd_rank must give all experts the same rank"
+    ):
         case.recover(tmp_path / "no", svd_rank=6)  # experts of unpruned layers have rank 4
     assert not (tmp_path / "no").exists()
 
@@ -266,7 +270,7 @@ def test_a_structured_pruning_has_no_delta_and_a_delta_is_no_adapter(
         model=str(case.base), adapter=delta, output=tmp_path / "e", data=data
     )
     for adapter, message in [
-        (delta, "holds a dense delta; run loram merge"),
+        (delta, "contains a dense delta; run loram merge"),
         (case.trained, "is not for .*; run loram recover first"),
     ]:
         with pytest.raises(lr.LoramError, match=message):

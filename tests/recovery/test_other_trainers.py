@@ -368,7 +368,7 @@ def test_an_incomplete_copy_of_loram_train_s_directory_is_not_taken_for_another_
     with pytest.raises(lr.LoramError, match="no manifest.json; copy the whole directory again"):
         recover(trained, base, tmp_path / "recovered")
     shutil.copy(pruned / "manifest.json", trained)
-    with pytest.raises(lr.LoramError, match="holds the output of prune"):
+    with pytest.raises(lr.LoramError, match="contains the output of prune"):
         recover(trained, base, tmp_path / "recovered")
 
 
@@ -411,6 +411,6 @@ def test_a_batch_refuses_adapters_that_it_cannot_recover(tmp_path: Path) -> None
         lr.batch(batch_of(pruned, None, tmp_path / "out", task))
     with pytest.raises(lr.LoramError, match="batch.model must be a pruned model"):
         lr.batch(batch_of(base, base, tmp_path / "out", task))
-    with pytest.raises(lr.LoramError, match="batch.tasks.0.adapter matches no directory"):
+    with pytest.raises(lr.LoramError, match="adapter must match at least one directory"):
         lr.batch(batch_of(pruned, base, tmp_path / "out", {"adapter": f"{tmp_path}/x*"}))
     assert not (tmp_path / "out").exists()

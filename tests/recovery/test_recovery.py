@@ -287,11 +287,17 @@ def _change_a_weight(trained: Path, tmp_path: Path, base: Path) -> None:
 
 
 SPOILT = {
-    "plan replaced": (_replace_plan, r"pruning_plan.safetensors differs from its manifest"),
+    "plan replaced": (
+        _replace_plan,
+        r"pruning_plan.safetensors does not match the SHA-256 in its manifest",
+    ),
     "plan cut": (_cut("pruning_plan.safetensors"), r"pruning_plan.safetensors has \d+ bytes"),
     "plan removed": (_remove("pruning_plan.safetensors"), "pruning_plan.safetensors is missing"),
     "weights cut": (_cut("adapter_model.safetensors"), r"adapter_model.safetensors has \d+ bytes"),
-    "a bit of the weights changed": (_change_a_weight, "adapter_model.safetensors differs"),
+    "a bit of the weights changed": (
+        _change_a_weight,
+        "adapter_model.safetensors does not match the SHA-256",
+    ),
     "configuration removed": (_remove("adapter_config.json"), "adapter_config.json is missing"),
     "manifest removed": (_remove("manifest.json"), "and no manifest.json; copy the whole"),
     "manifest cut": (_cut("manifest.json"), "is not a manifest"),
@@ -326,7 +332,7 @@ def test_an_adapter_under_another_plan_s_shapes_is_refused(tmp_path: Path) -> No
 def test_an_adapter_of_the_base_itself_has_no_plan_to_recover_by(tmp_path: Path) -> None:
     base, pruned = make_pruned(tmp_path)
     trained, _ = train_randomly(base, tmp_path / "trained")
-    with pytest.raises(lr.LoramError, match=r"holds no pruning_plan.safetensors"):
+    with pytest.raises(lr.LoramError, match=r"contains no pruning_plan.safetensors"):
         recover(trained, base, tmp_path / "recovered")
     with pytest.raises(lr.LoramError, match=r"recover.adapter must be .* the output of prune"):
         recover(pruned, base, tmp_path / "recovered")

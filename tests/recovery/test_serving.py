@@ -80,7 +80,7 @@ def test_the_rank_that_vllm_is_told_is_one_that_it_takes(
 def test_a_rank_beyond_all_is_said(base: Path, tmp_path: Path) -> None:
     directory, _ = saved(base, tmp_path / "adapter", r=513, target_modules=["q_proj"])
     with Adapter(directory, "adapter") as adapter:
-        assert "a rank is 513, its largest 512" in serving_note(adapter, LLAMA)
+        assert "a rank is 513, and vLLM's maximum is 512" in serving_note(adapter, LLAMA)
 
 
 def test_recover_says_how_its_output_is_served(base: Path, pruned: Path, tmp_path: Path) -> None:
@@ -93,5 +93,5 @@ def test_recover_says_how_its_output_is_served(base: Path, pruned: Path, tmp_pat
         assert said == (
             "--enable-lora --max-lora-rank 8"
             if name == "plain"
-            else "not as an adapter (lm_head is adapted); loram merge makes a model that it serves"
+            else "cannot be served as an adapter (lm_head is adapted); use loram merge"
         )

@@ -247,7 +247,7 @@ def test_a_report_is_not_written_where_no_directory_can_be(
         output.symlink_to(tmp_path / "nowhere" / "there")
     given = {"below a file": output / "x", "too long": tmp_path / ("x" * 300)}.get(kind, output)
     ended = loram("report", folder, "--output", given)
-    assert "--output must be a directory to write to" in ended.line
+    assert "--output must be a writable directory" in ended.line
     assert not output.is_file() or output.read_text() == "kept"
 
 

@@ -272,7 +272,7 @@ def test_jobs_from_the_command_line(local: local_cluster.Local, tmp_path: Path) 
 
     for command in (["jobs", "list"], ["submit", "prune", "--config", "run.yaml"]):
         code, _, said = loram(local, tmp_path, *command, RAY_AUTH_TOKEN="wrong")
-        assert code == 2 and "rejects the token" in said and said.count("\n") <= 2
+        assert code == 2 and "rejected the token" in said and said.count("\n") <= 2
     code, _, said = loram(
         local,
         tmp_path,

@@ -121,7 +121,7 @@ def test_an_error_of_an_actor_is_told_as_it_is(
     (adapter / "manifest.json").unlink()  # as one that others made
     wider = tiny.write_base(tmp_path / "wider", intermediate=128)
     config = settings_of(wider, tmp_path, adapter=str(adapter))
-    with pytest.raises(LoramError, match=r"^evaluate\.adapter .* does not fit the model"):
+    with pytest.raises(LoramError, match=r"^evaluate\.adapter .* does not match the model"):
         lr.evaluate(lr.EvaluateConfig.model_validate(config))
     assert not (tmp_path / "out").exists()
 

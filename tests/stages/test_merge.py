@@ -277,7 +277,7 @@ def test_another_base_is_refused_and_nothing_written(tmp_path: Path, difference:
         tensors["model.norm.weight"][3] *= 1.5
         save_file(tensors, other / "model.safetensors", {"format": "pt"})
     before = tiny.tree(tmp_path)
-    with pytest.raises(lr.LoramError, match=r"merge.base .* has fingerprint"):
+    with pytest.raises(lr.LoramError, match=r"merge.base must be the base that was pruned"):
         merge(other, recovered, tmp_path / "parent" / "merged")
     assert tiny.tree(tmp_path) == before
 
@@ -294,7 +294,7 @@ def test_an_adapter_of_pruned_shapes_is_refused_and_nothing_written(
     before = tiny.tree(tmp_path)
     for adapter, message in [
         (trained, "merge.adapter .* is for a pruned model; run loram recover"),
-        (tmp_path / "by_peft", r"merge.adapter changes model.layers.1.* the base has"),
+        (tmp_path / "by_peft", r"merge.adapter must have .* model.layers.1.* in the base; run"),
     ]:
         with pytest.raises(lr.LoramError, match=message):
             merge(base, adapter, tmp_path / "merged")
@@ -319,8 +319,8 @@ def test_bases_that_cannot_be_merged_into_are_refused_and_nothing_written(
     before = tiny.tree(tmp_path)
     for refused, message in [
         (quantised, "merge.base must be in full precision"),
-        (shallow, r"adapts model.layers.[23]\S+, the base has no such module"),
-        (cut, "model.safetensors is not a whole"),
+        (shallow, r"adapts model.layers.[23]\S+, which the base does not have"),
+        (cut, "model.safetensors is not a valid"),
         (pruned, "merge.base must be a model that is not pruned"),
         (tmp_path / "nowhere", "base must be a model directory"),
     ]:
@@ -352,8 +352,8 @@ def test_adapters_that_are_none_are_refused_and_nothing_written(base: Path, tmp_
         (half, "lacks lora_B of model.layers.1.mlp.up_proj"),
         (other_half, "lacks lora_A of model.layers.1.mlp.up_proj"),
         (mixed, r"lora_A \(3, 64\) and lora_B \(96, 4\) for model.layers.1.mlp.up_proj"),
-        (listed, "adapter_config.json must hold a JSON object"),
-        (cut, "adapter_model.safetensors is not a whole"),
+        (listed, "adapter_config.json must contain a JSON object"),
+        (cut, "adapter_model.safetensors is not a valid"),
         (dora, "use_dora"),
         (base, "holds no adapter_config.json"),
     ]:
@@ -406,7 +406,7 @@ def test_a_merge_gone_wrong_is_refused(
     base = tiny.write_base(tmp_path / "base")
     adapter, _ = saved_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr("loram_ray.recovery.deltas.merged_weight", wrong)
-    with pytest.raises(lr.LoramError, match="away from those of base and adapter"):
+    with pytest.raises(lr.LoramError, match="from those of the base with the adapter"):
         merge(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     unchecked = merging(base, adapter, tmp_path / "merged", parity=False)
@@ -420,7 +420,7 @@ def test_a_change_too_small_for_bfloat16_is_refused(tmp_path: Path) -> None:
         if "lora_B" in name:
             parameter.data *= 1e-3
     adapted.save_pretrained(adapter, save_embedding_layers=False)
-    with pytest.raises(lr.LoramError, match="dtype cannot hold so small a change"):
+    with pytest.raises(lr.LoramError, match="change is too small for the weights"):
         merge(base, adapter, tmp_path / "merged")
 
 

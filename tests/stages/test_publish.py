@@ -216,7 +216,7 @@ def test_an_adapter_names_its_base_as_the_hub_does(
 def test_an_adapter_of_a_local_base_is_refused(hub: hubs.Hub, publish: Publish, base: str) -> None:
     settings = ["publish.directory=adapter", *([base] if base else [])]
     line = refused(hub, publish(*settings))
-    assert "publish.base must be the hub id" in line and "give owner/name" in line
+    assert "publish.base must be the Hub id" in line and "set it to owner/name" in line
 
 
 def test_a_path_in_a_model_s_configuration_is_left_out(folder: Path) -> None:
@@ -248,7 +248,7 @@ def test_other_paths_of_this_machine_are_refused(
     manifest["settings"]["deepspeed"] = {"nvme_path": str(folder / "swap")}
     write_json(folder / "pruned" / "manifest.json", manifest)
     line = refused(hub, publish("publish.directory=pruned"))
-    assert f"names {folder / 'swap'}" in line and "pruned/manifest.json" in line
+    assert f"contains {folder / 'swap'}" in line and "pruned/manifest.json" in line
 
 
 def test_what_is_no_finished_directory_is_refused(
@@ -259,7 +259,7 @@ def test_what_is_no_finished_directory_is_refused(
     line = refused(hub, publish("publish.directory=.pruned.partial"))
     assert "publish.directory must be a directory written by prune or align" in line
     line = refused(hub, publish("publish.directory=trained"))
-    assert "holds the output of train" in line
+    assert "contains the output of train" in line
     line = refused(hub, publish("publish.directory=nowhere"))
     assert "no manifest.json" in line
 
@@ -270,7 +270,7 @@ def test_a_changed_file_is_refused(hub: hubs.Hub, folder: Path, publish: Publish
     content[-1] ^= 1
     shard.write_bytes(content)
     line = refused(hub, publish("publish.directory=pruned"))
-    assert "differs from its manifest's SHA-256" in line and not hub.requests
+    assert "does not match the SHA-256 in its manifest" in line and not hub.requests
 
 
 def test_without_a_token_nothing_is_asked(
@@ -286,7 +286,7 @@ def test_a_token_that_may_not_write_is_refused(
 ) -> None:
     hub.read_only = True
     line = refused(hub, publish("publish.directory=pruned"))
-    assert f"publish.repo {REPO} may not be written to with this token" in line
+    assert "publish.repo must be writable with this token" in line
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     line = refused(hub, publish("publish.directory=pruned"))
     assert "(HTTP 401)" in line and "hf_another" not in line

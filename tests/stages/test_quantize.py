@@ -316,7 +316,7 @@ def test_the_card_s_commands_fit_together(quantized: Path) -> None:
     train, recover = runs["train"].train, runs["recover"].recover
     assert train is not None and recover is not None
     assert recover.adapter == train.output
-    assert f"`{recover.output}/` is an ordinary PEFT adapter" in "\n".join(lines)
+    assert f"`{recover.output}/` is a standard PEFT adapter" in "\n".join(lines)
 
 
 def test_the_card_of_an_aligned_model_goes_on(pruned: Path, tmp_path: Path) -> None:
@@ -368,8 +368,8 @@ def test_a_masked_model_is_refused(base: Path, tmp_path: Path) -> None:
     pruned = masked.prune(base, tmp_path / "masked")
     assert (pruned / MASKS_FILE).exists()
     assert refusal(pruned, tmp_path) == (
-        f"quantize.model must be structurally pruned, {pruned} has 2:4 masks: its linears are "
-        "trained under them in full precision; prune with a structured method"
+        f"quantize.model must be structurally pruned, but {pruned} has 2:4 masks, which need full "
+        "precision; prune with a structured method"
     )
 
 
@@ -383,7 +383,7 @@ def refusal(model: Path, folder: Path) -> str:
 
 
 def test_a_quantised_model_is_refused(quantized: Path, tmp_path: Path) -> None:
-    assert "is quantised already; give the model" in refusal(quantized, tmp_path)
+    assert "is already quantised; use the model" in refusal(quantized, tmp_path)
 
 
 def test_what_is_not_pruned_is_refused(base: Path, tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_damaged_model_is_refused(pruned: Path, tmp_path: Path) -> None:
 
 def test_other_stages_refuse_a_quantised_model(quantized: Path, tmp_path: Path) -> None:
     corpus = {"sources": [{"path": str(tmp_path / "t.jsonl")}]}
-    with pytest.raises(lr.LoramError, match=r"align.pruned .* holds the output of quantize"):
+    with pytest.raises(lr.LoramError, match=r"align.pruned .* contains the output of quantize"):
         lr.align(
             lr.AlignConfig(
                 pruned=quantized, output=tmp_path / "out", corpus=corpus, objective="causal_lm"

@@ -125,9 +125,9 @@ def test_globs_and_grids_become_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tasks": []}, "batch.tasks must hold tasks"),
-        ({"tasks": [{"data": "none/*.jsonl"}]}, "batch.tasks.0.data matches no file"),
-        ({"tasks": [{"data": "a.jsonl"}, {"data": "b/a.jsonl"}]}, "two are a"),
+        ({"tasks": []}, "batch.tasks must not be empty"),
+        ({"tasks": [{"data": "none/*.jsonl"}]}, "batch.tasks.0.data must match at least one file"),
+        ({"tasks": [{"data": "a.jsonl"}, {"data": "b/a.jsonl"}]}, "a occurs twice"),
         ({"tasks": [{"data": "a.jsonl", "train": {"step": 3}}]}, "step is not a known key"),
         ({"tasks": [{"data": "a.jsonl", "grid": {"lora.r": [0]}}]}, "lora.r must be greater"),
     ],
@@ -168,7 +168,7 @@ def test_what_a_task_raises_harms_no_other() -> None:
             deaths[name] += 1
             raise WorkerDied("it is gone")
         if name == "wrong":
-            raise lr.LoramError("train.data must hold examples")
+            raise lr.LoramError("train.data must contain examples")
         if name == "broken":
             raise OSError(28, "No space left on device")
         return Outcome(name, "done")
@@ -187,7 +187,7 @@ def test_what_a_task_raises_harms_no_other() -> None:
     ]
     assert [outcome.deaths for outcome in found] == [0, 3, 2, 0, 0, 0]
     assert found[1].reason == "its worker died 3 times (it is gone)"
-    assert found[3].reason == "train.data must hold examples"
+    assert found[3].reason == "train.data must contain examples"
     assert found[4].reason.startswith("OSError: ") and "No space left" in found[4].reason
     assert order == ["a", *["poison"] * 3, *["unlucky"] * 3, "wrong", "broken", "b"]
 
@@ -254,7 +254,7 @@ def test_a_death_among_several_is_held_against_none_of_them() -> None:
 def test_tasks_that_share_a_model_want_it_loaded_alike(tmp_path: Path) -> None:
     tasks = [{"data": "a.jsonl"}, {"data": "b.jsonl", "train": {"precision": "bf16"}}]
     config = settings_of(tmp_path, tmp_path, tmp_path, tasks=tasks, adapters_per_worker=2)
-    with pytest.raises(lr.LoramError, match="needs tasks of one precision"):
+    with pytest.raises(lr.LoramError, match="needs the same precision"):
         tasks_of(config)
 
 

@@ -294,7 +294,7 @@ def test_steps_run_after_those_they_need_and_a_failure_harms_no_other() -> None:
         return result_of(one.name)
 
     done, failed = run_steps(steps, do, max_concurrent=1)
-    assert failed == {"b": "b is broken", "d": "it needs b"}
+    assert failed == {"b": "b is broken", "d": "requires b, which failed"}
     assert set(done) == {"a", "c", "e", "f"}
     assert order.index("a") < order.index("c") < order.index("e")
 
@@ -495,12 +495,16 @@ def test_seeds_of_several_machines_are_those_of_one(tmp_path: Path) -> None:
         (
             one_of_each(0),
             "answer_perplexity",
-            "must have other seeds, .* repeats full on t, seed 0",
+            "must have other seeds, .* also has full on t, seed 0",
         ),
-        (one_of_each(1), "sums/exact_match", "must be scores of answer_perplexity"),
-        (one_of_each(1, base=8.1), "answer_perplexity", "base on t scores 8.1 there and 8 here"),
-        ([], "answer_perplexity", "must be scores.json of comparisons, .* scores: Field required"),
-        (None, "answer_perplexity", "does not exist; leave it out"),
+        (one_of_each(1), "sums/exact_match", "must contain scores of answer_perplexity"),
+        (one_of_each(1, base=8.1), "answer_perplexity", "base on t has 8.1 there and 8 here"),
+        (
+            [],
+            "answer_perplexity",
+            "must be scores.json files of comparisons, .*scores: Field required",
+        ),
+        (None, "answer_perplexity", "does not exist; remove it"),
     ],
 )
 def test_scores_that_do_not_belong_are_refused(

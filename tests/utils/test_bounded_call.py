@@ -75,5 +75,5 @@ def test_a_template_that_loops_for_some_contents_only_is_ended(
     )
     tokenizer = load_tokenizer(tiny.write_base(tmp_path / "base"), template)
     assert render_chat(tokenizer, [{"role": "user", "content": "plain"}]) == "plain"
-    with pytest.raises(LoramError, match=r"within 0.2 s, it takes longer .* begins with 'loop'"):
+    with pytest.raises(LoramError, match=r"within 0.2 s, but takes longer .* begin with 'loop'"):
         render_chat(tokenizer, [{"role": "user", "content": "loop"}])

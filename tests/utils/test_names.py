@@ -166,7 +166,7 @@ def test_trials_of_models_without_a_name_are_refused(name: str, tmp_path: Path) 
         data="x",
         train={"steps": 1, "eval_share": 0.5},
     )
-    with pytest.raises(LoramError, match="sweep must try values whose trial names are"):
+    with pytest.raises(LoramError, match="sweep must have values whose trial names are"):
         trials_of(config, {name: tmp_path})
 
 
@@ -200,7 +200,7 @@ def test_manifests_name_no_files_outside_their_directory(outside: str, tmp_path:
         "files": {outside: {"bytes": 6, "sha256": "0" * 64}},
     }  # fmt: skip
     (folder / MANIFEST_FILE).write_text(json.dumps(described))
-    with pytest.raises(LoramError, match="must name files of its directory"):
+    with pytest.raises(LoramError, match="must name files in its directory"):
         read_manifest(folder)
 
 
@@ -209,7 +209,7 @@ def test_prepared_corpora_name_no_files_elsewhere(tmp_path: Path) -> None:
     files = {"unit_files": ["../x.parquet"], "held_out_files": []}
     entry = {"name": "a", "weight": None, "share": 1.0, **counts, **files}
     (tmp_path / SOURCES_FILE).write_text(json.dumps([entry]))
-    with pytest.raises(LoramError, match="must name files beside it"):
+    with pytest.raises(LoramError, match="must name files next to it"):
         list_sources(tmp_path)
 
 

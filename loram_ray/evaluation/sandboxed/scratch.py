@@ -35,7 +35,7 @@ def mount_scratch(max_bytes: int, max_files: int) -> bool:
             _write("/proc/self/gid_map", f"{group} {group} 1")
         except OSError:
             return False
-        _LIBC.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # lets its user inspect its open files
+        _LIBC.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # lets the user inspect the process's open files
     folder = os.getcwd()
     options = f"size={max_bytes},nr_inodes={max_files + 1},mode=0700".encode()
     flags = _NO_SUID | _NO_DEVICES

@@ -87,19 +87,19 @@ def parse_json(
     except _Duplicate as error:
         lines = " and ".join(str(line) for line in _json_lines(text, error.key))
         raise LoramError(
-            f"{name} must have each key once, got {shown(error.key)} in lines {lines}; remove one"
+            f"{name} must not repeat keys, got {shown(error.key)} in lines {lines}; remove one"
         ) from error
     except RecursionError as error:
         raise too_deep(name, remedy) from error
     except UnicodeEncodeError as error:
         raise LoramError(
-            f"{name} must hold Unicode text, got a lone surrogate; {remedy}"
+            f"{name} must contain valid Unicode, got a lone surrogate; {remedy}"
         ) from error
     except ValueError as error:
         raise LoramError(f"{name} is not valid JSON ({shown_reason(error)}); {remedy}") from error
     if not isinstance(value, kind):
         what = "a JSON object" if issubclass(kind, dict) else "a JSON list"
-        raise LoramError(f"{name} must hold {what}, got {shown(value)}; {remedy}")
+        raise LoramError(f"{name} must contain {what}, got {shown(value)}; {remedy}")
     return value
 
 

@@ -48,7 +48,7 @@ def read_bytes(
     except LoramError as error:
         raise error if key is None else LoramError(f"{key} {error}") from error
     if len(data) > limit:
-        raise LoramError(f"{name} must have at most {limit:,} bytes, got more; {remedy}")
+        raise LoramError(f"{name} must be at most {limit:,} bytes, got more; {remedy}")
     return data
 
 
@@ -100,4 +100,4 @@ def shown_reason(error: BaseException, limit: int = 160) -> str:
 
 def too_deep(name: str, remedy: str) -> LoramError:
     """Return the error for a document that is nested too deeply."""
-    return LoramError(f"{name} must be nested at most {MAX_DEPTH} deep, got more; {remedy}")
+    return LoramError(f"{name} must be nested at most {MAX_DEPTH} levels deep, got more; {remedy}")

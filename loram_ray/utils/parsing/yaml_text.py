@@ -81,7 +81,9 @@ def parse_yaml(text: str, name: str) -> Any:
             lacks.
     """
     if len(text) > MAX_YAML_BYTES:
-        raise LoramError(f"{name} must have at most {MAX_YAML_BYTES:,} characters; shorten it")
+        raise LoramError(
+            f"{name} must be at most {MAX_YAML_BYTES:,} characters, got more; shorten it"
+        )
     try:
         _require_bounded(text, name)
         loader = _Loader(text)
@@ -130,15 +132,15 @@ def _require_bounded(text: str, name: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_):
                 raise LoramError(
-                    f"{name} must not contain itself, alias *{event.anchor:.40} in line "
-                    f"{_line(event)} does; write it out"
+                    f"{name} must not contain itself, got alias *{event.anchor:.40} in line "
+                    f"{_line(event)}; write it out"
                 )
             count += sizes.get(event.anchor, 0)
             aliased += sizes.get(event.anchor, 0)
             if aliased > MAX_ALIASED:
                 raise LoramError(
-                    f"{name} must expand by aliases to at most {MAX_ALIASED:,} more values, alias "
-                    f"*{event.anchor:.40} in line {_line(event)} makes it more; write less"
+                    f"{name} must have aliases that add at most {MAX_ALIASED:,} values, got more "
+                    f"at alias *{event.anchor:.40} in line {_line(event)}; remove aliases"
                 )
         elif isinstance(event, yaml.ScalarEvent):
             size = 1 + len(event.value) // 64
@@ -167,7 +169,7 @@ def _require_plain(root: Any, name: str) -> None:
             node.value = [(_as_text(key), value) for key, value in node.value]
         elif isinstance(node, yaml.ScalarNode):
             if "\0" in node.value or not is_unicode(node.value):
-                raise LoramError(f"{where} must hold Unicode text without NUL; remove it")
+                raise LoramError(f"{where} must contain Unicode text without NUL; remove it")
             if node.tag in (_INT, _FLOAT):
                 _require_number(node, where)
 
@@ -192,15 +194,15 @@ def _require_distinct_keys(node: Any, name: str) -> None:
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise LoramError(
-                f"{name}, line {_line(key)}, must have text as keys, got a list or a section; "
+                f"{name}, line {_line(key)}, must have text as keys, got a list or a mapping; "
                 "quote it"
             )
         if key.tag == _MERGE:
             continue
         if key.value in lines:
             raise LoramError(
-                f"{name} must have each key once, got {shown(key.value)} in lines "
-                f"{lines[key.value]} and {_line(key)}; remove one"
+                f"{name} must not repeat keys, got {shown(key.value)} in lines {lines[key.value]} "
+                f"and {_line(key)}; remove one"
             )
         lines[key.value] = _line(key)
 
@@ -216,10 +218,12 @@ def _require_number(node: Any, where: str) -> None:
     text = node.value.replace("_", "").lower()
     if node.tag == _FLOAT:
         absurd = "inf" not in text and _overflows(text)
-    else:  # no configuration key needs more than 64 bits
+    else:  # no key needs more than 64 bits
         absurd = len(text) > 66 or abs(_whole(text)) >= 2**64
     if absurd:
-        raise LoramError(f"{where} must have numbers of a sensible size, got {shown(node.value)}")
+        raise LoramError(
+            f"{where} must have numbers that fit into 64 bits, got {shown(node.value)}"
+        )
 
 
 def _whole(text: str) -> int:
