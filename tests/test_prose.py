@@ -20,6 +20,15 @@ TURNS = (
     r"is said to be",
     r"wherefore",
     r"of which there (is|are)",
+    r"sooner done",
+    r"(goes on|continues) where it was",
+    r"could be had",
+    r"leave it out",
+    r"is no directory",
+    r"cannot hold so",
+    r"learnt by heart",
+    r"what else one could",
+    r"beside the next",
 )
 FOLDERS = {
     "loram_ray": ("*.py", "*.j2"),

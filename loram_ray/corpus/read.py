@@ -238,7 +238,7 @@ def refuse_bad_rows(
             f"{key} must be at least the share of bad rows, got {max_share} with {count} bad rows "
             f"of {total}: {named}{more}; fix the rows or raise it"
         )
-    say("warning", f"skipped {count} bad rows of {total}: {named}{more}")
+    say("warning", f"skipped {count} bad of {total}: {named}{more}")
 
 
 def _json_documents(unit: Unit) -> Iterator[str | BadRow]:

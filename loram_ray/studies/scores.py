@@ -164,12 +164,12 @@ def _read(path: Path, metric: str) -> list[Score]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise LoramError(
-            f"compare.merge_scores must be {SCORES_FILE} files of comparisons, got {path} ({where}: "
-            f"{first['msg']}); remove it"
+            f"compare.merge_scores must be {SCORES_FILE} files of comparisons, got {path} "
+            f"({where}: {first['msg']}); remove it"
         ) from error
     if file.metric != metric:
         raise LoramError(
-            f"compare.merge_scores must contain scores of {metric}, but {path} has {file.metric}; remove "
-            "it or change compare.metric"
+            f"compare.merge_scores must contain scores of {metric}, but {path} has {file.metric}; "
+            "remove it or change compare.metric"
         )
     return file.scores

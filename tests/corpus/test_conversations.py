@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "parts of words": ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "'train_detail'"),
     "a picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
-        "only text is supported, a message has a part",
+        "only text is supported, but a message has a part",
     ),
     "arguments that are no object": (
         {

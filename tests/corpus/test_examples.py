@@ -238,7 +238,9 @@ def test_data_without_examples_are_refused(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content)
-    with pytest.raises(LoramError, match=r"train.data must contain examples, .* has none"):
+    with pytest.raises(
+        LoramError, match=r"train.data must contain examples, .* has no usable ones"
+    ):
         read(path, tokenizer)
 
 
