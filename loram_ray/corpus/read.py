@@ -235,10 +235,10 @@ def refuse_bad_rows(
     more = f"; and {count - len(first)} more" if count > len(first) else ""
     if count > max_share * total:
         raise LoramError(
-            f"{key} must be at least the share of bad rows, got {max_share} with {count} bad rows "
+            f"{key} must be at least the share of bad rows, got {max_share} with {count} bad "
             f"of {total}: {named}{more}; fix the rows or raise it"
         )
-    say("warning", f"skipped {count} bad of {total}: {named}{more}")
+    say("warning", f"skipped {count} bad rows of {total}: {named}{more}")
 
 
 def _json_documents(unit: Unit) -> Iterator[str | BadRow]:
