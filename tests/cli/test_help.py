@@ -98,11 +98,8 @@ def test_required_options_come_first(name: str) -> None:
 def test_keys_of_lists_are_listed_with_plain_defaults(loram: Command) -> None:
     ended = loram("evaluate", "--help")
     text = " ".join(ended.out.split())
-    assert "benchmarks.N.limit (optional): Use only the first items" in text
-    assert (
-        "benchmarks.N.shots (default 0): Number of few-shot examples before each question, from"
-        in text
-    )
+    assert "benchmarks.N.limit (optional): " in text
+    assert "benchmarks.N.shots (default 0): " in text
     assert "(default 'Question: {question}\\nAnswer:')" in text
     assert "None" not in text and "()" not in text
 
