@@ -20,20 +20,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loram_ray.artifacts.tensorfile import TensorSpec
-from loram_ray.models.quantisation import NF4
+from loram_ray.models.quantisation import NF4, Quantisation
 
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 2**21
 _CODES, _CODES_OF_SCALES = 16, 256
 
 
-def quantization_config() -> BitsAndBytesConfig:
+def quantization_config(form: Quantisation = NF4) -> BitsAndBytesConfig:
     """Return transformers' configuration of these weights, with bfloat16 products."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=NF4.name,
+        bnb_4bit_quant_type=form.name,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, NF4.compute),
+        bnb_4bit_compute_dtype=getattr(torch, form.compute),
     )
 
 
@@ -67,7 +67,9 @@ def scales(weight: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, NF4.block).abs().amax(-1).float()
 
 
-def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, TensorSpec]:
+def stored_specs(
+    weight: TensorSpec, mean_scale: torch.Tensor, form: Quantisation = NF4
+) -> dict[str, TensorSpec]:
     """Return the shape and dtype of each stored tensor of a linear, by the suffix after ``weight``.
 
     All but one follow from the weight's shape and dtype. The mean of its scales is stored as text,
@@ -76,19 +78,21 @@ def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, Tens
     Args:
         weight: Shape ``[out, in]`` and dtype of the weight.
         mean_scale: Mean of the weight's scales, see `scales`.
+        form: Format of the codes.
     """
-    blocks = -(-math.prod(weight.shape) // NF4.block)
+    blocks = -(-math.prod(weight.shape) // form.block)
     state = _state(
         weight,
         codes=torch.empty(_CODES),
         scale_codes=torch.empty(blocks, dtype=torch.uint8),
         mean_scale=mean_scale,
         nested=bnb.QuantState(
-            absmax=torch.empty(-(-blocks // NF4.block_of_scales)),
+            absmax=torch.empty(-(-blocks // form.block_of_scales)),
             code=torch.empty(_CODES_OF_SCALES),
-            blocksize=NF4.block_of_scales,
+            blocksize=form.block_of_scales,
             dtype=torch.float32,
         ),
+        form=form,
     )
     packed = TensorSpec((-(-math.prod(weight.shape) // 2), 1), torch.uint8)
     parts = {
@@ -98,25 +102,28 @@ def stored_specs(weight: TensorSpec, mean_scale: torch.Tensor) -> dict[str, Tens
     return {"": packed, **parts}
 
 
-def quantize_weight(weight: torch.Tensor, piece: int = _PIECE) -> dict[str, torch.Tensor]:
+def quantize_weight(
+    weight: torch.Tensor, piece: int = _PIECE, form: Quantisation = NF4
+) -> dict[str, torch.Tensor]:
     """Quantise a weight ``[out, in]`` on its device; names are those of `stored_specs`.
 
     Args:
         weight: Weight to quantise.
         piece: Number of elements to quantise at a time, a multiple of the block size.
+        form: Format of the codes.
     """
     packed, found = [], []
     codes = torch.empty(0)
     for elements in weight.detach().reshape(-1).split(piece):
-        part, state = bnb.quantize_4bit(elements, blocksize=NF4.block, quant_type=NF4.name)
+        part, state = bnb.quantize_4bit(elements, blocksize=form.block, quant_type=form.name)
         packed.append(part)
         found.append(state.absmax)
         codes = state.code
     scale = torch.cat(found)
     mean_scale = scale.mean()
-    scale_codes, nested = bnb.quantize_blockwise(scale - mean_scale, blocksize=NF4.block_of_scales)
+    scale_codes, nested = bnb.quantize_blockwise(scale - mean_scale, blocksize=form.block_of_scales)
     spec = TensorSpec(tuple(weight.shape), weight.dtype)
-    state = _state(spec, codes, scale_codes, mean_scale, nested)
+    state = _state(spec, codes, scale_codes, mean_scale, nested, form)
     parts = {f".{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
     return {"": torch.cat(packed), **parts}
 
@@ -193,14 +200,15 @@ def _state(
     scale_codes: torch.Tensor,
     mean_scale: torch.Tensor,
     nested: bnb.QuantState,
+    form: Quantisation,
 ) -> bnb.QuantState:
     """Return the state that bitsandbytes saves, as tensors and text, with the packed weight."""
     return bnb.QuantState(
         absmax=scale_codes,
         shape=torch.Size(weight.shape),
         code=codes,
-        blocksize=NF4.block,
-        quant_type=NF4.name,
+        blocksize=form.block,
+        quant_type=form.name,
         dtype=weight.dtype,
         offset=mean_scale,
         state2=nested,

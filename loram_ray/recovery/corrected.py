@@ -14,7 +14,7 @@ from loram_ray.artifacts.tensorfile import Checkpoint
 from loram_ray.config import RecoverConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
-from loram_ray.models.quantisation import NF4
+from loram_ray.models.quantisation import READABLE
 from loram_ray.plan import PruningPlan
 from loram_ray.recovery.correction import limited, orthonormal, projected
 from loram_ray.recovery.origin import Origin
@@ -176,10 +176,10 @@ class Correction:
             first = last
 
     def _dequantized(self, name: str) -> torch.Tensor | None:
-        """Return an NF4 weight, dequantised as in training; None if it is not stored in NF4."""
+        """Return a quantised weight, dequantised as in training; None if it is not quantised."""
         from loram_ray.models.nf4 import dequantize_weight
 
-        if NF4.state_of(name) not in self._model_specs:
+        if not any(form.state_of(name) in self._model_specs for form in READABLE):
             return None
         parts = (stem for stem in self._model_specs if stem == name or stem.startswith(f"{name}."))
         return dequantize_weight({p.removeprefix(name): self._model.read(p) for p in parts})

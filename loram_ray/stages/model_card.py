@@ -14,7 +14,7 @@ from loram_ray.config.publish import is_repo
 from loram_ray.corpus.sources import SourceInfo
 from loram_ray.errors import LoramError
 from loram_ray.evaluation.uncertainty import perplexity_of
-from loram_ray.models.quantisation import NF4
+from loram_ray.models.quantisation import Quantisation
 from loram_ray.objectives import OBJECTIVES
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import HELD_OUT
@@ -85,23 +85,24 @@ def pruned_card(base: str | None, plan: PruningPlan, pruned: Manifest, name: str
     return _card(name, "pruned", base, plan, _origin(base, plan, pruned), [])
 
 
-def quantized_card(card: str, name: str, details: dict[str, Any]) -> str:
+def quantized_card(card: str, name: str, details: dict[str, Any], form: Quantisation) -> str:
     """Return the card of a quantised model, based on the original model's card.
 
     Args:
         card: Card of the model before quantisation.
         name: Name of the quantised model's directory.
         details: Details of the quantised model's manifest.
+        form: Format of the quantised weights.
     """
     head, body = _split_head(card)
-    head["tags"] = [*head.get("tags", []), *NF4.tags]
+    head["tags"] = [*head.get("tags", []), *form.tags]
     if "base_model" in head:
         head["base_model_relation"] = "quantized"
     saved = details["bytes_before"] / details["bytes"]
     section = (
         f"## Quantisation\n\n{details['quantized_tensors']:,} linears "
         f"({details['quantized_parameters']:,} of {details['parameters']:,} parameters) are in "
-        f"{NF4.description}; embeddings, output head and norms are unchanged. Storage: "
+        f"{form.description}; embeddings, output head and norms are unchanged. Storage: "
         f"{details['bytes']:,} bytes, {saved:.2f} times fewer than before "
         f"({details['bytes_before']:,}). Transformers loads the model directly if bitsandbytes is "
         "installed.\n\n"

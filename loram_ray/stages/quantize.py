@@ -25,7 +25,7 @@ from loram_ray.config import QuantizeConfig, RayConfig
 from loram_ray.errors import LoramError
 from loram_ray.models.base import BaseModel
 from loram_ray.models.files import write_model_files
-from loram_ray.models.quantisation import NF4
+from loram_ray.models.quantisation import NF4, Quantisation
 from loram_ray.plan import PruningPlan
 from loram_ray.runtime.progress import Reporter
 from loram_ray.stages.model_card import CARD_FILE, SIZES, pruned_card, quantized_card
@@ -52,14 +52,15 @@ def quantize(config: QuantizeConfig, ray_config: RayConfig | None = None) -> Sta
             f"quantize.model must be structurally pruned, but {config.model} has {plan.pattern} "
             "masks, which need full precision; prune with a structured method"
         )
+    form = NF4
     with BaseModel(config.model, "quantize.model") as model:
         return run_stage(
             config.output,
             "quantize",
-            settings={**NF4.settings, "max_shard_bytes": config.max_shard_bytes},
+            settings={**form.settings, "max_shard_bytes": config.max_shard_bytes},
             parents={"model": manifest.digest},
             base_fingerprint=manifest.base_fingerprint,
-            write=lambda target: _write(target, config, model, plan, manifest),
+            write=lambda target: _write(target, config, model, plan, manifest, form),
             reads=(config.model,),
         )
 
@@ -93,22 +94,23 @@ def _write(
     model: BaseModel,
     plan: PruningPlan,
     source: Manifest,
+    form: Quantisation,
 ) -> None:
     from loram_ray.models.nf4 import quantization_config, quantize_weight
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint, before = model.checkpoint, model.checkpoint.specs
     with Reporter("quantize", total=2 * checkpoint.nbytes, unit="B") as reporter:
-        outline = _outline(checkpoint, config.model, device, reporter)
+        outline = _outline(checkpoint, config.model, device, reporter, form)
         specs = outline.specs
         require_space(target.path, sum(spec.nbytes for spec in specs.values()))
-        settings = {**model.config, "quantization_config": quantization_config().to_dict()}
+        settings = {**model.config, "quantization_config": quantization_config(form).to_dict()}
         write_model_files(config.model, target.path, settings, plan)
         with CheckpointWriter(target.path, specs, config.max_shard_bytes) as writer:
             for name, spec in before.items():
                 tensor = checkpoint.read(name)
                 if name in outline.parts:
-                    stored = quantize_weight(tensor.to(device))
+                    stored = quantize_weight(tensor.to(device), form=form)
                     for part in outline.parts[name]:
                         writer.write(f"{name}{part}", stored[part])
                 else:
@@ -121,22 +123,26 @@ def _write(
         {key: source.details[key] for key in SIZES},
         bytes=sum(spec.nbytes for spec in specs.values()),
         bytes_before=checkpoint.nbytes,
-        nominal_bytes=kept + quantized * NF4.bits // 8,
+        nominal_bytes=kept + quantized * form.bits // 8,
         quantized_tensors=len(outline.parts),
         quantized_parameters=quantized,
     )
     name, path = config.output.name, config.model / CARD_FILE
     card = read_text(path) if path.exists() else pruned_card(config.base, plan, source, name)
-    (target.path / CARD_FILE).write_text(quantized_card(card, name, target.details), "utf-8")
+    (target.path / CARD_FILE).write_text(quantized_card(card, name, target.details, form), "utf-8")
 
 
 def _outline(
-    checkpoint: Checkpoint, directory: Path, device: torch.device, reporter: Reporter
+    checkpoint: Checkpoint,
+    directory: Path,
+    device: torch.device,
+    reporter: Reporter,
+    form: Quantisation,
 ) -> _Outline:
     """Determine what will be stored: headers precede values, and some lengths depend on values.
 
     Raises:
-        LoramError: A linear is not stored, or has a dtype that cannot be quantised to NF4.
+        LoramError: A linear is not stored, or has a dtype that cannot be quantised.
     """
     from loram_ray.models.nf4 import QUANTIZABLE, linears_to_quantize, scales, stored_specs
 
@@ -155,7 +161,7 @@ def _outline(
             outline.specs[name] = spec
         else:
             mean_scale = scales(checkpoint.read(name).to(device)).mean()
-            stored = stored_specs(spec, mean_scale)
+            stored = stored_specs(spec, mean_scale, form)
             outline.parts[name] = list(stored)
             outline.specs.update({f"{name}{part}": found for part, found in stored.items()})
         reporter.advance(spec.nbytes)

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from helpers.command import Command
 from helpers.hostile_names import HOSTILE
+from loram_ray.models.quantisation import NF4
 from loram_ray.reporting.figures import (
     Curve,
     Draw,
@@ -212,7 +213,7 @@ def test_cards_of_others_may_have_no_head() -> None:
         "parameters": 1,
     }  # fmt: skip
     for card in ("", "# mine\n\ntext\n", "---\ntags: [a]\n---\n# mine\n", "--- \n---\n---\n"):
-        made = quantized_card(card, "<b>", details)
+        made = quantized_card(card, "<b>", details, NF4)
         assert made.startswith("---\n") and "nf4" in made
         assert "<b>" not in made
 
