@@ -113,8 +113,8 @@ class _Records:
         if len(lines) == 2 and self._quotes_on_purpose():
             return
         raise LoramError(
-            f"{self._path}:{self._first} must close the quote that opens a field, but it includes "
-            f"the rows up to line {self._first + len(lines) - 1}; {_REMEDY}"
+            f"{self._path}:{self._first} must close the quote that opens a field, but the quoted "
+            f"text runs to line {self._first + len(lines) - 1}; {_REMEDY}"
         )
 
     def _is_row(self, line: str, columns: int) -> bool:

@@ -103,13 +103,19 @@ def test_another_optimiser_keeps_nothing_of_torchs() -> None:
 @pytest.mark.parametrize(
     ("users", "message"),
     [
-        ({"train_batch_size": 9}, "sets train_batch_size to 9, but align.batch_size gives 8"),
-        ({"bf16": {"enabled": True}}, "sets bf16.enabled to True, but align.precision gives False"),
+        ({"train_batch_size": 9}, "sets train_batch_size to 9, but align.batch_size requires 8"),
+        (
+            {"bf16": {"enabled": True}},
+            "bf16.enabled to True, but align.precision requires False",
+        ),
         (
             {"zero_optimization": {"stage": 3}},
-            "zero_optimization.stage to 3, but align.zero_stage gives",
+            "zero_optimization.stage to 3, but align.zero_stage requires",
         ),
-        ({"optimizer": {"params": {"lr": 1}}}, "lr to 1, but align.optimiser.learning_rate gives"),
+        (
+            {"optimizer": {"params": {"lr": 1}}},
+            "lr to 1, but align.optimiser.learning_rate",
+        ),
         (
             {"scheduler": {"type": "WarmupLR"}},
             "must not set scheduler: use align.optimiser.schedule",
@@ -172,7 +178,7 @@ def test_other_workers_cannot_go_on_with_an_optimiser_on_nvme(
     write_worker_count(saved, 2)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: ray.train.Checkpoint(str(saved)))
     assert last_checkpoint(tmp_path, worker=0, workers=2) == (saved, False)
-    with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* = nvme, got 3"):
+    with pytest.raises(lr.LoramError, match=r"align.workers must be 2, .* = nvme\), got 3"):
         last_checkpoint(tmp_path, worker=0, workers=3)
 
 

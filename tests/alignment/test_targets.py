@@ -313,7 +313,7 @@ def test_another_base_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("distillation", "message"),
     [
-        ({"top_k": 260}, r"top_k must be at most 259 \(the vocabulary\), got 260"),
+        ({"top_k": 260}, r"top_k must be at most the vocabulary's size, 259, got 260"),
         ({"targets": "live", "hidden_layers": [4]}, r"hidden_layers must be from 0 to 3, got 4"),
     ],
 )

@@ -401,7 +401,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(base: Path, small_d
     assert (base / "model.safetensors").stat().st_size > 400_000
     config = PruneConfig(base=str(base), output=small_disk / "pruned", ratio=0.0, layers=(1, 3))
     with pytest.raises(
-        LoramError, match=r"needs 0\.\d MB of free disk space, but 0\.4 MB; free some"
+        LoramError, match=r"needs 0\.\d MB of free disk space, but 0\.4 MB are free; free some"
     ):
         prune(config)
     assert tiny.tree(small_disk) == {}

@@ -348,7 +348,7 @@ def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path: Path) -> N
 def test_a_file_that_shrinks_while_it_is_read_is_refused_by_name(small: Path) -> None:
     with TensorFile(small) as file:
         os.truncate(small, small.stat().st_size - 1)
-        with pytest.raises(LoramError, match=r"small.safetensors .*shorter"):
+        with pytest.raises(LoramError, match=r"small.safetensors .*truncated while"):
             file.read("second")
 
 
@@ -397,7 +397,7 @@ def test_a_cut_shard_is_refused_by_name(tmp_path: Path, share: float) -> None:
 
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(LoramError, match=r"safetensors only, convert"):
+    with pytest.raises(LoramError, match=r"contains neither model.safetensors .*convert pickled"):
         Checkpoint(tmp_path)
 
 

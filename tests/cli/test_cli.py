@@ -151,7 +151,7 @@ def config_only(tmp_path: Path) -> Path:
     ("arguments", "told"),
     [
         (["prune", "--config", "absent.yaml"], "--config absent.yaml does not exist; check the"),
-        (["prune", "--config", "."], "--config . cannot be read"),
+        (["prune", "--config", "."], "--config . must be a regular file, got a directory"),
         (["run", "--config", "list.yaml"], "--config list.yaml must contain keys and values; see"),
         (["run", "--config", "bad.yaml"], "--config bad.yaml is not valid YAML: "),
         (
@@ -223,7 +223,7 @@ def nothing(folder: Path) -> None:
         (
             nothing,
             ["prune", "--set", "prune.layers=[2, 9]"],
-            "prune.layers must satisfy 0 <= first < end <= 4 (the model's layers), got [2, 9]; set",
+            "prune.layers must satisfy 0 <= first < end <= 4 (the model's layers), got [2, 9]",
         ),
         (unsupported, ["prune"], "the base's model_type must be one of [llama, mistral, qwen2, "),
         (truncated, ["prune"], "base/model-00002-of-"),

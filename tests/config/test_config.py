@@ -216,7 +216,7 @@ def test_missing_config_file_is_named(tmp_path: Path) -> None:
 
 
 def test_directory_in_place_of_a_config_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LoramError, match=f"--config {tmp_path} cannot be read"):
+    with pytest.raises(LoramError, match=f"--config {tmp_path} must be a regular file"):
         load_run(tmp_path)
 
 

@@ -144,7 +144,7 @@ def test_bad_objects_are_told_with_their_address(bucket: str, store: str) -> Non
         LoramError, match=rf"^{bucket}/cut/d.jsonl.gz\?.* is truncated or damaged past"
     ):
         read_all(f"{bucket}/cut{store}")
-    with pytest.raises(LoramError, match=r"has none; check it"):
+    with pytest.raises(LoramError, match=r"has none; check the path"):
         read_all(f"{bucket}/absent{store}")
     with pytest.raises(
         LoramError, match=r"must name files in the formats .*notes.md.*; convert it"

@@ -66,11 +66,11 @@ def sums(count: int, delimiter: str) -> list[str]:
         (None, "close the quote that opens a field, it is not closed"),
         (
             (100, '6 feet 2"'),
-            "close the quote that opens a field, but it includes the rows up to line",
+            "close the quote that opens a field, but the quoted text runs to line",
         ),
         (
             (8, '6 feet 2"'),
-            "close the quote that opens a field, but it includes the rows up to line",
+            "close the quote that opens a field, but the quoted text runs to line",
         ),
         (
             (100, '"quoted"'),
@@ -108,7 +108,7 @@ def test_a_quote_that_closes_in_another_column_swallows_no_rows(
     lines[30] = f'How tall is 6 feet 2"{delimiter}74 inches'
     path = write(tmp_path / f"data.{suffix}", "\n".join(lines))
     assert refusal(path).startswith(
-        f"{path}:7 must close the quote that opens a field, it swallows"
+        f"{path}:7 must close the quote that opens a field, but the quoted text runs"
     )
 
 
@@ -163,7 +163,7 @@ def test_two_lines_that_could_be_rows_are_a_field_where_quotes_are_used_on_purpo
     tmp_path: Path,
 ) -> None:
     ambiguous = 'prompt,completion\nq,"print\nf(1,2)"\n'
-    assert "includes the rows up to line 3" in refusal(write(tmp_path / "a.csv", ambiguous))
+    assert "the quoted text runs to line 3" in refusal(write(tmp_path / "a.csv", ambiguous))
     [row, _] = rows_of(write(tmp_path / "b.csv", f'{ambiguous}r,"s, t"\n'))
     assert isinstance(row, dict)
     assert row["completion"] == "print\nf(1,2)"
@@ -335,7 +335,7 @@ def test_line_ends_of_old_macs_are_refused(tmp_path: Path, kind: str) -> None:
     content = CONTENTS[kind].replace("\n", "\r")
     path = write(tmp_path / f"data.{kind}", content)
     assert refusal(path).startswith(
-        f"{path} must have lines that end in LF or CRLF, they end in CR"
+        f"{path} must have lines that end in LF or CRLF, but they end in CR"
     )
     expected = rows_of(write(tmp_path / f"lf.{kind}", CONTENTS[kind]))
     windows = write(tmp_path / f"crlf.{kind}", CONTENTS[kind].replace("\n", "\r\n"))

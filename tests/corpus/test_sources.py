@@ -187,11 +187,11 @@ def test_globs_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("path", "message"),
     [
         ("ftp://host/a.jsonl", "must be a local path or begin with s3://, gs://, hf://, file://"),
-        ("file:///absent/a.jsonl", r"has none; check it$"),
+        ("file:///absent/a.jsonl", r"has none; check the path$"),
         ("org/name", r"has none; check the path \(on the Hub: hf://datasets/org/name\)"),
         (
             "file://host/a.jsonl",
-            "must have three slashes after file:, and no host; fix the address",
+            "must have three slashes after file: and no host; fix the address",
         ),
         ("hf://datasets/org/name", "cannot be listed .*offline"),
     ],

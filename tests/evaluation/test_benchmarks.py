@@ -200,8 +200,8 @@ def test_random_choices_of_shots_have_a_seed(directory: Path, tmp_path: Path) ->
         ({"choices": ["a", "b"], "answer": 2}, "its answer 2 is not one of its choices"),
         ({"choices": ["a", "b"], "answer": -1}, "its answer -1 is not one of its choices"),
         ({"choices": ["a", "b"], "answer": "Z"}, "its answer 'Z' is not one of its choices"),
-        ({"choices": ["a"], "answer": 0}, "its choices must be two texts or more"),
-        ({"choices": "ab", "answer": 0}, "its choices must be two texts or more"),
+        ({"choices": ["a"], "answer": 0}, "its choices must be at least two texts"),
+        ({"choices": "ab", "answer": 0}, "its choices must be at least two texts"),
         ({"choices": ["a", " "], "answer": 0}, "must be non-empty texts"),
         ({"choices": ["a", "b"]}, "it has no answer"),
         ({"answer": 0}, "it has no choices"),
@@ -249,12 +249,12 @@ def test_what_does_not_fit_together_is_refused(directory: Path, tmp_path: Path) 
         assert len(str(caught.value).splitlines()) == 1
 
     refused("shots_from must have at least", {**choice, "shots": 7, "shots_from": data})
-    refused(r"benchmarks\.1\.name must differ .*got quiz twice", choice, choice)
-    refused("must fit into the model's 512 positions", {**choice, "prompt": "x" * 600})
+    refused(r"benchmarks\.1\.name must be unique, got quiz twice", choice, choice)
+    refused("must fit into the model's context of 512", {**choice, "prompt": "x" * 600})
     gym = {"kind": "reasoning_gym", "dataset": "no_such_task"}
-    refused("must be a data set and options of reasoning-gym's", gym)
+    refused("must name a reasoning-gym dataset with valid options", gym)
     gym = {"kind": "reasoning_gym", "dataset": "chain_sum", "options": {"no_such_option": 1}}
-    refused("must be a data set and options of reasoning-gym's", gym)
+    refused("must name a reasoning-gym dataset with valid options", gym)
     bare = tmp_path / "bare"
     load_model(directory, "fp32").save_pretrained(bare)
     tokenizer = tiny.tokenizer()

@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     assert open_chat(str(silent), template=template).ask("a", lambda _: None) is not None
-    with pytest.raises(lr.LoramError, match="--chat-template .* cannot be read"):
+    with pytest.raises(lr.LoramError, match="--chat-template .* does not exist"):
         open_chat(str(base), template=tmp_path / "nothing")
     asked = CliRunner().invoke(app, ["chat", "--model", str(base), "--prompt", " "])
     assert str(asked.exception) == "--prompt must not be empty; add a question"

@@ -333,7 +333,7 @@ def test_a_given_chat_template_is_trained_with_and_goes_with_the_adapter(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read"),
+        (None, "does not exist; check the path"),
         ("{% for m in %}", "is not a usable chat template: .* in line 1; fix it"),
     ],
 )

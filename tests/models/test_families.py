@@ -310,7 +310,7 @@ REFUSED_EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "gate without up": ({"target_modules": ["q_proj", "w1"]}, "only one of .*w1 and .*w3"),
     "some experts": ({"target_modules": ["experts.0.w2"]}, "experts.1.w2 is not adapted"),
     "some layers": ({"layers_to_transform": [1]}, "is not adapted, but other experts are"),
-    "an expression": ({"target_modules": r".*\.w[123]"}, "an expression"),
+    "an expression": ({"target_modules": r".*\.w[123]"}, "a regular expression"),
 }
 
 

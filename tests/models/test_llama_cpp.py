@@ -137,7 +137,7 @@ def test_a_window_that_no_layer_has_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "refusal"),
     [
-        ("llama", {"hidden_act": "gelu"}, r"hidden_act must be silu .* is gelu"),
+        ("llama", {"hidden_act": "gelu"}, r"hidden_act must be silu .* got gelu"),
         ("qwen3", {"attention_bias": True}, r"attention_bias must be false .* Qwen3"),
         ("qwen2", {"head_dim": 16}, r"hidden_size = 64 for export of Qwen2, got 128"),
         ("qwen2", {"rope_parameters": LLAMA_3_1}, r"scaling .* only for Llama and Mistral"),

@@ -252,7 +252,7 @@ def test_a_run_with_a_comparison_is_reported_as_compared(run: Path, tmp_path: Pa
     shutil.copytree(run, tmp_path / "run")
     comparison_of(tmp_path / "run" / "comparison")
     page = Page(lr.report(tmp_path / "run").read_text())
-    assert {"Systems", "Claims", "Losses", "What pruning kept"} <= set(page.headings)
+    assert {"Systems", "Claims", "Losses", "Kept by pruning"} <= set(page.headings)
     assert {"LoRA on the full base", "within noise", "adapter_pruned"} <= set(page.cells)
 
 

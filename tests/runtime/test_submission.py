@@ -281,7 +281,7 @@ def test_jobs_from_the_command_line(local: local_cluster.Local, tmp_path: Path) 
         "--address",
         f"http://127.0.0.1:{local_cluster.free_port()}",
     )
-    assert code == 2 and "nothing answers" in said
+    assert code == 2 and "does not answer" in said
 
 
 @pytest.mark.slow
@@ -333,5 +333,5 @@ def test_a_lost_connection_and_a_killed_driver(
 def test_a_cluster_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which opening sets
     port = local_cluster.free_port()
-    with pytest.raises(lr.LoramError, match="nothing answers"):
+    with pytest.raises(lr.LoramError, match="does not answer"):
         Jobs(f"http://127.0.0.1:{port}")

@@ -151,7 +151,10 @@ def test_prometheus_can_scrape_the_run_from_ray(tmp_path: Path) -> None:
 
 def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(lr.LoramError, match="align.trackers has wandb, .* pip install wandb"):
+    with pytest.raises(
+        lr.LoramError,
+        match="align.trackers .* got wandb; run pip install wandb",
+    ):
         require_trackers(("wandb",), "align.trackers")
 
 
