@@ -16,7 +16,7 @@ from loram_ray.config.base import (
     require_whole_batches,
 )
 from loram_ray.config.corpus import CorpusConfig
-from loram_ray.config.marks import Renamed
+from loram_ray.config.marks import Renamed, SetByComparison
 from loram_ray.objectives import OBJECTIVES
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -103,8 +103,12 @@ class DistillationConfig(Section):
 class AlignConfig(Section):
     """Align a pruned model by continual pre-training on Ray Train and DeepSpeed."""
 
-    pruned: Free[Path] = Field(description="Directory of the pruned model, as written by prune.")
-    output: Free[Path] = Field(description="Directory to write the aligned model to.")
+    pruned: Free[Annotated[Path, SetByComparison()]] = Field(
+        description="Directory of the pruned model, as written by prune."
+    )
+    output: Free[Annotated[Path, SetByComparison()]] = Field(
+        description="Directory to write the aligned model to."
+    )
     corpus: Free[CorpusConfig]
     cache_dir: Free[Annotated[Path | None, Renamed("prepared")]] = Field(
         None,
@@ -120,7 +124,7 @@ class AlignConfig(Section):
         + "; ".join(f"'{one.name}' {one.help}" for one in OBJECTIVES.values())
         + ".",
     )
-    base: Free[str | None] = Field(
+    base: Free[Annotated[str | None, SetByComparison()]] = Field(
         None,
         description="Base model that was pruned: a directory or a Hugging Face Hub id. Required "
         "for distillation.",

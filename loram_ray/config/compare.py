@@ -7,14 +7,27 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from loram_ray.config.align import AlignConfig
 from loram_ray.config.base import Section
-from loram_ray.config.marks import KeysOf, Renamed
+from loram_ray.config.evaluate import EvaluateConfig
+from loram_ray.config.finetune import RecoverConfig
+from loram_ray.config.marks import KeysOf, Renamed, SetByComparison, keys_with
+from loram_ray.config.prune import PruneConfig
+from loram_ray.config.train import TrainConfig
 from loram_ray.utils.names import first_clash, folded, output_name_error
 
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 _SYSTEMS = ("base", "full", "sibling", "pruned", "small", "unaligned", "qloram", "loram")
-_OF_THE_RUN = frozenset({"model", "adapter", "output", "data", "base", "pruned"})
+_SECTIONS: dict[str, type[Section]] = {
+    "prune": PruneConfig,
+    "align": AlignConfig,
+    "train": TrainConfig,
+    "recover": RecoverConfig,
+    "evaluate": EvaluateConfig,
+}
+_OWN = {name: keys_with(section, SetByComparison()) for name, section in _SECTIONS.items()}
+"""Keys of each section that the comparison sets itself."""
 ALIGNMENTS: dict[str, dict[str, Any]] = {
     "causal": {"objective": "causal_lm"},
     "distilled": {"objective": "distillation"},
@@ -73,21 +86,21 @@ class CompareConfig(Section):
         description="Also evaluate corrected adapters (recover.correction), where the correction "
         "applies.",
     )
-    prune: Annotated[dict[str, Any] | None, KeysOf("prune", _OF_THE_RUN)] = Field(
+    prune: Annotated[dict[str, Any] | None, KeysOf("prune", _OWN["prune"])] = Field(
         None, description="Keys of the prune section. Default: the run file's section."
     )
-    align: Annotated[dict[str, Any] | None, KeysOf("align", _OF_THE_RUN)] = Field(
+    align: Annotated[dict[str, Any] | None, KeysOf("align", _OWN["align"])] = Field(
         None, description="Keys of the align section. Default: the run file's section."
     )
-    train: Annotated[dict[str, Any] | None, KeysOf("train", _OF_THE_RUN)] = Field(
+    train: Annotated[dict[str, Any] | None, KeysOf("train", _OWN["train"])] = Field(
         None, description="Keys of the train section. Default: the run file's section."
     )
-    recover: Annotated[dict[str, Any] | None, KeysOf("recover", _OF_THE_RUN)] = Field(
+    recover: Annotated[dict[str, Any] | None, KeysOf("recover", _OWN["recover"])] = Field(
         None,
         description="Keys of the recover section, of which all systems but loram use only "
         "correction_lambda. Default: the run file's section.",
     )
-    evaluate: Annotated[dict[str, Any] | None, KeysOf("evaluate", _OF_THE_RUN)] = Field(
+    evaluate: Annotated[dict[str, Any] | None, KeysOf("evaluate", _OWN["evaluate"])] = Field(
         None, description="Keys of the evaluate section. Default: the run file's section."
     )
     run: dict[str, dict[str, Any]] = Field(
@@ -162,9 +175,9 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _paths_are_its_own(self) -> CompareConfig:
-        for name in ("prune", "align", "train", "recover", "evaluate"):
+        for name, own in _OWN.items():
             keys = getattr(self, name) or {}
-            for key in _OF_THE_RUN & keys.keys():
+            for key in sorted(own & keys.keys()):
                 raise ValueError(
                     f"{name} must not set {key}, which the comparison sets, got {keys[key]!r}; "
                     "remove it"

@@ -17,7 +17,7 @@ from loram_ray.config.base import (
     Threads,
 )
 from loram_ray.config.corpus import TextConfig
-from loram_ray.config.marks import Renamed
+from loram_ray.config.marks import Renamed, SetByComparison
 
 _HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 
@@ -209,15 +209,17 @@ class HarnessConfig(Section):
 class EvaluateConfig(Section):
     """Evaluate the perplexity and benchmark scores of a model, with or without an adapter."""
 
-    model: Free[str] = Field(
+    model: Free[Annotated[str, SetByComparison()]] = Field(
         description="Base, pruned, aligned, quantised or merged model: a directory or a Hugging "
         "Face Hub id."
     )
-    output: Free[Path] = Field(description="Directory to write the scores to.")
-    adapter: Free[Path | None] = Field(
+    output: Free[Annotated[Path, SetByComparison()]] = Field(
+        description="Directory to write the scores to."
+    )
+    adapter: Free[Annotated[Path | None, SetByComparison()]] = Field(
         None, description="Directory of an adapter to load onto the model."
     )
-    data: Free[str | None] = Field(
+    data: Free[Annotated[str | None, SetByComparison()]] = Field(
         None, description="Rows in the formats of train.data, to measure the answers' perplexity."
     )
     chat_template: Free[Path | None] = Field(

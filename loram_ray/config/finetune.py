@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from loram_ray.config.base import Free, Identified, Section
+from loram_ray.config.marks import SetByComparison
 
 
 class RecoverConfig(Section):
     """Recover an adapter of the base model from an adapter trained on a pruned model."""
 
-    adapter: Free[Path] = Field(
+    adapter: Free[Annotated[Path, SetByComparison()]] = Field(
         description="Directory of the pruned adapter: written by train, or a PEFT LoRA from "
         "another trainer."
     )
-    base: Free[str] = Field(
+    base: Free[Annotated[str, SetByComparison()]] = Field(
         description="Base model that was pruned: a directory or a Hugging Face Hub id."
     )
-    output: Free[Path] = Field(description="Directory to write the recovered adapter to.")
+    output: Free[Annotated[Path, SetByComparison()]] = Field(
+        description="Directory to write the recovered adapter to."
+    )
     form: Identified[Literal["adapter", "delta"]] = Field(
         "adapter",
         description="Form of the result after unstructured or n:m pruning. 'adapter' is a "
@@ -47,7 +50,7 @@ class RecoverConfig(Section):
         description="Upper bound of the correction relative to the learned update, per singular "
         "direction.",
     )
-    model: Free[Path | None] = Field(
+    model: Free[Annotated[Path | None, SetByComparison()]] = Field(
         None,
         description="Pruned model that the adapter was trained on: a directory or a Hugging Face "
         "Hub id. Needed for the correction, and for the pruning plan of an adapter from another "

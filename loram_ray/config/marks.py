@@ -50,6 +50,11 @@ class SetByStudy:
 
 
 @dataclass(frozen=True)
+class SetByComparison:
+    """Marks a key that a comparison sets itself: what a stage reads and where it writes."""
+
+
+@dataclass(frozen=True)
 class EqualInTrials:
     """Marks a key that all trials of a sweep share, as their losses are compared."""
 

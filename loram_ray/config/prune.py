@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loram_ray.config.base import Free, Identified, Precision, Section, Threads
 from loram_ray.config.corpus import TextSource
+from loram_ray.config.marks import SetByComparison
 from loram_ray.criteria import CRITERIA, STRUCTURED, Criterion
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ class CalibrationConfig(Section):
 class PruneConfig(Section):
     """Prune a base model; write the pruned model and its pruning plan."""
 
-    base: Free[str] = Field(
+    base: Free[Annotated[str, SetByComparison()]] = Field(
         description="Base model: a directory with safetensors files or a Hugging Face Hub id."
     )
-    output: Free[Path] = Field(description="Directory to write the pruned model to.")
+    output: Free[Annotated[Path, SetByComparison()]] = Field(
+        description="Directory to write the pruned model to."
+    )
     method: Identified[Method] = Field(
         "random",
         description="Pruning criterion. random is LoRAM-Rand of the paper, taylor is LoRAM-Stru.",

@@ -18,7 +18,7 @@ from loram_ray.config.base import (
     merge_settings,
     require_whole_batches,
 )
-from loram_ray.config.marks import Alias, EqualInTrials, Renamed, SetByStudy
+from loram_ray.config.marks import Alias, EqualInTrials, Renamed, SetByComparison, SetByStudy
 from loram_ray.peft_options import NOT_RECOVERED, changes_frozen_weights, is_chosen
 from loram_ray.utils.patterns import patterns_error
 
@@ -202,13 +202,13 @@ class TrainConfig(Section):
         description="Preset that changes the defaults of other keys; keys that are given take "
         f"precedence. {_described()}.",
     )
-    model: Free[Annotated[Path, SetByStudy()]] = Field(
+    model: Free[Annotated[Path, SetByStudy(), SetByComparison()]] = Field(
         description="Directory of the pruned, aligned, quantised or base model to train on."
     )
-    output: Free[Annotated[Path, SetByStudy()]] = Field(
+    output: Free[Annotated[Path, SetByStudy(), SetByComparison()]] = Field(
         description="Directory to write the adapter to."
     )
-    data: Free[Annotated[str, SetByStudy()]] = Field(
+    data: Free[Annotated[str, SetByStudy(), SetByComparison()]] = Field(
         description="Training data: a JSON Lines, JSON, CSV or Parquet file, or a saved or hub "
         "data set, with 'messages', 'prompt' and 'completion', 'instruction' and 'output', or "
         "'text'."

@@ -10,7 +10,7 @@ import pytest
 
 import loram_ray.config as config
 from loram_ray.config.base import Free, Identified, InIdentity, Section
-from loram_ray.config.marks import EqualInTrials, SetByStudy, keys_with
+from loram_ray.config.marks import EqualInTrials, SetByComparison, SetByStudy, keys_with
 from loram_ray.stages.evaluate import _settings as settings_of_evaluation
 from loram_ray.stages.train import _settings as settings_of_training
 
@@ -163,6 +163,18 @@ def test_a_training_s_keys_say_which_of_them_studies_set_and_compare_trials_by()
     assert keys_with(config.TrainConfig, SetByStudy()) == whole
     compared = {"steps", "seed", "max_length", "chat_template", "eval_data", "eval_share"}
     assert keys_with(config.TrainConfig, EqualInTrials()) == compared | {"evaluate_every"}
+
+
+def test_a_comparison_sets_what_its_stages_read_and_where_they_write() -> None:
+    own = {
+        config.PruneConfig: {"base", "output"},
+        config.AlignConfig: {"base", "pruned", "output"},
+        config.TrainConfig: {"model", "data", "output"},
+        config.RecoverConfig: {"adapter", "base", "model", "output"},
+        config.EvaluateConfig: {"model", "adapter", "data", "output"},
+    }
+    for section, keys in own.items():
+        assert keys_with(section, SetByComparison()) == keys
 
 
 def test_free_keys_are_left_out_wherever_sections_are() -> None:
