@@ -486,7 +486,7 @@ def test_streams_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("stage", ["align", "publish", "quantize", "train"])
 def test_cards_and_templates_are_utf8_in_any_locale(stage: str) -> None:
-    """Python writes text in the locale's encoding unless it is told otherwise."""
+    """Python writes text in the locale's encoding unless an encoding is given."""
     tree = ast.parse((ROOT / "loram_ray" / "stages" / f"{stage}.py").read_text("utf-8"))
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):

@@ -59,8 +59,8 @@ class Adapter:
             self.modules = list(dict.fromkeys(side[0] for side in sides if side is not None))
             if not self.modules:
                 raise LoramError(
-                    f"{self.directory / ADAPTER_FILE} must hold tensors named lora_A and lora_B, "
-                    "it holds none; save the adapter with PEFT's save_pretrained"
+                    f"{self.directory / ADAPTER_FILE} must contain tensors named lora_A and "
+                    "lora_B, but contains none; save the adapter with PEFT's save_pretrained"
                 )
             for module in self.modules:
                 self._require_pair(module)
@@ -78,7 +78,7 @@ class Adapter:
             raise LoramError(f"{self.directory} lacks {missing} of {module}; train it again")
         if not (a.nbytes and b.nbytes):
             raise LoramError(
-                f"{self.directory} holds an empty tensor for {module}, as a trainer saves under "
+                f"{self.directory} contains an empty tensor for {module}, as a trainer saves under "
                 "ZeRO-3 that does not gather the weights; set "
                 "stage3_gather_16bit_weights_on_model_save to true and save the adapter again"
             )
@@ -151,8 +151,8 @@ def open_tensors(directory: Path) -> TensorFile:
     path = directory / ADAPTER_FILE
     if not os.path.lexists(path) and (directory / _PICKLED_FILE).exists():
         raise LoramError(
-            f"{directory} must hold {ADAPTER_FILE}, it holds {_PICKLED_FILE}, which can run code "
-            "when it is read; save the adapter with safe_serialization=True"
+            f"{directory} must contain {ADAPTER_FILE}, but contains {_PICKLED_FILE}, which can run "
+            "code when it is read; save the adapter with safe_serialization=True"
         )
     return TensorFile(path)
 
@@ -177,21 +177,22 @@ def stored_names(file: TensorFile, directory: Path) -> dict[str, str]:
             if frozen_weight(name) is not None:
                 continue
             raise LoramError(
-                f"{directory} holds tensor {name}, which is not LoRA's A or B of a linear layer; "
-                "train LoRA on linear layers only"
+                f"{directory} contains tensor {name}, which is not LoRA's A or B of a linear "
+                "layer; train LoRA on linear layers only"
             )
         module, side, adapter = parsed
         adapters.add(adapter)
         other = stored.setdefault(tensor_name(module, side), name)
         if other != name and len(adapters) == 1:
             raise LoramError(
-                f"{directory} holds lora_{side} of {module} twice, as {other} and {name}; save "
+                f"{directory} contains lora_{side} of {module} twice, as {other} and {name}; save "
                 "the adapter again"
             )
     if len(adapters) > 1:
         names = ", ".join(repr(name) for name in sorted(adapters))
         raise LoramError(
-            f"{directory} must hold one adapter, its tensors belong to {names}; save one of them"
+            f"{directory} must contain one adapter, but its tensors belong to {names}; save one"
+            " of them"
         )
     return stored
 
@@ -279,7 +280,7 @@ def read_adapter_config(directory: Path, key: str) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not os.path.lexists(path):
         raise LoramError(
-            f"{key} must be a PEFT adapter directory, {directory} holds no {CONFIG_FILE}; "
+            f"{key} must be a PEFT adapter directory, {directory} does not contain {CONFIG_FILE}; "
             "run loram train first or give its output"
         )
     config: dict[str, Any] = read_json(path, remedy="copy it again")
@@ -290,7 +291,7 @@ def read_adapter_config(directory: Path, key: str) -> dict[str, Any]:
 def _refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise LoramError(
-            f"{directory} must be a LoRA adapter, its peft_type is {config.get('peft_type')}; "
+            f"{directory} must be a LoRA adapter, but its peft_type is {config.get('peft_type')}; "
             "only LoRA can be recovered"
         )
     for setting, why in NOT_RECOVERED.items():

@@ -25,13 +25,13 @@ def require_unchanged(adapter: Adapter, model: Checkpoint, family: Architecture)
         module = weight.removesuffix(".weight")
         if module not in (family.embeddings, family.output_head):
             raise LoramError(
-                f"{adapter.directory} holds tensor {name}, which is not LoRA's A or B of a linear "
-                "layer; train LoRA on linear layers only"
+                f"{adapter.directory} contains tensor {name}, which is not LoRA's A or B of a "
+                "linear layer; train LoRA on linear layers only"
             )
         copy, own = adapter.file.read(name), family.weight_name(module, model.specs)
         if own is None or not torch.equal(model.read(own).to(copy.dtype), copy):
             raise LoramError(
-                f"{adapter.directory} holds {name}, which differs from {weight} of "
+                f"{adapter.directory} contains {name}, which differs from {weight} of "
                 f"{model.directory}: the vocabulary was resized or the weight was trained, which "
                 "LoRA's A and B cannot express; train without it"
             )

@@ -61,7 +61,7 @@ def origin_of(config: RecoverConfig) -> Origin:
         return _of_another_trainer(config)
     if manifest is None:
         raise LoramError(
-            f"recover.adapter {config.adapter} holds {PLAN_FILE} of loram train and no "
+            f"recover.adapter {config.adapter} contains {PLAN_FILE} but no "
             "manifest.json; copy the whole directory again"
         )
     manifest = require_stage(config.adapter, ("train",), "recover.adapter")
@@ -78,8 +78,8 @@ def _of_another_trainer(config: RecoverConfig) -> Origin:
     place = config.model or named
     if not place:
         raise LoramError(
-            f"recover.model must name the pruned model that {config.adapter} was trained on, its "
-            f"{CONFIG_FILE} names none; add it"
+            f"recover.model must name the pruned model that {config.adapter} was trained on, as "
+            f"its {CONFIG_FILE} names none; add it"
         )
     key = "recover.model" if config.model else f"base_model_name_or_path of {config.adapter}"
     try:
@@ -88,15 +88,14 @@ def _of_another_trainer(config: RecoverConfig) -> Origin:
         if config.model:
             raise
         raise LoramError(
-            f"recover.model must name the pruned model that {config.adapter} was trained on, its "
-            f"{CONFIG_FILE} names {named}, which is not a model on this machine; add it"
+            f"recover.model must name the pruned model that {config.adapter} was trained on, as "
+            f"its {CONFIG_FILE} names {named}, which is not a model on this machine; add it"
         ) from error
     plan = PruningPlan.load_if_any(model.directory)
     if plan is None:
         raise LoramError(
-            f"{key} must be a pruned model with its {PLAN_FILE}, {place} holds none; an adapter "
-            "trained on the base needs no recovery, otherwise give the pruned model as "
-            "recover.model"
+            f"{key} must be a pruned model, but {place} does not contain {PLAN_FILE}; set "
+            "recover.model to the pruned model (an adapter trained on the base needs no recovery)"
         )
     digest, _ = model.identify()
     manifest = read_manifest(model.directory)

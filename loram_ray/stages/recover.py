@@ -193,8 +193,8 @@ def _require_options(config: RecoverConfig, origin: Origin) -> None:
         if origin.plan.masks is not None:
             why = f"for {config.adapter}, which another trainer trained without the masks"
         raise LoramError(
-            f"recover.{key} {why}: it is recovered exactly; leave recover.form and "
-            "recover.svd_rank out"
+            f"recover.{key} {why} and which is recovered exactly; remove recover.form and "
+            "recover.svd_rank"
         )
     if config.correction:
         which = f"{config.adapter} was trained under"
@@ -218,8 +218,8 @@ def _recovered_spec(
         if spec.shape[axis] == full:
             remedy = "it has the base's own size; an adapter of the base needs no recovery"
         raise LoramError(
-            f"{adapter.directory} has {tuple(spec.shape)} for lora_{side} of {module}, its plan "
-            f"and the base expect {expected} along dimension {axis}; {remedy}"
+            f"{adapter.directory} has {tuple(spec.shape)} for lora_{side} of {module}, but its "
+            f"plan and the base require {expected} along dimension {axis}; {remedy}"
         )
     return TensorSpec(tuple(shape), spec.dtype)
 
@@ -235,7 +235,7 @@ def _base_weight(module: str, plan: PruningPlan, base_specs: dict[str, TensorSpe
     name = plan.architecture.weight_name(module, base_specs)
     if name is None:
         raise LoramError(
-            f"the adapter adapts {module}, the base has no such module; check the base"
+            f"the adapter changes {module}, which the base does not have; check the base"
         )
     return base_specs[name]
 

@@ -1,4 +1,4 @@
-"""Run files: what is read, filled in and overridden, and how each mistake is told."""
+"""Run files: what is read, filled in and overridden, and how each mistake is reported."""
 
 from __future__ import annotations
 

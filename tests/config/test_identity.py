@@ -1,4 +1,4 @@
-"""What identifies the output of a stage, said by each key of its section."""
+"""What identifies the output of a stage, as each key of its section declares."""
 
 from __future__ import annotations
 

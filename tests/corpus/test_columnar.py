@@ -136,7 +136,7 @@ def test_prepared_rows_and_targets_with_pickled_objects_are_refused(
 
 
 def nested(column: pa.Array) -> dict[str, pa.Array]:
-    """A column within each type that holds others; by how its name is told."""
+    """A column inside each nested type, by the name in the message."""
     two = pa.array([0, 1, 2], pa.int32())
     struct = pa.StructArray.from_arrays([column, pa.array([1, 2])], names=["inner", "number"])
     return {

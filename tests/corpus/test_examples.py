@@ -1,4 +1,4 @@
-"""Fine-tuning examples: where the loss is, which rows are bad, and how they are told."""
+"""Fine-tuning examples: where the loss is, which rows are bad, and how they are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora of several sources, prepared whole: told apart, continued, and other ones seen."""
+"""Corpora of several sources, prepared completely: distinguished, resumed, and changes detected."""
 
 from __future__ import annotations
 

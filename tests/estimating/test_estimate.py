@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "jobs" / "configs" / "llama-3.1-70b.yaml"
 BATCH, LENGTH = 2, 64
 SIZES = {"hidden": 128, "intermediate": 384, "heads": 8, "kv_heads": 4, "head_dim": 16}
-# What DeepSpeed is told: buckets that suit a tiny model, and AdamW as it runs on a GPU.
+# DeepSpeed's settings: buckets that suit a tiny model, and AdamW as it runs on a GPU.
 USERS = {
     "zero_optimization": {
         "reduce_bucket_size": 20_000,

@@ -224,7 +224,7 @@ ray.shutdown()
 
 @pytest.mark.slow
 def test_actors_share_a_gpu(tmp_path: Path) -> None:
-    """Ray is told of a GPU; what it places where does not depend on there being one."""
+    """Ray counts a declared GPU; placement does not depend on a real one."""
     done = subprocess.run(
         [sys.executable, "-c", SHARING, str(tmp_path)], capture_output=True, text=True, timeout=120
     )

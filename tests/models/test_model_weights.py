@@ -421,7 +421,7 @@ PLAIN: dict[str, tuple[dict[str, Any], str | None]] = {
         None,
     ),
     "all linears": ({"target_modules": "all-linear"}, None),
-    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "holds .*embed_tokens"),
+    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "contains .*embed_tokens"),
     "a saved head": (
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         "modules_to_save",
@@ -451,5 +451,5 @@ def test_a_lora_in_a_pickle_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = _adapter(base, tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").touch()
-    with pytest.raises(lr.LoramError, match="it holds adapter_model.bin, which can run code"):
+    with pytest.raises(lr.LoramError, match="but contains adapter_model.bin, which can run code"):
         lr.merge(lr.MergeConfig(base=str(base), adapter=adapter, output=tmp_path / "out"))

@@ -252,12 +252,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another rank": (_rank, "r of .* must be 4, the rank of its tensors, got 2"),
     "without names": (
         lambda adapter: rename(adapter, lambda name: name.replace("lora_", "adapter_")),
-        "must hold tensors named lora_A and lora_B",
+        "must contain tensors named lora_A and lora_B",
     ),
-    "another tensor": (_add_a_tensor, "holds tensor .*q_proj.scale.weight, which is not LoRA's A"),
+    "another tensor": (
+        _add_a_tensor,
+        "contains tensor .*q_proj.scale.weight, which is not LoRA's A",
+    ),
     "other modules": (
         lambda adapter: rename(adapter, lambda name: name.replace("layers", "blocks")),
-        "the base has no such module",
+        "which the base does not have",
     ),
     "no model": (
         lambda adapter: configure(adapter, base_model_name_or_path=None),
@@ -300,7 +303,7 @@ def test_another_plan_s_shapes_and_another_base_are_refused(tmp_path: Path) -> N
         base=str(base), output=tmp_path / "other", ratio=0.25, layers=(1, 3), seed=2
     )
     other = lr.prune(config).output
-    with pytest.raises(lr.LoramError, match=r"for lora_[AB] of model.layers.1.*expect 72"):
+    with pytest.raises(lr.LoramError, match=r"for lora_[AB] of model.layers.1.*require 72"):
         recover(adapter, base, tmp_path / "recovered", model=other)
     stranger = tiny.write_base(tmp_path / "stranger", seed=9)
     with pytest.raises(lr.LoramError, match=r"recover.base .* has fingerprint"):
@@ -390,7 +393,7 @@ def test_a_batch_recovers_adapters_of_other_trainers(tmp_path: Path) -> None:
     assert [(row["name"], row["state"]) for row in result.rows] == [
         ("a0", "done"), ("a1", "done"), ("a2", "failed")
     ]  # fmt: skip
-    assert "holds no adapter_config.json" in result.rows[2]["reason"]
+    assert "does not contain adapter_config.json" in result.rows[2]["reason"]
     for number in range(2):
         alone = recover(tmp_path / f"trained/a{number}", base, tmp_path / f"alone{number}").output
         expected, found = (

@@ -299,7 +299,7 @@ SPOILT = {
         "adapter_model.safetensors does not match the SHA-256",
     ),
     "configuration removed": (_remove("adapter_config.json"), "adapter_config.json is missing"),
-    "manifest removed": (_remove("manifest.json"), "and no manifest.json; copy the whole"),
+    "manifest removed": (_remove("manifest.json"), "but no manifest.json; copy the whole"),
     "manifest cut": (_cut("manifest.json"), "is not a manifest"),
 }
 
@@ -324,7 +324,7 @@ def test_an_adapter_under_another_plan_s_shapes_is_refused(tmp_path: Path) -> No
     )
     mixed = write_trained(lr.prune(config).output, adapted, tmp_path / "mixed").output
     before = tiny.tree(tmp_path)
-    with pytest.raises(lr.LoramError, match=r"for lora_[AB] of model.layers.1.*expect 72"):
+    with pytest.raises(lr.LoramError, match=r"for lora_[AB] of model.layers.1.*require 72"):
         recover(mixed, base, tmp_path / "recovered")
     assert tiny.tree(tmp_path) == before
 

