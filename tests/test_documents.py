@@ -63,6 +63,8 @@ CHECKED = [
 """What is only checked: the commands that made the recorded results run for hours."""
 ELSEWHERE = ("make ", "pip install ", "python3 -m venv ", ". ")
 """Commands that other tests, or the workflow, run."""
+OF_PROGRAMS = "runs/mine/"
+"""Where the documents' programs write: commands that read it run after the programs."""
 
 
 @dataclass(frozen=True)
@@ -164,25 +166,15 @@ def test_every_command_and_program_of_the_documents_succeeds(checkout: Path) -> 
         environment = {**os.environ, **hub.client(server, checkout)}
         cluster: local_cluster.Local | None = None
         for command, block in run_commands().items():
+            if OF_PROGRAMS in command:
+                continue
             arguments = arguments_of(command)
             if arguments[1] in ("submit", "jobs") and cluster is None:  # as make cluster starts it
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loram-")))
                 cluster = stack.enter_context(local_cluster.cluster(folder))
                 environment |= cluster.environment
                 environment["RAY_API_SERVER_ADDRESS"] = cluster.dashboard
-            started = time.monotonic()
-            done = subprocess.run(
-                arguments,
-                cwd=checkout,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=400,
-            )
-            assert done.returncode == 0, f"{block}: {command}\n{done.stdout}\n{done.stderr}"
-            print(f"{time.monotonic() - started:6.1f} s  {command}")
-            if "--json" in arguments:
-                assert json.loads(done.stdout)
+            run_command(command, block, checkout, environment)
     assert "pruning_plan.safetensors" in server.repositories["owner/name"].files()
     table = json.loads((checkout / "runs" / "demo" / "results.json").read_text())["rows"]
     assert [row["name"] for row in table] == ["LoRAM"]
@@ -197,6 +189,23 @@ def test_every_command_and_program_of_the_documents_succeeds(checkout: Path) -> 
     assert [row["system"] for row in compared] == ["base", "loram"]
     assert compared[1]["mean"] == table[0]["answer_perplexity"]
     run_programs(checkout)
+    of_programs = {c: block for c, block in run_commands().items() if OF_PROGRAMS in c}
+    assert of_programs
+    for command, block in of_programs.items():
+        run_command(command, block, checkout, dict(os.environ))
+
+
+def run_command(command: str, block: Block, folder: Path, environment: dict[str, str]) -> None:
+    """Run a command of the documents in a checkout, with the environment's variables."""
+    arguments = arguments_of(command)
+    started = time.monotonic()
+    done = subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, f"{block}: {command}\n{done.stdout}\n{done.stderr}"
+    print(f"{time.monotonic() - started:6.1f} s  {command}")
+    if "--json" in arguments:
+        assert json.loads(done.stdout)
 
 
 def run_programs(folder: Path) -> None:
