@@ -89,6 +89,19 @@ def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_pruned(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, pruned at ratio 0.35."""
+    config = lr.PruneConfig(
+        base=str(real_base),
+        output=tmp_path_factory.mktemp("real") / "pruned",
+        ratio=0.35,
+        layers=(4, 28),
+        seed=3,
+    )
+    return lr.prune(config).output
+
+
+@pytest.fixture(scope="session")
 def until_the_end() -> Iterator[contextlib.ExitStack]:
     """An exit stack that is closed after the last test."""
     with contextlib.ExitStack() as stack:

@@ -33,18 +33,6 @@ def ids(real_base: Path) -> torch.Tensor:
     return tokenizer(TEXTS, return_tensors="pt", padding=True).input_ids[:, :16]
 
 
-@pytest.fixture(scope="module")
-def pruned(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = lr.PruneConfig(
-        base=str(real_base),
-        output=tmp_path_factory.mktemp("real") / "pruned",
-        ratio=0.35,
-        layers=(4, 28),
-        seed=3,
-    )
-    return lr.prune(config).output
-
-
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal to float32 rounding, carried through 30 layers."""
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
@@ -64,14 +52,14 @@ def test_ratio_zero_is_the_real_base_bit_for_bit(
         assert torch.equal(logits_of(load_model(output, precision), ids), expected)
 
 
-def test_the_real_model_shrinks_as_the_method_says(pruned: Path) -> None:
+def test_the_real_model_shrinks_as_the_method_says(real_pruned: Path) -> None:
     hidden, intermediate, head_dim, vocabulary = 576, 1536, 64, 49152
     kv_heads, neurons = 3 - 1, intermediate - 538  # int(1.05), ceil(537.6)
     whole = 2 * hidden * hidden + 2 * hidden * 192 + 3 * hidden * intermediate
     left = 2 * hidden * 3 * kv_heads * head_dim + 2 * hidden * kv_heads * head_dim
     left += 3 * hidden * neurons
     expected = vocabulary * hidden + hidden + 30 * 2 * hidden + 6 * whole + 24 * left
-    model = load_model(pruned)
+    model = load_model(real_pruned)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
@@ -91,10 +79,10 @@ assert not any(name.partition(".")[0] == "loram_ray" for name in sys.modules)
 
 
 def test_recovery_on_the_real_model_is_exact_and_loads_without_loram_ray(
-    real_base: Path, pruned: Path, ids: torch.Tensor, tmp_path: Path
+    real_base: Path, real_pruned: Path, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     settings = {"r": 8, "lora_alpha": 16, "target_modules": [*LINEARS, "lm_head"]}
-    trained, adapted = train_randomly(pruned, tmp_path / "trained", **settings)
+    trained, adapted = train_randomly(real_pruned, tmp_path / "trained", **settings)
     recovered = lr.recover(
         lr.RecoverConfig(adapter=trained, base=str(real_base), output=tmp_path / "recovered")
     ).output
@@ -105,12 +93,12 @@ def test_recovery_on_the_real_model_is_exact_and_loads_without_loram_ray(
 
     on_base = peft.PeftModel.from_pretrained(load_model(real_base, "fp32"), recovered)
     unpruned = logits_of(on_base, ids)
-    zero_pruned(on_base.unload(), PruningPlan.load(pruned))
+    zero_pruned(on_base.unload(), PruningPlan.load(real_pruned))
     zeroed = peft.PeftModel.from_pretrained(on_base.base_model.model, recovered)
     assert_close(logits_of(zeroed, ids), expected)
 
     torch.save(ids, tmp_path / "ids.pt")
-    arguments = [pruned, real_base, recovered, tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    arguments = [real_pruned, real_base, recovered, tmp_path / "ids.pt", tmp_path / "logits.pt"]
     run_python(REMOTE_CODE_AND_PLAIN_PEFT, tmp_path, *arguments, with_loram_ray=False)
     found = torch.load(tmp_path / "logits.pt")
     assert_close(found[0], alone)

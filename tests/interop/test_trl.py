@@ -25,17 +25,6 @@ SCRIPT = Path(__file__).with_name("train_with_trl.py")
 ENVIRONMENT = Path(__file__).parents[2] / os.environ.get("INTEROP", ".interop") / "trl"
 
 
-@pytest.fixture(scope="module")
-def real_pruned(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = lr.PruneConfig(
-        base=str(real_base),
-        output=tmp_path_factory.mktemp("trl") / "pruned",
-        ratio=0.35,
-        layers=(4, 28),
-    )
-    return lr.prune(config).output
-
-
 @pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
 def test_what_trl_trains_is_recovered_exactly(
     method: str, real_base: Path, real_pruned: Path, tmp_path: Path
